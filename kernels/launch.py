@@ -1,0 +1,66 @@
+"""What the ops share: Triton if it is there, which path runs, launch settings and their limits."""
+import functools
+import os
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    MISSING, INTERPRET = None, triton.knobs.runtime.interpret
+except ImportError as error:  # a machine without Triton: the PyTorch path is all there is
+    triton, tl = None, SimpleNamespace(constexpr=None)
+    MISSING, INTERPRET = error, False
+
+MAX_D = 4096  # embedding width that the kernels were written and tested for
+
+
+def jit(fn):
+    return triton.jit(fn) if triton else fn
+
+
+def use_triton(x):
+    """True if tensors like x go to the Triton kernels, False if to PyTorch.
+
+    Triton: CUDA tensors, or any under TRITON_INTERPRET=1 (set before kernels is imported), in bf16,
+    fp16 or fp32, rows up to 4096 wide. FLOCK_KERNELS=triton|torch forces one; RuntimeError where
+    Triton is forced but cannot run.
+    """
+    force = os.environ.get("FLOCK_KERNELS", "")
+    if force not in ("", "triton", "torch"):
+        raise RuntimeError(f"FLOCK_KERNELS: found {force!r}, expected triton or torch; or leave it unset")
+    why = None
+    if triton is None:
+        why = f"Triton cannot be imported ({MISSING}); install triton"
+    elif not (x.is_cuda or INTERPRET):
+        why = f"the tensors are on {x.device}; move them to a GPU or set TRITON_INTERPRET=1 before the start"
+    elif x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        why = f"found {x.dtype}, expected bfloat16, float16 or float32"
+    elif x.shape[-1] > MAX_D:
+        why = f"rows are {x.shape[-1]} wide, the kernels take up to {MAX_D}"
+    if force == "triton" and why:
+        raise RuntimeError(f"FLOCK_KERNELS=triton: {why}, or unset FLOCK_KERNELS")
+    return force != "torch" and not why
+
+
+def accumulator(dtype):
+    """The dtype of sums over tensors of dtype: float64 for itself, float32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(x):
+    """The dtype that a matrix product of x would run in: autocast's for float32 under autocast, else x's."""
+    kind = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def without_autocast(fn):
+    """Runs an op's body with autocast off: inside, each op chooses its own precision."""
+    @functools.wraps(fn)
+    def body(x, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return fn(x, *args)
+    return body

@@ -1,0 +1,150 @@
+"""Mean of a feature map under boxes or masks.
+
+    out_k = sum_p w_kp x_{i(k),p} / sum_p w_kp        p over the H x W cells of image i(k)
+    box:  w_kp = area of overlap of box k with cell p = (overlap in y) * (overlap in x)
+    mask: w_kp = masks_k,p
+
+The cell in row r, column c covers [c, c+1] x [r, r+1]; what of a box lies off the map counts for nothing.
+Our reading: a box or mask without any weight gives a row of zeros; a cell without weight is not read, so
+its NaN stays out; a NaN under a box is a NaN in its row. The gradient goes to the features only.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.launch import accumulator, use_triton, without_autocast
+
+
+def region_pool_ref(features, boxes, image_index, grid=None, normalize=False):
+    """The definition, one region at a time; arguments as region_pool."""
+    if features.dim() == 3:
+        features = features.unflatten(1, grid)
+    rows = []
+    for region, i in zip(boxes, image_index.tolist()):
+        w = region if region.dim() == 2 else box_weights(region[None], *features.shape[1:3])[0]  # [H, W]
+        w = w.to(features.dtype)
+        x = torch.where(w[:, :, None] == 0, 0, features[i])  # [H, W, D]
+        pooled = (w[:, :, None] * x).sum((0, 1)) / torch.where((w == 0).all(), 1, w.sum())
+        rows.append(F.normalize(pooled, dim=0) if normalize else pooled)
+    return torch.stack(rows) if rows else features.new_zeros(0, features.shape[-1])
+
+
+def box_weights(boxes, H, W):
+    """[K, 4] x1,y1,x2,y2 in cells -> areas of overlap with each cell [K, H, W]."""
+    def overlap(lo, hi, n):  # [K], [K] -> [K, n]
+        cell = torch.arange(n, dtype=boxes.dtype, device=boxes.device)
+        return (torch.minimum(hi[:, None], cell + 1) - torch.maximum(lo[:, None], cell)).clamp(min=0)
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return overlap(y1, y2, H)[:, :, None] * overlap(x1, x2, W)[:, None, :]
+
+
+# The PyTorch path. The weights are sparse: a box covers few cells, so each region is a weighted bag of
+# rows of the feature map, and backward each cell is a weighted bag of rows of the gradient.
+
+CHUNK = 1 << 22  # weights held at a time
+
+
+def shares(boxes, H, W, dtype):
+    """Weights of each region, summing to one: boxes [K, 4] or masks [K, H, W] -> [K, H*W]."""
+    w = boxes.to(dtype) if boxes.dim() == 3 else box_weights(boxes.to(dtype), H, W)
+    w = w.flatten(1)
+    total = w.sum(1, keepdim=True)
+    return w / torch.where(total == 0, 1, total)
+
+
+def forward_torch(features, boxes, image_index):
+    B, H, W, D = features.shape
+    dtype, step = accumulator(features.dtype), max(1, CHUNK // max(1, H * W))
+    cells = features.reshape(B * H * W, D).to(dtype)
+    out = cells.new_empty(len(boxes), D)
+    for k in range(0, len(boxes), step):
+        w, first = shares(boxes[k:k + step], H, W, dtype), image_index[k:k + step] * (H * W)  # [k, P], [k]
+        region, cell = w.nonzero(as_tuple=True)
+        starts = torch.searchsorted(region, torch.arange(len(w), device=w.device))
+        out[k:k + step] = F.embedding_bag(cell + first[region], cells, starts, mode="sum",
+                                          per_sample_weights=w[region, cell])
+    return out
+
+
+def backward_torch(grad, boxes, image_index, B, H, W):
+    P, step = H * W, max(1, CHUNK // max(1, H * W))
+    out = grad.new_zeros(B * P, grad.shape[1])
+    order = image_index.argsort(stable=True)  # a chunk of regions touches neighbouring images
+    for k in order.split(step):
+        image, w = image_index[k], shares(boxes[k], H, W, grad.dtype)
+        region, cell = w.nonzero(as_tuple=True)
+        weight, first, last = w[region, cell], int(image[0]) * P, int(image[-1] + 1) * P
+        cell, at = (cell + image[region] * P - first).sort(stable=True)
+        starts = torch.searchsorted(cell, torch.arange(last - first, device=cell.device))
+        out[first:last] += F.embedding_bag(k[region[at]], grad, starts, mode="sum", per_sample_weights=weight[at])
+    return out.view(B, H, W, -1)
+
+
+# The op
+
+@torch.library.custom_op("flock::region_pool", mutates_args=())
+@without_autocast
+def pool(features: Tensor, boxes: Tensor, image_index: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """[B, H, W, D] -> the regions [K, D], and what they were divided by [K] (none: empty)."""
+    run = forward_triton if use_triton(features) else forward_torch
+    out = run(features, boxes, image_index)  # [K, D] in the accumulator's dtype
+    norm = out.norm(dim=1).clamp(min=1e-12) if normalize else out.new_empty(0)
+    return (out / norm[:, None] if normalize else out).to(features.dtype), norm
+
+
+@pool.register_fake
+def _(features, boxes, image_index, normalize):
+    K, D = boxes.shape[0], features.shape[-1]
+    return features.new_empty(K, D), features.new_empty(K if normalize else 0, dtype=accumulator(features.dtype))
+
+
+@torch.library.custom_op("flock::region_pool_backward", mutates_args=())
+@without_autocast
+def pool_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, out: Tensor, norm: Tensor,
+                  B: int, H: int, W: int) -> Tensor:
+    grad = grad.to(accumulator(grad.dtype))
+    if len(norm):
+        grad = (grad - out * (out * grad).sum(1, keepdim=True)) / norm[:, None]
+    run = backward_triton if use_triton(out) else backward_torch
+    return run(grad.contiguous(), boxes, image_index, B, H, W).to(out.dtype)
+
+
+@pool_backward.register_fake
+def _(grad, boxes, image_index, out, norm, B, H, W):
+    return out.new_empty(B, H, W, out.shape[1])
+
+
+def setup_context(ctx, inputs, output):
+    features, boxes, image_index, _ = inputs
+    ctx.save_for_backward(boxes, image_index, *output)
+    ctx.shape = features.shape[:3]
+
+
+def backward(ctx, grad, _):
+    return pool_backward(grad, *ctx.saved_tensors, *ctx.shape), None, None, None
+
+
+pool.register_autograd(backward, setup_context=setup_context)
+
+
+def region_pool(features, boxes, image_index, grid=None, normalize=False):
+    """Mean of the features under each region, weighted by overlap; see the head of this file.
+
+    features: [B, H, W, D], or [B, P, D] (class token left out) with grid = (H, W), H * W = P.
+    boxes: [K, 4] as x1, y1, x2, y2 in cells; or masks [K, H, W], weights >= 0.
+    image_index: [K], the image of each region, in any order; an image may have none.
+    normalize: divide each row by its L2 norm (at least 1e-12).
+    Returns [K, D] in the dtype of features, summed in float32 (float64 for float64).
+    Raises ValueError where the shapes do not fit.
+    """
+    if features.dim() == 3:
+        if grid is None or grid[0] * grid[1] != features.shape[1]:
+            raise ValueError(f"features: {features.shape[1]} patches do not fill the grid {grid}; "
+                             "give grid=(rows, columns) and leave the class token out")
+        features = features.unflatten(1, tuple(grid))
+    if boxes.shape[1:] not in ((4,), features.shape[1:3]):
+        raise ValueError(f"boxes: found {list(boxes.shape)}, expected [K, 4] or masks [K, H, W] "
+                         f"with H, W = {list(features.shape[1:3])}")
+    if image_index.shape != boxes.shape[:1]:
+        raise ValueError(f"image_index: found {list(image_index.shape)}, expected [{len(boxes)}], one per region")
+    return pool(features, boxes, image_index.long(), normalize)[0]

@@ -20,8 +20,8 @@ def jit(fn):
     return triton.jit(fn) if triton else fn
 
 
-def use_triton(x):
-    """True if tensors like x go to the Triton kernels, False if to PyTorch.
+def use_triton(x, *more):
+    """True if tensors like x (and more) go to the Triton kernels, False if to PyTorch.
 
     Triton: CUDA tensors, or any under TRITON_INTERPRET=1 (set before kernels is imported), in bf16,
     fp16 or fp32, rows up to 4096 wide. FLOCK_KERNELS=triton|torch forces one; RuntimeError where
@@ -35,7 +35,7 @@ def use_triton(x):
         why = f"Triton cannot be imported ({MISSING}); install triton"
     elif not (x.is_cuda or INTERPRET):
         why = f"the tensors are on {x.device}; move them to a GPU or set TRITON_INTERPRET=1 before the start"
-    elif x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    elif not {t.dtype for t in (x, *more)} <= {torch.bfloat16, torch.float16, torch.float32}:
         why = f"found {x.dtype}, expected bfloat16, float16 or float32"
     elif x.shape[-1] > MAX_D:
         why = f"rows are {x.shape[-1]} wide, the kernels take up to {MAX_D}"
@@ -44,9 +44,37 @@ def use_triton(x):
     return force != "torch" and not why
 
 
-def accumulator(dtype):
-    """The dtype of sums over tensors of dtype: float64 for itself, float32 for all else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def run(kernel, grid, *args, warps=4, stages=2, **constants):
+    """Launches the kernel on the device of its first tensor, if there is anything to do."""
+    if min(grid) == 0:
+        return
+    if grid[0] >= 1 << 31 or max(grid[1:], default=0) >= 1 << 16:
+        raise ValueError(f"grid {grid}: a GPU takes up to 2^31 x 65,535 programs; split the input")
+    with torch.cuda.device(args[0].device if args[0].is_cuda else -1):
+        kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
+
+
+def precision(x):
+    """How dot treats x: float32 as three tf32 products, which keeps it float32 on tensor cores."""
+    return "interpret" if INTERPRET else "tf32x3" if x.dtype == torch.float32 else "ieee"
+
+
+@jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32; the interpreter's own does not know bf16."""
+    if PRECISION == "interpret":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+def slices(n, step):
+    """range(n) in slices of up to step."""
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def accumulator(*dtypes):
+    """The dtype of sums over tensors of these dtypes: float64 if one of them is, float32 for all else."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def autocast_dtype(x):

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import accumulator, autocast_dtype, use_triton, without_autocast
+from kernels import launch
+from kernels.launch import accumulator, autocast_dtype, dot, jit, slices, tl, use_triton, without_autocast
 
 MAX_C = 4096  # targets in one softmax; with more, draw some (see pairwise_loss)
 
@@ -38,10 +39,6 @@ def pairwise_loss_ref(f, b, t, y, scale):
 # The PyTorch path: blocks of pairs for the products, and within each as many rows as keep their logits in cache.
 
 BLOCK, LOGITS = 512, 1 << 18
-
-
-def slices(n, step):
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
 def inverse_norm(f, b):
@@ -89,6 +86,144 @@ def backward_torch(f, b, t, y, scale):
     return df, db, scale * dt, (t * dt).sum()
 
 
+# The Triton path. A program owns BI x BJ pairs: their part of F B^T on tensor cores, then class after class in
+# registers, twice backward. What it needs per class, <f_i, t_c> and <b_j, t_c>, and what it leaves, sums over
+# its rows and columns, lies in memory for SIDE x SIDE pairs at a time. No atomics: each program has its place.
+
+@jit
+def products_kernel(t, x, out, C, n, D, PRECISION: tl.constexpr,
+                    BI: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr):
+    """t [C, D], x [n, D] -> out [C, n] float32."""
+    c = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
+    i = tl.program_id(1).to(tl.int64) * BJ + tl.arange(0, BJ)
+    acc = tl.zeros([BI, BJ], tl.float32)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        tc = tl.load(t + c[:, None] * D + d[None, :], (c < C)[:, None] & (d < D)[None, :], 0)
+        xi = tl.load(x + i[None, :] * D + d[:, None], (i < n)[None, :] & (d < D)[:, None], 0)
+        acc = dot(tc, xi, acc, PRECISION)
+    tl.store(out + c[:, None] * n + i[None, :], acc, (c < C)[:, None] & (i < n)[None, :])
+
+
+@jit
+def tile_norm(f, b, ff, bb, i, j, n, m, D, PRECISION: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+              BD: tl.constexpr):
+    """1 / |f_i + b_j| for a tile, as inverse_norm."""
+    acc = tl.zeros([BI, BJ], tl.float32)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        fi = tl.load(f + i[:, None] * D + d[None, :], (i < n)[:, None] & (d < D)[None, :], 0)
+        bj = tl.load(b + j[None, :] * D + d[:, None], (j < m)[None, :] & (d < D)[:, None], 0)
+        acc = dot(fi, bj, acc, PRECISION)
+    squares = tl.load(ff + i, i < n, 1)[:, None] + tl.load(bb + j, j < m, 1)[None, :]
+    n2 = squares + 2 * acc
+    n2 = tl.where(n2 < 1.1920929e-07 * squares, 1.1920929e-07 * squares, n2)  # NaN stays
+    return tl.where(n2 == 0, 0, tl.rsqrt(n2))
+
+
+@jit
+def tile_softmax(ft, bt, y, sr, i, j, n, m, C, BI: tl.constexpr, BJ: tl.constexpr):
+    """Online logsumexp over the classes of a tile, and the logit of the own class (NaN if there is none)."""
+    x = (tl.load(ft + i, i < n, 0)[:, None] + tl.load(bt + j, j < m, 0)[None, :]) * sr
+    top, total, own = x, tl.zeros([BI, BJ], tl.float32) + 1, tl.where((y == 0)[:, None], x, float("nan"))
+    for c in range(1, C):
+        x = (tl.load(ft + c * n + i, i < n, 0)[:, None] + tl.load(bt + c * m + j, j < m, 0)[None, :]) * sr
+        e = tl.exp(-tl.abs(x - top))
+        total = tl.where(x > top, total * e + 1, total + e)
+        top = tl.where(x > top, x, top)
+        own = tl.where((y == c)[:, None], x, own)
+    return top + tl.log(total), own
+
+
+@jit
+def forward_kernel(f, b, ff, bb, ft, bt, y, scale, out, n, m, C, D, PRECISION: tl.constexpr,
+                   BI: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
+    j = tl.program_id(1).to(tl.int64) * BJ + tl.arange(0, BJ)
+    r = tile_norm(f, b, ff, bb, i, j, n, m, D, PRECISION, BI, BJ, BD)
+    lse, own = tile_softmax(ft, bt, tl.load(y + i, i < n, 0), tl.load(scale) * r, i, j, n, m, C, BI, BJ)
+    total = tl.sum(tl.where((i < n)[:, None] & (j < m)[None, :], lse - own, 0))
+    tl.store(out + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), total)
+
+
+@jit
+def backward_kernel(f, b, ff, bb, ft, bt, y, scale, gf, gb, v, n, m, C, D, PRECISION: tl.constexpr,
+                    BI: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr):
+    """gf [blocks of j, C, n] and gb [blocks of i, C, m]: sums of g over the tile; v [n, m]."""
+    ti, tj = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i, j = ti * BI + tl.arange(0, BI), tj * BJ + tl.arange(0, BJ)
+    at = (i < n)[:, None] & (j < m)[None, :]
+    r = tile_norm(f, b, ff, bb, i, j, n, m, D, PRECISION, BI, BJ, BD)
+    sr, own = tl.load(scale) * r, tl.load(y + i, i < n, 0)
+    lse, _ = tile_softmax(ft, bt, own, sr, i, j, n, m, C, BI, BJ)
+    w = tl.zeros([BI, BJ], tl.float32)
+    gf += tj * C * n + i
+    gb += ti * C * m + j
+    for c in range(0, C):
+        x = (tl.load(ft + c * n + i, i < n, 0)[:, None] + tl.load(bt + c * m + j, j < m, 0)[None, :]) * sr
+        g = tl.exp(x - lse) - (own == c).to(tl.float32)[:, None]
+        w += g * x
+        g = tl.where(at, g * r, 0)
+        tl.store(gf + c * n, tl.sum(g, 1), i < n)
+        tl.store(gb + c * m, tl.sum(g, 0), j < m)
+    tl.store(v + i[:, None] * m + j[None, :], w * r * r, at)
+
+
+TILES = dict(BI=64, BJ=64, BD=32, warps=8, stages=3)  # untuned
+ROOM = 1 << 25  # numbers that SIDE x SIDE pairs may leave in memory
+
+
+def side(C):
+    """Rows and columns of the block of pairs that is in memory at a time: SIDE^2 for v, SIDE^2 C / 32 for gf and gb."""
+    return max(s for s in (256, 512, 1024, 2048, 4096) if s == 256 or s * s * (1 + C / 32) <= ROOM)
+
+
+def products(t, x):
+    out = t.new_empty(len(t), len(x), dtype=torch.float32)
+    launch.run(products_kernel, (-(-len(t) // TILES["BI"]), -(-len(x) // TILES["BJ"])), t, x, out,
+               len(t), len(x), t.shape[1], PRECISION=launch.precision(t), **TILES)
+    return out
+
+
+def blocks_triton(f, b, t, y, scale):
+    """Yields (i, j, grid, arguments of both kernels), i outermost."""
+    squares = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square() for x in (f, b)]
+    for i in slices(len(f), side(len(t))):
+        ft = products(t, f[i])
+        for j in slices(len(b), side(len(t))):
+            bt = products(t, b[j])
+            grid = (-(-ft.shape[1] // TILES["BI"]), -(-bt.shape[1] // TILES["BJ"]))
+            yield i, j, grid, (f[i], b[j], squares[0][i], squares[1][j], ft, bt, y[i], scale)
+
+
+def forward_triton(f, b, t, y, scale):
+    f, b, t, y = f.contiguous(), b.contiguous(), t.contiguous(), y.contiguous()
+    total = torch.zeros((), dtype=torch.float64, device=f.device)
+    for i, j, grid, args in blocks_triton(f, b, t, y, scale):
+        out = scale.new_empty(grid)
+        launch.run(forward_kernel, grid, *args, out, len(args[0]), len(args[1]), len(t), t.shape[1],
+                   PRECISION=launch.precision(f), **TILES)
+        total += out.sum(dtype=torch.float64)
+    return total / (len(f) * len(b))
+
+
+def backward_triton(f, b, t, y, scale):
+    f, b, t, y = f.contiguous(), b.contiguous(), t.contiguous(), y.contiguous()
+    df, db, dt = [torch.zeros_like(x, dtype=torch.float32) for x in (f, b, t)]
+    t32 = t.float()
+    for i, j, grid, args in blocks_triton(f, b, t, y, scale):
+        fi, bj = args[0].float(), args[1].float()
+        gf, gb = scale.new_empty(grid[1], len(t), len(fi)), scale.new_empty(grid[0], len(t), len(bj))
+        v = scale.new_empty(len(fi), len(bj))
+        launch.run(backward_kernel, grid, *args, gf, gb, v, len(fi), len(bj), len(t), t.shape[1],
+                   PRECISION=launch.precision(f), **TILES)
+        gf, gb = gf.sum(0), gb.sum(0)  # [C, ni], [C, nj]
+        df[i] += scale * gf.T @ t32 - v.sum(1)[:, None] * fi - v @ bj
+        db[j] += scale * gb.T @ t32 - v.sum(0)[:, None] * bj - v.T @ fi
+        dt += gf @ fi + gb @ bj
+    return df, db, scale * dt, (t32 * dt).sum()
+
+
 # The op
 
 @torch.library.custom_op("flock::pairwise_loss", mutates_args=())
@@ -96,7 +231,7 @@ def backward_torch(f, b, t, y, scale):
 def loss(f: Tensor, b: Tensor, t: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     dtype = accumulator(f.dtype)
     if use_triton(f):
-        return forward_triton(f, b, t, y, scale.to(dtype))
+        return forward_triton(f, b, t, y, scale.to(dtype)).to(dtype)
     return forward_torch(f.to(dtype), b.to(dtype), t.to(dtype), y, scale.to(dtype)).to(dtype)
 
 

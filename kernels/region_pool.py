@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import accumulator, use_triton, without_autocast
+from kernels import launch
+from kernels.launch import accumulator, jit, slices, tl, use_triton, without_autocast
 
 
 def region_pool_ref(features, boxes, image_index, grid=None, normalize=False):
@@ -21,7 +22,7 @@ def region_pool_ref(features, boxes, image_index, grid=None, normalize=False):
         features = features.unflatten(1, grid)
     rows = []
     for region, i in zip(boxes, image_index.tolist()):
-        w = region if region.dim() == 2 else box_weights(region[None], *features.shape[1:3])[0]  # [H, W]
+        w = region if region.dim() == 2 else box_weights(region[None].double(), *features.shape[1:3])[0]  # [H, W]
         w = w.to(features.dtype)
         x = torch.where(w[:, :, None] == 0, 0, features[i])  # [H, W, D]
         pooled = (w[:, :, None] * x).sum((0, 1)) / torch.where((w == 0).all(), 1, w.sum())
@@ -57,16 +58,15 @@ def forward_torch(features, boxes, image_index):
     dtype, step = accumulator(features.dtype), max(1, CHUNK // max(1, H * W))
     cells = features.reshape(B * H * W, D).to(dtype)
     out = cells.new_empty(len(boxes), D)
-    for k in range(0, len(boxes), step):
-        w, first = shares(boxes[k:k + step], H, W, dtype), image_index[k:k + step] * (H * W)  # [k, P], [k]
+    for k in slices(len(boxes), step):
+        w, first = shares(boxes[k], H, W, dtype), image_index[k] * (H * W)  # [k, P], [k]
         region, cell = w.nonzero(as_tuple=True)
         starts = torch.searchsorted(region, torch.arange(len(w), device=w.device))
-        out[k:k + step] = F.embedding_bag(cell + first[region], cells, starts, mode="sum",
-                                          per_sample_weights=w[region, cell])
+        out[k] = F.embedding_bag(cell + first[region], cells, starts, mode="sum", per_sample_weights=w[region, cell])
     return out
 
 
-def backward_torch(grad, boxes, image_index, B, H, W):
+def backward_torch(grad, boxes, image_index, B, H, W, dtype):
     P, step = H * W, max(1, CHUNK // max(1, H * W))
     out = grad.new_zeros(B * P, grad.shape[1])
     order = image_index.argsort(stable=True)  # a chunk of regions touches neighbouring images
@@ -77,7 +77,106 @@ def backward_torch(grad, boxes, image_index, B, H, W):
         cell, at = (cell + image[region] * P - first).sort(stable=True)
         starts = torch.searchsorted(cell, torch.arange(last - first, device=cell.device))
         out[first:last] += F.embedding_bag(k[region[at]], grad, starts, mode="sum", per_sample_weights=weight[at])
-    return out.view(B, H, W, -1)
+    return out.view(B, H, W, -1).to(dtype)
+
+
+# The Triton path. Forward, a program owns a region and BD features and walks over the cells under it.
+# Backward, it owns BP cells and BD features of an image and walks over the image's regions in their order:
+# no two programs write to one place, so there are no atomics and the sums always come out the same.
+
+@jit
+def forward_kernel(x, boxes, image, total, out, W, P, D, image_stride, cell_stride,
+                   H, MASK: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
+    k = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    x += tl.load(image + k) * image_stride
+    row, column, width, cells = 0, 0, W, P
+    if not MASK:
+        x1, y1 = tl.load(boxes + 4 * k), tl.load(boxes + 4 * k + 1)
+        x2, y2 = tl.load(boxes + 4 * k + 2), tl.load(boxes + 4 * k + 3)
+        x1, y1 = tl.where(x1 > 0, x1, 0), tl.where(y1 > 0, y1, 0)  # NaN goes too: total has it
+        x2, y2 = tl.where(x2 < W, x2, W), tl.where(y2 < H, y2, H)
+        live = (x1 < x2) & (y1 < y2)
+        column, row = tl.floor(tl.where(live, x1, 0)).to(tl.int32), tl.floor(tl.where(live, y1, 0)).to(tl.int32)
+        width = tl.ceil(tl.where(live, x2, 0)).to(tl.int32) - column
+        cells = width * (tl.ceil(tl.where(live, y2, 0)).to(tl.int32) - row)
+    acc = tl.zeros([BD], tl.float32)
+    for p0 in range(0, cells, BP):
+        p = p0 + tl.arange(0, BP)
+        r, c = row + p // width, column + p % width
+        if MASK:
+            w = tl.load(boxes + k * P + p, p < cells, 0).to(tl.float32)
+        else:
+            w = (tl.minimum(x2, c + 1.0) - tl.maximum(x1, c)) * (tl.minimum(y2, r + 1.0) - tl.maximum(y1, r))
+            w = tl.where(p < cells, w, 0)
+        at = (w != 0)[:, None] & (d < D)[None, :]
+        cell = (r * W + c).to(tl.int64) * cell_stride
+        acc += tl.sum(w[:, None] * tl.load(x + cell[:, None] + d[None, :], at, 0).to(tl.float32), 0)
+    tl.store(out + k * D + d, acc / tl.load(total + k), d < D)
+
+
+@jit
+def backward_kernel(grad, boxes, total, order, starts, out, W, P, D, H,
+                    MASK: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
+    blocks = tl.cdiv(P, BP)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    p = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    r, c = (p // W).to(tl.float32), (p % W).to(tl.float32)
+    acc = tl.zeros([BP, BD], tl.float32)
+    for at in range(tl.load(starts + image), tl.load(starts + image + 1)):
+        k = tl.load(order + at)
+        if MASK:
+            w = tl.load(boxes + k * P + p, p < P, 0).to(tl.float32)
+        else:
+            x1, y1 = tl.load(boxes + 4 * k), tl.load(boxes + 4 * k + 1)
+            x2, y2 = tl.load(boxes + 4 * k + 2), tl.load(boxes + 4 * k + 3)
+            wx, wy = tl.minimum(x2, c + 1) - tl.maximum(x1, c), tl.minimum(y2, r + 1) - tl.maximum(y1, r)
+            w = tl.where((wx <= 0) | (wy <= 0), 0, wx * wy)
+        w /= tl.load(total + k)
+        g = tl.load(grad + k * D + d, d < D, 0)
+        acc += tl.where((w != 0)[:, None], w[:, None] * g[None, :], 0)
+    at = (p < P)[:, None] & (d < D)[None, :]
+    tl.store(out + (image * P + p)[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), at)
+
+
+TILES = dict(BP=8, BD=512, warps=4)  # untuned
+NARROW = dict(BP=64, BD=64, warps=4)  # D up to 64; untuned
+
+
+def totals(boxes, H, W):
+    """Sum of the weights of each region [K], 1 where it is 0."""
+    if boxes.dim() == 3:
+        total = boxes.sum((1, 2), dtype=torch.float32)
+    else:
+        edge = torch.tensor([W, H], device=boxes.device)
+        total = (boxes[:, 2:].minimum(edge) - boxes[:, :2].clamp(min=0)).clamp(min=0).prod(1)
+    return torch.where(total == 0, 1, total)
+
+
+def forward_triton(features, boxes, image_index):
+    B, H, W, D = features.shape
+    if features.stride(3) != 1 or features.stride(1) != W * features.stride(2):
+        features = features.contiguous()
+    boxes = boxes.contiguous() if boxes.dim() == 3 else boxes.float().contiguous()
+    tile = NARROW if D <= 64 else TILES
+    out = features.new_empty(len(boxes), D, dtype=torch.float32)
+    launch.run(forward_kernel, (len(boxes), -(-D // tile["BD"])), features, boxes, image_index,
+               totals(boxes, H, W), out, W, H * W, D, features.stride(0), features.stride(2), H,
+               MASK=boxes.dim() == 3, **tile)
+    return out
+
+
+def backward_triton(grad, boxes, image_index, B, H, W, dtype):
+    boxes = boxes.contiguous() if boxes.dim() == 3 else boxes.float().contiguous()
+    D = grad.shape[1]
+    tile = NARROW if D <= 64 else TILES
+    image, order = image_index.sort(stable=True)
+    starts = torch.searchsorted(image, torch.arange(B + 1, device=image.device))
+    out = grad.new_empty(B, H, W, D, dtype=dtype)
+    launch.run(backward_kernel, (B * -(-H * W // tile["BP"]), -(-D // tile["BD"])), grad, boxes,
+               totals(boxes, H, W), order, starts, out, W, H * W, D, H, MASK=boxes.dim() == 3, **tile)
+    return out
 
 
 # The op
@@ -106,7 +205,7 @@ def pool_backward(grad: Tensor, boxes: Tensor, image_index: Tensor, out: Tensor,
     if len(norm):
         grad = (grad - out * (out * grad).sum(1, keepdim=True)) / norm[:, None]
     run = backward_triton if use_triton(out) else backward_torch
-    return run(grad.contiguous(), boxes, image_index, B, H, W).to(out.dtype)
+    return run(grad.contiguous(), boxes, image_index, B, H, W, out.dtype)
 
 
 @pool_backward.register_fake

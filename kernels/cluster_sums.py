@@ -123,7 +123,6 @@ def backward_kernel(x, labels, grad, out, i0, j0, ni, nj, k, D, PRECISION: tl.co
     tl.store(out + ti[:, None] * nj + tj[None, :], w, at)
 
 
-TILES = dict(BI=64, BJ=64, BD=32, warps=4, stages=3)  # untuned
 SIDE = 4096  # of the block of w that lies in memory
 
 
@@ -131,22 +130,22 @@ def forward_triton(x, labels, k):
     x = x.contiguous()
     labels, order = labels.sort(stable=True)
     starts = torch.searchsorted(labels, torch.arange(k + 1, device=x.device))
-    out = x.new_empty(len(x), k, dtype=torch.float32)
-    launch.run(forward_kernel, (-(-len(x) // TILES["BI"]), k), x, x[order], order, starts, out, len(x), k,
-               x.shape[1], PRECISION=launch.precision(x), **TILES)
+    out, tile = x.new_empty(len(x), k, dtype=torch.float32), launch.tiles(x)
+    launch.run(forward_kernel, (-(-len(x) // tile["BI"]), k), x, x[order], order, starts, out, len(x), k,
+               x.shape[1], **tile)
     return out
 
 
 def backward_triton(grad, x, labels):
     x, k, dx = x.contiguous(), grad.shape[1], torch.zeros_like(x, dtype=grad.dtype)
     labels = torch.where((labels >= 0) & (labels < k), labels, k)
-    grad = F.pad(grad, (0, 1))
+    grad, tile = F.pad(grad, (0, 1)), launch.tiles(x)
     for i in slices(len(x), SIDE):
         for j in slices(len(x), SIDE):
             ni, nj = i.stop - i.start, j.stop - j.start
             w = grad.new_empty(ni, nj)
-            launch.run(backward_kernel, (-(-ni // TILES["BI"]), -(-nj // TILES["BJ"])), x, labels, grad, w,
-                       i.start, j.start, ni, nj, k, x.shape[1], PRECISION=launch.precision(x), **TILES)
+            launch.run(backward_kernel, (-(-ni // tile["BI"]), -(-nj // tile["BJ"])), x, labels, grad, w,
+                       i.start, j.start, ni, nj, k, x.shape[1], **tile)
             dx[i] -= w @ x[j].to(w.dtype)
     return dx
 

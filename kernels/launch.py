@@ -54,14 +54,25 @@ def run(kernel, grid, *args, warps=4, stages=2, **constants):
         kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
 
 
-def precision(x):
-    """How dot treats x: float32 as three tf32 products, which keeps it float32 on tensor cores."""
-    return "interpret" if INTERPRET else "tf32x3" if x.dtype == torch.float32 else "ieee"
+def rows(D):
+    """Settings of the kernels that walk along rows of D numbers: BP rows by BD numbers. Untuned."""
+    return dict(BP=8, BD=64 if D <= 64 else 512, warps=4)
+
+
+def tiles(x):
+    """Settings of the kernels with matrix products: BI x BJ products, BD numbers of each row at a time. Untuned.
+
+    float32 goes through tensor cores as three tf32 products, which keeps it float32, with smaller steps: at
+    BD = 32 its registers spill on sm_80 and sm_89.
+    """
+    single = x.dtype == torch.float32
+    return dict(BI=64, BJ=64, BD=16 if single else 32, warps=8, stages=3,
+                PRECISION="interpret" if INTERPRET else "tf32x3" if single else "ieee")
 
 
 @jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in float32; the interpreter's own does not know bf16."""
+    """acc + a b in float32, with the PRECISION of tiles(); the interpreter's own product does not know bf16."""
     if PRECISION == "interpret":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     return tl.dot(a, b, acc, input_precision=PRECISION)

@@ -136,12 +136,8 @@ def backward_kernel(alpha, beta, gamma, z, own, other, order, starts, partner, d
     tl.store(down + r * D + d, acc, d < D)
 
 
-TILES = dict(BP=8, BD=512, warps=4)  # untuned
-NARROW = dict(BP=64, BD=64, warps=4)  # D up to 64; untuned
-
-
 def forward_triton(z, f, b, index, dtype):
-    tile = NARROW if z.shape[1] <= 64 else TILES
+    tile = launch.rows(z.shape[1])
     z, f, b = z.contiguous(), f.contiguous(), b.contiguous()
     out = z.new_empty(4, len(z), dtype=dtype)
     launch.run(forward_kernel, (-(-len(z) // tile["BP"]),), z, f, b, index if index is not None else z, out,
@@ -150,7 +146,7 @@ def forward_triton(z, f, b, index, dtype):
 
 
 def backward_triton(alpha, beta, gamma, z, f, b, index, need_z):
-    tile = NARROW if z.shape[1] <= 64 else TILES
+    tile = launch.rows(z.shape[1])
     z, f, b = z.contiguous(), f.contiguous(), b.contiguous()
     (n, D), m = f.shape, len(b)
     dz = torch.empty_like(z) if need_z else z.new_empty(0)

@@ -169,7 +169,6 @@ def backward_kernel(f, b, ff, bb, ft, bt, y, scale, gf, gb, v, n, m, C, D, PRECI
     tl.store(v + i[:, None] * m + j[None, :], w * r * r, at)
 
 
-TILES = dict(BI=64, BJ=64, BD=32, warps=8, stages=3)  # untuned
 ROOM = 1 << 25  # numbers that SIDE x SIDE pairs may leave in memory
 
 
@@ -178,45 +177,41 @@ def side(C):
     return max(s for s in (256, 512, 1024, 2048, 4096) if s == 256 or s * s * (1 + C / 32) <= ROOM)
 
 
-def products(t, x):
-    out = t.new_empty(len(t), len(x), dtype=torch.float32)
-    launch.run(products_kernel, (-(-len(t) // TILES["BI"]), -(-len(x) // TILES["BJ"])), t, x, out,
-               len(t), len(x), t.shape[1], PRECISION=launch.precision(t), **TILES)
+def products(t, x, tile):
+    out, grid = t.new_empty(len(t), len(x), dtype=torch.float32), (-(-len(t) // tile["BI"]), -(-len(x) // tile["BJ"]))
+    launch.run(products_kernel, grid, t, x, out, len(t), len(x), t.shape[1], **tile)
     return out
 
 
-def blocks_triton(f, b, t, y, scale):
-    """Yields (i, j, grid, arguments of both kernels), i outermost."""
-    squares = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square() for x in (f, b)]
+def blocks(f, b, t, y, scale, tile):
+    """Yields (i, j, grid, inputs of both kernels, sizes): slices of f and b, i outermost."""
+    f, b, t, y = f.contiguous(), b.contiguous(), t.contiguous(), y.contiguous()
+    ff, bb = (torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square() for x in (f, b))
     for i in slices(len(f), side(len(t))):
-        ft = products(t, f[i])
+        ft = products(t, f[i], tile)  # [C, ni]
         for j in slices(len(b), side(len(t))):
-            bt = products(t, b[j])
-            grid = (-(-ft.shape[1] // TILES["BI"]), -(-bt.shape[1] // TILES["BJ"]))
-            yield i, j, grid, (f[i], b[j], squares[0][i], squares[1][j], ft, bt, y[i], scale)
+            bt = products(t, b[j], tile)  # [C, nj]
+            sizes = (ft.shape[1], bt.shape[1], *t.shape)
+            grid = (-(-sizes[0] // tile["BI"]), -(-sizes[1] // tile["BJ"]))
+            yield i, j, grid, (f[i], b[j], ff[i], bb[j], ft, bt, y[i], scale), sizes
 
 
 def forward_triton(f, b, t, y, scale):
-    f, b, t, y = f.contiguous(), b.contiguous(), t.contiguous(), y.contiguous()
-    total = torch.zeros((), dtype=torch.float64, device=f.device)
-    for i, j, grid, args in blocks_triton(f, b, t, y, scale):
+    total, tile = torch.zeros((), dtype=torch.float64, device=f.device), launch.tiles(f)
+    for _, _, grid, inputs, sizes in blocks(f, b, t, y, scale, tile):
         out = scale.new_empty(grid)
-        launch.run(forward_kernel, grid, *args, out, len(args[0]), len(args[1]), len(t), t.shape[1],
-                   PRECISION=launch.precision(f), **TILES)
+        launch.run(forward_kernel, grid, *inputs, out, *sizes, **tile)
         total += out.sum(dtype=torch.float64)
     return total / (len(f) * len(b))
 
 
 def backward_triton(f, b, t, y, scale):
-    f, b, t, y = f.contiguous(), b.contiguous(), t.contiguous(), y.contiguous()
-    df, db, dt = [torch.zeros_like(x, dtype=torch.float32) for x in (f, b, t)]
-    t32 = t.float()
-    for i, j, grid, args in blocks_triton(f, b, t, y, scale):
-        fi, bj = args[0].float(), args[1].float()
-        gf, gb = scale.new_empty(grid[1], len(t), len(fi)), scale.new_empty(grid[0], len(t), len(bj))
-        v = scale.new_empty(len(fi), len(bj))
-        launch.run(backward_kernel, grid, *args, gf, gb, v, len(fi), len(bj), len(t), t.shape[1],
-                   PRECISION=launch.precision(f), **TILES)
+    df, db, dt = (torch.zeros_like(x, dtype=torch.float32) for x in (f, b, t))
+    t32, tile = t.float(), launch.tiles(f)
+    for i, j, grid, inputs, sizes in blocks(f, b, t, y, scale, tile):
+        fi, bj, (ni, nj, C, _) = inputs[0].float(), inputs[1].float(), sizes
+        gf, gb, v = scale.new_empty(grid[1], C, ni), scale.new_empty(grid[0], C, nj), scale.new_empty(ni, nj)
+        launch.run(backward_kernel, grid, *inputs, gf, gb, v, *sizes, **tile)
         gf, gb = gf.sum(0), gb.sum(0)  # [C, ni], [C, nj]
         df[i] += scale * gf.T @ t32 - v.sum(1)[:, None] * fi - v @ bj
         db[j] += scale * gb.T @ t32 - v.sum(0)[:, None] * bj - v.T @ fi

@@ -140,10 +140,6 @@ def backward_kernel(grad, boxes, total, order, starts, out, W, P, D, H,
     tl.store(out + (image * P + p)[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), at)
 
 
-TILES = dict(BP=8, BD=512, warps=4)  # untuned
-NARROW = dict(BP=64, BD=64, warps=4)  # D up to 64; untuned
-
-
 def totals(boxes, H, W):
     """Sum of the weights of each region [K], 1 where it is 0."""
     if boxes.dim() == 3:
@@ -159,7 +155,7 @@ def forward_triton(features, boxes, image_index):
     if features.stride(3) != 1 or features.stride(1) != W * features.stride(2):
         features = features.contiguous()
     boxes = boxes.contiguous() if boxes.dim() == 3 else boxes.float().contiguous()
-    tile = NARROW if D <= 64 else TILES
+    tile = launch.rows(D)
     out = features.new_empty(len(boxes), D, dtype=torch.float32)
     launch.run(forward_kernel, (len(boxes), -(-D // tile["BD"])), features, boxes, image_index,
                totals(boxes, H, W), out, W, H * W, D, features.stride(0), features.stride(2), H,
@@ -170,7 +166,7 @@ def forward_triton(features, boxes, image_index):
 def backward_triton(grad, boxes, image_index, B, H, W, dtype):
     boxes = boxes.contiguous() if boxes.dim() == 3 else boxes.float().contiguous()
     D = grad.shape[1]
-    tile = NARROW if D <= 64 else TILES
+    tile = launch.rows(D)
     image, order = image_index.sort(stable=True)
     starts = torch.searchsorted(image, torch.arange(B + 1, device=image.device))
     out = grad.new_empty(B, H, W, D, dtype=dtype)

@@ -91,8 +91,8 @@ def report(archs=(80, 89, 90), cases=None):
     """Yields (arch, case, dict of compiled()) for every distinct kernel."""
     if launch.triton is None or launch.INTERPRET:
         raise RuntimeError("kernels.resources compiles: it needs Triton, with TRITON_INTERPRET unset")
+    seen = set()
     for dtype, D in cases or ((d, D) for d in (torch.bfloat16, torch.float16, torch.float32) for D in (512, 64, 33)):
-        seen = set()
         for kernel, args, warps, stages, constants in launches(dtype, D):
             src = source(kernel, args, constants)
             if src.hash() in seen:

@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel, for GPUs that need not be there.
 
-    python -m kernels.resources [--arch=80,89,90] [--full]
+    python -m kernels.resources [--arch=80,89,90] [--dtype=bf16,fp16,fp32] [--width=512,77,64,33]
 
 Runs the ops' own launch code on small CPU tensors with the launch itself replaced by a compilation, so each
 line is a kernel as it is really launched: its types, alignment and settings. Prints registers per thread and
@@ -23,7 +23,6 @@ cluster_sums, pairwise_additivity, pairwise_loss, region_pool = (
     import_module(f"kernels.{name}") for name in ("cluster_sums", "pairwise_additivity", "pairwise_loss", "region_pool"))
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
-SHARED = {80: 163, 89: 99, 90: 227}  # KiB that one block may have (CUDA C++ programming guide, compute capabilities)
 
 
 def recorded(op):
@@ -87,18 +86,36 @@ def compiled(src, arch, warps, stages):
                 tensor=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", ptx)))
 
 
-def report(archs=(80, 89, 90), cases=None):
-    """Yields (arch, case, dict of compiled()) for every distinct kernel."""
+def report(archs, cases):
+    """Yields (arch, (kernel, flags, dtype, D), dict of compiled()) for every distinct kernel of the cases (dtype, D)."""
     if launch.triton is None or launch.INTERPRET:
         raise RuntimeError("kernels.resources compiles: it needs Triton, with TRITON_INTERPRET unset")
-    seen = set()
-    for dtype, D in cases or ((d, D) for d in (torch.bfloat16, torch.float16, torch.float32) for D in (512, 64, 33)):
+    archs, seen = list(archs), set()
+    for dtype, D in cases:
         for kernel, args, warps, stages, constants in launches(dtype, D):
             src = source(kernel, args, constants)
             if src.hash() in seen:
                 continue
             seen.add(src.hash())
-            flags = "+".join(k for k in ("LIST", "MASK", "NEED_Z") if constants.get(k))
+            flags = "+".join(k for k in ("LIST", "MASK", "NEED_Z") if constants.get(k)) or "-"
             name = f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}"
             for arch in archs:
                 yield arch, (name, flags, TYPES[dtype], D), compiled(src, arch, warps, stages)
+
+
+def main(argv):
+    flags = dict(arch="80,89,90", dtype="bf16,fp16,fp32", width="512,77,64,33")
+    for arg in argv:
+        name, _, value = arg.removeprefix("--").partition("=")
+        if name not in flags or not value:
+            sys.exit(f"kernels.resources: found {arg}; it takes {' '.join(f'--{k}={v}' for k, v in flags.items())}")
+        flags[name] = value
+    archs, names, widths = (value.split(",") for value in flags.values())
+    dtypes = {name: dtype for dtype, name in TYPES.items()}
+    print("sm kernel flags dtype D registers spilled shared 16-byte-loads tensor-core")
+    for arch, case, numbers in report(map(int, archs), [(dtypes[n], int(D)) for n in names for D in widths]):
+        print(arch, *case, *numbers.values(), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

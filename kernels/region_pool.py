@@ -20,63 +20,76 @@ def region_pool_ref(features, boxes, image_index, grid=None, normalize=False):
     """The definition, one region at a time; arguments as region_pool."""
     if features.dim() == 3:
         features = features.unflatten(1, grid)
-    rows = []
+    out = []
     for region, i in zip(boxes, image_index.tolist()):
-        w = region if region.dim() == 2 else box_weights(region[None].double(), *features.shape[1:3])[0]  # [H, W]
-        w = w.to(features.dtype)
+        if region.dim() == 1:
+            rows, columns = overlaps(region[None].double(), *features.shape[1:3])
+            region = rows[0, :, None] * columns[0]
+        w = region.to(features.dtype)  # [H, W]
         x = torch.where(w[:, :, None] == 0, 0, features[i])  # [H, W, D]
         pooled = (w[:, :, None] * x).sum((0, 1)) / torch.where((w == 0).all(), 1, w.sum())
-        rows.append(F.normalize(pooled, dim=0) if normalize else pooled)
-    return torch.stack(rows) if rows else features.new_zeros(0, features.shape[-1])
+        out.append(F.normalize(pooled, dim=0) if normalize else pooled)
+    return torch.stack(out) if out else features.new_zeros(0, features.shape[-1])
 
 
-def box_weights(boxes, H, W):
-    """[K, 4] x1,y1,x2,y2 in cells -> areas of overlap with each cell [K, H, W]."""
-    def overlap(lo, hi, n):  # [K], [K] -> [K, n]
+def overlaps(boxes, H, W):
+    """[K, 4] x1,y1,x2,y2 in cells -> lengths of overlap with each row [K, H] and each column [K, W] of cells."""
+    def overlap(low, high, n):
         cell = torch.arange(n, dtype=boxes.dtype, device=boxes.device)
-        return (torch.minimum(hi[:, None], cell + 1) - torch.maximum(lo[:, None], cell)).clamp(min=0)
+        return (torch.minimum(high[:, None], cell + 1) - torch.maximum(low[:, None], cell)).clamp(min=0)
     x1, y1, x2, y2 = boxes.unbind(1)
-    return overlap(y1, y2, H)[:, :, None] * overlap(x1, x2, W)[:, None, :]
+    return overlap(y1, y2, H), overlap(x1, x2, W)
 
 
 # The PyTorch path. The weights are sparse: a box covers few cells, so each region is a weighted bag of
-# rows of the feature map, and backward each cell is a weighted bag of rows of the gradient.
+# rows of the feature map, and backward each cell is a weighted bag of rows of the gradient. Regions are
+# taken in the order of their images: then a map stays in cache while its regions are summed.
 
 CHUNK = 1 << 22  # weights held at a time
 
 
 def shares(boxes, H, W, dtype):
-    """Weights of each region, summing to one: boxes [K, 4] or masks [K, H, W] -> [K, H*W]."""
-    w = boxes.to(dtype) if boxes.dim() == 3 else box_weights(boxes.to(dtype), H, W)
-    w = w.flatten(1)
-    total = w.sum(1, keepdim=True)
-    return w / torch.where(total == 0, 1, total)
+    """Weights of each region, summing to one: boxes [K, 4] or masks [K, H, W] -> [K, H, W]."""
+    def share(w):
+        total = w.sum(-1, keepdim=True)
+        return w / torch.where(total == 0, 1, total)
+    if boxes.dim() == 3:
+        return share(boxes.to(dtype).flatten(1)).view(boxes.shape)
+    rows, columns = map(share, overlaps(boxes.to(dtype), H, W))
+    return rows[:, :, None] * columns[:, None, :]
+
+
+def sparse(boxes, image_index, H, W, dtype):
+    """Yields (regions, starts, cells, weights) by chunks, in the order of images: regions [k] and where each
+    one's weights start [k]; per weight above zero its cell in [B*H*W]."""
+    P, order = H * W, image_index.argsort(stable=True)
+    for regions in order.split(max(1, CHUNK // max(1, P))) if len(order) else ():
+        w = shares(boxes[regions], H, W, dtype).flatten()
+        at, = w.nonzero(as_tuple=True)
+        row = torch.arange(len(regions) + 1, device=at.device)
+        starts = torch.searchsorted(at, row * P)  # [k + 1]
+        shift = (image_index[regions] - row[:-1]) * P
+        yield regions, starts, at + shift.repeat_interleave(starts.diff()), w.index_select(0, at)
 
 
 def forward_torch(features, boxes, image_index):
     B, H, W, D = features.shape
-    dtype, step = accumulator(features.dtype), max(1, CHUNK // max(1, H * W))
-    cells = features.reshape(B * H * W, D).to(dtype)
+    cells = features.reshape(B * H * W, D).to(accumulator(features.dtype))
     out = cells.new_empty(len(boxes), D)
-    for k in slices(len(boxes), step):
-        w, first = shares(boxes[k], H, W, dtype), image_index[k] * (H * W)  # [k, P], [k]
-        region, cell = w.nonzero(as_tuple=True)
-        starts = torch.searchsorted(region, torch.arange(len(w), device=w.device))
-        out[k] = F.embedding_bag(cell + first[region], cells, starts, mode="sum", per_sample_weights=w[region, cell])
+    for regions, starts, cell, weight in sparse(boxes, image_index, H, W, cells.dtype):
+        pooled = F.embedding_bag(cell, cells, starts[:-1], mode="sum", per_sample_weights=weight)
+        out.index_copy_(0, regions, pooled)
     return out
 
 
 def backward_torch(grad, boxes, image_index, B, H, W, dtype):
-    P, step = H * W, max(1, CHUNK // max(1, H * W))
-    out = grad.new_zeros(B * P, grad.shape[1])
-    order = image_index.argsort(stable=True)  # a chunk of regions touches neighbouring images
-    for k in order.split(step):
-        image, w = image_index[k], shares(boxes[k], H, W, grad.dtype)
-        region, cell = w.nonzero(as_tuple=True)
-        weight, first, last = w[region, cell], int(image[0]) * P, int(image[-1] + 1) * P
-        cell, at = (cell + image[region] * P - first).sort(stable=True)
-        starts = torch.searchsorted(cell, torch.arange(last - first, device=cell.device))
-        out[first:last] += F.embedding_bag(k[region[at]], grad, starts, mode="sum", per_sample_weights=weight[at])
+    out = grad.new_zeros(B * H * W, grad.shape[1])
+    for regions, starts, cell, weight in sparse(boxes, image_index, H, W, grad.dtype):
+        first, last = (int(image_index[regions[k]] + n) * H * W for k, n in ((0, 0), (-1, 1)))  # only these images
+        cell, at = cell.sort(stable=True)
+        region = regions.repeat_interleave(starts.diff()).index_select(0, at)
+        starts = torch.searchsorted(cell, torch.arange(first, last, device=cell.device))
+        out[first:last] += F.embedding_bag(region, grad, starts, mode="sum", per_sample_weights=weight.index_select(0, at))
     return out.view(B, H, W, -1).to(dtype)
 
 

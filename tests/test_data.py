@@ -1,0 +1,666 @@
+"""data.py: flags, files, images, the Waterbirds layout, composites, drawn scenes, pages."""
+import csv
+import errno
+import hashlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import data
+from data import Complaint
+
+ROOT = Path(data.__file__).parent
+
+
+def complaint(*words):
+    """Expects a Complaint of one line that contains each of the words."""
+    return pytest.raises(Complaint, match="(?s)^" + "".join(f"(?=.*{re.escape(str(w))})" for w in words) + r"[^\n]*$")
+
+
+def digest(image):
+    return hashlib.sha256(image.mode.encode() + image.tobytes()).hexdigest()
+
+
+def cutout(path, size=60, colour=(200, 40, 40)):
+    image = Image.new("RGBA", (size, size))
+    ImageDraw.Draw(image).ellipse((10, 5, size - 12, size - 5), fill=(*colour, 255))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return str(path)
+
+
+def photo(path, seed=0, size=(48, 40)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), "uint8")).save(path)
+    return str(path)
+
+
+# --- flags
+
+def script(**more):
+    return dict(name="a", number=3, rate=.1, switch=False, Constant=1, function=len, **more)
+
+
+def test_flags_split_at_the_first_equals_sign():
+    assert data.flags(script(), ["--name=x=y=z"])["name"] == "x=y=z"
+
+
+def test_flags_change_the_script_in_place_and_return_every_flag():
+    here = script()
+    assert data.flags(here, ["--number=7"]) == dict(name="a", number=7, rate=.1, switch=False)
+    assert here["number"] == 7 and here["Constant"] == 1 and here["function"] is len
+
+
+def test_flags_take_an_int_for_a_float():
+    value = data.flags(script(), ["--rate=2"])["rate"]
+    assert value == 2. and type(value) is float
+
+
+@pytest.mark.parametrize("word, value", [("--switch", True), ("--switch=true", True), ("--switch=True", True), ("--switch=1", True),
+                                         ("--switch=false", False), ("--switch=False", False), ("--switch=0", False)])
+def test_flags_spellings_of_a_bool(word, value):
+    assert data.flags(script(), [word])["switch"] is value
+
+
+def test_flags_last_one_counts():
+    assert data.flags(script(), ["--number=1", "--number=2"])["number"] == 2
+
+
+@pytest.mark.parametrize("word, words", [("--nmber=3", ("--nmber", "no such flag", "number")), ("--zzzz=3", ("--zzzz", "name", "number", "rate", "switch")),
+                                         ("--Constant=2", ("--Constant",)), ("--function=2", ("--function",)),
+                                         ("--number=2.5", ("--number", "2.5", "whole number")), ("--number", ("--number",)),
+                                         ("--rate=fast", ("--rate", "fast", "a number")), ("--rate=nan", ("--rate", "nan")),
+                                         ("--switch=maybe", ("--switch", "maybe", "True or False")), ("--name", ("--name=VALUE",)),
+                                         ("word", ("word", "--key=value"))])
+def test_flags_bad_word_is_named(word, words):
+    with complaint(*words):
+        data.flags(script(), [word])
+
+
+def test_flags_help_prints_the_block_and_nothing_after_it(tmp_path, capsys):
+    source = '"""What it does."""\nimport this\n\n# --- I/O ---\nout = "o"  # where to\n# --- end ---\nsecret = 1\n'
+    (tmp_path / "s.py").write_text(source)
+    with pytest.raises(SystemExit) as stop:
+        data.flags(dict(out="o", __file__=str(tmp_path / "s.py"), __doc__="What it does."), ["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "What it does." in shown and 'out = "o"  # where to' in shown
+    assert "secret" not in shown and "import this" not in shown
+
+
+@pytest.mark.parametrize("problem, code", [(Complaint("x.csv: wrong"), 2), (OSError(errno.ENOSPC, "No space left on device", "x.csv"), 2), (KeyboardInterrupt(), 130)])
+def test_run_turns_what_the_user_can_mend_into_one_line_and_an_exit_code(problem, code, capsys):
+    def main():
+        raise problem
+    with pytest.raises(SystemExit) as stop:
+        data.run(main)
+    line = capsys.readouterr().err.strip()
+    assert stop.value.code == code and "\n" not in line and ("x.csv" in line or code == 130)
+
+
+def test_run_leaves_our_own_mistakes_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        data.run(lambda: 1 / 0)
+
+
+def test_rng_depends_on_seed_purpose_and_index_only():
+    draw = lambda *k: data.rng(*k).random()
+    assert draw(1, "pose", 3) == draw(1, "pose", 3)
+    assert len({draw(1, "pose", 3), draw(2, "pose", 3), draw(1, "view", 3), draw(1, "pose", 4)}) == 4
+
+
+# --- files
+
+def test_write_makes_the_folder_and_leaves_nothing_beside_the_file(tmp_path):
+    data.write(tmp_path / "a/b/c.txt", "grün")
+    assert (tmp_path / "a/b/c.txt").read_bytes() == "grün".encode() and os.listdir(tmp_path / "a/b") == ["c.txt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_write_on_a_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch, call):
+    data.write(tmp_path / "c.txt", "old")
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(data.os, call, full)
+    with complaint(tmp_path / "c.txt", "No space left", "free some space"):
+        data.write(tmp_path / "c.txt", "new")
+    assert (tmp_path / "c.txt").read_text() == "old" and os.listdir(tmp_path) == ["c.txt"]
+
+
+def test_write_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.write(tmp_path / "c.txt", "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_write_below_a_file_is_a_complaint(tmp_path):
+    (tmp_path / "file").write_text("")
+    with complaint(tmp_path / "file" / "c.txt", "cannot be written"):
+        data.write(tmp_path / "file" / "c.txt", "x")
+
+
+def test_write_json_refuses_nan(tmp_path):
+    with pytest.raises(ValueError):
+        data.write_json(tmp_path / "a.json", dict(x=float("nan")))
+    assert not os.listdir(tmp_path)
+
+
+def test_pictures_are_sorted_found_below_and_hidden_ones_passed_over(tmp_path):
+    for name in ("b.JPG", "a/z.png", ".hidden.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.relative_to(tmp_path).as_posix() for p in data.pictures(tmp_path, "backgrounds")] == ["a/z.png", "b.JPG"]
+
+
+@pytest.mark.parametrize("where, words", [("nowhere", "no such folder"), ("file", "not a folder"), ("empty", "no images")])
+def test_pictures_complains_about_the_flag_and_folder(tmp_path, where, words):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    with complaint("--backgrounds", tmp_path / where, words):
+        data.pictures(tmp_path / where, "backgrounds")
+
+
+# --- images
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "gif", "bmp", "webp", "tif"])
+@pytest.mark.parametrize("share", [.02, .3, .6, .9])
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_open_image_truncated_file_is_named(tmp_path, kind, share):
+    path = Path(photo(tmp_path / f"a.{kind}"))
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+    with complaint(path):
+        data.open_image(str(path))
+
+
+@pytest.mark.parametrize("content, words", [(b"", "empty file"), (b"hello, no picture here", "not an image")])
+def test_open_image_empty_or_not_an_image(tmp_path, content, words):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with complaint(tmp_path / "a.jpg", words, "--skip_bad"):
+        data.open_image(str(tmp_path / "a.jpg"))
+
+
+def test_open_image_missing_or_a_folder(tmp_path):
+    with complaint(tmp_path / "a.jpg", "no such file"):
+        data.open_image(str(tmp_path / "a.jpg"))
+    with complaint(tmp_path):
+        data.open_image(str(tmp_path))
+
+
+def test_open_image_1x1(tmp_path):
+    with complaint("1x1", tmp_path):
+        data.open_image(photo(tmp_path / "a.png", size=(1, 1)))
+
+
+def test_open_image_decompression_bomb(tmp_path, monkeypatch):
+    path = photo(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with complaint(path):
+        data.open_image(path)
+
+
+def save(tmp_path, image, name="a.png", **options):
+    image.save(tmp_path / name, **options)
+    return data.open_image(str(tmp_path / name))
+
+
+def test_open_image_cmyk(tmp_path):
+    image = save(tmp_path, Image.new("RGB", (20, 20), (250, 20, 30)).convert("CMYK"), "a.jpg", quality=95)
+    assert image.mode == "RGB" and np.abs(np.asarray(image).mean((0, 1)) - (250, 20, 30)).max() < 12
+
+
+def test_open_image_16_bit_is_scaled_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(20, 0)
+    image = save(tmp_path, Image.fromarray(ramp))
+    assert image.mode == "RGB" and np.abs(np.asarray(image)[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+def test_open_image_other_modes_become_rgb(tmp_path, mode):
+    image = save(tmp_path, Image.new("RGB", (20, 20), "white").convert(mode))
+    assert image.mode == "RGB" and image.getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_open_image_palette_with_transparency_keeps_it(tmp_path):
+    image = Image.new("P", (20, 20), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
+    image.paste(1, (10, 0, 20, 20))
+    opened = save(tmp_path, image, transparency=0)
+    assert opened.mode == "RGBA" and opened.getpixel((2, 2))[3] == 0 and opened.getpixel((15, 2)) == (0, 0, 255, 255)
+    assert data.opaque(opened).getpixel((2, 2)) == (255, 255, 255)
+
+
+def test_open_image_animation_gives_its_first_frame(tmp_path):
+    image = save(tmp_path, Image.new("RGB", (20, 20), (255, 0, 0)), "a.gif", save_all=True, append_images=[Image.new("RGB", (20, 20), (0, 0, 255))])
+    assert data.opaque(image).getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_open_image_is_turned_as_exif_says(tmp_path):
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("black", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera's top is at the right: turn clockwise
+    turned = save(tmp_path, image, "a.jpg", exif=exif)
+    assert turned.size == (20, 40) and turned.getpixel((10, 5))[0] < 60 and turned.getpixel((10, 35))[0] > 200
+
+
+def test_open_image_damaged_exif_does_not_crash(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.jpg", exif=b"Exif\0\0XXnotatiffheader")
+    try:
+        assert data.open_image(str(tmp_path / "a.jpg")).size == (20, 20)
+    except Complaint as problem:
+        assert str(tmp_path / "a.jpg") in str(problem)
+
+
+# --- the Waterbirds layout
+
+COLUMNS = list(data.WATERBIRDS_COLUMNS)
+
+
+def table(y=2, places=2, splits=3):
+    """One row for each class, place and split."""
+    return [[k, f"s/{k}.jpg", *map(str, (k % y, k // (y * places), k // y % places)), "x"] for k in range(y * places * splits)]
+
+
+def birds(root, rows=None, columns=COLUMNS, encoding="utf-8"):
+    root.mkdir(exist_ok=True)
+    with open(root / "metadata.csv", "w", newline="", encoding=encoding) as file:
+        csv.writer(file).writerows([columns, *(rows if rows is not None else table())])
+    for k in range(40):
+        photo(root / f"s/{k}.jpg", k, (16, 12)) if not (root / f"s/{k}.jpg").exists() else None
+    return f"waterbirds:{root}"
+
+
+def test_waterbirds_reads_labels_places_and_splits_in_order(tmp_path):
+    samples = data.load_data(birds(tmp_path))
+    assert samples.y.tolist() == [0, 1] * 6 and samples.place.tolist() == [0, 0, 1, 1] * 3 and samples.split.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert samples.group().tolist() == [0, 2, 1, 3] * 3 and samples.counts(0).tolist() == [1, 1, 1, 1]
+    assert samples.items[5].image().tobytes() == data.open_image(str(tmp_path / "s/5.jpg")).tobytes()
+
+
+def test_waterbirds_any_number_of_classes_and_places(tmp_path):
+    samples = data.load_data(birds(tmp_path, table(4, 3)))
+    assert (len(samples.classes), len(samples.places)) == (4, 3) and samples.counts(2).tolist() == [1] * 12
+
+
+def test_waterbirds_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    assert len(data.load_data(birds(tmp_path, encoding="utf-8-sig")).items) == 12
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_waterbirds_missing_column_is_named(tmp_path, column):
+    k = COLUMNS.index(column)
+    drop = lambda r: r[:k] + r[k + 1:]
+    with complaint("metadata.csv", f"no column '{column}'", "found:", ",".join(COLUMNS)):
+        data.load_data(birds(tmp_path, [drop(r) for r in table()], drop(COLUMNS)))
+
+
+def test_waterbirds_extra_column_is_noted(tmp_path):
+    samples = data.load_data(birds(tmp_path, [[*r, "7"] for r in table()], [*COLUMNS, "weather"]))
+    assert any("'weather'" in note for note in samples.notes)
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "s/../../secret.jpg", "/etc/passwd", ""])
+def test_waterbirds_paths_out_of_the_folder_are_refused(tmp_path, name):
+    rows = table()
+    rows[3][1] = name
+    with complaint("metadata.csv:5", repr(name)):
+        data.load_data(birds(tmp_path / "in", rows))
+
+
+@pytest.mark.parametrize("column, value", [("y", "1.0"), ("y", "bird"), ("y", ""), ("place", "-1"), ("split", "3"), ("split", "train"), ("y", "9" * 30)])
+def test_waterbirds_numbers_that_are_none_name_the_line(tmp_path, column, value):
+    rows = table()
+    rows[2][COLUMNS.index(column)] = value
+    with complaint("metadata.csv", f"{value}"):
+        data.load_data(birds(tmp_path, rows))
+
+
+def test_waterbirds_short_row_names_the_line(tmp_path):
+    rows = table()
+    rows[2] = rows[2][:2]
+    with complaint("metadata.csv:4"):
+        data.load_data(birds(tmp_path, rows))
+
+
+def test_waterbirds_split_without_images(tmp_path):
+    with complaint("split 1 (val)"):
+        data.load_data(birds(tmp_path, [r for r in table() if r[3] != "1"]))
+
+
+def test_waterbirds_class_without_images_in_a_split(tmp_path):
+    with complaint("split 2 (test)", "class 1"):
+        data.load_data(birds(tmp_path, [r for r in table() if (r[3], r[2]) != ("2", "1")]))
+
+
+def test_waterbirds_one_class_only(tmp_path):
+    with complaint("class 1 never occurs"):
+        data.load_data(birds(tmp_path, [r for r in table() if r[2] == "0"]))
+
+
+def test_waterbirds_place_that_never_occurs(tmp_path):
+    with complaint("place 1 never occurs"):
+        data.load_data(birds(tmp_path, [r for r in table(2, 3) if r[4] != "1"]))
+
+
+def test_waterbirds_duplicate_row_names_both_lines(tmp_path):
+    with complaint("metadata.csv:14", "s/3.jpg", "line 5"):
+        data.load_data(birds(tmp_path, [*table(), table()[3]]))
+
+
+def test_waterbirds_missing_files_are_counted_and_the_first_named(tmp_path):
+    spec = birds(tmp_path)
+    for k in (3, 7):
+        (tmp_path / f"s/{k}.jpg").unlink()
+    with complaint("2 of its 12", "s/3.jpg"):
+        data.load_data(spec)
+
+
+def test_waterbirds_not_utf8(tmp_path):
+    with complaint("metadata.csv", "UTF-8"):
+        data.load_data(birds(tmp_path, [[*r[:5], "grün"] for r in table()], encoding="utf-16"))
+
+
+@pytest.mark.parametrize("content", ["", ",".join(COLUMNS) + "\n"])
+def test_waterbirds_table_without_rows(tmp_path, content):
+    birds(tmp_path)
+    (tmp_path / "metadata.csv").write_text(content)
+    with complaint("metadata.csv"):
+        data.load_data(f"waterbirds:{tmp_path}")
+
+
+def test_waterbirds_folder_without_a_table_or_none_at_all(tmp_path):
+    with complaint("no metadata.csv"):
+        data.load_data(f"waterbirds:{tmp_path}")
+    with complaint("no such folder", tmp_path / "x"):
+        data.load_data(f"waterbirds:{tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize("spec", ["waterbird:x", "waterbirds", "scenes:x", ""])
+def test_load_data_lists_what_there_is(spec):
+    with complaint("--data", repr(spec), "scenes", "waterbirds:DIR"):
+        data.load_data(spec)
+
+
+def test_check_says_which_groups_the_training_set_lacks(tmp_path):
+    rows = [r for r in table() if r[3] != "0" or r[2] == r[4]]
+    assert any("100 % correlated" in n and "0 on 1" in n for n in data.load_data(birds(tmp_path, rows)).notes)
+
+
+def test_samples_keep_picks_everything_alike(tmp_path):
+    samples = data.load_data(birds(tmp_path))
+    kept = samples.keep(torch.tensor([7, 2]))
+    assert kept.items == [samples.items[7], samples.items[2]] and kept.y.tolist() == [1, 0] and kept.group().tolist() == [3, 1]
+    assert kept.captions == [samples.captions[7], samples.captions[2]] and len(kept.cut) == 2
+
+
+# --- layers and composites
+
+def test_cutout_is_cropped_to_what_is_visible(tmp_path):
+    assert data.Cutout(cutout(tmp_path / "a.png")).image().size == (39, 51)
+
+
+def test_cutout_without_alpha_or_fully_transparent_is_named(tmp_path):
+    Image.new("RGB", (30, 30)).save(tmp_path / "rgb.png")
+    Image.new("RGBA", (30, 30), (9, 9, 9, 255)).save(tmp_path / "opaque.png")
+    Image.new("RGBA", (30, 30), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    for name, words in (("rgb", "no transparency"), ("opaque", "no transparency"), ("clear", "nothing visible")):
+        with complaint(tmp_path / f"{name}.png", words):
+            data.Cutout(str(tmp_path / f"{name}.png")).image()
+
+
+def raw_material(tmp_path, n=9):
+    for k in range(n):
+        cutout(tmp_path / f"f/{k}.png", 40 + k, (20 * k, 200 - 20 * k, 90))
+        photo(tmp_path / f"b/{k}.jpg", k, (64, 64))
+    return str(tmp_path / "f"), str(tmp_path / "b")
+
+
+def test_layers_stop_at_a_bad_file_and_skip_bad_names_it_instead(tmp_path):
+    folders = raw_material(tmp_path)
+    (tmp_path / "b/bad.jpg").write_bytes(b"")
+    Image.new("RGB", (30, 30)).save(tmp_path / "f/plain.png")
+    with complaint("plain.png"):
+        data.layers(*folders)
+    figures, grounds, notes = data.layers(*folders, skip_bad=True)
+    assert len(figures) == len(grounds) == 9 and len(notes) == 2 and "plain.png" in notes[0] and "bad.jpg" in notes[1]
+
+
+def test_layers_want_enough_of_each(tmp_path):
+    with complaint("--foregrounds", "found 3"):
+        data.layers(*raw_material(tmp_path, 3))
+
+
+def layered(tmp_path, **more):
+    figures, grounds, _ = data.layers(*raw_material(tmp_path))
+    return data.composites(figures, grounds, **dict(dict(instances=6, per=3, seed=1), **more))
+
+
+def test_composites_of_one_seed_are_the_same_in_any_order_and_number(tmp_path):
+    items, i, j = layered(tmp_path)
+    more, i2, j2 = layered(tmp_path, instances=12)
+    assert more[:18] == items and i2[:18].tolist() == i.tolist() and j2[:18].tolist() == j.tolist()
+    first = [digest(c.image()) for c in items]
+    assert [digest(c.image()) for c in reversed(items)] == first[::-1] and [c.key() for c in items] == [c.key() for c in more[:18]]
+
+
+def test_composites_of_another_seed_differ(tmp_path):
+    a, b = layered(tmp_path)[0], layered(tmp_path, seed=2)[0]
+    assert all(x != y and x.key() != y.key() and digest(x.image()) != digest(y.image()) for x, y in zip(a, b))
+
+
+def test_composites_one_instance_has_one_figure_and_pose_on_different_backgrounds(tmp_path):
+    items, i, j = layered(tmp_path)
+    for k in range(6):
+        mine = [c for c, a in zip(items, i.tolist()) if a == k]
+        assert len(mine) == 3 and len({(c.figure, c.pose) for c in mine}) == 1 and len({c.ground for c in mine}) == 3
+    assert len({c.pose for c in items}) == 6
+    assert all(c.ground.path.endswith(f"/{b}.jpg") for c, b in zip(items, j.tolist()))
+
+
+def test_composite_alone_on_grey_and_background_alone(tmp_path):
+    from dataclasses import replace
+    c = layered(tmp_path)[0][0]
+    figure, at = data.posed(c.figure.image(), c.pose, c.size)
+    box = (*at, at[0] + figure.width, at[1] + figure.height)
+    outside = np.ones((c.size, c.size), bool)
+    outside[box[1]:box[3], box[0]:box[2]] = False
+    whole, alone, ground = (np.asarray(x.image()) for x in (c, replace(c, ground=None), replace(c, figure=None)))
+    assert (alone[outside] == data.GREY).all() and (whole[outside] == ground[outside]).all()
+    inside = np.zeros_like(outside)
+    inside[box[1]:box[3], box[0]:box[2]] = np.asarray(figure)[..., 3] == 255
+    assert inside.any() and (whole[inside] == alone[inside]).all() and (whole[inside] != ground[inside]).any()
+
+
+@pytest.mark.parametrize("area", [.06, .2, .4])
+def test_pose_area_is_the_share_of_the_frame_and_the_figure_stays_inside(area):
+    figure = Image.new("RGBA", (60, 50), (9, 9, 9, 255))
+    for x, y in ((0, 0), (1, 1), (.3, .8)):
+        posed, at = data.posed(figure, data.Pose(area, x, y), 200)
+        assert abs(posed.width * posed.height / 200 ** 2 - area) < .01
+        assert min(at) >= 0 and at[0] + posed.width <= 200 and at[1] + posed.height <= 200
+
+
+def test_pose_flip_mirrors():
+    figure = Image.new("RGBA", (40, 40), (255, 0, 0, 255))
+    figure.paste((0, 0, 255, 255), (0, 0, 20, 40))
+    left = lambda flip: data.posed(figure, data.Pose(.2, flip=flip), 200)[0].getpixel((10, 20))[:3]
+    assert left(False) == (0, 0, 255) and left(True) == (255, 0, 0)
+
+
+def test_key_changes_with_the_file(tmp_path):
+    path = photo(tmp_path / "a.png", 0)
+    before = data.Photo(path).key(), data.Composite(None, data.Background(path), None).key()
+    photo(tmp_path / "a.png", 1, (50, 40))
+    assert not set(before) & {data.Photo(path).key(), data.Composite(None, data.Background(path), None).key()}
+
+
+def masked_birds(tmp_path):
+    spec = birds(tmp_path / "birds")
+    for k in range(12):
+        mask = Image.new("L", (16, 12))
+        mask.paste(255, (4, 3, 12, 9))
+        (tmp_path / "m/s").mkdir(parents=True, exist_ok=True)
+        mask.save(tmp_path / f"m/s/{k}.png")
+    return spec, str(tmp_path / "m")
+
+
+def test_recompose_keeps_the_foreground_and_changes_the_rest(tmp_path):
+    samples = data.load_data(*masked_birds(tmp_path))
+    ground = data.Background(photo(tmp_path / "g.png", 99, (64, 64)))
+    pictures, y = data.recompose(samples, [[ground], [ground]], 2, 0)
+    assert len(pictures) == 4 * 2 * 2 and y.tolist() == samples.y[:4].repeat_interleave(4).tolist()
+    for k, picture in enumerate(pictures[::4]):
+        old, new = np.asarray(samples.items[k].image()), np.asarray(picture.image())
+        same = (old == new).all(2)
+        assert new.shape == old.shape and same[3:9, 4:12].all() and same.mean() < .5
+
+
+def test_recompose_skips_what_has_no_mask(tmp_path):
+    spec, masks = masked_birds(tmp_path)
+    (tmp_path / "m/s/2.png").unlink()
+    samples = data.load_data(spec, masks)
+    assert [c is None for c in samples.cut] == [k == 2 for k in range(12)]
+    assert len(data.recompose(samples, [[None]], 1, 0)[0]) == 3
+
+
+def test_mask_of_another_size_names_both(tmp_path):
+    spec, masks = masked_birds(tmp_path)
+    Image.new("L", (9, 9), 255).save(tmp_path / "m/s/0.png")
+    with complaint("s/0.png", "9x9", "16x12"):
+        data.load_data(spec, masks).cut[0].image()
+
+
+def test_masks_that_fit_no_image(tmp_path):
+    spec, _ = masked_birds(tmp_path)
+    (tmp_path / "none").mkdir()
+    with complaint("--masks", tmp_path / "none", "s/0.jpg", "s/0.png"):
+        data.load_data(spec, str(tmp_path / "none"))
+
+
+def test_place_backgrounds_one_folder_for_each_place(tmp_path):
+    samples = data.load_data(birds(tmp_path / "birds"))
+    with complaint("--place_backgrounds", "found 1"):
+        data.place_grounds(samples, str(tmp_path / "birds"), 0, .5)
+    assert data.place_grounds(samples, "", 0, .5) is None
+
+
+# --- drawn scenes
+
+@pytest.mark.parametrize("confounder", [.5, .6, .75, .9, .95, 1.])
+def test_scenes_confounder_is_the_exact_share_in_train_and_val_and_test_are_balanced(confounder):
+    samples = data.drawn_scenes(confounder, sizes=(400, 40, 80))
+    y, own = samples.y, samples.y == samples.place
+    for c in range(2):
+        assert float(own[(samples.split == 0) & (y == c)].double().mean()) == pytest.approx(confounder, abs=1e-9)
+    assert samples.counts(1).tolist() == [10] * 4 and samples.counts(2).tolist() == [20] * 4 and int(samples.counts(0).sum()) == 400
+
+
+@pytest.mark.parametrize("confounder", [.4, 1.1])
+def test_scenes_confounder_out_of_range(confounder):
+    with complaint("--confounder", confounder):
+        data.load_data("scenes", confounder=confounder)
+
+
+def test_scenes_kinds_are_never_seen_in_pre_training_and_show_label_and_place():
+    samples = data.drawn_scenes(.75, sizes=(200, 40, 80))
+    seen = {f.kind for f in data.layers("drawn", "drawn")[0]}, {g.kind for g in data.layers("drawn", "drawn")[1]}
+    target = {c.figure.kind for c in samples.items}, {c.ground.kind for c in samples.items}
+    assert all(a and b and not a & b for a, b in zip(seen, target))
+    for c, y, place in zip(samples.items, samples.y, samples.place):
+        assert c.figure.kind in data.FOREGROUNDS[samples.classes[y]] and c.ground.kind in data.BACKGROUNDS[samples.places[place]]
+
+
+def test_scenes_no_split_shows_a_figure_or_ground_of_another_or_of_pre_training():
+    samples = data.drawn_scenes(.75, sizes=(200, 60, 60))
+    layer = lambda s, what: {getattr(c, what).key() for c, k in zip(samples.items, samples.split) if k == s}
+    for what in ("figure", "ground"):
+        parts = [layer(s, what) for s in range(3)] + [{p.key() for p in data.layers("drawn", "drawn")[what == "ground"]}]
+        assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+PIXELS = """
+import hashlib, data
+samples = data.drawn_scenes(.75, 3, sizes=(24, 4, 4))
+cells = data.composites(*data.layers("drawn", "drawn", seed=3)[:2], 4, 2, 3)[0]
+h = hashlib.sha256()
+for c in [*samples.items[:12], *cells]:
+    h.update(c.image().tobytes() + c.key().encode())
+print(h.hexdigest())
+"""
+
+
+def test_scenes_same_seed_same_pixels_in_processes_with_other_hash_seeds():
+    found = {subprocess.run([sys.executable, "-c", PIXELS], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": s}, capture_output=True, text=True, check=True).stdout
+             for s in ("1", "2")}
+    assert len(found) == 1 and len(found.pop().strip()) == 64
+
+
+def test_scenes_other_seed_other_pixels():
+    a, b = (data.drawn_scenes(1., s, sizes=(4, 2, 2)).items for s in (0, 1))
+    assert all(digest(x.image()) != digest(y.image()) for x, y in zip(a, b))
+
+
+ALL_KINDS = sorted({k for kinds in [*data.FOREGROUNDS.values(), *data.BACKGROUNDS.values()] for k in kinds})
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_drawn_layer_is_a_picture_with_something_in_it(kind):
+    image = data.Drawn(kind, (0, 1), .65, 96).image()
+    pixels = np.asarray(image.convert("RGB")).astype(float)
+    assert pixels.std() > 3
+    if image.mode == "RGBA":
+        assert .05 < (np.asarray(image)[..., 3] > 128).mean() < .98
+    assert digest(image) != digest(data.Drawn(kind, (0, 2), .65, 96).image())
+
+
+def test_difficulty_lets_the_place_show_more():
+    contrast = lambda d: np.mean([np.asarray(data.Drawn(kind, (0, k), d, 96).image()).astype(float).std((0, 1)).mean() for kind in data.BACKGROUNDS["land"] for k in range(2)])
+    assert contrast(.1) < contrast(.5) < contrast(1.)
+
+
+# --- tables and pages
+
+def test_table_aligns_and_shows_three_decimals_and_a_dash():
+    lines = data.table(("name", "x", "n"), [("a", .12345, 7), ("long name", None, 12)]).splitlines()
+    assert [line.split() for line in lines] == [["name", "x", "n"], ["-" * 9, "-" * 5, "-" * 2], ["a", "0.123", "7"], ["long", "name", "-", "12"]]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_page_is_self_contained_and_escapes():
+    thumb = data.thumb(Image.new("RGBA", (400, 300), (9, 90, 9, 128)), "a <b> & c")
+    text = data.page("<title>", "5 < 6", [("x & y", thumb + data.bars([("erm", .5, (.4, .6), "n=3"), ("<bap>", .9, None, "")]) + data.html_table(("a", "b"), [("<i>", None), (1, .5)]))])
+    links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", text)
+    assert len(links) == 1 and links[0].startswith("data:image/jpeg;base64,") and "http" not in text and "@import" not in text and "url(" not in text
+    assert "&lt;title&gt;" in text and "<b>" not in text and "<i>" not in text and "x &amp; y" in text and "0.500" in text
+
+
+def test_thumb_holds_a_readable_jpeg_no_larger_than_twice_its_box():
+    import base64
+    code = re.search(r"base64,([^\"]+)", data.thumb(Image.new("RGB", (900, 600), "red"), size=100)).group(1)
+    image = Image.open(io.BytesIO(base64.b64decode(code)))
+    assert image.format == "JPEG" and image.size == (200, 133) and image.getpixel((5, 5))[0] > 240
+
+
+# --- real data
+
+@pytest.mark.skipif("FLOCK_DATA" not in os.environ, reason="FLOCK_DATA (a folder with minibirds_1.0, bird_masks, cutouts, scenes) is not set")
+def test_real_birds_cutouts_and_scenes():
+    real = Path(os.environ["FLOCK_DATA"])
+    samples = data.load_data(f"waterbirds:{real / 'minibirds_1.0'}", str(real / "bird_masks"))
+    assert samples.counts(0).tolist() == [502, 0, 0, 264] and len(samples.items) == 2882 and all(samples.cut)
+    assert any("100 % correlated" in note for note in samples.notes)
+    ground = data.Background(str(data.pictures(real / "scenes", "backgrounds")[0]))
+    pictures, _ = data.recompose(samples.keep(torch.arange(0, 2882, 400)), [[ground]], 1, 0)
+    assert pictures and all(p.image().size for p in pictures)
+    figures = [data.Cutout(str(p)) for p in data.pictures(real / "cutouts", "foregrounds")]
+    assert len(figures) == 127 and all(f.image().mode == "RGBA" for f in figures[::9])

@@ -251,6 +251,29 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """The foreground of a picture by a soft mask that model.py's cutter found, in the picture's own frame.
+
+    alpha: h x w bytes over the box (left, top, right, bottom), in shares of width and height; nothing outside it.
+    """
+    picture: object
+    alpha: bytes
+    shape: tuple
+    box: tuple = (0., 0., 1., 1.)
+
+    def image(self):
+        image = self.picture.image()
+        left, top, right, bottom = (round(v * n) for v, n in zip(self.box, image.size * 2))
+        mask = Image.new("L", image.size)
+        mask.paste(Image.frombytes("L", self.shape[::-1], self.alpha).resize((right - left, bottom - top), Image.BICUBIC), (left, top))
+        image.putalpha(mask)
+        return image
+
+    def key(self):
+        return f"cut {self.picture.key()} {zlib.crc32(self.alpha)} {self.box}"
+
+
+@dataclass(frozen=True)
 class Drawn:
     """A layer of the generator: see draw_foreground and draw_background at the end of this file."""
     kind: str
@@ -339,6 +362,13 @@ class Composite:
             figure, at = posed(figure, self.pose, self.size) if self.pose else (figure, (0, 0))
             ground.paste(figure, at, figure)
         return ground
+
+    def alpha(self):
+        """Where the foreground is: PIL L, in the frame of image()."""
+        figure, at = posed(self.figure.image(), self.pose, self.size)
+        mask = Image.new("L", (self.size, self.size))
+        mask.paste(figure.getchannel("A"), at)
+        return mask
 
     def key(self):
         figure, ground = (layer and layer.key() for layer in (self.figure, self.ground))
@@ -521,7 +551,7 @@ def waterbirds(root, masks=""):
     for line, row in enumerate(rows, 2):
         try:
             numbers.append([int(row[c]) for c in ("y", "place", "split")])
-            if min(numbers[-1]) < 0 or numbers[-1][2] > 2:
+            if min(numbers[-1]) < 0 or numbers[-1][2] > 2 or max(numbers[-1]) >= max(3, len(rows)):
                 raise ValueError
         except (ValueError, TypeError):
             raise Complaint(f"{table}:{line}: y={row['y']!r} place={row['place']!r} split={row['split']!r}, "
@@ -557,13 +587,12 @@ def waterbirds(root, masks=""):
 
 def find_masks(root, paths, masks):
     """For each image the mask NAME.png below the folder masks, NAME the image's path, or that up to its last '_'."""
-    masks, found = folder(masks, "masks"), []
-    for path in paths:
-        stem = os.path.splitext(os.path.relpath(path, root))[0]
-        candidates = [masks / f"{s}.png" for s in (stem, stem.rpartition("_")[0]) if s]
-        found.append(next((str(c) for c in candidates if c.is_file()), None))
+    masks = folder(masks, "masks")
+    stems = [os.path.splitext(os.path.relpath(path, root))[0] for path in paths]
+    candidates = [[masks / f"{s}.png" for s in (stem, stem.rpartition("_")[0]) if s] for stem in stems]
+    found = [next((str(c) for c in choice if c.is_file()), None) for choice in candidates]
     if not any(found):
-        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[0]} one of {', '.join(str(c) for c in candidates)}")
+        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[0]} one of {', '.join(map(str, candidates[0]))}")
     return found
 
 

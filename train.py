@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import (Complaint, bars, check, composites, expect, flags, html_table, layers, load_data, page, place_grounds, recompose,
-                  revision, run, say, table, thumb, write, write_json)
+from data import (Complaint, Composite, bars, check, composites, draw_view, expect, flags, html_table, layers, load_data, page, place_grounds, recompose,
+                  revision, rng, run, say, table, thumb, write, write_json)
 from kernels import pairwise_loss
-from model import (Map, additive_solve, additivity, cos_sum, embed, features, fit_l1_probe, fit_probe, group_metrics, leace,
-                   load_checkpoint, load_encoder, nullspace, paired_bootstrap, renumber, save_checkpoint, unit, wiener, worst_group)
+from model import (Cutter, Map, additive_solve, additivity, cos_sum, embed, features, fit_l1_probe, fit_probe, group_metrics, leace,
+                   load_checkpoint, load_encoder, moments, nullspace, paired_bootstrap, renumber, save_checkpoint, unit, wiener, wiener_of, worst_group)
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
 out_dir = "out"          # results.json, report.html, ckpt.pt
@@ -37,7 +37,7 @@ difficulty = 0.65        # scenes: how much the background outshouts the foregro
 # --- the composites to pre-train on ----------------------------------------------------------------------------------
 foregrounds = "drawn"    # folder of RGBA cut-outs
 backgrounds = "drawn"    # folder of photos
-instances = 600          # foregrounds in a pose of their own: each cut-out is used several times
+instances = 800          # foregrounds in a pose of their own: each cut-out is used several times
 per_instance = 8         # backgrounds behind each
 # --- encoder ---------------------------------------------------------------------------------------------------------
 model = "lite0"          # lite0, timm:NAME, tiny, or any open_clip name such as ViT-L-14
@@ -49,6 +49,9 @@ batch_size = 16          # 16 is faster than 64 on a CPU; raise it on a GPU
 threads = 2              # that decode images
 # --- method ----------------------------------------------------------------------------------------------------------
 method = "bap"           # bap is all there is so far
+own = 0.5                # bap: weight of the target's own training foregrounds, cut out by what composites taught; 0 for none
+own_per = 4              # backgrounds behind each of them
+own_most = 1000          # at most so many of them
 power = 0.0              # bap works on sign(z) |z|^power; 0 means 0.5 after a ReLU, else 1
 lam = 1.0                # Wiener filter: ridge in units of the mean variance
 bap_map = "closed"       # closed (Wiener filter), linear or mlp, the last two trained by contrast against the anchors
@@ -57,7 +60,7 @@ learning_rate = 3e-4
 scale = 20.0             # inverse temperature of the contrast
 # --- probe -----------------------------------------------------------------------------------------------------------
 tuned = True             # also rows tuned on the validation split's groups, under their own names
-l2 = 0.2                 # penalty of every probe in the table, in units of the mean loss (scikit-learn's C = 1 / (l2 n))
+l2 = 0.4                 # penalty of every probe in the table, in units of the mean loss (scikit-learn's C = 1 / (l2 n))
 # --- system ----------------------------------------------------------------------------------------------------------
 seed = 0
 seeds = 1                # runs with seed, seed + 1, ...; reported are means and spread
@@ -67,7 +70,7 @@ ORDER = {  # of the table's rows
     "erm": "probe on the raw embedding", "group_weighted": "the same, groups weighted by the inverse of their size",
     "nullspace": "32 leading background directions projected out", "leace": "LEACE on the same 32 background coordinates",
     "copy_paste": "training foregrounds also on random backgrounds (needs masks)", "bap_closed": "Wiener filter on the raw embedding",
-    "bap": "BAP, the recommended map", "erm_tuned": "penalty tuned on the validation groups", "bap_tuned": "map and penalty tuned on the validation groups",
+    "bap_synthetic": "bap without the target's own foregrounds", "bap": "BAP, the recommended map", "erm_tuned": "penalty tuned on the validation groups", "bap_tuned": "map and penalty tuned on the validation groups",
     "dfr": "last-layer retraining on validation groups", "val_probe": "probe on the balanced validation set", "val_probe_bap": "the same through the map",
     "balanced_train": "training foregrounds on every place: the true ceiling"}
 
@@ -77,10 +80,11 @@ def main():
     expect(method == "bap", "method", method, "bap")
     expect(bap_map in ("closed", "linear", "mlp"), "bap_map", bap_map, "closed, linear or mlp")
     expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
-    for flag, least in (("instances", 8), ("per_instance", 2), ("batch_size", 1), ("threads", 1), ("seeds", 1), ("steps", 1), ("seed", 0)):
+    for flag, least in (("instances", 8), ("per_instance", 2), ("batch_size", 1), ("threads", 1), ("seeds", 1), ("steps", 1), ("seed", 0), ("own_per", 2), ("own_most", 8)):
         expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
     for flag in ("l2", "lam", "learning_rate", "scale"):
         expect(0 < config[flag] < float("inf"), flag, config[flag], "a positive number")
+    expect(0 <= own <= 1, "own", own, "a number from 0 to 1")
     expect(0 <= power <= 1, "power", power, "a number from 0 to 1")
     out, started = Path(out_dir), time.time()
     load_data(data, masks, confounder, seed, difficulty)  # complains before any work is done
@@ -150,20 +154,34 @@ def one_run(encoder, figures, grounds, s, out):
     additive["flat"]["cos_sum"] = cos_sum(*[unit(p[torch.stack(parts).isfinite().all(2).all(0)]) for p in parts], seed=s)
     lap("additivity")
 
-    # 3. the maps, from composites alone
-    maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener(z, i, lam),
-                bap=wiener(z, i, lam, power or (1. if encoder.signed else .5)))
-    if bap_map != "closed":
-        maps["bap"] = contrast(maps["bap"], z, i, j, s, out)
-    lap("pretraining")
-
-    # 4. probes on the biased data, all with the same penalty, read on the test split
+    # 3. the biased data. Its training foregrounds, without labels, are worth having among the composites: a cutter that
+    # learned from composites what a foreground looks like cuts them out, and they get backgrounds of the composites'.
     samples = load_data(data, masks, confounder, s, difficulty)
     x, good = embedded(samples.items, "target")
-    samples, x = samples.keep(good.nonzero()[:, 0]), x[good]
-    check(samples)
-    y, place, group = samples.y, samples.place, samples.group()
+    samples, x = samples.keep(good.nonzero()[:, 0]) if not good.all() else samples, x[good]
+    if not good.all():
+        check(samples)
     train, val, test = (samples.split == k for k in range(3))
+    lap("target")
+    grids, exponent = [(1., z, i)], power or (1. if encoder.signed else .5)
+    cuts = cut_own(encoder, [samples.items[k] for k in train.nonzero()[:, 0]], cells, s) if own else []
+    if cuts:
+        own_cells = [Composite(c, grounds[g.integers(len(grounds))], None, draw_view(g)) for n, c in enumerate(cuts)
+                     for g in (rng(s, "own", n, k) for k in range(own_per))]
+        v, good = embedded(own_cells, "own foregrounds")
+        grids = [(1 - own, z, i), (own, v[good], torch.arange(len(own_cells))[good] // own_per)]
+    lap("own")
+
+    # 4. the maps
+    maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1., z, i)], lam), bap=wiener(grids, lam, exponent))
+    if bap_map != "closed":
+        maps["bap"] = contrast(maps["bap"], z, i, j, s, out)
+    if cuts:
+        maps["bap_synthetic"] = wiener([(1., z, i)], lam, exponent)
+    lap("pretraining")
+
+    # 5. probes, all with the same penalty, trained on the biased data, read on the test split
+    y, place, group = samples.y, samples.place, samples.group()
     C = len(samples.classes)
     probes, correct = {}, {}
 
@@ -190,7 +208,7 @@ def one_run(encoder, figures, grounds, s, out):
             more, good = embedded(pictures, name)
             probe(name, unit, extra=(more[good], labels[good]))
     if tuned:  # for the worst group of the validation split, which knows the places: beside the headline, never in it
-        for name, tries in (("erm_tuned", [unit]), ("bap_tuned", [wiener(z, i, k, maps["bap"].power) for k in (.3, 1., 3.)])):
+        for name, tries in (("erm_tuned", [unit]), ("bap_tuned", [wiener_of(both, k, exponent) for both in [moments(grids, exponent)] for k in (.3, 1., 3.)])):
             tries = [fit_probe(g(x[train]), y[train], k, classes=C).predict(g(x)) == y for g in tries for k in (.02, .2, 2.)]
             correct[name] = max(tries, key=lambda c: worst_group(c[val], group[val]))
     lap("probes")
@@ -200,7 +218,21 @@ def one_run(encoder, figures, grounds, s, out):
         low, high = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=s)
         methods[name]["over_erm"] = [low, high]
     result = dict(additivity=additive, invariance=invariance(maps["bap"], z, i, x, samples, s), methods=methods, seconds=seconds)
-    return result, dict(map=maps["bap"], probes=probes, samples=samples, correct=correct, x=x, cells=cells)
+    return result, dict(map=maps["bap"], probes=probes, samples=samples, correct=correct, x=x, cells=cells, cuts=cuts)
+
+
+def cut_own(encoder, pictures, cells, s):
+    """The foregrounds of the target's training pictures: list of data.Cut; none if composites do not teach it well enough."""
+    some = torch.randperm(len(cells), generator=torch.Generator().manual_seed(s))[:1000].tolist()
+    cutter = Cutter(encoder, [cells[k] for k in some], threads, seed=s)
+    say(f"cutter: IoU {cutter.iou:.2f} on held-out composites" + ("" if cutter.iou >= .4 else ": too low, the target's own foregrounds are not used"))
+    if cutter.iou < .4:
+        return []
+    chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(s))[:own_most].sort().values.tolist()
+    pictures = [pictures[k] for k in chosen]
+    alpha, _ = embed(encoder, pictures, cache_dir, batch_size, threads, dtype, False, "cut out", cutter.masks, cutter.name)
+    area = alpha.mean(1)  # nothing found, or everything: not a foreground
+    return [cutter.cut(p, a) for p, a, share in zip(pictures, alpha, area.tolist()) if .01 < share < .8]
 
 
 def contrast(g, z, i, j, s, out):
@@ -353,7 +385,7 @@ def report(results, last):
     erm, bap, v = methods["erm"], methods["bap"], results["invariance"]
     return page("flock: background-invariant anchor pre-training", f"{data}, {model} {pretrained}: worst group {erm['worst_group']:.3f} for a probe on the raw "
                 f"embedding, {bap['worst_group']:.3f} through the map, which has seen composites only.", [
-        ("Composites to pre-train on", shown),
+        ("Composites to pre-train on", shown + "".join(thumb(Composite(c, None, None).image(), "cut out of the target") for c in last["cuts"][:6])),
         ("The biased data", "<p>" + "; ".join(samples.notes) + "</p>" + biased),
         ("Methods", html_table(("method", "worst group", "mean of groups", "train-weighted", "what"),
                                [(n, m["worst_group"], m["avg_group_mean"], m["avg_train_weighted"], ORDER[n]) for n, m in methods.items()])),

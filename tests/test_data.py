@@ -481,6 +481,24 @@ def test_composite_alone_on_grey_and_background_alone(tmp_path):
     assert inside.any() and (whole[inside] == alone[inside]).all() and (whole[inside] != ground[inside]).any()
 
 
+def test_composite_alpha_is_where_its_foreground_stands(tmp_path):
+    from dataclasses import replace
+    for c in layered(tmp_path)[0][::3]:
+        whole, alone, ground = (np.asarray(x.image()) for x in (c, replace(c, ground=None), replace(c, figure=None)))
+        alpha = np.asarray(c.alpha())
+        assert alpha.shape == whole.shape[:2] and .02 < (alpha > 128).mean() < .5
+        assert (whole[alpha == 0] == ground[alpha == 0]).all() and (whole[alpha == 255] == alone[alpha == 255]).all()
+
+
+def test_cut_is_the_picture_with_its_mask_in_the_box_and_nothing_outside(tmp_path):
+    picture = data.Photo(photo(tmp_path / "a.png", size=(80, 40)))
+    cut = data.Cut(picture, bytes([255, 0, 255, 0]), (2, 2), (.25, 0., .75, 1.))  # the left half of the box from 20 to 60
+    image = np.asarray(cut.image())
+    assert image.shape == (40, 80, 4) and (image[..., :3] == np.asarray(picture.image())).all()
+    assert (image[:, 22:28, 3] > 240).all() and (image[:, 52:, 3] < 15).all() and not image[:, :20, 3].any() and not image[:, 60:, 3].any()
+    assert len({cut.key(), data.Cut(picture, bytes([255, 0, 0, 0]), (2, 2), cut.box).key(), data.Cut(picture, cut.alpha, (2, 2)).key(), picture.key()}) == 4
+
+
 @pytest.mark.parametrize("area", [.06, .2, .4])
 def test_pose_area_is_the_share_of_the_frame_and_the_figure_stays_inside(area):
     figure = Image.new("RGBA", (60, 50), (9, 9, 9, 255))

@@ -72,7 +72,7 @@ def tiny():
 
 
 TEXT = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1)
-SMALL = {"flock-vit": dict(embed_dim=24, vision_cfg=dict(image_size=48, layers=2, width=32, patch_size=16, head_width=16), text_cfg=TEXT),
+SMALL = {"flock-vit": dict(embed_dim=24, vision_cfg=dict(image_size=48, layers=3, width=32, patch_size=16, head_width=16), text_cfg=TEXT),
          "flock-rn": dict(embed_dim=24, vision_cfg=dict(image_size=64, layers=[1, 1, 1, 1], width=16, patch_size=None), text_cfg=TEXT),
          "flock-timm": dict(embed_dim=24, vision_cfg=dict(timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="", timm_proj="linear",
                                                           image_size=160), text_cfg=TEXT)}
@@ -161,6 +161,44 @@ def test_maps_show_each_place_in_its_own_cell(name, small, tiny):
             y[:, :, r * p:(r + 1) * p, c * p:(c + 1) * p] += 3
             change = (encoder.maps(y) - encoder.maps(x)).norm(dim=3)[0]
             assert divmod(int(change.argmax()), w) == (r, c)
+
+
+@pytest.mark.parametrize("name", ["lite0", "tiny", "timm:test_vit", "flock-vit", "flock-rn", "flock-timm"])
+def test_dense_features_show_each_place_in_its_own_cell(name, lite0, tiny, small):
+    encoder = {"lite0": lite0, "tiny": tiny, **small}.get(name) or load_encoder(name, "none", device="cpu")
+    x = batch(encoder, 2)
+    with torch.inference_mode():
+        f = encoder.dense(x)
+        n, h, w, _ = f.shape
+        y, p = x.clone(), x.shape[2] // h
+        y[:, :, p:3 * p, (w - 3) * p:(w - 1) * p] += 3
+        change = (encoder.dense(y) - f).norm(dim=3)[0]
+    assert n == 2 and h == w and divmod(int(change.argmax()), w) in {(r, c) for r in (0, 1, 2, 3) for c in range(w - 4, w)}
+
+
+@pytest.mark.parametrize("name", ["lite0", "tiny", "flock-vit", "timm:test_vit", "timm:vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize("size", [(256, 256), (500, 300), (210, 420)])
+def test_frame_is_the_box_that_the_network_sees(name, size, lite0, tiny, small, monkeypatch):
+    if "siglip" in name:  # squeezes the whole picture; only its transform is wanted
+        from timm.data import create_transform, resolve_data_config
+        transform = create_transform(**resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg("vit_base_patch16_siglip_224").to_dict()))
+        encoder = types.SimpleNamespace(transform=transform)
+    else:
+        encoder = {"lite0": lite0, "tiny": tiny, **small}.get(name) or load_encoder(name, "none", device="cpu")
+    left, top, right, bottom = (round(v * n) for v, n in zip(model.Encoder.frame(encoder, *size), size * 2))
+    black = encoder.transform(Image.new("RGB", size))
+    def seen(box):
+        image = Image.new("RGB", size)
+        image.paste("white", box)
+        return (encoder.transform(image) - black).abs()
+    whole = float(seen((0, 0, *size)).max())
+    for k, margin in ((0, 6), (1, 6)):  # a bar outside the box is not seen, the same bar just inside it is
+        low, high = ((left, right), (top, bottom))[k]
+        bar = lambda a, b: (a, 0, b, size[1]) if k == 0 else (0, a, size[0], b)
+        for a, b in ((0, low - margin), (high + margin, size[k])):
+            if b > a:
+                assert seen(bar(a, b)).max() < .05 * whole
+        assert seen(bar(low, low + margin)).max() > .3 * whole and seen(bar(high - margin, high)).max() > .3 * whole
 
 
 def test_maps_of_a_clip_transformer_are_its_patches_after_the_norm_and_projection(small):
@@ -429,6 +467,24 @@ def test_bfloat16_that_disagrees_gives_way_to_float32_and_says_so(monkeypatch, c
 def test_embed_unknown_dtype(tiny):
     with complaint("--dtype", "float8", "bfloat16"):
         embed(tiny, [Noise(0)], dtype="float8")
+
+
+# --- the cutter
+
+def test_cutter_learns_from_composites_to_cut_foregrounds_out_of_others(lite0):
+    figures, grounds, _ = data.layers("drawn", "drawn", difficulty=.65)
+    cells, _, _ = data.composites(figures, grounds, 48, 2, 0)
+    cutter = model.Cutter(lite0, cells[:80])
+    assert .4 < cutter.iou <= 1
+    overlap = []
+    for c in cells[80:]:
+        with torch.inference_mode():
+            mask = cutter.masks(lite0.transform(c.image())[None])
+        assert mask.shape == (1, cutter.grid[0] * cutter.grid[1]) and 0 <= mask.min() and mask.max() <= 1
+        found, true = (np.asarray(x) > 128 for x in (cutter.cut(c, mask[0]).image().getchannel("A"), c.alpha()))
+        overlap.append((found & true).sum() / (found | true).sum())
+    assert np.mean(overlap) > .35
+    assert model.Cutter(lite0, cells[:40]).name != cutter.name
 
 
 # --- the additive algebra

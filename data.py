@@ -596,7 +596,7 @@ def find_masks(root, paths, masks):
     return found
 
 
-def drawn_scenes(confounder=1., seed=0, difficulty=.5, sizes=(600, 200, 800)):
+def drawn_scenes(confounder=1., seed=0, difficulty=.5, sizes=(600, 200, 600)):
     """The embedded default: landbirds and waterbirds on land and water, drawn; in train a share `confounder` of each class
     stands on its own place (0.5: none correlated, 1: all), val and test are balanced. No split shows a figure or a ground of
     another, and their seeds have three numbers, those of pre-training two."""

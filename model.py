@@ -35,12 +35,11 @@ class Encoder:
     def __init__(self, name, module, transform, kind, device, fused=None, tokenizer=None, notes=()):
         self.name, self.kind, self.device, self.notes = name, kind, device, list(notes)
         self.module, self.transform, self.tokenizer = module.eval().to(device), transform, tokenizer
-        self.fast = (fused or module).eval().to(device).to(memory_format=torch.channels_last)
         digest = hashlib.sha256(f"{name} {transform}".encode())
         for key, value in module.state_dict().items():
-            digest.update(key.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                          if value.dim() else str(value.item()).encode())
+            digest.update(key.encode() + value.detach().cpu().double().numpy().tobytes())
         self.fingerprint = digest.hexdigest()[:32]
+        self.fast = (fused or module).eval().to(device).to(memory_format=torch.channels_last)
         with torch.inference_mode():
             blank = torch.stack([transform(_noise_image(k)) for k in range(2)]).to(device)
             z = self.images(blank)
@@ -645,7 +644,8 @@ def wiener_of(moments, lam=1., power=1.):
 def nullspace(z, i, j, k=32):
     """Projects out the k leading directions of the background effects c_j of the additive fit. Returns a Map."""
     mu, _, c = additive_solve(unit(z), renumber(i), renumber(j))
-    v = torch.linalg.svd(c, full_matrices=False).Vh[:k]
+    _, s, v = torch.linalg.svd(c, full_matrices=False)
+    v = v[:min(k, int((s > 1e-6 * s[0]).sum()))]
     return Map(mu, torch.eye(len(mu), dtype=torch.double) - v.T @ v)
 
 
@@ -655,7 +655,7 @@ def leace(z, i, j, k=32):
     x, j = unit(z).double(), renumber(j)
     mu, _, c = additive_solve(x, renumber(i), j)
     u, s, _ = torch.linalg.svd(c, full_matrices=False)
-    concept = (u * s)[:, :k][j]
+    concept = (u * s)[:, :min(k, int((s > 1e-6 * s[0]).sum()))][j]
     x, concept = x - x.mean(0), concept - concept.mean(0)
     value, vector = torch.linalg.eigh(x.T @ x / len(x))
     root = value.clamp(min=0).sqrt()
@@ -730,7 +730,7 @@ def fit_l1_probe(x, y, C=.1, steps=1000):
     Minimises C sum_n CE_n + |W|_1 with the bias free, two classes or more (softmax), C in scikit-learn's units. Returns Probe.
     """
     K, x = int(y.max()) + 1, x.double()
-    mean, scale = x.mean(0), x.std(0).clamp(min=1e-12)
+    mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-12)
     x = torch.cat([(x - mean) / scale, torch.ones(len(x), 1, dtype=torch.double)], 1)
     columns, target = (1, y[:, None].double()) if K == 2 else (K, F.one_hot(y, K).double())
     smooth = C * (.25 if K == 2 else .5) * torch.linalg.matrix_norm(x, 2) ** 2

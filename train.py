@@ -37,7 +37,7 @@ difficulty = 0.65        # scenes: how much the background outshouts the foregro
 # --- the composites to pre-train on ----------------------------------------------------------------------------------
 foregrounds = "drawn"    # folder of RGBA cut-outs
 backgrounds = "drawn"    # folder of photos
-instances = 800          # foregrounds in a pose of their own: each cut-out is used several times
+instances = 640          # foregrounds in a pose of their own: each cut-out is used several times
 per_instance = 8         # backgrounds behind each
 # --- encoder ---------------------------------------------------------------------------------------------------------
 model = "lite0"          # lite0, timm:NAME, tiny, or any open_clip name such as ViT-L-14
@@ -50,7 +50,7 @@ threads = 2              # that decode images
 # --- method ----------------------------------------------------------------------------------------------------------
 method = "bap"           # bap is all there is so far
 own = 0.5                # bap: weight of the target's own training foregrounds, cut out by what composites taught; 0 for none
-own_per = 4              # backgrounds behind each of them
+own_per = 3              # backgrounds behind each of them
 own_most = 1000          # at most so many of them
 power = 0.0              # bap works on sign(z) |z|^power; 0 means 0.5 after a ReLU, else 1
 lam = 1.0                # Wiener filter: ridge in units of the mean variance
@@ -60,7 +60,7 @@ learning_rate = 3e-4
 scale = 20.0             # inverse temperature of the contrast
 # --- probe -----------------------------------------------------------------------------------------------------------
 tuned = True             # also rows tuned on the validation split's groups, under their own names
-l2 = 0.4                 # penalty of every probe in the table, in units of the mean loss (scikit-learn's C = 1 / (l2 n))
+l2 = 0.8                 # penalty of every probe in the table, in units of the mean loss (scikit-learn's C = 1 / (l2 n))
 # --- system ----------------------------------------------------------------------------------------------------------
 seed = 0
 seeds = 1                # runs with seed, seed + 1, ...; reported are means and spread
@@ -223,7 +223,7 @@ def one_run(encoder, figures, grounds, s, out):
 
 def cut_own(encoder, pictures, cells, s):
     """The foregrounds of the target's training pictures: list of data.Cut; none if composites do not teach it well enough."""
-    some = torch.randperm(len(cells), generator=torch.Generator().manual_seed(s))[:1000].tolist()
+    some = torch.randperm(len(cells), generator=torch.Generator().manual_seed(s))[:640].tolist()
     cutter = Cutter(encoder, [cells[k] for k in some], threads, seed=s)
     say(f"cutter: IoU {cutter.iou:.2f} on held-out composites" + ("" if cutter.iou >= .4 else ": too low, the target's own foregrounds are not used"))
     if cutter.iou < .4:

@@ -666,7 +666,7 @@ def thumb(image, caption="", size=150):
 def bars(rows, low=0., high=1.):
     """Horizontal bars with intervals, as SVG. rows: (label, value, (lo, hi) or None, note), values in [low, high]."""
     at = lambda v: 190 + 400 * (min(max(v, low), high) - low) / (high - low)
-    out = [f'<svg viewBox="0 0 680 {24 * len(rows) + 26}" role="img">']
+    out = [f'<svg viewBox="0 0 720 {24 * len(rows) + 26}" role="img">']
     for g in range(6):
         v = low + (high - low) * g / 5
         out.append(f'<line x1="{at(v):.0f}" y1="0" x2="{at(v):.0f}" y2="{24 * len(rows)}" class="grid"/>'
@@ -683,7 +683,8 @@ def bars(rows, low=0., high=1.):
 
 def html_table(header, rows):
     show = lambda v: "&ndash;" if v is None else f"{v:.3f}" if isinstance(v, float) else html.escape(str(v))
-    row = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{show(c)}</{tag}>" for c in cells) + "</tr>"
+    text = [bool(rows) and isinstance(rows[0][c], str) for c in range(len(header))]
+    row = lambda tag, cells: "<tr>" + "".join(f"<{tag}{' class=text' * t}>{show(c)}</{tag}>" for c, t in zip(cells, text)) + "</tr>"
     return '<div class="wide"><table>' + row("th", header) + "".join(row("td", r) for r in rows) + "</table></div>"
 
 
@@ -699,7 +700,7 @@ h1{{margin:0;font-size:28px}}h2{{margin:40px 0 10px;font-size:19px}}p{{max-width
 figure{{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}}figure img{{width:100%;border-radius:6px;display:block}}
 figcaption{{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}}.wide{{overflow-x:auto}}
 table{{border-collapse:collapse;font-size:14px}}th,td{{padding:4px 14px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}}
-th:first-child,td:first-child{{text-align:left}}svg{{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}}rect{{fill:var(--bar)}}
+th:first-child,td:first-child,.text{{text-align:left}}svg{{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}}rect{{fill:var(--bar)}}
 .grid{{stroke:var(--line)}}.interval{{stroke:var(--mark);stroke-width:1.4;fill:none}}pre{{overflow-x:auto;font-size:12.5px}}
 @media(max-width:520px){{figure{{width:calc(50% - 10px)}}}}
 </style><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>"""

@@ -1,7 +1,6 @@
 """All that is computed on embeddings by more than one script: encoders, cache, additive algebra, maps, probes, metrics.
 
-Every equation of BAP (arXiv 2605.11107) here is our reading: the paper's own are not public. PROTOCOLS 2 and 6 of the
-README's "What is computed" say which public source each other definition follows.
+Every equation of BAP (arXiv 2605.11107) here is our reading: the paper's own are not public.
 """
 import collections, copy, hashlib, math, os, time, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -65,10 +64,8 @@ class Encoder:
         visual = self.fast.visual
         if hasattr(visual, "trunk"):  # open_clip's timm towers
             return _as_map(visual.trunk, visual.trunk.forward_features(x))
-        out = visual.forward_intermediates(x, indices=1, normalize_intermediates=True, intermediates_only=True, output_fmt="NHWC") \
-            if hasattr(visual, "transformer") else visual.forward_intermediates(x, indices=1, intermediates_only=True)
-        m = out["image_intermediates"][-1]
-        m = m if hasattr(visual, "transformer") else m.permute(0, 2, 3, 1)  # [N, h, w, width]
+        norm = dict(normalize_intermediates=True) if hasattr(visual, "transformer") else {}
+        m = visual.forward_intermediates(x, indices=1, intermediates_only=True, **norm)["image_intermediates"][-1].permute(0, 2, 3, 1)
         return m @ visual.proj if isinstance(getattr(visual, "proj", None), torch.Tensor) else m
 
     def dense(self, x):
@@ -117,9 +114,9 @@ def _as_map(trunk, m):
     """timm's forward_features output -> [N, h, w, D]."""
     if m.dim() == 4:
         return m if getattr(trunk, "output_fmt", "NCHW") == "NHWC" or m.shape[-1] == trunk.num_features != m.shape[1] else m.permute(0, 2, 3, 1)
-    m = m[:, trunk.num_prefix_tokens:]  # [N, P, D]
-    h, w = trunk.patch_embed.grid_size
-    return m.unflatten(1, (h, w))
+    if not hasattr(trunk, "num_prefix_tokens") or not hasattr(trunk.patch_embed, "grid_size"):
+        raise Complaint(f"--model: {type(trunk).__name__} has no feature map that flock can read; expected a convolutional network or a ViT")
+    return m[:, trunk.num_prefix_tokens:].unflatten(1, trunk.patch_embed.grid_size)  # [N, P, D] -> [N, h, w, D]
 
 
 def load_encoder(model, pretrained="", quick_gelu="auto", device="auto"):
@@ -425,9 +422,9 @@ class Cutter:
                 f = self._features(torch.stack([x for x, _ in batch]))  # [N, h, w, D']
                 self.grid = f.shape[1:3]
                 a = torch.stack([self._target(s) for _, s in batch])  # [N, h, w]
-                if start % 160 == 0:
-                    held.append((f, a))
-                    continue
+                test = torch.arange(start, start + len(batch)) % 10 == 9
+                held.append((f[test], a[test]))
+                f, a = f[~test], a[~test]
                 pick = torch.randint(a[0].numel(), (len(a), cells), generator=g)
                 rows.append(f.flatten(1, 2).gather(1, pick[..., None].expand(-1, -1, f.shape[-1])).flatten(0, 1))
                 target.append(a.flatten(1).gather(1, pick).flatten())
@@ -740,6 +737,8 @@ def fit_l1_probe(x, y, C=.1, steps=1000):
         p = (x @ other).sigmoid() if K == 2 else (x @ other).softmax(1)
         step = other - C * x.T @ (p - target) / smooth
         new = torch.cat([step[:-1].sign() * (step[:-1].abs() - 1 / smooth).clamp(min=0), step[-1:]])
+        if ((other - new) * (new - theta)).sum() > 0:  # restart the momentum (O'Donoghue and Candes 2015)
+            t = 1.
         t_new = (1 + math.sqrt(1 + 4 * t * t)) / 2
         other, moved = new + (t - 1) / t_new * (new - theta), (new - theta).norm()
         theta, t = new, t_new

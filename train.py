@@ -91,11 +91,12 @@ def main():
 
     encoder = load_encoder(model, pretrained, quick_gelu, device)
     figures, grounds, notes = layers(foregrounds, backgrounds, skip_bad, seed, difficulty)
-    runs = unfinished(out / "partial.pt", config, encoder)[:seeds - 1]
+    partial = unfinished(out / "partial.pt", config, encoder)
+    runs = partial["runs"][:seeds - 1] if partial else []
     for s in range(seed + len(runs), seed + seeds):
-        result, last = one_run(encoder, figures, grounds, s, out)
+        result, last = one_run(encoder, figures, grounds, s, out, config)
         runs.append(result)
-        save_checkpoint(out / "partial.pt", dict(config=config, fingerprint=encoder.fingerprint, runs=runs, training=None))
+        save_checkpoint(out / "partial.pt", dict(config=config, fingerprint=encoder.fingerprint, runs=runs))
 
     results = dict(config=config, git=revision(), notes=encoder.notes + notes + last["samples"].notes,
                    seconds=dict(total=time.time() - started, **runs[-1]["seconds"]), **average(runs))
@@ -107,23 +108,24 @@ def main():
                                           classes=last["samples"].classes, places=last["samples"].places))
     write(out / "report.html", report(results, last))
     write_json(out / "results.json", results)  # last: it is there only if all the rest is
-    (out / "partial.pt").unlink(missing_ok=True)
+    for name in ("partial.pt", "training.pt"):
+        (out / name).unlink(missing_ok=True)
     say(f"\n{out}/results.json, report.html and ckpt.pt written, {time.time() - started:.0f} s")
 
 
 def unfinished(path, config, encoder):
-    """Results of the seeds that an interrupted run of the same flags has finished, with --resume; else none."""
-    if not resume or not path.is_file():
-        return []
-    state = load_checkpoint(path, encoder)
+    """What an interrupted run of the same flags has left, with --resume; else None."""
+    state = load_checkpoint(path, encoder) if resume and path.is_file() else None
+    if state is None:
+        return None
     differ = [k for k in config if k not in ("resume", "threads", "seeds") and state["config"].get(k) != config[k]]
     if differ:
         made = ", ".join(f"--{k}={state['config'].get(k)}" for k in differ)
         raise Complaint(f"--resume: {path} was made with {made}; give the same flags, or no --resume")
-    return state["runs"]
+    return state
 
 
-def one_run(encoder, figures, grounds, s, out):
+def one_run(encoder, figures, grounds, s, out, config):
     """Everything for one seed: its result (plain numbers), and what the report and the checkpoint need."""
     seconds, clock = {}, time.time()
 
@@ -175,7 +177,8 @@ def one_run(encoder, figures, grounds, s, out):
     # 4. the maps
     maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1., z, i)], lam), bap=wiener(grids, lam, exponent))
     if bap_map != "closed":
-        maps["bap"] = contrast(maps["bap"], z, i, j, s, out)
+        maps["bap"] = contrast(maps["bap"], z, i, j, s, lambda: unfinished(out / "training.pt", config, encoder),
+                              lambda **state: save_checkpoint(out / "training.pt", dict(config=config, fingerprint=encoder.fingerprint, **state)))
     if cuts:
         maps["bap_synthetic"] = wiener([(1., z, i)], lam, exponent)
     lap("pretraining")
@@ -225,8 +228,8 @@ def cut_own(encoder, pictures, cells, s):
     """The foregrounds of the target's training pictures: list of data.Cut; none if composites do not teach it well enough."""
     some = torch.randperm(len(cells), generator=torch.Generator().manual_seed(s))[:640].tolist()
     cutter = Cutter(encoder, [cells[k] for k in some], threads, seed=s)
-    say(f"cutter: IoU {cutter.iou:.2f} on held-out composites" + ("" if cutter.iou >= .4 else ": too low, the target's own foregrounds are not used"))
-    if cutter.iou < .4:
+    say(f"cutter: IoU {cutter.iou:.2f} on held-out composites" + ("" if cutter.iou >= .6 else ": too low, the target's own foregrounds are not used"))
+    if cutter.iou < .6:
         return []
     chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(s))[:own_most].sort().values.tolist()
     pictures = [pictures[k] for k in chosen]
@@ -235,7 +238,7 @@ def cut_own(encoder, pictures, cells, s):
     return [cutter.cut(p, a) for p, a, share in zip(pictures, alpha, area.tolist()) if .01 < share < .8]
 
 
-def contrast(g, z, i, j, s, out):
+def contrast(g, z, i, j, s, load, save):
     """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor, not at another's.
 
     A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that is not the
@@ -254,18 +257,15 @@ def contrast(g, z, i, j, s, out):
     gain = 1 / (a @ g.W.data).norm(dim=1).mean()
     start, W = g.W.data.clone(), g.W
     optimiser = torch.optim.AdamW(g.parameters(), learning_rate * (float(W.data.std()) if bap_map == "linear" else 1.), weight_decay=0.)
-    first = 0
-    path = out / "training.pt"
-    if resume and path.is_file():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["seed"] == s:
-            g.load_state_dict(state["map"])
-            optimiser.load_state_dict(state["optimiser"])
-            generator.set_state(state["generator"])
-            first = state["step"]
+    first, state = 0, load()
+    if state and state["seed"] == s:
+        g.load_state_dict(state["map"])
+        optimiser.load_state_dict(state["optimiser"])
+        generator.set_state(state["generator"])
+        first = state["step"]
     for step in range(first, steps):
         if step and step % 100 == 0:
-            save_checkpoint(path, dict(seed=s, step=step, map=g.state_dict(), optimiser=optimiser.state_dict(), generator=generator.get_state()))
+            save(seed=s, step=step, map=g.state_dict(), optimiser=optimiser.state_dict(), generator=generator.get_state())
         n = torch.randperm(len(a), generator=generator)[:256]
         m = torch.randperm(len(r), generator=generator)[:256 if bap_map == "linear" else 16]
         y = torch.arange(len(n))
@@ -286,7 +286,6 @@ def contrast(g, z, i, j, s, out):
         optimiser.step()
         if step % 50 == 0 or step == steps - 1:
             say(f"step {step}: loss {loss.item():.4f}")
-    path.unlink(missing_ok=True)
     return g.requires_grad_(False)
 
 
@@ -371,7 +370,7 @@ def report(results, last):
     label = lambda k: f"{samples.classes[samples.y[k]]} on {samples.places[samples.place[k]]}"
     picked = torch.linspace(0, len(last["cells"]) - 1, 12).long().tolist()
     shown = "".join(thumb(last["cells"][k].image()) for k in picked)
-    biased = "".join(thumb(samples.items[int(k)].image(), label(int(k))) for s in (samples.split == 0, test)
+    biased = "".join(thumb(samples.items[int(k)].image(), f"{split}: {label(int(k))}") for split, s in (("train", samples.split == 0), ("test", test))
                      for g in torch.unique(samples.group()[s]) for k in (s & (samples.group() == g)).nonzero()[:2, 0])
     probe = last["probes"]["bap"]
     margin = probe.logits(last["map"](last["x"]))
@@ -384,14 +383,15 @@ def report(results, last):
     keys = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
     erm, bap, v = methods["erm"], methods["bap"], results["invariance"]
     return page("flock: background-invariant anchor pre-training", f"{data}, {model} {pretrained}: worst group {erm['worst_group']:.3f} for a probe on the raw "
-                f"embedding, {bap['worst_group']:.3f} through the map, which has seen composites only.", [
+                f"embedding, {bap['worst_group']:.3f} through the map. No place labels, no minority group was used for it.", [
         ("Composites to pre-train on", shown + "".join(thumb(Composite(c, None, None).image(), "cut out of the target") for c in last["cuts"][:6])),
         ("The biased data", "<p>" + "; ".join(samples.notes) + "</p>" + biased),
         ("Methods", html_table(("method", "worst group", "mean of groups", "train-weighted", "what"),
                                [(n, m["worst_group"], m["avg_group_mean"], m["avg_train_weighted"], ORDER[n]) for n, m in methods.items()])),
         ("Accuracy per group, with 95 % intervals", by_group),
         ("Additivity", "<p>Shares of the variance of composites in the fit z(f, b) = mu + a + c + e, flat and after the log map at the intrinsic mean.</p>"
-         + html_table(("geometry", *keys), [(k, *[a[k][q] for q in keys]) for k in a])),
+         + html_table(("geometry", *keys), [(k, *[a[k][q] for q in keys]) for k in a])
+         + f"<p>cos(z(f, b), z(f on grey) + z(b alone)), means removed: {a['flat']['cos_sum']['centred']:.3f}; shuffled {a['flat']['cos_sum']['centred_shuffled']:.3f}.</p>"),
         ("Invariance", f"<p>A probe for the place gets {v['place_probe_raw']:.3f} on the raw embedding and {v['place_probe_map']:.3f} on the map. "
          f"Cosine of map outputs within a foreground {v['cos_within']:.3f}, between foregrounds {v['cos_between']:.3f}.</p>"),
         ("Worst errors of bap on test", errors or "<p>none</p>"),

@@ -537,6 +537,14 @@ def test_additivity_of_additive_data_is_one_also_for_cells_left_out():
     assert flat["r2"] == pytest.approx(1, abs=1e-9) and flat["r2_heldout"] == pytest.approx(1, abs=1e-6) and flat["residual"] < 1e-9
 
 
+def test_additivity_of_cells_left_out_is_measured_against_the_mean_of_the_others():
+    z, i, j, _, _ = grid(30, 20, .5, noise=1.)
+    out = torch.rand(len(z), generator=torch.Generator().manual_seed(3)) < .1
+    mu, a, c = model.additive_solve(z[~out], i[~out], j[~out])
+    expected = 1 - (z - mu - a[i] - c[j])[out].square().sum() / (z - z[~out].mean(0))[out].square().sum()
+    assert model.additivity(z, i, j, .1, 3)["flat"]["r2_heldout"] == pytest.approx(float(expected), abs=1e-9)
+
+
 def test_additivity_of_unrelated_labels_is_none_for_cells_left_out():
     z, i, j, _, _ = grid(30, 20, .3)
     z = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))]
@@ -600,14 +608,16 @@ def wiener_data(noise=.3, seed=0):
     return 5 + a[i] @ mix + 2 * c[j] @ gaussian(6, 6, seed=8).tril() + noise * gaussian(len(i), 6, seed=seed + 5), i, j, a @ mix
 
 
-def test_wiener_is_its_formula():
-    z, i, j, _ = wiener_data()
+@pytest.mark.parametrize("noise", [.3, 30.])  # in much noise S_f has negative eigenvalues to clip
+def test_wiener_is_its_formula(noise):
+    z, i, j, _ = wiener_data(noise)
     x, n = unit(z).numpy(), int(i.max()) + 1
     anchors = np.stack([x[i.numpy() == k].mean(0) for k in range(n)])
     mu, r = x.mean(0), x - anchors[i.numpy()]
     S_w = sum(np.outer(v, v) for v in r) / (len(x) - n)
     S_f = sum(np.outer(v, v) for v in anchors - mu) / n - S_w / (len(x) / n)
     value, vector = np.linalg.eigh(S_f)
+    assert (value.min() < 0) == (noise > 1)
     S_f = vector @ np.diag(value.clip(0)) @ vector.T
     for lam in (.1, 1.):
         W = np.linalg.inv(S_f + S_w + lam * np.trace(S_f + S_w) / 6 * np.eye(6)) @ S_f

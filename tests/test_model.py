@@ -204,14 +204,14 @@ def test_frame_is_the_box_that_the_network_sees(name, size, lite0, tiny, small, 
 def test_maps_of_a_clip_transformer_are_its_patches_after_the_norm_and_projection(small):
     encoder = small["flock-vit"]
     visual, x = encoder.module.visual, batch(encoder)
-    visual.output_tokens = True
-    try:
-        with torch.inference_mode():
+    with torch.inference_mode():
+        z, m = encoder.images(x), encoder.maps(x)
+        visual.output_tokens = True
+        try:
             pooled, tokens = visual(x)
-            assert torch.allclose(encoder.maps(x), (tokens @ visual.proj).unflatten(1, (3, 3)), atol=1e-5)
-            assert torch.allclose(encoder.images(x), pooled, atol=1e-5)
-    finally:
-        visual.output_tokens = False
+        finally:
+            visual.output_tokens = False
+        assert torch.allclose(m, (tokens @ visual.proj).unflatten(1, (3, 3)), atol=1e-5) and torch.allclose(z, pooled, atol=1e-5)
 
 
 @pytest.mark.parametrize("name, cells", [("flock-vit", (3, 3, 24)), ("flock-rn", (2, 2, 512)), ("flock-timm", (10, 10, 64)), ("tiny", (8, 8, 64))])

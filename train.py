@@ -21,7 +21,7 @@ from data import (Complaint, Composite, bars, check, composites, draw_view, expe
                   revision, rng, run, say, table, thumb, write, write_json)
 from kernels import pairwise_loss
 from model import (Cutter, Map, additive_solve, additivity, cos_sum, embed, features, fit_l1_probe, fit_probe, group_metrics, leace,
-                   load_checkpoint, load_encoder, moments, nullspace, paired_bootstrap, renumber, save_checkpoint, unit, wiener, wiener_of, worst_group)
+                   load_checkpoint, load_encoder, moments, nullspace, paired_bootstrap, renumber, save_checkpoint, sphere_log, unit, wiener, wiener_of, worst_group)
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
 out_dir = "out"          # results.json, report.html, ckpt.pt
@@ -70,7 +70,8 @@ ORDER = {  # of the table's rows
     "erm": "probe on the raw embedding", "group_weighted": "the same, groups weighted by the inverse of their size",
     "nullspace": "32 leading background directions projected out", "leace": "LEACE on the same 32 background coordinates",
     "copy_paste": "training foregrounds also on random backgrounds (needs masks)", "bap_closed": "Wiener filter on the raw embedding",
-    "bap_synthetic": "bap without the target's own foregrounds", "bap": "BAP, the recommended map", "erm_tuned": "penalty tuned on the validation groups", "bap_tuned": "map and penalty tuned on the validation groups",
+    "bap_synthetic": "bap without the target's own foregrounds", "bap": "BAP, the recommended map",
+    "erm_tuned": "penalty tuned on the validation groups", "bap_tuned": "map and penalty tuned on the validation groups",
     "dfr": "last-layer retraining on validation groups", "val_probe": "probe on the balanced validation set", "val_probe_bap": "the same through the map",
     "balanced_train": "training foregrounds on every place: the true ceiling"}
 
@@ -80,7 +81,8 @@ def main():
     expect(method == "bap", "method", method, "bap")
     expect(bap_map in ("closed", "linear", "mlp"), "bap_map", bap_map, "closed, linear or mlp")
     expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
-    for flag, least in (("instances", 8), ("per_instance", 2), ("batch_size", 1), ("threads", 1), ("seeds", 1), ("steps", 1), ("seed", 0), ("own_per", 2), ("own_most", 8)):
+    for flag, least in (("instances", 8), ("per_instance", 2), ("own_per", 2), ("own_most", 8), ("batch_size", 1), ("threads", 1),
+                        ("seeds", 1), ("steps", 1), ("seed", 0)):
         expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
     for flag in ("l2", "lam", "learning_rate", "scale"):
         expect(0 < config[flag] < float("inf"), flag, config[flag], "a positive number")
@@ -151,9 +153,12 @@ def one_run(encoder, figures, grounds, s, out, config):
     additive = additivity(unit(z), i, j, seed=s)
     some = torch.randperm(len(z), generator=torch.Generator().manual_seed(s))[:200]
     shown = [cells[k] for k in good.nonzero()[:, 0][some].tolist()]
-    f, b = (embedded([replace(c, **{alone: None}) for c in shown], label)[0] for alone, label in (("ground", "foregrounds on grey"), ("figure", "backgrounds alone")))
+    f, b = (embedded([replace(c, **{without: None}) for c in shown], label)[0]
+            for without, label in (("ground", "foregrounds on grey"), ("figure", "backgrounds alone")))
     both = f.isfinite().all(1) & b.isfinite().all(1)
-    additive["flat"]["cos_sum"] = cos_sum(unit(z[some][both]), unit(f[both]), unit(b[both]), seed=s)
+    parts = torch.stack([unit(v[both]) for v in (z[some], f, b)])  # [3, N, D]
+    additive["flat"].update(cos_sum(*parts, seed=s))
+    additive["sphere"].update(cos_sum(*sphere_log(parts.flatten(0, 1)).unflatten(0, (3, -1)), seed=s))
     lap("additivity")
 
     # 3. the biased data. Its training foregrounds, without labels, are worth having among the composites: a cutter that
@@ -205,13 +210,15 @@ def one_run(encoder, figures, grounds, s, out, config):
         probe("group_weighted", unit, weight=1 / counts[group[train]].double())
     if samples.counts(1).all():
         correct["dfr"] = dfr(x, y, group, val, s).predict(x) == y
-    for name, choices, copies in (("copy_paste", [grounds], 2), ("balanced_train", place_grounds(samples, place_backgrounds, s, difficulty), 1)):
+    for name, choices, copies in (("copy_paste", [grounds], 2),
+                                  ("balanced_train", place_grounds(samples, place_backgrounds, s, difficulty), 1)):
         pictures, labels = recompose(samples, choices, copies, s) if choices else ([], None)
         if pictures:
             more, good = embedded(pictures, name)
             probe(name, unit, extra=(more[good], labels[good]))
     if tuned:  # for the worst group of the validation split, which knows the places: beside the headline, never in it
-        for name, tries in (("erm_tuned", [unit]), ("bap_tuned", [wiener_of(both, k, exponent) for both in [moments(grids, exponent)] for k in (.3, 1., 3.)])):
+        both = moments(grids, exponent)
+        for name, tries in (("erm_tuned", [unit]), ("bap_tuned", [wiener_of(both, k, exponent) for k in (.3, 1., 3.)])):
             tries = [fit_probe(g(x[train]), y[train], k, classes=C).predict(g(x)) == y for g in tries for k in (.02, .2, 2.)]
             correct[name] = max(tries, key=lambda c: worst_group(c[val], group[val]))
     lap("probes")
@@ -346,7 +353,7 @@ def summary(results):
     """The tables on the console."""
     a, v = results["additivity"], results["invariance"]
     keys = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
-    sums = a["flat"]["cos_sum"]
+    sums = a["flat"]
     first = results["methods"]["erm"]
     names = [f"y{g['y']}/p{g['place']} (n={g['n']})" for g in first["groups"]]
     rows = [(name, m["worst_group"], m["avg_group_mean"], m["avg_train_weighted"], *[g["accuracy"] for g in m["groups"]],
@@ -355,7 +362,8 @@ def summary(results):
     return "\n".join((
         "\nHow additive are embeddings of composites? Shares of their variance",
         table(("geometry", *keys), [(k, *[a[k][q] for q in keys]) for k in a]),
-        f"cos(z(f, b), z(f) + z(b)): raw {sums['raw']:.3f} (shuffled {sums['raw_shuffled']:.3f}), means removed {sums['centred']:.3f} ({sums['centred_shuffled']:.3f})",
+        f"cos(z(f, b), z(f) + z(b)): raw {sums['cos_sum']:.3f} (shuffled {sums['cos_sum_shuffled']:.3f}), "
+        f"means removed {sums['cos_sum_centred']:.3f} ({sums['cos_sum_centred_shuffled']:.3f})",
         "\nIs the map invariant?",
         f"accuracy of a probe for the place: raw {v['place_probe_raw']:.3f}, map {v['place_probe_map']:.3f}; "
         f"cosine within a foreground {v['cos_within']:.3f}, between {v['cos_between']:.3f}",
@@ -391,7 +399,7 @@ def report(results, last):
         ("Accuracy per group, with 95 % intervals", by_group),
         ("Additivity", "<p>Shares of the variance of composites in the fit z(f, b) = mu + a + c + e, flat and after the log map at the intrinsic mean.</p>"
          + html_table(("geometry", *keys), [(k, *[a[k][q] for q in keys]) for k in a])
-         + f"<p>cos(z(f, b), z(f on grey) + z(b alone)), means removed: {a['flat']['cos_sum']['centred']:.3f}; shuffled {a['flat']['cos_sum']['centred_shuffled']:.3f}.</p>"),
+         + f"<p>cos(z(f, b), z(f on grey) + z(b alone)), means removed: {a['flat']['cos_sum_centred']:.3f}; shuffled {a['flat']['cos_sum_centred_shuffled']:.3f}.</p>"),
         ("Invariance", f"<p>A probe for the place gets {v['place_probe_raw']:.3f} on the raw embedding and {v['place_probe_map']:.3f} on the map. "
          f"Cosine of map outputs within a foreground {v['cos_within']:.3f}, between foregrounds {v['cos_between']:.3f}.</p>"),
         ("Worst errors of bap on test", errors or "<p>none</p>"),

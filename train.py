@@ -12,6 +12,7 @@ BAP is arXiv 2605.11107; its equations are not public, those here and in model.p
 """
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import torch
@@ -232,17 +233,22 @@ def one_run(encoder, figures, grounds, s, out, config):
 
 
 def cut_own(encoder, pictures, cells, s):
-    """The foregrounds of the target's training pictures: list of data.Cut; none if composites do not teach it well enough."""
+    """The foregrounds of the target's training pictures, list of data.Cut; none where the cutter cannot be trusted.
+
+    It is not if it misses the foregrounds of held-out composites (IoU below 0.6), nor if it finds one of plausible size, 2 to
+    50 % of the picture, in less than two thirds of the target's: then what it learned from composites does not carry over.
+    """
     some = torch.randperm(len(cells), generator=torch.Generator().manual_seed(s))[:640].tolist()
     cutter = Cutter(encoder, [cells[k] for k in some], threads, seed=s)
-    say(f"cutter: IoU {cutter.iou:.2f} on held-out composites" + ("" if cutter.iou >= .6 else ": too low, the target's own foregrounds are not used"))
-    if cutter.iou < .6:
-        return []
     chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(s))[:own_most].sort().values.tolist()
     pictures = [pictures[k] for k in chosen]
     alpha, _ = embed(encoder, pictures, cache_dir, batch_size, threads, dtype, False, "cut out", cutter.masks, cutter.name)
-    area = alpha.mean(1)  # nothing found, or everything: not a foreground
-    return [cutter.cut(p, a) for p, a, share in zip(pictures, alpha, area.tolist()) if .01 < share < .8]
+    plausible = (alpha.mean(1) > .02) & (alpha.mean(1) < .5)
+    share = float(plausible.double().mean())
+    trusted = cutter.iou >= .6 and share >= 2 / 3
+    say(f"cutter: IoU {cutter.iou:.2f} on held-out composites, a plausible foreground in {share:.0%} of the training images"
+        + ("" if trusted else ": not trusted, the target's own foregrounds are not used"))
+    return [cutter.cut(p, a) for p, a, good in zip(pictures, alpha, plausible.tolist()) if good] if trusted else []
 
 
 def contrast(g, z, i, j, s, load, save):
@@ -380,20 +386,25 @@ def report(results, last):
     shown = "".join(thumb(last["cells"][k].image()) for k in picked)
     biased = "".join(thumb(samples.items[int(k)].image(), f"{split}: {label(int(k))}") for split, s in (("train", samples.split == 0), ("test", test))
                      for g in torch.unique(samples.group()[s]) for k in (s & (samples.group() == g)).nonzero()[:2, 0])
-    probe = last["probes"]["bap"]
-    margin = probe.logits(last["map"](last["x"]))
-    margin = margin.gather(1, samples.y[:, None])[:, 0] - margin.scatter(1, samples.y[:, None], -torch.inf).amax(1)
+    probe, g = last["probes"]["bap"], last["map"]
+    logits = probe.logits(g(last["x"]))
+    taken = logits.argmax(1).tolist()
+    margin = logits.gather(1, samples.y[:, None])[:, 0] - logits.amax(1)
     wrong = [k for k in margin.argsort().tolist() if test[k] and margin[k] < 0][:12]
-    errors = "".join(thumb(samples.items[k].image(), f"{label(k)}, taken for {samples.classes[int(probe.predict(last['map'](last['x'][k:k + 1]))[0])]}") for k in wrong)
-    rows = [(name, g["accuracy"], g["interval"], f"n={g['n']}", g) for name, m in methods.items() if name in ("erm", "bap_closed", "bap", "val_probe", "balanced_train") for g in m["groups"]]
-    by_group = "".join(f"<h3>{samples.classes[g['y']]} on {samples.places[g['place']]}</h3>" + bars([r[:4] for r in rows if (r[4]["y"], r[4]["place"]) == (g["y"], g["place"])])
-                       for g in methods["erm"]["groups"])
+    errors = "".join(thumb(samples.items[k].image(), f"{label(k)}, taken for {samples.classes[taken[k]]}") for k in wrong)
+    compared = [methods[name] | {"name": name} for name in ("erm", "bap_closed", "bap", "val_probe", "balanced_train") if name in methods]
+    by_group = "".join(
+        f"<h3>{samples.classes[g['y']]} on {samples.places[g['place']]}</h3>"
+        + bars([(m["name"], m["groups"][k]["accuracy"], m["groups"][k]["interval"], f"n={g['n']}") for m in compared])
+        for k, g in enumerate(methods["erm"]["groups"]))
     keys = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
     erm, bap, v = methods["erm"], methods["bap"], results["invariance"]
-    return page("flock: background-invariant anchor pre-training", f"{data}, {model} {pretrained}: worst group {erm['worst_group']:.3f} for a probe on the raw "
-                f"embedding, {bap['worst_group']:.3f} through the map. No place labels, no minority group was used for it.", [
-        ("Composites to pre-train on", shown + "".join(thumb(Composite(c, None, None).image(), "cut out of the target") for c in last["cuts"][:6])),
-        ("The biased data", "<p>" + "; ".join(samples.notes) + "</p>" + biased),
+    return page("flock: background-invariant anchor pre-training",
+                f"{data}, {model} {pretrained}: worst group {erm['worst_group']:.3f} for a probe on the raw embedding, "
+                f"{bap['worst_group']:.3f} through the map. It used no place labels.", [
+        ("Composites to pre-train on", shown + "".join(thumb(Composite(c, None, None).image(), "cut out of the target")
+                                                       for c in last["cuts"][:6])),
+        ("The biased data", "<p>" + escape("; ".join(samples.notes)) + "</p>" + biased),
         ("Methods", html_table(("method", "worst group", "mean of groups", "train-weighted", "what"),
                                [(n, m["worst_group"], m["avg_group_mean"], m["avg_train_weighted"], ORDER[n]) for n, m in methods.items()])),
         ("Accuracy per group, with 95 % intervals", by_group),
@@ -403,7 +414,7 @@ def report(results, last):
         ("Invariance", f"<p>A probe for the place gets {v['place_probe_raw']:.3f} on the raw embedding and {v['place_probe_map']:.3f} on the map. "
          f"Cosine of map outputs within a foreground {v['cos_within']:.3f}, between foregrounds {v['cos_between']:.3f}.</p>"),
         ("Worst errors of bap on test", errors or "<p>none</p>"),
-        ("Flags", "<pre>" + "\n".join(f"--{k}={v}" for k, v in results["config"].items()) + f"\ngit {results['git']}</pre>")])
+        ("Flags", "<pre>" + escape("\n".join(f"--{k}={v}" for k, v in results["config"].items())) + f"\ngit {results['git']}</pre>")])
 
 
 if __name__ == "__main__":

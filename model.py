@@ -299,11 +299,11 @@ def unit(x):
     return F.normalize(x, dim=-1)
 
 
-def embed(encoder, pictures, cache="cache", batch=16, threads=2, dtype="auto", skip_bad=False, label="images", compute=None, name=""):
+def embed(encoder, pictures, cache="cache", batch=8, threads=0, dtype="auto", skip_bad=False, label="images", compute=None, name=""):
     """Embeddings of pictures (see data.py): float32 [n, D], not normalised; and [(index, line)] of those left out.
 
     compute: what to compute of images [N, 3, H, W], encoder.images if None; name is its part of the cache's key.
-    Threads decode while the network runs. dtype: float32, bfloat16, or auto: bfloat16 where the processor computes in it
+    threads: that decode and, on a CPU, run the network; 0 for one per core. dtype: float32, bfloat16, or auto: bfloat16 where the processor computes in it
     and the first batch agrees with float32. A row whose picture cannot be read is NaN if skip_bad, else Complaint.
     cache: folder of safetensors, one per CHUNK pictures, named by the hash of encoder, dtype and the pictures' keys;
     "" for none. A damaged file is computed anew, and that is said.
@@ -326,7 +326,7 @@ def embed(encoder, pictures, cache="cache", batch=16, threads=2, dtype="auto", s
     if todo:
         from tqdm import tqdm
         with tqdm(total=count, unit=" images", desc=label, disable=None, leave=False) as bar:
-            stream = _forward(encoder, [p for k in todo for p in chunks[k]], batch, threads, choice, skip_bad, bar, compute)
+            stream = _forward(encoder, [p for k in todo for p in chunks[k]], batch, threads or cores(), choice, skip_bad, bar, compute)
             for k in todo:
                 rows = [next(stream) for _ in chunks[k]]
                 done[k] = torch.stack([z for z, _ in rows])
@@ -338,6 +338,10 @@ def embed(encoder, pictures, cache="cache", batch=16, threads=2, dtype="auto", s
     say(f"{label}: " + (f"{count} embedded in {count / rate:.1f} s, {rate:.0f} images/s, {choice}" if todo else "")
         + ("; " if 0 < count < len(pictures) else "") + (f"{len(pictures) - count} from the cache" if count < len(pictures) else ""))
     return torch.cat(done) if done else torch.empty(0, encoder.dim), bad
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _agrees(encoder, pictures):
@@ -357,7 +361,13 @@ def _agrees(encoder, pictures):
 
 
 def _forward(encoder, pictures, batch, threads, choice, skip_bad, bar, compute):
-    """Yields (embedding [D], None or why it is missing) for each picture, in order."""
+    """Yields (embedding [D], None or why it is missing) for each picture, in order.
+
+    On a CPU each thread decodes a batch and runs the network on it by itself, on one core: nobody waits for anybody, and the
+    numbers do not depend on how many threads there are. On a GPU threads decode, and this one feeds it.
+    """
+    own = encoder.device == "cpu"
+
     def decode(picture):
         try:
             return encoder.transform(picture.image()), None
@@ -366,27 +376,34 @@ def _forward(encoder, pictures, batch, threads, choice, skip_bad, bar, compute):
                 raise
             return None, str(problem)
 
+    def work(some):
+        rows = [decode(picture) for picture in some]
+        good = [x for x, _ in rows if x is not None]
+        x = torch.stack(good).to(encoder.device, memory_format=torch.channels_last) if good else None
+        if own:
+            torch.set_num_threads(1)  # of this thread
+            x = _run(encoder, x, choice, compute) if good else None
+        return some, [line for _, line in rows], x
+
+    batches = iter([pictures[k:k + batch] for k in range(0, len(pictures), batch)])
     with ThreadPoolExecutor(threads) as pool:
-        waiting, ahead = collections.deque(), iter(pictures)
+        waiting = collections.deque()
         try:
-            for start in range(0, len(pictures), batch):
-                while len(waiting) < (threads + 2) * batch and (picture := next(ahead, None)) is not None:
-                    waiting.append(pool.submit(decode, picture))
-                rows = [waiting.popleft().result() for _ in range(min(batch, len(pictures) - start))]
-                good = [k for k, (x, _) in enumerate(rows) if x is not None]
-                z = [torch.full((encoder.dim,), torch.nan)] * len(rows)
-                if good:
-                    x = torch.stack([rows[k][0] for k in good]).to(encoder.device, memory_format=torch.channels_last)
-                    y = _run(encoder, x, choice, compute)
-                    broken = (~y.isfinite().all(1)).nonzero()[:, 0].tolist()
-                    if broken:
-                        raise Complaint(f"{pictures[start + good[broken[0]]].key().split('|')[0]}: its embedding is not finite; "
+            while True:
+                while len(waiting) < threads + 2 and (some := next(batches, None)) is not None:
+                    waiting.append(pool.submit(work, some))
+                if not waiting:
+                    return
+                some, lines, y = waiting.popleft().result()
+                y = y if own or y is None else _run(encoder, y, choice, compute)
+                y = iter(() if y is None else y.cpu())
+                for picture, line in zip(some, lines):
+                    z = torch.full((encoder.dim,), torch.nan) if line else next(y)
+                    if not line and not z.isfinite().all():
+                        raise Complaint(f"{picture.key().split('|')[0]}: its embedding is not finite; "
                                         "check the weights of the encoder, or use --dtype=float32")
-                    for k, row in zip(good, y.cpu()):
-                        z[k] = row
-                bar.update(len(rows))
-                for k, (_, line) in enumerate(rows):
-                    yield z[k], line
+                    yield z, line
+                bar.update(len(some))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -433,10 +450,10 @@ class Cutter:
     target; iou: mean intersection over union on every tenth of them, held out. Ours, not in the papers.
     """
 
-    def __init__(self, encoder, scenes, threads=2, cells=60, seed=0):
+    def __init__(self, encoder, scenes, threads=0, cells=60, seed=0):
         self.encoder = encoder
         g, rows, target, held = torch.Generator().manual_seed(seed), [], [], []
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads or cores()) as pool:
             for start in range(0, len(scenes), 16):
                 batch = list(pool.map(lambda s: (encoder.transform(s.image()), s), scenes[start:start + 16]))
                 f = self._features(torch.stack([x for x, _ in batch]))  # [N, h, w, D']

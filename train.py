@@ -46,8 +46,8 @@ pretrained = ""          # open_clip tag or local file
 quick_gelu = "auto"      # auto follows the record of the weights; on, off
 device = "auto"          # auto, cpu, cuda
 dtype = "auto"           # of the forward pass: auto, float32, bfloat16
-batch_size = 16          # 16 is faster than 64 on a CPU; raise it on a GPU
-threads = 2              # that decode images
+batch_size = 8           # small batches are faster on a CPU; raise it on a GPU
+threads = 0              # that decode images and, on a CPU, embed them; 0 for one per core
 # --- method ----------------------------------------------------------------------------------------------------------
 method = "bap"           # bap is all there is so far
 own = 0.5                # bap: weight of the target's own training foregrounds, cut out by what composites taught; 0 for none
@@ -82,7 +82,7 @@ def main():
     expect(method == "bap", "method", method, "bap")
     expect(bap_map in ("closed", "linear", "mlp"), "bap_map", bap_map, "closed, linear or mlp")
     expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
-    for flag, least in (("instances", 8), ("per_instance", 2), ("own_per", 2), ("own_most", 8), ("batch_size", 1), ("threads", 1),
+    for flag, least in (("instances", 8), ("per_instance", 2), ("own_per", 2), ("own_most", 8), ("batch_size", 1), ("threads", 0),
                         ("seeds", 1), ("steps", 1), ("seed", 0)):
         expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
     for flag in ("l2", "lam", "learning_rate", "scale"):

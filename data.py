@@ -527,7 +527,7 @@ OFFICIAL = {(0, 3498, 184, 56, 1057): "95 %", (1, 467, 466, 133, 133): "", (2, 2
 
 
 def waterbirds(root, masks=""):
-    """A folder in the Waterbirds layout (PROTOCOL: group_DRO), with any number of classes and places.
+    """A folder in the Waterbirds layout (as group_DRO writes it), with any number of classes and places.
 
     metadata.csv has the columns img_id,img_filename,y,split,place,place_filename. The official sets' counts are
     recognised. masks: a folder whose NAME.png masks the foreground of NAME.jpg or of NAME_anything.jpg.

@@ -357,11 +357,17 @@ def test_waterbirds_duplicate_row_names_both_lines(tmp_path):
         data.load_data(birds(tmp_path, [*table(), table()[3]]))
 
 
-def test_waterbirds_missing_files_are_counted_and_the_first_named(tmp_path):
-    spec = birds(tmp_path)
+def test_waterbirds_missing_files_are_left_out_with_one_warning_that_counts_them(tmp_path):
+    spec = birds(tmp_path, table(splits=3) + [[k, f"s/{k}.jpg", *r[2:]] for k, r in enumerate(table(), 12)])
     for k in (3, 7):
         (tmp_path / f"s/{k}.jpg").unlink()
-    with complaint("2 of its 12", "s/3.jpg"):
+    samples = data.load_data(spec)
+    warnings = [n for n in samples.notes if n.startswith("WARNING")]
+    assert len(samples.items) == len(samples.y) == 22 and len(warnings) == 1 and "2 of its 24" in warnings[0] and "s/3.jpg" in warnings[0]
+    assert all(os.path.isfile(p.path) for p in samples.items) and samples.items[3].path.endswith("s/4.jpg") and samples.y[3] == 0
+    for path in (tmp_path / "s").iterdir():
+        path.unlink()
+    with complaint("24 of its 24 images do not exist"):
         data.load_data(spec)
 
 

@@ -3,7 +3,7 @@
 The three scripts share this file and model.py. What is read from outside is checked here, and a `Complaint`
 names the file or flag, what was found and what to do; `run` prints it as one line and exits with code 2.
 """
-import base64, csv, difflib, errno, functools, html, io, json, math, os, subprocess, sys, tempfile, warnings, zlib
+import base64, csv, difflib, errno, functools, gc, html, io, json, math, os, subprocess, sys, tempfile, warnings, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -577,7 +577,12 @@ def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", 
             "in9": lambda: in9(where, *more), "imagenet": lambda: imagenet(where, *more)}[name]
     if len(more) > {"counteranimal": 1, "nico": 2, "cocogender": 1}.get(name, 0):
         raise Complaint(f"--data={spec}: found {':'.join(more)!r} after the folder; --data={name}:help says what may stand there")
-    samples = load()
+    gc.disable()  # a million small objects that all stay: looking for garbage among them takes as long as reading them
+    try:
+        samples = load()
+    finally:
+        gc.freeze()
+        gc.enable()
     samples.labels = samples.labels or samples.classes
     if given and name not in ("folder", "csv"):
         if len(given) != len(samples.labels):
@@ -899,24 +904,22 @@ def read_columns(path, needed, hint):
 def whole(path, columns):
     """Columns of strings -> list of int64 arrays; Complaint names the line of the first that is no whole number from 0 (split: 0 to 2)."""
     n, out = len(next(iter(columns.values()))), []
-    limits = {c: 3 if c == "split" else max(3, n) for c in columns}
-    try:
-        for column, values in columns.items():
-            out.append(np.array(values).astype(np.int64))
-            if out[-1].min() < 0 or out[-1].max() >= limits[column]:
-                raise ValueError
-        return out
-    except (ValueError, OverflowError):
-        wrong = lambda v, limit: not (v.strip().isdecimal() and int(v) < limit)
-        line = next(k for k in range(n) if any(wrong(v[k], limits[c]) for c, v in columns.items()))
-        raise Complaint(f"{path}:{line + 2}: " + " ".join(f"{c}={v[line]!r}" for c, v in columns.items())
-                        + ", expected whole numbers from 0" + ", split 0 (train), 1 (val) or 2 (test)" * ("split" in columns)) from None
+    for column, values in columns.items():
+        numbers = {v: int(v) if v.strip().isdecimal() else -1 for v in set(values)}
+        bad = {v for v, k in numbers.items() if not 0 <= k < (3 if column == "split" else max(3, n))}
+        if bad:
+            line = next(k for k, v in enumerate(values) if v in bad)
+            raise Complaint(f"{path}:{line + 2}: " + " ".join(f"{c}={v[line]!r}" for c, v in columns.items())
+                            + ", expected whole numbers from 0" + ", split 0 (train), 1 (val) or 2 (test)" * ("split" in columns))
+        out.append(np.fromiter(map(numbers.__getitem__, values), np.int64, n))
+    return out
 
 
 def files_in(root, table, column, names):
     """Names of images relative to root -> (paths that exist, their index LongTensor, notes). A path out of root, one listed
     twice, or none that exists is a Complaint; missing ones are counted in one note."""
-    if ".." in "\n".join(names) or not all(names) or any(n[0] in "/\\" for n in names) or len(set(names)) < len(names):
+    distinct = set(names)
+    if ".." in "\n".join(names) or not all(names) or any(n[0] in "/\\" for n in names) or len(distinct) < len(names):
         seen = {}
         for line, name in enumerate(names, 2):
             if not name or name[0] in "/\\" or ".." in Path(name).parts or Path(name).is_absolute():
@@ -924,22 +927,20 @@ def files_in(root, table, column, names):
             if name in seen:
                 raise Complaint(f"{table}:{line}: {column} {name!r} is listed already in line {seen[name]}; list each image once")
             seen[name] = line
-    folders = {}
-    for at in {n.rpartition("/")[0] for n in names}:
-        try:
-            folders[at] = set(os.listdir(os.path.join(root, at)))
-        except OSError:
-            folders[at] = set()
-    here = [k for k, (at, _, file) in enumerate(n.rpartition("/") for n in names) if file in folders[at]]
-    notes = []
-    if len(here) < len(names):
-        present = set(here)
-        first = next(n for k, n in enumerate(names) if k not in present)
-        lost = f"{table}: {len(names) - len(here)} of its {len(names)} images do not exist, the first is {os.path.join(root, first)}"
-        if not here:
-            raise Complaint(f"{lost} (in the folder: {inside(root)}); complete the folder")
-        notes.append(f"WARNING: {lost}; they are left out")
-    return [os.path.join(root, names[k]) for k in here], torch.tensor(here), notes
+    there = set()
+    for at in {n[:n.rfind("/") + 1] for n in names}:
+        if os.path.isdir(os.path.join(root, at)):
+            there.update(at + file for file in os.listdir(os.path.join(root, at)))
+    lost, here, notes = distinct - there, np.arange(len(names)), []
+    if lost:
+        first = next(n for n in names if n in lost)
+        line = f"{table}: {len(lost)} of its {len(names)} images do not exist, the first is {os.path.join(root, first)}"
+        if len(lost) == len(names):
+            raise Complaint(f"{line} (in the folder: {inside(root) if os.path.isdir(root) else 'no such folder'}); complete the folder")
+        notes.append(f"WARNING: {line}; they are left out")
+        here = np.array([k for k, name in enumerate(names) if name not in lost])
+    root = os.path.join(root, "")
+    return [root + names[k] for k in here.tolist()], torch.from_numpy(here), notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

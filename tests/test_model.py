@@ -228,8 +228,7 @@ def test_map_and_embedding_come_from_one_differentiable_pass(name, small, tiny, 
         assert g.isfinite().all() and g.abs().max() > 0
     if name == "flock-rn":  # attention over one cell is its value
         pool = copy.deepcopy(encoder.module.visual.attnpool)
-        m4 = torch.randn(1, pool.v_proj.in_features, 1, 1)
-        pool.positional_embedding.data.zero_()
+        m4, pool.positional_embedding = torch.randn(1, pool.v_proj.in_features, 1, 1), nn.Parameter(torch.zeros(2, pool.v_proj.in_features))
         assert torch.allclose(pool(m4)[0], pool.c_proj(pool.v_proj(m4[0, :, 0, 0])), atol=1e-4)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 import data
 import model
 from data import Complaint
-from model import embed, load_encoder, unit, with_map
+from model import load_encoder, unit, with_map
 
 # Made by scikit-learn 1.9.1: x, y random; LogisticRegression(C=1 / (l2 * n), class_weight="balanced", tol=1e-10, max_iter=10**5)
 #   .fit((x - x.mean(0)) / x.std(0, ddof=1).mean(), y), "weighted" with sample_weight=weight / weight.mean() instead; for l1_*
@@ -443,10 +443,10 @@ def test_cache_of_something_else_is_not_used(tiny, tmp_path, what, small, capsys
 def test_several_rows_for_a_picture_keep_their_place_beside_bad_ones_and_in_the_cache(tiny, tmp_path, capsys):
     rows = [2, 3, 0, 1, 4]  # as regions are embedded: compute gives rows[k] rows for picture k
     compute = lambda x, some: torch.cat([v[None] * (1 + r) for v, p in zip(tiny.images(x), some) for r in range(rows[p.k])])
-    embedded = lambda pictures: embed(tiny, pictures, str(tmp_path), 2, 1, "float32", True, compute=compute, name="rows", rows=[rows[p.k] for p in pictures])
+    embedded = lambda pictures: embed(tiny, pictures, tmp_path, batch=2, skip_bad=True, compute=compute, name="rows", rows=[rows[p.k] for p in pictures])
     z, bad = embedded([Noise(k, broken=k == 1) for k in range(5)])
     good = [Noise(k) for k in (0, 2, 3, 4)]
-    alone = embed(tiny, good, "", 2, 1, "float32")[0]
+    alone = embed(tiny, good)[0]
     assert z.shape == (10, 64) and [i for i, _ in bad] == [1] and z[2:5].isnan().all()
     assert torch.allclose(z[[0, 1, 5, 6, 9]], alone[[0, 0, 2, 3, 3]] * torch.tensor([1., 2, 1, 1, 4])[:, None], atol=1e-4)
     first, second = embedded(good)[0], embedded(good)[0]

@@ -3,7 +3,7 @@
 The three scripts share this file and model.py. What is read from outside is checked here, and a `Complaint`
 names the file or flag, what was found and what to do; `run` prints it as one line and exits with code 2.
 """
-import base64, csv, difflib, errno, functools, gc, html, io, json, math, os, subprocess, sys, tempfile, warnings, zlib
+import base64, csv, difflib, errno, functools, gc, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -1274,6 +1274,42 @@ def imagenet(root):
     classes = [f"{n} ({w})" if short.count(n) > 1 else n for n, w in zip(short, ids)]
     return samples_of(f"imagenet:{outer}", [os.path.join(root, *p) for p in paths], y, [0] * len(paths), make_splits(y), classes, ["anywhere"], notes,
                       labels=short, imagenet=[[k] for k in range(1000)], official=False)
+# ---------------------------------------------------------------------------------------------------------------------
+# regions, and what discover.py found out about them
+
+def grid(spec):
+    """Boxes x1, y1, x2, y2 of "grid:3" or, in several scales, "grid:1,2,3": shares of what the model sees, float [R, 4],
+    row by row."""
+    sides = [int(n) if n.isdigit() else 0 for n in spec.removeprefix("grid:").split(",")]
+    if not spec.startswith("grid:") or not all(0 < n <= 64 for n in sides):
+        raise Complaint(f"--regions: found {spec!r}, expected grid:N or grid:N,N,... with N from 1 to 64")
+    return torch.tensor([(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)])
+
+
+def load_discovery(path):
+    """What discover.py wrote: discovery.json, or its folder, with discovery.npz beside it.
+
+    Returns a dict: kept, ids of the kept clusters, ranked; clusters, the list in discovery.json; medoids [K, D] unit-norm, one row
+    for each cluster id; mean [D], taken from unit region embeddings before they are compared with medoids (zeros: none was);
+    fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and for each region image [N] (row of
+    paths), box [N, 4] (shares of the image), label [N].
+    """
+    path = Path(path) / "discovery.json" if Path(path).is_dir() else Path(path)
+    arrays = path.with_suffix(".npz")
+    for file in (path, arrays):
+        if not file.is_file():
+            raise Complaint(f"{file}: no such file; expected discovery.json and discovery.npz, as discover.py writes them")
+    try:
+        tree = json.loads(path.read_text())
+        with np.load(arrays, allow_pickle=False) as file:
+            found = {k: torch.from_numpy(file[k]) for k in ("medoids", "mean", "image", "box", "label")}
+            found.update({k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}, paths=file["paths"].tolist())
+        kept = [int(c["id"]) for c in tree["clusters"] if c["kept"]]
+        if max(kept, default=0) >= len(found["medoids"]):
+            raise ValueError("it has a cluster without a medoid")
+    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as problem:
+        raise Complaint(f"{path}: not what discover.py writes ({type(problem).__name__}: {problem}); run it again") from None
+    return dict(found, kept=kept, clusters=tree["clusters"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

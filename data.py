@@ -3,7 +3,7 @@
 The three scripts share this file and model.py. What is read from outside is checked here, and a `Complaint`
 names the file or flag, what was found and what to do; `run` prints it as one line and exits with code 2.
 """
-import base64, csv, difflib, errno, functools, gc, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
+import atexit, base64, csv, difflib, errno, functools, gc, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -581,7 +581,8 @@ def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", 
     try:
         samples = load()
     finally:
-        gc.freeze()
+        gc.freeze()  # nor later, until the process ends
+        atexit.register(gc.unfreeze)
         gc.enable()
     samples.labels = samples.labels or samples.classes
     if given and name not in ("folder", "csv"):

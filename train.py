@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from data import (Complaint, Composite, bars, check, composites, draw_view, expect, flags, html_table, layers, load_data, page, place_grounds, recompose,
                   revision, rng, run, say, table, thumb, write, write_json)
 from kernels import pairwise_loss
-from model import (Cutter, Map, additive_solve, additivity, cos_sum, embed, features, fit_l1_probe, fit_probe, group_metrics, leace,
+from model import (Cutter, Map, additive_solve, additivity, cos_sum, dfr, embed, features, fit_probe, group_metrics, leace,
                    load_checkpoint, load_encoder, moments, nullspace, paired_bootstrap, renumber, save_checkpoint, sphere_log, unit, wiener, wiener_of, worst_group)
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
@@ -301,28 +301,6 @@ def contrast(g, z, i, j, s, load, save):
         if step % 50 == 0 or step == steps - 1:
             say(f"step {step}: loss {loss.item():.4f}")
     return g.requires_grad_(False)
-
-
-def dfr(x, y, group, val, s, strengths=(1., .7, .3, .1, .07, .03, .01), retrains=20):
-    """Deep feature reweighting (Kirichenko et al. 2022): L1 logistic regression on group-balanced halves of the validation
-    set, C tuned for the worst group of the other half, then the mean of retrains on balanced subsets of all of it."""
-    generator = torch.Generator().manual_seed(s)
-    index = val.nonzero()[:, 0][torch.randperm(int(val.sum()), generator=generator)]
-    fit_on, tune_on = index[::2], index[1::2]
-
-    def balanced(pool):
-        parts = [pool[group[pool] == k] for k in torch.unique(group[pool])]
-        least = min(map(len, parts))
-        return torch.cat([p[torch.randperm(len(p), generator=generator)[:least]] for p in parts])
-
-    subset = balanced(fit_on)
-    C = max(strengths, key=lambda c: worst_group(fit_l1_probe(x[subset], y[subset], c, 300).predict(x[tune_on]) == y[tune_on], group[tune_on]))
-    fits = [fit_l1_probe(x[subset], y[subset], C, 300) for subset in (balanced(index) for _ in range(retrains))]
-    first = fits[0]
-    first.weight = torch.stack([f.weight / f.scale[:, None] for f in fits]).mean(0)
-    first.bias = torch.stack([f.bias - f.mean / f.scale @ f.weight for f in fits]).mean(0)
-    first.mean, first.scale = 0., 1.
-    return first
 
 
 def invariance(g, z, i, x, samples, s):

@@ -27,7 +27,7 @@ def run(main):
     try:
         main()
     except Complaint as problem:
-        sys.exit(print(f"{script}: {problem}", file=sys.stderr) or 2)
+        sys.exit(os.environ.get("RANK", "0") == "0" and print(f"{script}: {problem}", file=sys.stderr) or 2)
     except OSError as problem:  # a full disk, a folder that may not be written, a file that went away
         sys.exit(print(f"{script}: {problem.filename or 'file system'}: {problem.strerror or problem}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
@@ -1353,6 +1353,41 @@ def bars(rows, low=0., high=1.):
     return "".join(out) + "</svg>"
 
 
+def scatter(points, xlabel, ylabel, curve=None):
+    """Points in the unit square, zoomed to where they are, as SVG. points: (name, x, y, whether it stands out); curve: list of (x, y)."""
+    values = [v for _, x, y, _ in points for v in (x, y)]
+    low, high = max(0., math.floor(10 * min(values) - .5) / 10), min(1., math.ceil(10 * max(values) + .5) / 10)
+    X, Y = (lambda v: 60 + 620 * (v - low) / (high - low)), (lambda v: 380 - 360 * (v - low) / (high - low))
+    out = ['<svg viewBox="0 0 720 430" role="img">']
+    for k in range(round(10 * low), round(10 * high) + 1):
+        v = k / 10
+        out.append(f'<path d="M{X(v):.0f} 20V380M60 {Y(v):.0f}H680" class="grid"/><text x="{X(v):.0f}" y="398" text-anchor="middle" class="dim">{v:.1f}</text>'
+                   f'<text x="52" y="{Y(v) + 4:.0f}" text-anchor="end" class="dim">{v:.1f}</text>')
+    out.append(f'<path d="M{X(low):.0f} {Y(low):.0f}L{X(high):.0f} {Y(high):.0f}" class="grid" stroke-dasharray="4 4"/>'
+               f'<text x="370" y="424" text-anchor="middle">{html.escape(xlabel)}</text>'
+               f'<text x="14" y="200" text-anchor="middle" transform="rotate(-90 14 200)">{html.escape(ylabel)}</text>')
+    inside = [(x, y) for x, y in curve or () if low <= x <= high and low <= y <= high]
+    if inside:
+        out.append('<path d="M' + "L".join(f"{X(x):.1f} {Y(y):.1f}" for x, y in inside) + '" class="interval"/>')
+    taken = []
+    for name, x, y, strong in sorted(points, key=lambda p: (not p[3], p[2])):
+        at = Y(y) + 4
+        while any(abs(at - b) < 13 and abs(X(x) - a) < 190 for a, b in taken):  # no name over another
+            at += 13
+        taken.append((X(x), at))
+        left = X(x) > 500
+        out.append(f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="{5 if strong else 3.5}" class="{"dot" if strong else "pale"}"><title>{html.escape(name)}: {x:.3f}, {y:.3f}</title></circle>'
+                   f'<text x="{X(x) + (-9 if left else 9):.1f}" y="{at:.1f}" text-anchor="{"end" if left else "start"}"{"" if strong else " class=dim"}>{html.escape(name[:34])}</text>')
+    return "".join(out) + "</svg>"
+
+
+def write_table(path, header, rows):
+    """A CSV file, written whole; None as an empty field."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    write(path, buffer.getvalue())
+
+
 def html_table(header, rows):
     show = lambda v: "&ndash;" if v is None else f"{v:.3f}" if isinstance(v, float) else html.escape(str(v))
     text = [bool(rows) and isinstance(rows[0][c], str) for c in range(len(header))]
@@ -1373,7 +1408,7 @@ figure{{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0
 figcaption{{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}}.wide{{overflow-x:auto}}
 table{{border-collapse:collapse;font-size:14px}}th,td{{padding:4px 14px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}}
 th:first-child,td:first-child,.text{{text-align:left}}svg{{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}}rect{{fill:var(--bar)}}
-.grid{{stroke:var(--line)}}.interval{{stroke:var(--mark);stroke-width:1.4;fill:none}}pre{{overflow-x:auto;font-size:12.5px}}
+.dot{{fill:var(--bar)}}.pale{{fill:none;stroke:var(--dim)}}.grid{{stroke:var(--line);fill:none}}.interval{{stroke:var(--mark);stroke-width:1.4;fill:none}}pre{{overflow-x:auto;font-size:12.5px}}
 @media(max-width:520px){{figure{{width:calc(50% - 10px)}}}}
 </style><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>"""
 

@@ -879,7 +879,7 @@ def fit_probe(x, y, l2=.2, weight=None, classes=0):
         weight = 1 / torch.bincount(y, minlength=C).double()[y]
     w = weight.double() / weight.sum()
     x = x.detach()
-    mean, deviation = _mean_std(x)
+    mean, deviation = mean_std(x)
     scale, basis = deviation.mean().clamp(min=1e-12), None
     if n < x.shape[1]:  # the optimum lies in the span of the rows: exact, and smaller
         x = (x.double() - mean) / scale
@@ -921,7 +921,7 @@ def _blocks(x, change=lambda v: v):
     return lambda: ((slice(k, k + (1 << 15)), change(x[k:k + (1 << 15)].double())) for k in range(0, len(x), 1 << 15))
 
 
-def _mean_std(x, correction=1):
+def mean_std(x, correction=1):
     """Mean and standard deviation of the columns of x [N, D], double [D]."""
     blocks = _blocks(x)
     mean = sum(v.sum(0) for _, v in blocks()) / len(x)
@@ -934,7 +934,7 @@ def fit_l1_probe(x, y, C=.1, steps=1000):
     Minimises C sum_n CE_n + |W|_1 with the bias free, two classes or more (softmax), C in scikit-learn's units. Returns Probe.
     """
     K, D = int(y.max()) + 1, x.shape[1]
-    mean, scale = _mean_std(x, 0)
+    mean, scale = mean_std(x, 0)
     scale = scale.clamp(min=1e-12)
     blocks = _blocks(x, lambda v: F.pad((v - mean) / scale, (0, 1), value=1.))  # [N, D + 1]
     columns = 1 if K == 2 else K
@@ -1045,6 +1045,27 @@ def assign_regions(r, discovery):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
+
+def save_tensors(path, tree):
+    """A dict of tensors and plain values as safetensors, written whole."""
+    from safetensors.torch import save
+    plain = {k: v for k, v in tree.items() if not isinstance(v, torch.Tensor)}
+    content = save({k: v.contiguous() for k, v in tree.items() if isinstance(v, torch.Tensor)}, {"plain": json.dumps(plain)})
+    write(path, content + hashlib.sha256(content).digest())
+
+
+def load_tensors(path):
+    """What save_tensors wrote; None if there is none, or if it is damaged (that is said)."""
+    from safetensors.torch import load
+    if not os.path.isfile(path):
+        return None
+    content = Path(path).read_bytes()
+    if len(content) > 40 and hashlib.sha256(content[:-32]).digest() == content[-32:]:
+        size = int.from_bytes(content[:8], "little")
+        return {**load(content[:-32]), **json.loads(json.loads(content[8:8 + size])["__metadata__"]["plain"])}
+    say(f"{path}: damaged, computed anew")
+    return None
+
 
 def save_checkpoint(path, state):
     """A dict of tensors, numbers, strings, lists and dicts, written whole; loads with weights_only=True."""

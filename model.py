@@ -2,7 +2,7 @@
 
 Every equation of BAP (arXiv 2605.11107) here is our reading: the paper's own are not public.
 """
-import collections, contextlib, copy, hashlib, itertools, json, logging, math, os, time, warnings, zipfile
+import collections, contextlib, copy, hashlib, itertools, json, logging, math, os, threading, time, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -173,14 +173,16 @@ class Remembered:
     """An encoder as a former run left it: what is known of it without its weights. Asked for anything else, it becomes the Encoder."""
 
     def __init__(self, known, load):
-        self.__dict__.update(known, load=load)
+        self.__dict__.update(known, load=load, lock=threading.Lock())
 
     def __getattr__(self, name):
-        known, self.__class__ = self.__dict__.copy(), Encoder
-        real = known["load"]()
-        if real.fingerprint != known["fingerprint"]:
-            raise Complaint(f"--model={real.name}: its weights are not those of the former run; delete {known['path']} and start again")
-        self.__dict__.update(real.__dict__, precision=known["precision"], agrees=known["agrees"])
+        with self.__dict__["lock"]:  # threads that ask at once wait for the one that loads
+            if type(self) is Remembered:
+                real = self.load()
+                if real.fingerprint != self.fingerprint:
+                    raise Complaint(f"--model={real.name}: its weights are not those of the former run; delete {self.path} and start again")
+                self.__dict__ = {**real.__dict__, **self.__dict__}
+                self.__class__ = Encoder
         return getattr(self, name)
 
 
@@ -977,11 +979,9 @@ def dfr(x, y, group, val, s, strengths=(1., .7, .3, .1, .07, .03, .01), retrains
     subset = balanced(fit_on)
     C = max(strengths, key=lambda c: worst_group(fit_l1_probe(x[subset], y[subset], c, 300).predict(x[tune_on]) == y[tune_on], group[tune_on]))
     fits = [fit_l1_probe(x[subset], y[subset], C, 300) for subset in (balanced(index) for _ in range(retrains))]
-    first = fits[0]
-    first.weight = torch.stack([f.weight / f.scale[:, None] for f in fits]).mean(0)
-    first.bias = torch.stack([f.bias - f.mean / f.scale @ f.weight for f in fits]).mean(0)
-    first.mean, first.scale = 0., 1.
-    return first
+    weight = torch.stack([f.weight / f.scale[:, None] for f in fits]).mean(0)
+    bias = torch.stack([f.bias - f.mean / f.scale @ f.weight for f in fits]).mean(0)
+    return Probe(0., 1., weight, bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

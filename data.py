@@ -131,6 +131,13 @@ def write(path, content):
                         + ("free some space on that disk" if full else "choose another folder, or allow writing there")) from None
 
 
+def npz(**arrays):
+    """The bytes of an .npz file of plain arrays."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{k: np.asarray(v) for k, v in arrays.items()})
+    return buffer.getvalue()
+
+
 def write_json(path, tree):
     write(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")
 
@@ -474,6 +481,7 @@ class Samples:
     captions: list
     cut: list
     notes: list = field(default_factory=list)
+    prompts: list = field(default_factory=list)
 
     def group(self):
         """Group of each image, y * places + place [n]."""
@@ -492,7 +500,7 @@ class Samples:
 DATA = {"scenes": "drawn scenes, no files needed", "waterbirds:DIR": "a folder with metadata.csv in the Waterbirds layout"}
 
 
-def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5):
+def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", prompts=""):
     """The data set that --data names. masks: folder of foreground masks. confounder, seed, difficulty: of drawn scenes."""
     name, _, where = spec.partition(":")
     if name == "scenes" and not where:
@@ -573,7 +581,7 @@ def waterbirds(root, masks=""):
     samples = Samples(f"waterbirds:{root}", [Photo(p) for p in paths], y, place, split, classes, places,
                       [f"a {classes[a]} on {places[b]}" for a, b in zip(y.tolist(), place.tolist())], [None] * len(paths), notes)
     if masks:
-        samples.cut = [Composite(Masked(p, mask), None, None) if mask else None for p, mask in zip(paths, find_masks(root, paths, masks))]
+        samples.cut = [Composite(Masked(p, mask), None, None) if mask else None for p, mask in zip(paths, find_masks(paths, masks))]
     counts = tuple(tuple([s, *samples.counts(s).tolist()]) for s in range(3))
     if all(c in OFFICIAL for c in counts):
         notes.append(f"{root.name}: the counts of the official Waterbirds, 95 %")
@@ -585,14 +593,18 @@ def waterbirds(root, masks=""):
     return samples
 
 
-def find_masks(root, paths, masks):
-    """For each image the mask NAME.png below the folder masks, NAME the image's path, or that up to its last '_'."""
+def find_masks(paths, masks):
+    """For each image the mask NAME.png below the folder masks, or None. NAME: the end of the image's path, as long as possible, or that up to
+    its last '_'."""
     masks = folder(masks, "masks")
-    stems = [os.path.splitext(os.path.relpath(path, root))[0] for path in paths]
-    candidates = [[masks / f"{s}.png" for s in (stem, stem.rpartition("_")[0]) if s] for stem in stems]
-    found = [next((str(c) for c in choice if c.is_file()), None) for choice in candidates]
+    found, tried = [], []
+    for path in paths:
+        parts = Path(os.path.splitext(path)[0]).parts
+        ends = ["/".join(parts[-depth:]) for depth in range(min(4, len(parts)), 0, -1)]
+        tried = [masks / f"{s}.png" for end in ends for s in (end, end.rpartition("_")[0]) if s and not s.endswith("/")]
+        found.append(next((str(c) for c in tried if c.is_file()), None))
     if not any(found):
-        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[0]} one of {', '.join(map(str, candidates[0]))}")
+        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[-1] if len(paths) else 'an image'} one of {', '.join(map(str, tried[-4:]))}")
     return found
 
 
@@ -651,6 +663,184 @@ def grid(spec):
     if not spec.startswith("grid:") or not all(0 < n <= 64 for n in sides):
         raise Complaint(f"--regions: found {spec!r}, expected grid:N or grid:N,N,... with N from 1 to 64")
     return torch.tensor([(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)])
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of a picture; box: x1, y1, x2, y2, shares of its width and height."""
+    picture: object
+    box: tuple
+
+    def image(self):
+        image = decoded(self.picture)
+        left, top, right, bottom = (v * n for v, n in zip(self.box, image.size * 2))
+        left, top = min(int(left), image.width - 1), min(int(top), image.height - 1)
+        return image.crop((left, top, max(left + 1, round(right)), max(top + 1, round(bottom))))
+
+    def key(self):
+        return f"crop {self.picture.key()} {self.box}"
+
+
+@functools.lru_cache(16)
+def decoded(picture):
+    """picture.image(), kept while its crops are taken one after the other."""
+    return picture.image()
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A picture and regions in it. boxes: R times x1, y1, x2, y2, shares of the picture; frame: the box that the model sees of it.
+    mask, values: the regions are the pixels of a mask that have these values, or fall between the half-way marks; boxes hold them."""
+    picture: object
+    boxes: tuple
+    frame: tuple
+    mask: str = ""
+    values: tuple = ()
+
+    def image(self):
+        return self.picture.image()
+
+    def key(self):
+        return f"{self.picture.key()} regions {zlib.crc32(repr((self.boxes, self.values)).encode())} {self.mask and Photo(self.mask).key()}"
+
+    def seen(self):
+        """The boxes in shares of what the model sees, [R, 4], what lies outside cut off."""
+        left, top, right, bottom = self.frame
+        origin, side = torch.tensor([left, top] * 2), torch.tensor([right - left, bottom - top] * 2)
+        return ((torch.tensor(self.boxes).view(-1, 4) - origin) / side).clamp(0, 1)
+
+    def weights(self, h, w):
+        """The masks' regions as shares of the cells of a map, [R, h, w]."""
+        image = open_image(self.mask).convert("L")
+        frame = [v * n for v, n in zip(self.frame, image.size * 2)]
+        m = np.asarray(image)
+        return torch.stack([torch.from_numpy(np.array(Image.fromarray(255 * (m == v).astype(np.uint8)).resize((w, h), Image.BOX, frame), np.float32)) / 255
+                            for v in self.values])
+
+
+def picture_size(picture):
+    """(width, height) of a picture; of a file from its head."""
+    if getattr(picture, "pose", None):
+        return picture.size, picture.size
+    if not isinstance(picture, Photo):
+        return picture.image().size
+    try:
+        with Image.open(picture.path) as image:
+            w, h = image.size
+            return (h, w) if image.getexif().get(274, 1) >= 5 else (w, h)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return open_image(picture.path).size  # complains
+
+
+def load_regions(spec, pictures, frame):
+    """Regions in each picture, list of Regions, and notes. spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns
+    path,x1,y1,x2,y2 in pixels; coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg.
+    frame: (width, height) -> the box that the model sees. Raises Complaint for a box outside its picture or without area."""
+    kind, _, where = spec.partition(":")
+    sizes = {}
+
+    def seen(picture):
+        size = picture_size(picture)
+        if size not in sizes:
+            sizes[size] = frame(*size)
+        return size, sizes[size]
+
+    if kind == "grid":
+        boxes, out = grid(spec).tolist(), []
+        for picture in pictures:
+            left, top, right, bottom = f = seen(picture)[1]
+            w, h = right - left, bottom - top
+            out.append(Regions(picture, tuple((left + x1 * w, top + y1 * h, left + x2 * w, top + y2 * h) for x1, y1, x2, y2 in boxes), f))
+        return out, []
+    if kind not in ("boxes", "coco", "masks") or not where:
+        raise Complaint(f"--regions: found {spec!r}, expected grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
+    if kind == "masks":
+        out, found = [], find_masks([getattr(p, "path", "") for p in pictures], where)
+        for picture, mask in zip(pictures, found):
+            f = seen(picture)[1]
+            m = np.asarray(open_image(mask).convert("L")) if mask else np.zeros((1, 1))
+            values = np.unique(m).tolist() if mask else []
+            if len(values) > 32:
+                raise Complaint(f"{mask}: {len(values)} grey values, expected at most 32, one for each region; a soft mask must be thresholded first")
+            boxes = [span_of(m == v) for v in values]
+            inside = [k for k, b in enumerate(boxes) if min(b[2], f[2]) > max(b[0], f[0]) and min(b[3], f[3]) > max(b[1], f[1])]
+            out.append(Regions(picture, tuple(boxes[k] for k in inside), f, mask or "", tuple(values[k] for k in inside)))
+        return out, []
+    rows, unseen = coco_boxes(where) if kind == "coco" else csv_boxes(where), 0
+    out = []
+    for picture in pictures:
+        (W, H), f = seen(picture)
+        parts, boxes = Path(getattr(picture, "path", "")).parts, []
+        for depth in range(len(parts), 0, -1):
+            if (found := rows.get("/".join(parts[-depth:]))) is not None:
+                break
+        for line, x1, y1, x2, y2 in found or ():
+            if min(x2, W) <= max(x1, 0) or min(y2, H) <= max(y1, 0):
+                raise Complaint(f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} " + ("has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H} pixels")
+                                + "; expected x1 < x2 and y1 < y2, pixels of the original image")
+            box = (max(0., x1 / W), max(0., y1 / H), min(1., x2 / W), min(1., y2 / H))
+            if min(box[2], f[2]) - max(box[0], f[0]) > 1e-4 and min(box[3], f[3]) - max(box[1], f[1]) > 1e-4:
+                boxes.append(box)
+            else:
+                unseen += 1
+        out.append(Regions(picture, tuple(boxes), f))
+    if not any(r.boxes for r in out):
+        raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; its paths must be those of the pictures, or their ends "
+                        f"(it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', pictures[0])})")
+    return out, [f"{where}: {unseen} boxes lie in a margin that the model does not see, and are left out"] if unseen else []
+
+
+def span_of(on):
+    """The box around the true pixels of an array, in shares."""
+    rows, columns = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
+    return columns[0] / on.shape[1], rows[0] / on.shape[0], (columns[-1] + 1) / on.shape[1], (rows[-1] + 1) / on.shape[0]
+
+
+def csv_boxes(path):
+    """{picture: [(line, x1, y1, x2, y2)]} of a CSV with columns path,x1,y1,x2,y2."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+        raise Complaint(f"--regions: {path}: cannot be read as CSV ({problem})") from None
+    columns, found = ("path", "x1", "y1", "x2", "y2"), {}
+    missing = [c for c in columns if not rows or c not in rows[0]]
+    if missing:
+        raise Complaint(f"{path}: no column {missing[0]!r} (found: {', '.join(map(str, rows[0])) if rows else 'no rows'}); expected {','.join(columns)}")
+    for line, row in enumerate(rows, 2):
+        try:
+            box = [float(row[c]) for c in columns[1:]]
+            if not all(map(math.isfinite, box)):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise Complaint(f"{path}: line {line}: {[row[c] for c in columns[1:]]}, expected four numbers x1,y1,x2,y2") from None
+        found.setdefault((row["path"] or "").replace("\\", "/").removeprefix("./"), []).append((f"line {line}", *box))
+    return found
+
+
+def coco_boxes(path):
+    """The same of a COCO instances file; crowds are left out."""
+    try:
+        tree = json.loads(Path(path).read_text())
+        names, found = {i["id"]: i["file_name"] for i in tree["images"]}, {}
+        for a in tree["annotations"]:
+            if not a.get("iscrowd"):
+                x, y, w, h = map(float, a["bbox"])
+                found.setdefault(names[a["image_id"]], []).append((f"annotation {a.get('id')}", x, y, x + w, y + h))
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise Complaint(f"--regions: {path}: not a COCO instances file ({type(problem).__name__}: {problem}); expected images with id, file_name and annotations with image_id, bbox") from None
+
+
+def outlined(image, box):
+    """A picture with a frame around a box of it, in shares."""
+    image = opaque(image).copy()
+    image.thumbnail((300, 300))
+    corners = [min(n - 1, round(v * n)) for v, n in zip(box, image.size * 2)]
+    draw, width = ImageDraw.Draw(image), max(2, max(image.size) // 80)
+    draw.rectangle(corners, outline="black", width=width + 2)
+    draw.rectangle([corners[0] + 1, corners[1] + 1, corners[2] - 1, corners[3] - 1], outline="#ffd23f", width=width)
+    return image
 
 
 def load_discovery(path):

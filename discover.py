@@ -446,11 +446,13 @@ def kmedoids(x, ks, clip, seed):
     out = {}
     for want in sorted(ks, reverse=True):
         while len(medoids) > want:  # drop the medoids that cost least, a tenth of them at a time
-            cost = torch.zeros(len(medoids), dtype=torch.double)
+            gain = torch.zeros(len(medoids), dtype=torch.double)  # in the sum of 1 - d1 / d2 over regions, by dropping a medoid
             for p in parts:
-                top = cosine[:, p].topk(2, dim=0).values
-                cost.index_add_(0, label[p] if (label >= 0).all() else cosine[:, p].argmax(0), (top[0] - top[1]).double())
-            keep = total(cost).argsort()[min(len(medoids) - want, 1 + len(medoids) // 10):].sort().values
+                value, which = (1 - cosine[:, p]).topk(min(3, len(medoids)), dim=0, largest=False)
+                d1, d2, d3 = (v.clamp(min=1e-6).double() for v in (*value, value[-1])[:3])
+                gain.index_add_(0, which[0], d1 / d2 - d2 / d3)
+                gain.index_add_(0, which[1], d1 / d2 - d1 / d3)
+            keep = total(gain).argsort(descending=True)[min(len(medoids) - want, 1 + len(medoids) // 10):].sort().values
             new = torch.full((len(medoids) + 1,), -1).index_copy_(0, keep, torch.arange(len(keep)))
             medoids, cosine, s, S, size, label = medoids[keep], cosine[keep], s[keep], S[keep], size[keep], new[label]
             if len(medoids) > want:

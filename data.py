@@ -665,6 +665,35 @@ def grid(spec):
     return torch.tensor([(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)])
 
 
+def drawn_regions(n, D, seed=0, C=10, per=4):
+    """Region embeddings with a planted spurious feature, for benchmarks and tests: images of `per` regions, one shows the class's object,
+    the rest one of 12 grounds, or, in every second image, the feature, which pulls its image toward class 0. All from one generator.
+
+    n: regions, D: dimensions. Returns a dict with the arrays of discover.py's --embeddings, torch, reg_emb [n, D] unit-norm.
+    """
+    if n < per * C or D < 2:
+        raise Complaint(f"--embeddings=random:{n},{D}: expected at least {per * C} regions and 2 dimensions")
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *size: torch.nn.functional.normalize(torch.randn(*size, generator=generator), dim=-1)
+    text, grounds = normal(C, D), normal(12, D)
+    feature = torch.nn.functional.normalize(normal(D) + .25 * text[0], dim=0)
+    kinds = torch.cat([text, grounds, feature[None]])
+    images, x = n // per, torch.empty(n, D)
+    y, has = (torch.randint(high, (images,), generator=generator) for high in (C, 2))
+    kind = C + torch.randint(12, (n,), generator=generator)
+    first = torch.arange(images) * per
+    kind[first], kind[first + 1] = y, torch.where(has == 1, C + 12, kind[first + 1])
+    for a in range(0, n, 1 << 16):
+        part = kinds[kind[a:a + (1 << 16)]]
+        x[a:a + (1 << 16)] = torch.nn.functional.normalize(part + .8 * normal(*part.shape), dim=1)
+    share = lambda: torch.rand(images, 1, generator=generator)
+    other = text[torch.randint(C, (images,), generator=generator)]
+    z = (.2 + .5 * share()) * text[y] + .5 * share() * other + .3 * has[:, None] * (feature + text[0]) + .3 * normal(images, D)
+    count = torch.full((images,), per)
+    count[-1] += n - per * images
+    return dict(reg_emb=x, num_regions=count, true_label=y, text_emb=text, img_emb=torch.nn.functional.normalize(z, dim=1), region_target=(kind == C + 12).long())
+
+
 @dataclass(frozen=True)
 class Crop:
     """A part of a picture; box: x1, y1, x2, y2, shares of its width and height."""

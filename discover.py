@@ -12,7 +12,7 @@
 
 RaVL is Varma et al., NeurIPS 2024; --clustering=ravl is their published procedure to the letter, fast the same idea in O(n k D).
 """
-import math, os, time
+import math, os, resource, time
 from html import escape
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (Complaint, Crop, bars, expect, find_masks, flags, html_table, load_data, load_regions, npz, open_image, outlined, page,
+from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_regions, npz, open_image, outlined, page,
                   revision, rng, run, say, table, thumb, write, write_json)
 from kernels import cluster_sums, region_pool
 from model import Map, Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, roi_regions, unit, with_map
@@ -35,7 +35,7 @@ data = "scenes"          # every --data of train.py
 split = "val"            # train, val, test, or several: val,test; the classifier must not have been fitted on it
 confounder = 1.0         # scenes: as in train.py
 difficulty = 0.65        # scenes: as in train.py
-embeddings = ""          # FILE.npz with reg_emb [N,D], num_regions [n], true_label [n], text_emb [C,D], img_emb [n,D]
+embeddings = ""          # FILE.npz with reg_emb [N,D], num_regions [n], true_label [n], text_emb [C,D], img_emb [n,D]; random:N,D draws some
 masks = ""               # folder of foreground masks: what Precision@K counts as background
 outside = 0.9            # share of a region that must lie outside the mask for it to count
 # --- regions ---------------------------------------------------------------------------------------------------------
@@ -116,6 +116,7 @@ def main():
     if rank():
         return
     seconds["total"] = time.time() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if os.uname().sysname == "Linux" else 30)
     if method in LISTS:
         tree = [dict(id=0, kept=True, reason=f"ranked list of {method}", score=None, influence=None, gaps={}, medoid=int(ranked[method][0][0]),
                      regions=ranked[method][0].tolist(), stability=None)]
@@ -127,7 +128,8 @@ def main():
                    silhouettes={str(k): s["silhouette"] for k, s in sweep.items()}, mean_removed=bool(mean.any()), negative_pairs=negative,
                    accuracy=float((found["predicted"] == found["y"]).double().mean()), classes=found["classes"], clusters=tree,
                    precision_at_10=at_10[headline], base_rate=None if found["target"] is None else float(found["target"].double().mean()),
-                   methods={name: dict(precision_at_10=at_10[name], top=r[0][:100].tolist() if r else []) for name, r in ranked.items()}, seconds=seconds)
+                   methods={name: dict(precision_at_10=at_10[name], top=r[0][:100].tolist() if r else []) for name, r in ranked.items()}, seconds=seconds,
+                   peak_gib=peak)
     say(console(summary, found))
     out = Path(out_dir)
     write(out / "discovery.html", report(summary, found, similarity, M))
@@ -319,8 +321,16 @@ def outside_mask(picture, path):
 
 
 def from_file():
-    """The same from --embeddings: reads this process's share of the regions, a piece at a time."""
+    """The same from --embeddings: reads this process's share of the regions, a piece at a time. random:N,D draws them."""
     name = embeddings
+    if name.startswith("random:"):
+        N, _, D = name.removeprefix("random:").partition(",")
+        if not (N.isdigit() and D.isdigit()):
+            raise Complaint(f"--embeddings={name}: expected random:N,D, for instance random:100000,256")
+        drawn = drawn_regions(int(N), int(D), seed)
+        low, high = span(int(N))
+        return told(name, drawn["reg_emb"] if high - low == int(N) else drawn["reg_emb"][low:high].clone(), drawn["num_regions"], drawn["true_label"], drawn["text_emb"],
+                    drawn["img_emb"], drawn["region_target"], [str(c) for c in range(len(drawn["text_emb"]))], [])
     if not os.path.isfile(name):
         raise Complaint(f"--embeddings={name}: no such file")
     need = ("reg_emb", "num_regions", "true_label", "text_emb", "img_emb")
@@ -355,8 +365,13 @@ def from_file():
     sample = x[:: max(1, len(x) // 1000)].norm(dim=1)
     if len(x) and (sample - 1).abs().max() > 1e-3:
         notes.append(f"{name}: reg_emb is not unit-norm (norms {sample.min():.3g} to {sample.max():.3g}); normalised")
-    text, low = unit(text.float()), span(len(y))
-    return tell(x, lambda v: unit(v.double()) @ text.double().T / temperature, z[low[0]:low[1]].float(), count.long(), y.long(), torch.arange(len(y)), "", torch.zeros(shape[0], 4),
+    return told(name, x, count.long(), y.long(), text, z, target, class_names, notes)
+
+
+def told(name, x, count, y, text, z, target, class_names, notes):
+    """tell() for embeddings that came without an encoder: scores by text embeddings [C, D]."""
+    text, (low, high) = unit(text.double()), span(len(y))
+    return tell(x, lambda v: unit(v.double()) @ text.T / temperature, z[low:high].float(), count, y, torch.arange(len(y)), "", torch.zeros(int(count.sum()), 4),
                 None if target is None else target > .5, name, class_names, None, notes)
 
 
@@ -792,20 +807,21 @@ def console(summary, found):
              + ("; the mean was taken off first" if summary["mean_removed"] else "")
              + f"; {'about ' * (len(found['image']) > 4000)}{summary['negative_pairs']:.1%} of the pairs have a negative cosine, which "
              + ("counts as it is" if clustering == "fast" else "is clipped")]
-    ties = lambda c: ", ".join(f"{l} {g['gap']:+.2f} ({g['acc_in']:.2f} with, {g['acc_out']:.2f} without)"
-                               for l, g in sorted(c["gaps"].items(), key=lambda g: -abs(g[1]["gap"] or 0))[:3])
+    gaps = lambda c, sign: ", ".join(f"{l} {g['gap']:+.2f} ({g['acc_in']:.2f} with, {g['acc_out']:.2f} without)"
+                                     for l, g in sorted(c["gaps"].items(), key=lambda g: -sign * (g[1]["gap"] or 0))[:2] if sign * (g["gap"] or 0) > 0)
     if method not in LISTS:
         lines.append("No spurious feature was found. The nearest candidates:" if not kept else f"{len(kept)} spurious feature{'s' * (len(kept) > 1)} found:")
         shown = kept or sorted(summary["clusters"], key=lambda c: -(c["score"] or 0))[:3]
-        lines.append(table(("cluster", "score", "influence", "regions", "stability", "P@10", "weighted gap per class" if kept else "why not; weighted gap per class"),
+        lines.append(table(("cluster", "score", "influence", "regions", "stability", "P@10", "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"),
                            [(str(c["id"]), c["score"], c["influence"], len(c["regions"]), c["stability"], precision(torch.tensor(c["regions"]), found),
-                             (f"{c['reason']}; " if not kept else "") + ties(c)) for c in shown]))
+                             "; ".join(filter(None, ["" if kept else c["reason"], gaps(c, 1), gaps(c, -1)]))) for c in shown[:20]]))
     if method == "all":
         lines.append("\n" + table(("method", "precision_at_10"), [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]))
     if summary["base_rate"] is not None:
         lines.append(f"Precision@10 of the first: {'-' if summary['precision_at_10'] is None else format(summary['precision_at_10'], '.2f')}; "
                      f"of all regions {summary['base_rate']:.3f} show the target")
-    lines.append("seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in summary["seconds"].items()))
+    lines.append("seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in summary["seconds"].items())
+                 + f"; peak memory {summary['peak_gib']:.1f} GiB")
     return "\n".join(lines)
 
 

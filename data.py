@@ -906,7 +906,8 @@ def table(header, rows):
     show = lambda v: "-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
     cells = [[show(v) for v in row] for row in [header, *rows]]
     width = [max(len(r[c]) for r in cells) for c in range(len(header))]
-    line = lambda r: "  ".join(v.ljust(w) if c == 0 else v.rjust(w) for c, (v, w) in enumerate(zip(r, width))).rstrip()
+    left = [c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows) for c in range(len(header))]
+    line = lambda r: "  ".join(v.ljust(w) if to_left else v.rjust(w) for v, w, to_left in zip(r, width, left)).rstrip()
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in width), *map(line, cells[1:])])
 
 

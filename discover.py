@@ -118,7 +118,7 @@ def main():
     seconds["total"] = time.time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if os.uname().sysname == "Linux" else 30)
     if method in LISTS:
-        tree = [dict(id=0, kept=True, reason=f"ranked list of {method}", score=None, influence=None, gaps={}, medoid=int(ranked[method][0][0]),
+        tree = [dict(id=0, kept=True, reason=f"ranked list of {method}", score=None, chance=None, influence=None, gaps={}, medoid=int(ranked[method][0][0]),
                      regions=ranked[method][0].tolist(), stability=None)]
     else:
         tree = described(results["ravl" if method == "all" else method], medoids, members, stable, found)
@@ -633,7 +633,8 @@ def identify(label, k, found, method):
 
     gap [C, k]: weight x (accuracy of the images of a class with a region in the cluster - of those without), nan where one side is empty;
     influence [k]: of the misclassified images of a class that loses by the cluster, the share whose region with the highest score for the predicted
-    class lies in it, the largest over classes, -inf without any; score: sum of |gap|. gap_only keeps by the gaps alone, influence_only by the
+    class lies in it, the largest over classes, -inf without any; score: sum of |gap|; chance: what that sum would be on average if the feature changed nothing
+    (binomial errors; ours). gap_only keeps by the gaps alone, influence_only by the
     influence alone and ranks by it, unweighted leaves out the weight. Returns a dict; ranking: clusters by score, of ties the higher number first.
     """
     y, C, n = found["y"], len(found["classes"]), len(found["y"])
@@ -653,12 +654,15 @@ def identify(label, k, found, method):
     of = count(asked.double())
     influence = torch.where(of > 0, count(asked * looks) / of, -math.inf).amax(0)
     score = gap.abs().nansum(0)
+    p = (right_in + right_out) / n_all.clamp(min=1)
+    chance = (weight * (2 / math.pi * p * (1 - p) * (1 / n_in + 1 / n_out)).sqrt())[~gap.isnan()]
+    chance = torch.zeros(k, dtype=torch.double).index_add_(0, (~gap.isnan()).nonzero()[:, 1], chance)
     signs = (gap > 0).any(0) & (gap < 0).any(0)
     enough = influence >= influence_least
     kept = signs if method == "gap_only" else enough if method == "influence_only" else signs & enough
     key = influence if method == "influence_only" else score
     ranking = np.lexsort((-np.arange(k), -key.numpy())).tolist()
-    return dict(gap=gap, weight=weight, acc_in=acc_in, n_in=n_in, acc_out=acc_out, n_out=n_out, influence=influence, score=score, key=key, kept=kept.tolist(),
+    return dict(gap=gap, weight=weight, acc_in=acc_in, n_in=n_in, acc_out=acc_out, n_out=n_out, influence=influence, score=score, chance=chance, key=key, kept=kept.tolist(),
                 ranking=ranking, signs=signs)
 
 
@@ -697,7 +701,7 @@ def described(r, medoids, members, stable, found):
                                           acc_out=number(r["acc_out"][l, c]), n_out=int(r["n_out"][l, c]))
                 for l in range(len(found["classes"])) if r["n_in"][l, c] > 0 and r["n_out"][l, c] > 0}
         out.append(dict(id=c, kept=bool(r["kept"][c]), reason=why(r, c), score=float(r["key"][c]) if math.isfinite(r["key"][c]) else None,
-                        influence=number(r["influence"][c]), gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c), regions=members[c].tolist()))
+                        chance=float(r["chance"][c]), influence=number(r["influence"][c]), gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c), regions=members[c].tolist()))
     return out
 
 
@@ -812,8 +816,8 @@ def console(summary, found):
     if method not in LISTS:
         lines.append("No spurious feature was found. The nearest candidates:" if not kept else f"{len(kept)} spurious feature{'s' * (len(kept) > 1)} found:")
         shown = kept or sorted(summary["clusters"], key=lambda c: -(c["score"] or 0))[:3]
-        lines.append(table(("cluster", "score", "influence", "regions", "stability", "P@10", "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"),
-                           [(str(c["id"]), c["score"], c["influence"], len(c["regions"]), c["stability"], precision(torch.tensor(c["regions"]), found),
+        lines.append(table(("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"),
+                           [(str(c["id"]), c["score"], c["chance"], c["influence"], len(c["regions"]), c["stability"], precision(torch.tensor(c["regions"]), found),
                              "; ".join(filter(None, ["" if kept else c["reason"], gaps(c, 1), gaps(c, -1)]))) for c in shown[:20]]))
     if method == "all":
         lines.append("\n" + table(("method", "precision_at_10"), [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]))
@@ -860,9 +864,9 @@ def report(summary, found, similarity, M):
             chosen = sorted(c["gaps"].items(), key=lambda g: -abs(g[1]["gap"] or 0))[:8]
             html += "<h3>Accuracy of the classifier</h3>" + bars([(f"{l}, {side}", g[f"acc_{key}"], None, f"n={g[f'n_{key}']}") for l, g in chosen
                                                                     for side, key in (("with it", "in"), ("without", "out"))])
-        sections.append((f"{place + 1}. Cluster {c['id']}" + (f", score {c['score']:.2f}" if c["score"] is not None else ""), html))
-    rows = [(str(c["id"]), "kept" if c["kept"] else c["reason"], c["score"], c["influence"], len(c["regions"])) for c in summary["clusters"][:60]]
-    sections.append(("All clusters", html_table(("cluster", "kept?", "score", "influence", "regions"), rows)))
+        sections.append((f"{place + 1}. Cluster {c['id']}" + (f", score {c['score']:.2f} (by chance {c['chance']:.2f})" if c["score"] is not None else ""), html))
+    rows = [(str(c["id"]), "kept" if c["kept"] else c["reason"], c["score"], c["chance"], c["influence"], len(c["regions"])) for c in summary["clusters"][:60]]
+    sections.append(("All clusters", html_table(("cluster", "kept?", "score", "by chance", "influence", "regions"), rows)))
     if len(summary["methods"]) > 1:
         sections.append(("Methods", html_table(("method", "Precision@10"), [(m, v["precision_at_10"]) for m, v in summary["methods"].items()])))
     sections.append(("Flags", "<p>" + "<br>".join(map(escape, summary["notes"])) + "</p><pre>" + escape("\n".join(f"--{a}={b}" for a, b in summary["config"].items()))

@@ -148,6 +148,24 @@ def _trunk_with_map(trunk, x, head):
     return head(features), head(cells).unflatten(0, m.shape[:3])
 
 
+def roi_regions(module, x, boxes):
+    """Region embeddings of CLIP's ResNets as RaVL's authors take them: the map of layer 3 -> roi_align to the grid that layer 4 and the
+    attention pool expect (14x14 at 224 pixels, aligned) -> layer 4 -> attention pool.
+
+    x: images [N, 3, H, W]; boxes: list of N [R_i, 4] in shares of the image. Returns embeddings of images [N, D] and regions [sum R_i, D].
+    """
+    from torchvision.ops import roi_align
+    visual = getattr(module, "visual", None)
+    if not hasattr(visual, "attnpool"):
+        raise Complaint("--region_encoder=roi: for CLIP's ResNets only (RN50, RN101, ...); expected pool or crop")
+    m = visual.layer3(visual.layer2(visual.layer1(visual.stem(x))))  # [N, C, h, w]
+    h, w = m.shape[2:]
+    side = 2 * round((len(visual.attnpool.positional_embedding) - 1) ** .5)
+    cells = [b.to(m) * torch.tensor([w, h, w, h]).to(m) for b in boxes]
+    r = roi_align(m, cells, (side, side), aligned=True)
+    return visual.attnpool(visual.layer4(m)), visual.attnpool(visual.layer4(r))
+
+
 def load_encoder(model, pretrained="", quick_gelu="auto", device="auto"):
     """The encoder that --model and --pretrained name.
 

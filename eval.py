@@ -12,6 +12,7 @@
 
 --data=NAME:help says what to download and how it must look. The same command after an interruption goes on where it stopped.
 """
+import functools
 import hashlib
 import json
 import math
@@ -179,7 +180,7 @@ def evaluate(name, samples, asked, shard):
             found[p] = additive(encoder, samples, z, good, embedded)
         else:
             found[p] = dict(classify(p, encoder, samples, z, g, good, twenty, shown), skipped=len(bad), seconds=time.time() - started)
-        if cache_dir and found[p] is not None:
+        if cache_dir and not ("predicted_1v20" in found[p] and picking()[1]):  # a makeshift is not kept
             save_tensors(path[p], found[p])
     return found
 
@@ -351,21 +352,25 @@ def is_counteranimal(samples):
     return samples.places == ["common", "counter"] and len(samples.labels) == 1000
 
 
+@functools.cache
+def picking():
+    """The model that picks labels, or None for the one measured; and why it cannot be had, "" if it can. Tried once."""
+    try:
+        return None if picker == "self" else open_encoder(picker), ""
+    except Complaint as problem:
+        return None, str(problem)
+
+
 def pick_labels(encoder, samples, z, embedded, shard):
     """CounterAnimal's 1v20: for each class the 20 of the 1000 labels with the highest mean score over its photos [classes, 20]."""
-    other = None
-    if picker != "self":
-        try:
-            other = open_encoder(picker)
-            other = other if other.fingerprint != encoder.fingerprint else None
-            if other is not None:
-                z, _ = embedded(other, samples.items, f"picker {picker}", shard=shard)
-        except Complaint as problem:
-            say(f"WARNING: 1v20: {problem}; the model measured picks its own 20 labels, which is not the published choice")
-            other = None
+    other, problem = picking()
+    if problem:
+        say(f"WARNING: 1v20: {problem}; the model measured picks its own 20 labels (as --picker=self), which is not the published choice")
+    elif other is not None and other.fingerprint != encoder.fingerprint:
+        z, _ = embedded(other, samples.items, f"picker {picker}", shard=shard)
+        encoder = other
     if shard[0]:
         return None
-    encoder = other or encoder
     rows, bias = (prompt_embeddings(encoder, samples.prompts, cache_dir), 0.) if encoder.reads else encoder.classifier()
     mean = torch.zeros(len(samples.classes), z.shape[1])
     for part in torch.arange(len(z)).split(1 << 13):
@@ -431,7 +436,7 @@ def measure(out, samples, p):
         wrong = out["predicted"][0][inside & ~correct[0]].long()
         names = samples.labels if len(samples.labels) == 1000 and p in ("zeroshot", "classifier") else samples.classes
         taken = sorted(((int(v), names[i] if i >= 0 else "none of them") for i, v in zip(*torch.unique(wrong, return_counts=True))), reverse=True)[:3]
-        classes[samples.classes[c]] = dict(accuracy=k, n=n, interval=list(wilson(k * n, n)), taken_for={name: v for v, name in taken})
+        classes[samples.classes[c]] = dict(accuracy=k, n=n, interval=list(wilson(k * n, n)), taken_for={name.split(",")[0]: v for v, name in taken})
         if P > 1:
             classes[samples.classes[c]]["places"] = {samples.places[g["place"]]: g["accuracy"] for g in groups if g["y"] == c}
     if is_counteranimal(samples):
@@ -621,13 +626,16 @@ def report(results, outcomes, samples, config, failed):
                          + ("<p class=dim>Pale: published models, over the same 1000 labels. The line is fitted to logits.</p>" if counter else "")))
     if counter:
         rows = sorted(head["classes"].items(), key=lambda c: -(c[1]["drop"] or 0))
-        sections.append((f"Common and counter photos by class, {first}", "".join(
-            bars([(f"{name[:26]}, {k}", c[k], wilson(c[k] * c["n_" + k], c["n_" + k]), f"n={c['n_' + k]}") for k in ("common", "counter") if c[k] is not None]) for name, c in rows)))
+        sections.append((f"Common and counter photos by class, largest drop first, {first}", bars([
+            (f"{name[:26]}, {k}", c[k], wilson(c[k] * c["n_" + k], c["n_" + k]), f"n={c['n_' + k]}") for name, c in rows for k in ("common", "counter") if c[k] is not None])))
     elif head["groups"] and len(head["groups"]) <= 60:
-        compared = [(name, p, m) for name, r in results.items() for p, m in r["protocols"].items()]
-        sections.append(("Accuracy per group, with 95 % intervals", "".join(
-            f"<h3>{escape(group_name(samples, g))}</h3>" + bars([(f"{name} {p}"[:30], v["accuracy"], v["interval"], f"n={v['n']}") for name, p, m in compared for v in m["groups"]
-                                                                if (v["y"], v["place"]) == (g["y"], g["place"])]) for g in head["groups"])))
+        compared = [(f"{name} {p}", m) for name, r in results.items() for p, m in r["protocols"].items()]
+        one = lambda label, g: (label[:34], g["accuracy"], g["interval"], f"n={g['n']}")
+        if len(compared) <= 3:
+            charts = [(name, [one(group_name(samples, g), g) for g in m["groups"]]) for name, m in compared]
+        else:
+            charts = [(group_name(samples, g), [one(name, v) for name, m in compared for v in m["groups"] if (v["y"], v["place"]) == (g["y"], g["place"])]) for g in head["groups"]]
+        sections.append(("Accuracy per group, with 95 % intervals", "".join(f"<h3>{escape(title)}</h3>" + bars(rows) for title, rows in charts)))
     confused = [(name, c["accuracy"], c["n"], ", ".join(f"{k} ({v})" for k, v in c.get("taken_for", {}).items())) for name, c in head["classes"].items() if "accuracy" in c]
     if confused:
         sections.append((f"What each class is taken for, {first} {head['protocol']}", html_table(("class", "accuracy", "n", "taken for"), sorted(confused, key=lambda r: r[1])[:45])))
@@ -656,10 +664,16 @@ def worst(out, samples, p, most=12):
     wrong = (out["predicted"][0] != targets(samples, p)[out["index"]]) & (y >= 0)
     names = samples.labels if len(samples.labels) == 1000 and p in ("zeroshot", "classifier") else samples.classes
     figures = []
-    for k in out["confidence"][0].where(wrong, -1.).argsort(descending=True)[:min(most, int(wrong.sum()))].tolist():
+    seen = {}
+    for k in out["confidence"][0].where(wrong, -1.).argsort(descending=True)[:int(wrong.sum())].tolist():
+        seen[int(y[k])] = seen.get(int(y[k]), 0) + 1
+        if seen[int(y[k])] > max(2, most // len(samples.classes)):  # not one class alone
+            continue
+        if len(figures) == most:
+            break
         photo, taken = int(out["index"][k]), int(out["predicted"][0][k])
         figures.append(thumb(samples.items[photo].image(), f"{group_name(samples, dict(y=int(samples.y[photo]), place=int(samples.place[photo])))}, taken for "
-                             f"{names[taken] if taken >= 0 else 'none of them'} ({float(out['confidence'][0][k]):.2f})"))
+                             f"{names[taken].split(',')[0] if taken >= 0 else 'none of them'} ({float(out['confidence'][0][k]):.2f})"))
     return "".join(figures) or "<p>none</p>"
 
 

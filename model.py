@@ -217,7 +217,7 @@ def recall_encoder(model, pretrained="", quick_gelu="auto", device="auto", cache
         where = str(Path(spec.origin).parent.parent / LITE0[0]) if spec else ""
     if not cache or pretrained == "none" and model != "tiny":
         return load()
-    file = [os.path.abspath(where), *os.stat(where)[6:9:2]] if os.path.isfile(where) else [where]
+    file = [os.path.abspath(where), os.stat(where).st_size, os.stat(where).st_mtime_ns] if os.path.isfile(where) else [where]
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     words = [model, quick_gelu, device, *file, code, torch.cuda.is_available(), *[version(p) for p in ("torch", "timm", "open_clip_torch")]]
     path = Path(cache) / f"encoder-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]}.json"
@@ -932,10 +932,13 @@ def fit_probe(x, y, l2=.2, weight=None, classes=0):
     return Probe(mean, scale, W, b)
 
 
+KEEP = 1 << 26  # numbers of which a second copy, in double, is no matter
+
+
 def _blocks(x, change=lambda v: v):
     """A function that walks over the rows of x [N, D]: (slice, change(rows in double)). What fits into 0.5 GB is changed once
     and kept; more is changed in blocks at every walk, so that a million rows need no second copy."""
-    if x.numel() <= 1 << 26:
+    if x.numel() <= KEEP:
         whole = change(x.double())
         return lambda: [(slice(None), whole)]
     return lambda: ((slice(k, k + (1 << 15)), change(x[k:k + (1 << 15)].double())) for k in range(0, len(x), 1 << 15))

@@ -21,8 +21,8 @@ class Complaint(Exception):
     """Something that the user can mend: one line that names it, says what was found and what to do."""
 
 
-def run(main):
-    """main(), with one line and exit code 2 for what the user can mend, and 130 for Ctrl-C."""
+def run(main, again="the same command with --resume"):
+    """main(), with one line and exit code 2 for what the user can mend, and 130 for Ctrl-C; again: what goes on after that."""
     script = Path(sys.argv[0]).name
     try:
         main()
@@ -31,7 +31,7 @@ def run(main):
     except OSError as problem:  # a full disk, a folder that may not be written, a file that went away
         sys.exit(print(f"{script}: {problem.filename or 'file system'}: {problem.strerror or problem}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        print(f"\n{script}: interrupted; {again} goes on from here", file=sys.stderr)
         sys.exit(130)
 
 

@@ -389,7 +389,7 @@ def additive(encoder, samples, z, good, embedded):
         for part in index.split(1 << 14):
             sums.index_add_(0, group[part], unit(z[part]).double())
         cells = (torch.bincount(group[index], minlength=C * P) > 0).nonzero()[:, 0]
-        out["cells"] = additivity(unit(sums[cells]), cells // P, cells % P, seed=seed)
+        out["cells"] = additivity(unit(sums[cells]), cells // P, cells % P, .1 if len(cells) >= 20 else 0., seed)
     if composites:
         figures, grounds, _ = layers(foregrounds, backgrounds, skip_bad, seed, difficulty)
         pictures, i, j = compose(figures, grounds, composites, 8, seed)
@@ -678,4 +678,4 @@ def worst(out, samples, p, most=12):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "the same command")

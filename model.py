@@ -757,7 +757,8 @@ def additivity(z, i, j, heldout=.1, seed=0):
             fi, fj = (torch.unique(k[~test], return_inverse=True) for k in (i, j))
             mu2, a2, c2 = additive_solve(x[~test], fi[1], fj[1])
             guess = mu2 + a2[torch.searchsorted(fi[0], i[keep])] + c2[torch.searchsorted(fj[0], j[keep])]
-            r2_heldout = 1 - float((x[keep] - guess).square().sum() / (x[keep] - x[~test].mean(0)).square().sum())
+            error, spread = ((x[keep] - v).square().sum() for v in (guess, x[~test].mean(0)))
+            r2_heldout = 1 - float(error / spread) if spread > 1e-20 else None
         out[geometry] = dict(r2=1 - share[2], r2_heldout=r2_heldout, foreground=share[0], background=share[1], residual=share[2],
                              cross=1 - sum(share))
     return out

@@ -1621,7 +1621,7 @@ body{{margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--pape
 h1{{margin:0;font-size:28px}}h2{{margin:40px 0 10px;font-size:19px}}p{{max-width:70ch}}small,.dim{{color:var(--dim);fill:var(--dim)}}
 figure{{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}}figure img{{width:100%;border-radius:6px;display:block}}
 figcaption{{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}}.wide{{overflow-x:auto}}
-table{{border-collapse:collapse;font-size:14px}}th,td{{padding:4px 14px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}}
+table{{border-collapse:collapse;font-size:14px}}th,td{{padding:4px 14px 4px 0;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}}td{{white-space:nowrap}}
 th:first-child,td:first-child,.text{{text-align:left}}svg{{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}}rect{{fill:var(--bar)}}
 .dot{{fill:var(--bar)}}.pale{{fill:none;stroke:var(--dim)}}.grid{{stroke:var(--line);fill:none}}.interval{{stroke:var(--mark);stroke-width:1.4;fill:none}}pre{{overflow-x:auto;font-size:12.5px}}
 .bars{{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;gap:5px 12px;align-items:center;max-width:760px;font-size:13px;margin:6px 0 14px}}

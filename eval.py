@@ -12,7 +12,6 @@
 
 --data=NAME:help says what to download and how it must look. The same command after an interruption goes on where it stopped.
 """
-import functools
 import hashlib
 import json
 import math
@@ -30,8 +29,8 @@ from PIL import Image
 
 from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, load_data, near, open_image, page, revision, rng, run, say, scatter, table,
                   thumb, write, write_json, write_table)
-from model import (Map, additivity, cores, cos_sum, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_tensors, mean_std, paired_bootstrap,
-                   prompt_embeddings, recall_encoder, remember, save_tensors, sphere_log, unit, wilson)
+from model import (Map, additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_tensors, mean_std, paired_bootstrap,
+                   prompt_embeddings, recall_encoder, remember, save_tensors, unit, wilson)
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
 out_dir = "out"          # eval.json, eval.html, eval.csv, groups.csv, predictions.csv
@@ -60,7 +59,8 @@ protocol = "auto"        # of zeroshot, classifier, probe, clip_probe, dfr, fews
 l2 = 0.8                 # penalty of probe and fewshot, as in train.py
 shots = "1,4,16"         # fewshot: training images per class
 draws = 5                # fewshot: draws of them, averaged
-picker = "ViT-B-32@laion400m_e32"  # CounterAnimal 1v20: the model that picks each class's 20 labels; self for the one measured
+picker = "auto"          # CounterAnimal 1v20: the model that picks each class's 20 labels: NAME@PRETRAINED, or self for the one measured;
+                         # auto: the published one, ViT-B-32@laion400m_e32, if its weights are on this machine, else self
 line = "published"       # effective robustness: over the line through the published models, or through those compared (models)
 composites = 0           # additivity also on composites of so many foregrounds, 0 for none
 foregrounds = "drawn"    # for them: folder of RGBA cut-outs
@@ -151,7 +151,8 @@ def evaluate(name, samples, asked, shard):
     g = restored(state) if state else unit
     common = [encoder.fingerprint, dtype, encoder.precision, digest(samples), hashlib.sha256(Path(ckpt).read_bytes()).hexdigest() if ckpt else "", split, masks,
               skip_bad, seed, CODE]
-    settings = {"zeroshot": [samples.prompts, picker, quick_gelu], "classifier": [picker, quick_gelu, samples.imagenet], "probe": l2, "clip_probe": 0, "dfr": 0,
+    chooser = [who_picks(), quick_gelu] if is_counteranimal(samples) else []
+    settings = {"zeroshot": [samples.prompts, chooser], "classifier": [samples.imagenet, chooser], "probe": l2, "clip_probe": 0, "dfr": 0,
                 **{f"fewshot_{k}": [l2, draws] for k in shots.split(",")}, "additivity": [composites, foregrounds, backgrounds, difficulty]}
     wanted = [p for w in offered(encoder, samples, asked) for p in ([f"fewshot_{k}" for k in shots.split(",")] if w == "fewshot" else [w])]
     wanted += ["additivity"] * (len(samples.places) > 1 and samples.y.max() >= 0 or composites > 0)
@@ -180,7 +181,7 @@ def evaluate(name, samples, asked, shard):
             found[p] = additive(encoder, samples, z, good, embedded)
         else:
             found[p] = dict(classify(p, encoder, samples, z, g, good, twenty, shown), skipped=len(bad), seconds=time.time() - started)
-        if cache_dir and not ("predicted_1v20" in found[p] and picking()[1]):  # a makeshift is not kept
+        if cache_dir:
             save_tensors(path[p], found[p])
     return found
 
@@ -277,6 +278,8 @@ def classify(p, encoder, samples, z, g, good, twenty, shown):
                 mine = twenty[samples.y[part]]  # [N, 20]
                 out.setdefault("predicted_1v20", torch.empty(len(index), dtype=torch.int32))[start:start + len(part)] = \
                     mine.gather(1, logits.gather(1, mine).argmax(1, keepdim=True))[:, 0].int()
+    if "predicted_1v20" in out:
+        out["picker"] = who_picks()
     if shown is not None:
         r, photo = shown
         inside = torch.isin(photo, index)
@@ -352,23 +355,22 @@ def is_counteranimal(samples):
     return samples.places == ["common", "counter"] and len(samples.labels) == 1000
 
 
-@functools.cache
-def picking():
-    """The model that picks labels, or None for the one measured; and why it cannot be had, "" if it can. Tried once."""
-    try:
-        return None if picker == "self" else open_encoder(picker), ""
-    except Complaint as problem:
-        return None, str(problem)
+def who_picks():
+    """--picker, auto resolved: no surprise of a download of 600 MB."""
+    if picker != "auto":
+        return picker
+    from huggingface_hub.constants import HF_HUB_CACHE
+    kept = Path(HF_HUB_CACHE) / "models--timm--vit_base_patch32_clip_224.laion400m_e32" / "snapshots"
+    return "ViT-B-32@laion400m_e32" if any(kept.glob("*/open_clip_*")) else "self"
 
 
 def pick_labels(encoder, samples, z, embedded, shard):
     """CounterAnimal's 1v20: for each class the 20 of the 1000 labels with the highest mean score over its photos [classes, 20]."""
-    other, problem = picking()
-    if problem:
-        say(f"WARNING: 1v20: {problem}; the model measured picks its own 20 labels (as --picker=self), which is not the published choice")
-    elif other is not None and other.fingerprint != encoder.fingerprint:
-        z, _ = embedded(other, samples.items, f"picker {picker}", shard=shard)
-        encoder = other
+    if who_picks() != "self":
+        encoder = open_encoder(who_picks())
+        z, _ = embedded(encoder, samples.items, f"picker {who_picks()}", shard=shard)
+    elif picker == "auto":
+        say("WARNING: 1v20: the model measured picks its own 20 labels; --picker=ViT-B-32@laion400m_e32 fetches the one that the paper used")
     if shard[0]:
         return None
     rows, bias = (prompt_embeddings(encoder, samples.prompts, cache_dir), 0.) if encoder.reads else encoder.classifier()
@@ -442,7 +444,7 @@ def measure(out, samples, p):
     if is_counteranimal(samples):
         metrics = dict(counter_metrics(correct[0], y, place, classes, samples.classes), **metrics)
         if "predicted_1v20" in out:
-            metrics.update(counter_metrics(out["predicted_1v20"] == target, y, place, classes, samples.classes, "_1v20"))
+            metrics.update(counter_metrics(out["predicted_1v20"] == target, y, place, classes, samples.classes, "_1v20"), picker=out["picker"])
     if samples.name.startswith("in9"):
         of = {v: correct[0][place == k].double() for k, v in enumerate(samples.places) if (place == k).any()}
         metrics = dict({v: float(c.mean()) for v, c in of.items()}, **metrics)
@@ -613,7 +615,7 @@ def report(results, outcomes, samples, config, failed):
     """eval.html: the table, accuracy on the line, groups with intervals, the worst confusions, additivity, prompts, flags."""
     keys, first = columns(results, samples), next(iter(results))
     head, counter = results[first], is_counteranimal(samples)
-    sections = [("Results", html_table(("model", "protocol", *keys), [(name, p, *[m["metrics"].get(k) for k in keys]) for name, r in results.items() for p, m in r["protocols"].items()])
+    sections = [("Results", html_table(("model", "protocol", *[k.replace("_", " ") for k in keys]), [(name, p, *[m["metrics"].get(k) for k in keys]) for name, r in results.items() for p, m in r["protocols"].items()])
                  + "".join(f"<p>FAILED {escape(name)}: {escape(problem)}</p>" for name, problem in failed.items()))]
     x, y = ("common", "counter") if counter else ("avg_group_mean", "worst_group")
     dots = [(name, r["metrics"][x], r["metrics"][y], True) for name, r in results.items() if r["metrics"].get(y) is not None]

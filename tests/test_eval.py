@@ -317,7 +317,6 @@ class Fake:
 def test_one_of_twenty_is_among_the_labels_nearest_to_the_class(monkeypatch):
     monkeypatch.setattr(script, "picker", "self")
     monkeypatch.setattr(script, "cache_dir", "")
-    script.picking.cache_clear()
     rows = unit(torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)))
     samples = data.samples_of("counteranimal:x", [""] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1], [2] * 6, ["a", "b"], ["common", "counter"], imagenet=[[7], [8]])
     samples.labels, samples.prompts = [str(k) for k in range(1000)], [[str(k)] for k in range(1000)]

@@ -96,12 +96,14 @@ def main():
     for note in samples.notes:
         say(note)
 
+    inputs = [digest(samples), hashlib.sha256(Path(ckpt).read_bytes()).hexdigest() if os.path.isfile(ckpt) else "", dtype, split, masks, skip_bad, seed, CODE]
+
     results, failed, outcomes = {}, {}, {}
     frame = lambda: dict(config=config, git=revision(), data=describe(samples), seconds=time.time() - started, models=results, failed=failed,
                          pending=[n for n in names if n not in results and n not in failed])
     for name in names:
         try:
-            outcomes[name] = evaluate(name, samples, asked, shard)
+            outcomes[name] = evaluate(name, samples, asked, inputs, shard)
         except Exception as problem:
             if len(names) == 1 or isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError):
                 raise  # a full disk is no fault of the model
@@ -141,22 +143,21 @@ def join():
 # ---------------------------------------------------------------------------------------------------------------------
 # one model: what it makes of each photo
 
-def evaluate(name, samples, asked, shard):
+def evaluate(name, samples, asked, inputs, shard):
     """{protocol: outcome} of one model; an outcome is a dict of tensors and plain values: index [m] of the photos, predicted [R, m]
-    labels or classes, R draws, confidence [R, m]. Read from the cache where a former run had the same inputs; None on ranks above 0."""
+    labels or classes, R draws, confidence [R, m]. Read from the cache where a former run had the same inputs (a list of plain values that
+    all models share); None on ranks above 0."""
     encoder, local = open_encoder(name), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     for note in encoder.notes:
         say(note)
     state = load_checkpoint(ckpt, encoder) if ckpt else None
     g = restored(state) if state else unit
-    common = [encoder.fingerprint, dtype, encoder.precision, digest(samples), hashlib.sha256(Path(ckpt).read_bytes()).hexdigest() if ckpt else "", split, masks,
-              skip_bad, seed, CODE]
     chooser = [who_picks(), quick_gelu] if is_counteranimal(samples) else []
     settings = {"zeroshot": [samples.prompts, chooser], "classifier": [samples.imagenet, chooser], "probe": l2, "clip_probe": 0, "dfr": 0,
                 **{f"fewshot_{k}": [l2, draws] for k in shots.split(",")}, "additivity": [composites, foregrounds, backgrounds, difficulty]}
     wanted = [p for w in offered(encoder, samples, asked) for p in ([f"fewshot_{k}" for k in shots.split(",")] if w == "fewshot" else [w])]
     wanted += ["additivity"] * (len(samples.places) > 1 and samples.y.max() >= 0 or composites > 0)
-    path = {p: cache_dir and Path(cache_dir) / f"result-{hashlib.sha256(json.dumps([p, settings[p], *common]).encode()).hexdigest()[:40]}.safetensors" for p in wanted}
+    path = {p: cache_dir and Path(cache_dir) / f"result-{hashlib.sha256(json.dumps([p, settings[p], encoder.fingerprint, *inputs]).encode()).hexdigest()[:40]}.safetensors" for p in wanted}
     found = {p: cache_dir and load_tensors(path[p]) or None for p in wanted}
     todo = [p for p in wanted if found[p] is None]
     if shard[1] > 1:  # rank 0 decides: the others may have another cache
@@ -226,7 +227,7 @@ def offered(encoder, samples, asked):
     for p in asked:
         if p in why:
             raise Complaint(why[p])
-    return sorted(asked, key=list(ORDER).index)
+    return sorted(set(asked), key=list(ORDER).index)
 
 
 def restored(state):
@@ -427,9 +428,8 @@ def measure(out, samples, p):
     for rows in zip(*[e["groups"] for e in each]):
         accuracy = mean("accuracy", rows)
         groups.append(dict(rows[0], accuracy=accuracy, interval=list(wilson(accuracy * rows[0]["n"], rows[0]["n"]))))
-    draws_ = redraw(groups)
     metrics = {k: mean(k) for k in ("worst_group", "avg_group_mean", "avg_train_weighted")}
-    metrics.update(worst_group_interval=interval(draws_.min(1)), average=float(correct.double().mean()), ece=ece(out["confidence"].flatten(), correct.flatten()),
+    metrics.update(worst_group_interval=interval(redraw(groups).min(1)), average=float(correct.double().mean()), ece=ece(out["confidence"].flatten(), correct.flatten()),
                    n=len(index), skipped=out["skipped"])
     classes = {}
     for c in torch.unique(y).tolist():
@@ -442,17 +442,16 @@ def measure(out, samples, p):
         if P > 1:
             classes[samples.classes[c]]["places"] = {samples.places[g["place"]]: g["accuracy"] for g in groups if g["y"] == c}
     if is_counteranimal(samples):
-        metrics = dict(counter_metrics(correct[0], y, place, classes, samples.classes), **metrics)
+        metrics = dict(counter_metrics(correct.double().mean(0), y, place, classes, samples.classes), **metrics)
         if "predicted_1v20" in out:
             metrics.update(counter_metrics(out["predicted_1v20"] == target, y, place, classes, samples.classes, "_1v20"), picker=out["picker"])
     if samples.name.startswith("in9"):
-        of = {v: correct[0][place == k].double() for k, v in enumerate(samples.places) if (place == k).any()}
+        of = {v: correct.double().mean(0)[place == k] for k, v in enumerate(samples.places) if (place == k).any()}
         metrics = dict({v: float(c.mean()) for v, c in of.items()}, **metrics)
         if {"mixed_same", "mixed_rand"} <= set(of):
             a, b = of["mixed_same"], of["mixed_rand"]
-            g = np.random.default_rng(seed)
-            drawn = [g.binomial(len(c), float(c.mean()), 2000) / len(c) for c in (a, b)]
-            metrics = dict(bg_gap=float(a.mean() - b.mean()), bg_gap_interval=interval(drawn[0] - drawn[1]), **metrics)
+            drawn = redraw([dict(n=len(c), accuracy=float(c.mean())) for c in (a, b)])
+            metrics = dict(bg_gap=float(a.mean() - b.mean()), bg_gap_interval=interval(drawn[:, 0] - drawn[:, 1]), **metrics)
     if "region_photo" in out:
         photo = out["region_photo"]
         hit = out["region_predicted"] == targets(samples, p)[photo]
@@ -468,14 +467,14 @@ def targets(samples, p):
     return samples.y
 
 
-def redraw(groups, times=2000):
+def redraw(groups, stream=0, times=2000):
     """Accuracies of the groups [times, G] if their photos are drawn anew: the bootstrap of n zeros and ones is binomial."""
     n = np.array([g["n"] for g in groups])
-    return np.random.default_rng(seed).binomial(n, [g["accuracy"] for g in groups], (times, len(n))) / n
+    return np.random.default_rng([seed, stream]).binomial(n, [g["accuracy"] for g in groups], (times, len(n))) / n
 
 
-def interval(draws_):
-    return [float(v) for v in np.quantile(draws_, (.025, .975))]
+def interval(drawn):
+    return [float(v) for v in np.quantile(drawn, (.025, .975))]
 
 
 def ece(confidence, correct, bins=15):
@@ -488,7 +487,7 @@ def ece(confidence, correct, bins=15):
 def counter_metrics(correct, y, place, classes, names, suffix=""):
     """CounterAnimal: class-balanced common, counter and their drop, with the drop's bootstrap interval, and plain averages.
 
-    correct: bool [m]; place 0 common, 1 counter. The class's own go into classes[name]. Source: the paper's metric, the mean over
+    correct: [m], bool or a share of draws; place 0 common, 1 counter. The class's own go into classes[name]. Source: the paper's metric, the mean over
     classes of per-class accuracies; an interval draws photos anew within each class and place.
     """
     accuracy, cells = [[], []], [[], []]
@@ -505,7 +504,7 @@ def counter_metrics(correct, y, place, classes, names, suffix=""):
     plain = [float(correct[place == k].double().mean()) if (place == k).any() else None for k in (0, 1)]
     out = dict(common=common, counter=counter, drop=None, drop_interval=None, common_plain=plain[0], counter_plain=plain[1])
     if None not in (common, counter):
-        out.update(drop=common - counter, drop_interval=interval(redraw(cells[0]).mean(1) - redraw(cells[1])[::-1].mean(1)))
+        out.update(drop=common - counter, drop_interval=interval(redraw(cells[0]).mean(1) - redraw(cells[1], 1).mean(1)))
     return {k + suffix: v for k, v in out.items()}
 
 
@@ -571,14 +570,14 @@ def group_name(samples, g):
 def summary(results, samples):
     """The tables on the console."""
     keys = columns(results, samples)
-    first = next(iter(results.values()))
+    name, first = next(iter(results.items()))
     few = first["groups"] if len(first["groups"]) <= 8 and not is_counteranimal(samples) else []
     header = ("model", "protocol", *keys, *[f"{group_name(samples, g)} (n={g['n']})" for g in few])
     rows = [(name, p, *[m["metrics"].get(k) for k in keys], *[g["accuracy"] for g in m["groups"][:len(few)]]) for name, r in results.items() for p, m in r["protocols"].items()]
     lines = [f"{samples.name}: {first['metrics']['n']} photos", table(header, rows)]
     best = first["metrics"]
     spans = [(k, best[k + "_interval"]) for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")]
-    lines.append("; ".join(f"{k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}" for k, (low, high) in spans[:1]))
+    lines += [f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}" for k, (low, high) in spans[:1]]
     for name in results:
         known = next((k for k in PUBLISHED if name.startswith(k)), None) if is_counteranimal(samples) else None
         if known:
@@ -588,7 +587,7 @@ def summary(results, samples):
         parts = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
         lines.append("\nAdditivity of " + " and ".join(sorted({"mean embeddings of class x place" if k == "cells" else k for _, k, _ in kinds})) + ", shares of their variance")
         lines.append(table(("model", "of", "geometry", *parts), [(name, kind, geometry, *[a[q] for q in parts]) for name, kind, v in kinds for geometry, a in v.items()]))
-    return "\n".join(v for v in lines if v)
+    return "\n".join(lines)
 
 
 def tables(out, results, outcomes, samples):

@@ -153,11 +153,11 @@ def evaluate(name, samples, asked, inputs, shard):
     state = load_checkpoint(ckpt, encoder) if ckpt else None
     g = restored(state) if state else unit
     chooser = [who_picks(), quick_gelu] if is_counteranimal(samples) else []
-    settings = {"zeroshot": [samples.prompts, chooser], "classifier": [samples.imagenet, chooser], "probe": l2, "clip_probe": 0, "dfr": 0,
+    depends = {"zeroshot": [samples.prompts, chooser], "classifier": [samples.imagenet, chooser], "probe": l2, "clip_probe": 0, "dfr": 0,
                 **{f"fewshot_{k}": [l2, draws] for k in shots.split(",")}, "additivity": [composites, foregrounds, backgrounds, difficulty]}
     wanted = [p for w in offered(encoder, samples, asked) for p in ([f"fewshot_{k}" for k in shots.split(",")] if w == "fewshot" else [w])]
     wanted += ["additivity"] * (len(samples.places) > 1 and samples.y.max() >= 0 or composites > 0)
-    path = {p: cache_dir and Path(cache_dir) / f"result-{hashlib.sha256(json.dumps([p, settings[p], encoder.fingerprint, *inputs]).encode()).hexdigest()[:40]}.safetensors" for p in wanted}
+    path = {p: cache_dir and Path(cache_dir) / f"result-{hashlib.sha256(json.dumps([p, depends[p], encoder.fingerprint, *inputs]).encode()).hexdigest()[:40]}.safetensors" for p in wanted}
     found = {p: cache_dir and load_tensors(path[p]) or None for p in wanted}
     todo = [p for p in wanted if found[p] is None]
     if shard[1] > 1:  # rank 0 decides: the others may have another cache

@@ -31,7 +31,7 @@ def run(main):
     except OSError as problem:  # a full disk, a folder that may not be written, a file that went away
         sys.exit(print(f"{script}: {problem.filename or 'file system'}: {problem.strerror or problem}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        print(f"\n{script}: interrupted" + "; the same command with --resume goes on from here" * ("resume" in main.__globals__), file=sys.stderr)
         sys.exit(130)
 
 
@@ -740,10 +740,10 @@ class Regions:
 
     def weights(self, h, w):
         """The masks' regions as shares of the cells of a map, [R, h, w]."""
-        image = open_image(self.mask).convert("L")
+        image = open_image(self.mask).convert("L") if self.values else Image.new("L", (8, 8))
         frame = [v * n for v, n in zip(self.frame, image.size * 2)]
         m = np.asarray(image)
-        return torch.stack([torch.from_numpy(np.array(Image.fromarray(255 * (m == v).astype(np.uint8)).resize((w, h), Image.BOX, frame), np.float32)) / 255
+        return torch.zeros(0, h, w) if not self.values else torch.stack([torch.from_numpy(np.array(Image.fromarray(255 * (m == v).astype(np.uint8)).resize((w, h), Image.BOX, frame), np.float32)) / 255
                             for v in self.values])
 
 
@@ -761,15 +761,21 @@ def picture_size(picture):
         return open_image(picture.path).size  # complains
 
 
-def load_regions(spec, pictures, frame):
+def load_regions(spec, pictures, frame, skip_bad=False):
     """Regions in each picture, list of Regions, and notes. spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns
     path,x1,y1,x2,y2 in pixels; coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg.
-    frame: (width, height) -> the box that the model sees. Raises Complaint for a box outside its picture or without area."""
+    frame: (width, height) -> the box that the model sees. skip_bad: a picture that cannot be read has no regions, instead of a Complaint,
+    which comes for a box outside its picture or without area, too."""
     kind, _, where = spec.partition(":")
     sizes = {}
 
     def seen(picture):
-        size = picture_size(picture)
+        try:
+            size = picture_size(picture)
+        except Complaint:
+            if not skip_bad:
+                raise
+            return (0, 0), None
         if size not in sizes:
             sizes[size] = frame(*size)
         return size, sizes[size]
@@ -777,7 +783,11 @@ def load_regions(spec, pictures, frame):
     if kind == "grid":
         boxes, out = grid(spec).tolist(), []
         for picture in pictures:
-            left, top, right, bottom = f = seen(picture)[1]
+            f = seen(picture)[1]
+            if f is None:
+                out.append(Regions(picture, (), (0., 0., 1., 1.)))
+                continue
+            left, top, right, bottom = f
             w, h = right - left, bottom - top
             out.append(Regions(picture, tuple((left + x1 * w, top + y1 * h, left + x2 * w, top + y2 * h) for x1, y1, x2, y2 in boxes), f))
         return out, []
@@ -787,6 +797,7 @@ def load_regions(spec, pictures, frame):
         out, found = [], find_masks([getattr(p, "path", "") for p in pictures], where)
         for picture, mask in zip(pictures, found):
             f = seen(picture)[1]
+            mask, f = (mask, f) if f else (None, (0., 0., 1., 1.))
             m = np.asarray(open_image(mask).convert("L")) if mask else np.zeros((1, 1))
             values = np.unique(m).tolist() if mask else []
             if len(values) > 32:
@@ -799,8 +810,8 @@ def load_regions(spec, pictures, frame):
     out = []
     for picture in pictures:
         (W, H), f = seen(picture)
-        parts, boxes = Path(getattr(picture, "path", "")).parts, []
-        for depth in range(len(parts), 0, -1):
+        parts, boxes, found = Path(getattr(picture, "path", "")).parts, [], None
+        for depth in range(len(parts) if f else 0, 0, -1):
             if (found := rows.get("/".join(parts[-depth:]))) is not None:
                 break
         for line, x1, y1, x2, y2 in found or ():
@@ -812,7 +823,7 @@ def load_regions(spec, pictures, frame):
                 boxes.append(box)
             else:
                 unseen += 1
-        out.append(Regions(picture, tuple(boxes), f))
+        out.append(Regions(picture, tuple(boxes), f or (0., 0., 1., 1.)))
     if not any(r.boxes for r in out):
         raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; its paths must be those of the pictures, or their ends "
                         f"(it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', pictures[0])})")
@@ -822,7 +833,7 @@ def load_regions(spec, pictures, frame):
 def span_of(on):
     """The box around the true pixels of an array, in shares."""
     rows, columns = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
-    return columns[0] / on.shape[1], rows[0] / on.shape[0], (columns[-1] + 1) / on.shape[1], (rows[-1] + 1) / on.shape[0]
+    return tuple(float(v) for v in (columns[0] / on.shape[1], rows[0] / on.shape[0], (columns[-1] + 1) / on.shape[1], (rows[-1] + 1) / on.shape[0]))
 
 
 def csv_boxes(path):
@@ -877,7 +888,7 @@ def load_discovery(path):
 
     Returns a dict: kept, ids of the kept clusters, ranked; clusters, the list in discovery.json; medoids [K, D] unit-norm, one row
     for each cluster id; mean [D], taken from unit region embeddings before they are compared with medoids (zeros: none was);
-    fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and for each region image [N] (row of
+    clipped, whether cosines below zero counted as zero; fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and for each region image [N] (row of
     paths), box [N, 4] (shares of the image), label [N].
     """
     path = Path(path) / "discovery.json" if Path(path).is_dir() else Path(path)
@@ -889,6 +900,7 @@ def load_discovery(path):
         tree = json.loads(path.read_text())
         with np.load(arrays, allow_pickle=False) as file:
             found = {k: torch.from_numpy(file[k]) for k in ("medoids", "mean", "image", "box", "label")}
+            found["clipped"] = bool(file["clipped"])
             found.update({k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}, paths=file["paths"].tolist())
         kept = [int(c["id"]) for c in tree["clusters"] if c["kept"]]
         if max(kept, default=0) >= len(found["medoids"]):

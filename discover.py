@@ -98,18 +98,17 @@ def main():
     best = max(sweep, key=lambda k: (sweep[k]["silhouette"], -k))
     if clustering == "ravl" and sweep[best]["silhouette"] <= 0:
         say("silhouette: not positive for any k; regions do not fall into clusters")
-    labels, medoids = every(sweep[best]["labels"].long()), sweep[best]["medoids"]
+    labels, medoids = gathered(sweep[best]["labels"].long()), sweep[best]["medoids"]
     M = rows_of(x, medoids)
     seconds["cluster"], clock = time.time() - clock, time.time()
     results = {name: identify(labels, best, found, name) for name in CLUSTERS}
     stable = stability(sweep, best, labels, results["ravl"], found)
     seconds["identify"], clock = time.time() - clock, time.time()
-    similarity = every(closeness(x, M, sweep[best]["labels"].long()))
+    similarity = gathered(closeness(x, M, sweep[best]["labels"].long()))
     order = torch.from_numpy(np.lexsort((-np.arange(n_regions), -similarity.numpy().astype(np.float64))))  # of ties the later first, as published
     members = torch.split(order[labels[order].argsort(stable=True)], torch.bincount(labels, minlength=best).tolist())
-    ranked = {name: [members[c] for c in r["ranking"] if r["kept"][c]][:1] for name, r in results.items()}
-    wanted = LISTS if method == "all" else (method,) if method in LISTS else ()
-    ranked.update({name: [globals()[name](x, found)] for name in wanted})
+    ranked = {name: next((members[c] for c in r["ranking"] if r["kept"][c]), members[0][:0]) for name, r in results.items()}
+    ranked.update({name: globals()[name](x, found) for name in (LISTS if method == "all" else (method,) if method in LISTS else ())})
     seconds["rank"] = time.time() - clock
     silhouette, rows = clipped_silhouette(x, sweep[best]["labels"].long(), best, mean)
     negative = negative_pairs(x)
@@ -118,23 +117,24 @@ def main():
     seconds["total"] = time.time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if os.uname().sysname == "Linux" else 30)
     if method in LISTS:
-        tree = [dict(id=0, kept=True, reason=f"ranked list of {method}", score=None, chance=None, influence=None, gaps={}, medoid=int(ranked[method][0][0]),
-                     regions=ranked[method][0].tolist(), stability=None)]
+        first = ranked[method].tolist()
+        tree = [dict(id=0, kept=True, reason=f"ranked list of {method}", score=None, chance=None, influence=None, gaps={}, medoid=first[0],
+                     regions=first, stability=None)] if first else []
     else:
         tree = described(results["ravl" if method == "all" else method], medoids, members, stable, found)
-    at_10 = {name: precision(r[0] if r else None, found) for name, r in ranked.items()}
+    at_10 = {name: precision(r, found) for name, r in ranked.items()}
     headline = "ravl" if method == "all" else method
     summary = dict(config=config, git=revision(), notes=found["notes"], k=best, silhouette=silhouette, silhouette_rows=rows,
                    silhouettes={str(k): s["silhouette"] for k, s in sweep.items()}, mean_removed=bool(mean.any()), negative_pairs=negative,
                    accuracy=float((found["predicted"] == found["y"]).double().mean()), classes=found["classes"], clusters=tree,
                    precision_at_10=at_10[headline], base_rate=None if found["target"] is None else float(found["target"].double().mean()),
-                   methods={name: dict(precision_at_10=at_10[name], top=r[0][:100].tolist() if r else []) for name, r in ranked.items()}, seconds=seconds,
+                   methods={name: dict(precision_at_10=at_10[name], top=r[:100].tolist()) for name, r in ranked.items()}, seconds=seconds,
                    peak_gib=peak)
     say(console(summary, found))
     out = Path(out_dir)
     write(out / "discovery.html", report(summary, found, similarity, M))
     write(out / "discovery.npz", npz(medoids=M.cpu().numpy(), mean=mean.numpy(), kept=np.array([c["id"] for c in tree if c["kept"]], np.int64),
-                                             fingerprint=found["fingerprint"], regions=regions, region_encoder=region_encoder, data=found["name"],
+                                             clipped=clustering == "ravl", fingerprint=found["fingerprint"], regions=regions, region_encoder=region_encoder, data=found["name"],
                                              paths=found["paths"], image=found["image"].numpy(), box=found["box"].numpy(), label=labels.numpy()))
     write_json(out / "discovery.json", summary)
     say(f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s")
@@ -154,13 +154,13 @@ def total(t, op="SUM"):
     return t
 
 
-def every(t):
-    """The rows of all processes, on each of them."""
+def gathered(thing):
+    """A list's or tensor's parts on all processes, put together, on each of them."""
     if not dist.is_initialized():
-        return t
+        return thing
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, t)
-    return torch.cat(parts)
+    dist.all_gather_object(parts, thing)
+    return torch.cat(parts) if isinstance(thing, torch.Tensor) else sum(parts, [])
 
 
 def span(n):
@@ -171,7 +171,7 @@ def span(n):
 
 def rows_of(x, index):
     """Rows of x [N, D], spread over the processes, by their numbers among all regions [k] -> [k, D]."""
-    counts = every(torch.tensor([len(x)]))
+    counts = gathered(torch.tensor([len(x)]))
     here = index - int(counts[:rank()].sum())
     mine = (here >= 0) & (here < len(x))
     out = x.new_zeros(len(index), x.shape[1])
@@ -192,7 +192,8 @@ def from_images():
     logits, notes = suspect(encoder, samples, names)
     chosen = samples.keep(wanted.nonzero()[:, 0])
     low, high = span(len(chosen.items))
-    pictures, more = load_regions(regions, chosen.items[low:high], encoder.frame)
+    pictures, more = load_regions(regions, chosen.items, encoder.frame, skip_bad)
+    pictures = pictures[low:high]
     x, z, bad = embedded_regions(encoder, pictures)
     good = z.isfinite().all(1)
     count = torch.tensor([len(p.boxes) for p in pictures])
@@ -201,10 +202,10 @@ def from_images():
     target = None
     if masks:
         found = find_masks([getattr(p, "path", "") for p in chosen.items], masks)
-        target = every(torch.cat([outside_mask(pictures[k], found[low + k]) for k in kept.tolist()]) >= outside)
+        target = gathered(torch.cat([outside_mask(pictures[k], found[low + k]) for k in kept.tolist()]) >= outside)
     shares = torch.cat([torch.tensor(pictures[k].boxes).view(-1, 4) for k in kept.tolist()]) if len(kept) else torch.zeros(0, 4)
-    return tell(x, logits, z[good], every(count), every(here.y), every(low + kept), encoder.fingerprint, every(shares), target, samples.name, samples.classes,
-                chosen.items, encoder.notes + samples.notes + notes + more + [f"skipped {line}" for _, line in bad], encoder)
+    return tell(x, logits, z[good], gathered(count), gathered(here.y), gathered(low + kept), encoder.fingerprint, gathered(shares), target, samples.name, samples.classes,
+                chosen.items, encoder.notes + samples.notes + notes + more + gathered([f"skipped {line}" for _, line in bad]), encoder)
 
 
 def tell(x, logits, z, count, y, which, fingerprint, box, target, name, class_names, pictures, notes, encoder=None):
@@ -224,8 +225,8 @@ def tell(x, logits, z, count, y, which, fingerprint, box, target, name, class_na
     if not (count > 0).all():
         notes.append(f"{int((count == 0).sum())} of {len(count)} images have no region: they count as images without the feature")
     image = torch.arange(len(y)).repeat_interleave(count)
-    predicted = every(logits(z).argmax(1))
-    low = int(every(torch.tensor([len(x)]))[:rank()].sum())
+    predicted = gathered(logits(z).argmax(1))
+    low = int(gathered(torch.tensor([len(x)]))[:rank()].sum())
     score, chosen = torch.empty(len(x), C), predicted[image[low:low + len(x)]]
     for a in range(0, len(x), STEP):
         score[a:a + STEP] = logits(x[a:a + STEP]).softmax(1)
@@ -234,7 +235,7 @@ def tell(x, logits, z, count, y, which, fingerprint, box, target, name, class_na
             row = low + a + int((~norm.isfinite() | (norm == 0))[:, 0].nonzero()[0])
             raise Complaint(f"{name}: the embedding of region {row} is {'zero' if norm[row - low - a] == 0 else 'not finite'}; leave it out, or check the model")
         x[a:a + STEP] /= norm
-    own = every(score.gather(1, chosen[:, None])[:, 0].double())  # of the predicted class of its image
+    own = gathered(score.gather(1, chosen[:, None])[:, 0].double())  # of the predicted class of its image
     highest = torch.full((len(y),), -math.inf, dtype=torch.double).scatter_reduce_(0, image, own, "amax")
     hit = (own == highest[image]).nonzero()[:, 0]
     best = torch.full((len(y),), len(image)).scatter_reduce_(0, image[hit], hit, "amin")  # the first of equals
@@ -244,7 +245,7 @@ def tell(x, logits, z, count, y, which, fingerprint, box, target, name, class_na
         notes.append(f"the classifier is right on all {len(y)} images: without errors no influence is defined, and nothing can be found")
     if len(set(y.tolist())) == 1:
         notes.append(f"all images are of one class ({class_names[int(y[0])]}): a feature that helps one class and harms another cannot show")
-    return x, dict(image=image, y=y, predicted=predicted, z=unit(every(z.float())), score=score, own=own, best=torch.where(best < len(image), best, -1), count=count,
+    return x, dict(image=image, y=y, predicted=predicted, z=unit(gathered(z.float())), score=score, own=own, best=torch.where(best < len(image), best, -1), count=count,
                    target=target, name=name, classes=class_names, box=box, paths=[str(getattr(pictures[k], "path", "")) for k in which.tolist()] if pictures else
                    [""] * len(y), pictures=[pictures[k] for k in which.tolist()] if pictures else None, fingerprint=fingerprint, notes=notes, encoder=encoder)
 
@@ -295,7 +296,7 @@ def embedded_regions(encoder, pictures):
             z, m = with_map(encoder.fast, encoder.kind, images)  # [N, D], [N, h, w, D]
             h, w = m.shape[1:3]
             index = torch.arange(len(some)).repeat_interleave(torch.tensor([len(p.boxes) for p in some]))
-            where = torch.cat([p.weights(h, w) if p.mask else p.seen() * torch.tensor([w, h, w, h]) for p in some]).to(m)
+            where = torch.cat([p.weights(h, w) if regions.startswith("masks:") else p.seen() * torch.tensor([w, h, w, h]) for p in some]).to(m)
             r = region_pool(m.float().contiguous(), where.float(), index.to(m.device))
         parts = r.split([len(p.boxes) for p in some])
         return torch.cat([v for i, part in enumerate(parts) for v in (z[i:i + 1].to(part), part)])
@@ -362,9 +363,10 @@ def from_file():
         norm = t.float().norm(dim=1)
         if not norm.isfinite().all() or not norm.all():
             raise Complaint(f"{name}: {what} has a row that is zero or not finite (row {int((~norm.isfinite() | (norm == 0)).nonzero()[0])})")
-    sample = x[:: max(1, len(x) // 1000)].norm(dim=1)
-    if len(x) and (sample - 1).abs().max() > 1e-3:
-        notes.append(f"{name}: reg_emb is not unit-norm (norms {sample.min():.3g} to {sample.max():.3g}); normalised")
+    for what, t in (("reg_emb", x), ("img_emb", z), ("text_emb", text)):
+        norm = torch.cat([part.float().norm(dim=1) for part in t.split(STEP)])
+        if len(norm) and (norm - 1).abs().max() > 1e-3:
+            notes.append(f"{name}: {what} is not unit-norm (norms {norm.min():.3g} to {norm.max():.3g}); normalised")
     return told(name, x, count.long(), y.long(), text, z, target, class_names, notes)
 
 
@@ -440,7 +442,7 @@ def kmedoids(x, ks, clip, seed):
     the regions that moved. Returns {k: dict(silhouette, labels [N] of this process, medoids [k], numbers among all regions)}.
     """
     local, D = x.shape
-    counts = every(torch.tensor([local]))
+    counts = gathered(torch.tensor([local]))
     n, low = int(counts.sum()), int(counts[:rank()].sum())
     parts = [slice(a, min(a + STEP, local)) for a in range(0, local, STEP)]
     generator = torch.Generator().manual_seed(seed)
@@ -470,8 +472,6 @@ def kmedoids(x, ks, clip, seed):
             keep = total(gain).argsort(descending=True)[min(len(medoids) - want, 1 + len(medoids) // 10):].sort().values
             new = torch.full((len(medoids) + 1,), -1).index_copy_(0, keep, torch.arange(len(keep)))
             medoids, cosine, s, S, size, label = medoids[keep], cosine[keep], s[keep], S[keep], size[keep], new[label]
-            if len(medoids) > want:
-                label = torch.cat([cosine[:, p].argmax(0) for p in parts]) if local else label
         K = len(medoids)
         for _ in range(300):
             nearest = torch.cat([cosine[:, p].argmax(0) for p in parts]) if local else label
@@ -684,7 +684,7 @@ def stability(sweep, best, labels, result, found):
     hits = dict.fromkeys(kept, 0)
     tried = list(sweep)[::max(1, len(sweep) // 12)] if kept else []
     for k in tried:
-        other = every(sweep[k]["labels"].long())
+        other = gathered(sweep[k]["labels"].long())
         r, size = identify(other, k, found, "ravl"), torch.bincount(other, minlength=k)
         for c in kept:
             shared = torch.bincount(other[labels == c], minlength=k)
@@ -707,7 +707,7 @@ def described(r, medoids, members, stable, found):
 
 def precision(regions, found, K=10):
     """Share of the first K regions that show the planted feature; None without region_target or --masks, or without a list."""
-    return None if regions is None or found["target"] is None else float(found["target"][regions[:K]].double().mean())
+    return None if not len(regions) or found["target"] is None else float(found["target"][torch.as_tensor(regions[:K])].double().mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -719,7 +719,7 @@ def random(x, found):
 
 def toward(x, direction, found, images):
     """Regions of some images, bool [n], by the cosine to a direction [D], largest first."""
-    score = every(torch.cat([part @ direction.float() for part in x.split(STEP)]) if len(x) else torch.empty(0))
+    score = gathered(torch.cat([part @ direction.float() for part in x.split(STEP)]) if len(x) else torch.empty(0))
     return by(score, images[found["image"]])
 
 
@@ -751,11 +751,11 @@ def george(x, found):
     right, worst = (found["predicted"] == found["y"]).double(), (math.inf, None, None)
     for l in sorted(set(found["y"].tolist())):
         of = (found["y"] == l).nonzero()[:, 0]
-        if len(of) < 4:
+        if len(of) < 4 or (found["z"][of] - found["z"][of[0]]).abs().max() < 1e-5:  # too few, or all alike
             continue
         low, high = span(len(of))
         groups = kmedoids(found["z"][of[low:high]], range(2, min(10, len(of))), False, seed)
-        labels = every(max(groups.values(), key=lambda g: g["silhouette"])["labels"].long())
+        labels = gathered(max(groups.values(), key=lambda g: g["silhouette"])["labels"].long())
         for c in set(labels.tolist()):
             accuracy = float(right[of[labels == c]].mean())
             if accuracy < worst[0] and (labels != c).any():
@@ -817,7 +817,7 @@ def console(summary, found):
         lines.append("No spurious feature was found. The nearest candidates:" if not kept else f"{len(kept)} spurious feature{'s' * (len(kept) > 1)} found:")
         shown = kept or sorted(summary["clusters"], key=lambda c: -(c["score"] or 0))[:3]
         lines.append(table(("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"),
-                           [(str(c["id"]), c["score"], c["chance"], c["influence"], len(c["regions"]), c["stability"], precision(torch.tensor(c["regions"]), found),
+                           [(str(c["id"]), c["score"], c["chance"], c["influence"], len(c["regions"]), c["stability"], precision(c["regions"], found),
                              "; ".join(filter(None, ["" if kept else c["reason"], gaps(c, 1), gaps(c, -1)]))) for c in shown[:20]]))
     if method == "all":
         lines.append("\n" + table(("method", "precision_at_10"), [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]))

@@ -936,7 +936,7 @@ def thumb(image, caption="", size=150):
 def bars(rows, low=0., high=1.):
     """Horizontal bars with intervals, as SVG. rows: (label, value, (lo, hi) or None, note), values in [low, high]."""
     at = lambda v: 190 + 400 * (min(max(v, low), high) - low) / (high - low)
-    out = [f'<svg viewBox="0 0 720 {24 * len(rows) + 26}" role="img">']
+    out = [f'<div class="wide"><svg viewBox="0 0 720 {24 * len(rows) + 26}" role="img">']
     for g in range(6):
         v = low + (high - low) * g / 5
         out.append(f'<line x1="{at(v):.0f}" y1="0" x2="{at(v):.0f}" y2="{24 * len(rows)}" class="grid"/>'
@@ -948,7 +948,7 @@ def bars(rows, low=0., high=1.):
         if interval:
             out.append(f'<path d="M{at(interval[0]):.1f} {y + 8}H{at(interval[1]):.1f}M{at(interval[0]):.1f} {y + 4}v8M{at(interval[1]):.1f} {y + 4}v8" class="interval"/>')
         out.append(f'<text x="600" y="{y + 12}">{value:.3f} <tspan class="dim">{html.escape(note)}</tspan></text>')
-    return "".join(out) + "</svg>"
+    return "".join(out) + "</svg></div>"
 
 
 def html_table(header, rows):
@@ -965,14 +965,14 @@ def page(title, lead, sections):
 <title>{html.escape(title)}</title><style>
 :root{{--ink:#22302d;--dim:#71807b;--paper:#fbfaf6;--line:#dedbd0;--bar:#4f8f86;--mark:#22302d}}
 @media(prefers-color-scheme:dark){{:root{{--ink:#e6e8e3;--dim:#93a09b;--paper:#171c1b;--line:#343d3a;--bar:#4f9d92;--mark:#f2efe6}}}}
-body{{margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}}
+body{{overflow-wrap:anywhere;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}}
 h1{{margin:0;font-size:28px}}h2{{margin:40px 0 10px;font-size:19px}}p{{max-width:70ch}}small,.dim{{color:var(--dim);fill:var(--dim)}}
 figure{{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}}figure img{{width:100%;border-radius:6px;display:block}}
 figcaption{{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}}.wide{{overflow-x:auto}}
 table{{border-collapse:collapse;font-size:14px}}th,td{{padding:4px 14px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}}
-th:first-child,td:first-child,.text{{text-align:left}}svg{{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}}rect{{fill:var(--bar)}}
+th:first-child,td:first-child,.text{{text-align:left}}svg{{width:100%;min-width:520px;max-width:760px;font-size:12.5px;fill:var(--ink)}}.small figure{{width:84px}}rect{{fill:var(--bar)}}
 .grid{{stroke:var(--line)}}.interval{{stroke:var(--mark);stroke-width:1.4;fill:none}}pre{{overflow-x:auto;font-size:12.5px}}
-@media(max-width:520px){{figure{{width:calc(50% - 10px)}}}}
+@media(max-width:520px){{figure{{width:calc(50% - 10px)}}.small figure{{width:calc(20% - 10px)}}}}
 </style><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>"""
 
 

@@ -851,11 +851,11 @@ def report(summary, found, similarity, M):
             html += "<p>Nearest words: " + escape(", ".join(vocabulary[i] for i in (words @ M[c["id"]]).topk(6).indices)) + "</p>"
         if found["pictures"]:
             label = lambda r: f"{found['classes'][found['y'][found['image'][r]]]}, taken for {found['classes'][found['predicted'][found['image'][r]]]}"
-            html += "<h3>Its regions, the most typical first</h3>" + "".join(
-                thumb(Crop(found["pictures"][found["image"][r]], tuple(found["box"][r].tolist())).image(), f"cosine {similarity[r]:.2f}", 105) for r in top)
+            html += "<h3>Its regions, the most typical first, with their cosine to the medoid</h3><div class=small>" + "".join(
+                thumb(Crop(found["pictures"][found["image"][r]], tuple(found["box"][r].tolist())).image(), f"{similarity[r]:.2f}", 84) for r in top) + "</div>"
             seen, images = set(), []
             for r in c["regions"]:
-                if int(found["image"][r]) not in seen and len(images) < 8:
+                if int(found["image"][r]) not in seen and len(images) < 6:
                     seen.add(int(found["image"][r]))
                     images.append(r)
             html += "<h3>In their images</h3>" + "".join(

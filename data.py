@@ -694,6 +694,56 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
     return dict(reg_emb=x, num_regions=count, true_label=y, text_emb=text, img_emb=torch.nn.functional.normalize(z, dim=1), region_target=(kind == C + 12).long())
 
 
+def load_embeddings(name, span):
+    """The arrays of discover.py's --embeddings=FILE.npz, checked; of reg_emb [N, D] only the rows that span(N) names, (first, last + 1),
+    float32, no more than a piece of it in memory beside. Returns them in a dict, with notes; region_target and class_names None if they are missing."""
+    if not os.path.isfile(name):
+        raise Complaint(f"--embeddings={name}: no such file")
+    need, notes = ("reg_emb", "num_regions", "true_label", "text_emb", "img_emb"), []
+    try:
+        with np.load(name, allow_pickle=False) as file:
+            missing = [a for a in need if a not in file.files]
+            if missing:
+                raise Complaint(f"{name}: no array {missing[0]!r} (found: {', '.join(file.files)}); expected {', '.join(need)}")
+            count, y, text, z = (torch.from_numpy(np.ascontiguousarray(file[a])) for a in need[1:])
+            target = torch.from_numpy(file["region_target"]) if "region_target" in file.files else None
+            names = [str(c) for c in file["class_names"]] if "class_names" in file.files else None
+            with file.zip.open("reg_emb.npy") as stream:
+                read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(stream)[0]]
+                shape, fortran, kind = read(stream)
+                if len(shape) != 2 or text.dim() != 2 or z.dim() != 2 or not shape[1] == text.shape[1] == z.shape[1] or min(shape[1], len(text)) == 0:
+                    raise Complaint(f"{name}: reg_emb {list(shape)}, text_emb {list(text.shape)}, img_emb {list(z.shape)}; expected [N, D], [C, D], [n, D] with one D")
+                low, high = span(shape[0])
+                if fortran or kind.hasobject:
+                    x = np.ascontiguousarray(file["reg_emb"][low:high], np.float32)
+                else:
+                    x, size = np.empty((high - low, shape[1]), np.float32), kind.itemsize * shape[1]
+                    stream.seek(low * size, 1)
+                    for a in range(0, high - low, 1 << 16):
+                        b = min(a + (1 << 16), high - low)
+                        x[a:b] = np.frombuffer(stream.read((b - a) * size), kind).reshape(b - a, -1)
+    except Complaint:
+        raise
+    except Exception as problem:  # whatever a damaged file makes of itself
+        raise Complaint(f"{name}: not an .npz file of plain arrays ({type(problem).__name__}: {problem})") from None
+    if not len(count) == len(y) == len(z) or count.is_floating_point() or y.is_floating_point() or int(count.sum()) != shape[0] or (len(count) and count.min() < 0):
+        raise Complaint(f"{name}: num_regions {list(count.shape)} with sum {float(count.sum()):g}, true_label {list(y.shape)}, img_emb {list(z.shape)} and "
+                        f"reg_emb {list(shape)}; expected whole numbers [n], [n], with one row of reg_emb for each region")
+    if target is not None and target.shape != (shape[0],) or names is not None and len(names) != len(text):
+        raise Complaint(f"{name}: region_target {None if target is None else list(target.shape)}, {'no' if names is None else len(names)} class_names; "
+                        f"expected [{shape[0]}] and {len(text)}")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(text):
+        raise Complaint(f"{name}: true_label from {int(y.min())} to {int(y.max())}, text_emb has {len(text)} classes; expected 0 to {len(text) - 1}")
+    x = torch.from_numpy(x)
+    for what, t in (("reg_emb", x), ("img_emb", z), ("text_emb", text)):
+        norm = torch.cat([part.float().norm(dim=1) for part in t.split(1 << 16)])
+        if what != "reg_emb" and (not norm.isfinite().all() or not norm.all()):
+            raise Complaint(f"{name}: {what} has a row that is zero or not finite (row {int((~norm.isfinite() | (norm == 0)).nonzero()[0])})")
+        if len(norm) and (norm - 1).abs().max() > 1e-3:
+            notes.append(f"{name}: {what} is not unit-norm (norms {norm.min():.3g} to {norm.max():.3g}); normalised")
+    return dict(reg_emb=x, num_regions=count.long(), true_label=y.long(), text_emb=text.float(), img_emb=z, region_target=target, class_names=names, notes=notes)
+
+
 @dataclass(frozen=True)
 class Crop:
     """A part of a picture; box: x1, y1, x2, y2, shares of its width and height."""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_regions, npz, open_image, outlined, page,
+from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_embeddings, load_regions, npz, open_image, outlined, page,
                   revision, rng, run, say, table, thumb, write, write_json)
 from kernels import cluster_sums, region_pool
 from model import Map, Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, roi_regions, unit, with_map
@@ -322,81 +322,21 @@ def outside_mask(picture, path):
 
 
 def from_file():
-    """The same from --embeddings: reads this process's share of the regions, a piece at a time. random:N,D draws them."""
+    """The same from --embeddings: this process's share of the regions. random:N,D draws them."""
     name = embeddings
     if name.startswith("random:"):
         N, _, D = name.removeprefix("random:").partition(",")
         if not (N.isdigit() and D.isdigit()):
             raise Complaint(f"--embeddings={name}: expected random:N,D, for instance random:100000,256")
-        drawn = drawn_regions(int(N), int(D), seed)
-        low, high = span(int(N))
-        return told(name, drawn["reg_emb"] if high - low == int(N) else drawn["reg_emb"][low:high].clone(), drawn["num_regions"], drawn["true_label"], drawn["text_emb"],
-                    drawn["img_emb"], drawn["region_target"], [str(c) for c in range(len(drawn["text_emb"]))], [])
-    if not os.path.isfile(name):
-        raise Complaint(f"--embeddings={name}: no such file")
-    need = ("reg_emb", "num_regions", "true_label", "text_emb", "img_emb")
-    try:
-        file = np.load(name, allow_pickle=False)
-        missing = [a for a in need if a not in file.files]
-        if missing:
-            raise Complaint(f"{name}: no array {missing[0]!r} (found: {', '.join(file.files)}); expected {', '.join(need)}")
-        count, y, text, z = (torch.from_numpy(np.ascontiguousarray(file[a])) for a in need[1:])
-        target = torch.from_numpy(file["region_target"]) if "region_target" in file.files else None
-        class_names = [str(c) for c in file["class_names"]] if "class_names" in file.files else [str(c) for c in range(len(text))]
-        shape = header(file, "reg_emb")
-        if len(shape) != 2 or text.dim() != 2 or z.dim() != 2 or not shape[1] == text.shape[1] == z.shape[1] or min(shape[1], len(text)) == 0:
-            raise Complaint(f"{name}: reg_emb {list(shape)}, text_emb {list(text.shape)}, img_emb {list(z.shape)}; expected [N, D], [C, D], [n, D] with one D")
-        if not len(count) == len(y) == len(z) or count.is_floating_point() or y.is_floating_point() or int(count.sum()) != shape[0] or (len(count) and count.min() < 0):
-            raise Complaint(f"{name}: num_regions {list(count.shape)} with sum {float(count.sum()):g}, true_label {list(y.shape)}, img_emb {list(z.shape)} and "
-                            f"reg_emb {list(shape)}; expected whole numbers [n], [n], with one row of reg_emb for each region")
-        if target is not None and target.shape != (shape[0],) or len(class_names) != len(text):
-            raise Complaint(f"{name}: region_target {None if target is None else list(target.shape)}, class_names {len(class_names)}; expected [{shape[0]}] and {len(text)}")
-        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(text):
-            raise Complaint(f"{name}: true_label from {int(y.min())} to {int(y.max())}, text_emb has {len(text)} classes; expected 0 to {len(text) - 1}")
-        x = piece(file, "reg_emb", *span(shape[0]))
-    except Complaint:
-        raise
-    except Exception as problem:  # whatever a damaged file makes of itself
-        raise Complaint(f"{name}: not an .npz file of plain arrays ({type(problem).__name__}: {problem})") from None
-    notes = []
-    for what, t in (("img_emb", z), ("text_emb", text)):
-        norm = t.float().norm(dim=1)
-        if not norm.isfinite().all() or not norm.all():
-            raise Complaint(f"{name}: {what} has a row that is zero or not finite (row {int((~norm.isfinite() | (norm == 0)).nonzero()[0])})")
-    for what, t in (("reg_emb", x), ("img_emb", z), ("text_emb", text)):
-        norm = torch.cat([part.float().norm(dim=1) for part in t.split(STEP)])
-        if len(norm) and (norm - 1).abs().max() > 1e-3:
-            notes.append(f"{name}: {what} is not unit-norm (norms {norm.min():.3g} to {norm.max():.3g}); normalised")
-    return told(name, x, count.long(), y.long(), text, z, target, class_names, notes)
-
-
-def told(name, x, count, y, text, z, target, class_names, notes):
-    """tell() for embeddings that came without an encoder: scores by text embeddings [C, D]."""
-    text, (low, high) = unit(text.double()), span(len(y))
+        read, (low, high) = drawn_regions(int(N), int(D), seed), span(int(N))
+        read["reg_emb"] = read["reg_emb"] if high - low == int(N) else read["reg_emb"][low:high].clone()
+    else:
+        read = load_embeddings(name, span)
+    x, z, y, count, target = (read[a] for a in ("reg_emb", "img_emb", "true_label", "num_regions", "region_target"))
+    text, (low, high) = unit(read["text_emb"].double()), span(len(y))
+    names = read.get("class_names") or [str(c) for c in range(len(text))]
     return tell(x, lambda v: unit(v.double()) @ text.T / temperature, z[low:high].float(), count, y, torch.arange(len(y)), "", torch.zeros(int(count.sum()), 4),
-                None if target is None else target > .5, name, class_names, None, notes)
-
-
-def header(file, array):
-    """Shape of an array in an open .npz, without reading it."""
-    with file.zip.open(array + ".npy") as stream:
-        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(stream)[0]]
-        return read(stream)[0]
-
-
-def piece(file, array, low, high):
-    """Rows low to high of an array in an .npz as float32 [high - low, D], no more than a piece of it in memory beside."""
-    with file.zip.open(array + ".npy") as stream:
-        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(stream)[0]]
-        (n, D), fortran, kind = read(stream)
-        if fortran or kind.hasobject:
-            return torch.from_numpy(np.ascontiguousarray(file[array][low:high], np.float32))
-        out, size = np.empty((high - low, D), np.float32), kind.itemsize * D
-        stream.seek(low * size, 1)
-        for a in range(0, high - low, STEP):
-            b = min(a + STEP, high - low)
-            out[a:b] = np.frombuffer(stream.read((b - a) * size), kind).reshape(b - a, D)
-    return torch.from_numpy(out)
+                None if target is None else target > .5, name, names, None, read.get("notes", []))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_embeddings, load_regions, npz,
                   open_image, outlined, page, revision, rng, run, say, table, thumb, write, write_json)
 from kernels import cluster_sums, region_pool
-from model import Map, Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, roi_regions, unit, with_map
+from model import Map, Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, prompt_embeddings, roi_regions, unit, with_map
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
 out_dir = "out"          # discovery.json, discovery.npz, discovery.html
@@ -186,7 +186,7 @@ def rows_of(x, index):
 def from_images():
     """Region embeddings and all that step 2 asks for, from images: (x [N, D] of this process, unit-norm; found, see tell)."""
     encoder = load_encoder(model, pretrained, quick_gelu, device)
-    samples = load_data(data, "", confounder, seed, difficulty, classes, prompts)
+    samples = load_data(data, "", confounder, seed, difficulty, classes, prompts, splits=False)
     names = [s.strip() for s in split.split(",")]
     expect(set(names) <= {"train", "val", "test"}, "split", split, "train, val, test, or several of them with commas")
     wanted = torch.isin(samples.split, torch.tensor([("train", "val", "test").index(s) for s in names]))
@@ -257,9 +257,9 @@ def suspect(encoder, samples, names):
     if kind == "auto":
         kind = "probe" if ckpt else "text" if encoder.tokenizer else "rows" if len(samples.classes) == 1000 else "probe"
     if kind == "text":
-        templates = samples.prompts or ["a photo of a {}."]
-        text = encoder.class_embeddings(samples.classes, templates)
-        said = f"classifier: text embeddings, prompts {templates[0]!r}" + f" and {len(templates) - 1} more" * (len(templates) > 1)
+        texts = samples.class_prompts()
+        text = prompt_embeddings(encoder, texts, cache_dir)
+        said = f"classifier: text embeddings, prompts {texts[0][0]!r}" + f" and {len(texts[0]) - 1} more" * (len(texts[0]) > 1)
         return lambda v: unit(v.float()) @ text.T / temperature, [said]
     if kind == "rows":
         weight, bias = encoder.classifier()
@@ -822,4 +822,4 @@ def report(summary, found, similarity, M):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "the same command")

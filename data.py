@@ -682,10 +682,11 @@ def find_masks(paths, masks):
     for path in paths:
         parts = Path(os.path.splitext(path)[0]).parts
         ends = ["/".join(parts[-depth:]) for depth in range(min(4, len(parts)), 0, -1)]
-        tried = [masks / f"{s}.png" for end in ends for s in (end, end.rpartition("_")[0]) if s and not s.endswith("/")]
-        found.append(next((str(c) for c in tried if c.is_file()), None))
+        choice = [masks / f"{s}.png" for end in ends for s in (end, end.rpartition("_")[0]) if s and not s.endswith("/")]
+        found.append(next((str(c) for c in choice if c.is_file()), None))
+        tried = tried or choice[-4:]
     if not any(found):
-        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[-1] if len(paths) else 'an image'} one of {', '.join(map(str, tried[-4:]))}")
+        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[0] if len(paths) else 'an image'} one of {', '.join(map(str, tried))}")
     return found
 
 

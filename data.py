@@ -1653,7 +1653,7 @@ def scatter(points, xlabel, ylabel, curve=None):
     for name, x, y, strong in sorted(points, key=lambda p: (not p[3], p[2])):
         at = Y(y) + 4
         while any(abs(at - b) < 13 and abs(X(x) - a) < 190 for a, b in taken):  # no name over another
-            at += 13
+            at -= 13
         taken.append((X(x), at))
         left = X(x) > 500
         out.append(f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="{5 if strong else 3.5}" class="{"dot" if strong else "pale"}"><title>{html.escape(name)}: {x:.3f}, {y:.3f}</title></circle>'

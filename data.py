@@ -591,9 +591,10 @@ def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", 
     gc.disable()  # a million small objects that all stay: looking for garbage among them takes as long as reading them
     try:
         samples = load()
+        if len(samples.items) > 100_000:
+            gc.freeze()  # nor later, until the process ends
+            atexit.register(gc.unfreeze)
     finally:
-        gc.freeze()  # nor later, until the process ends
-        atexit.register(gc.unfreeze)
         gc.enable()
     samples.labels = samples.labels or samples.classes
     if given and name not in ("folder", "csv"):
@@ -609,9 +610,10 @@ def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", 
 def check(samples, splits=True):
     """Samples with at least two labels; with splits also images of every class in every split. Raises Complaint otherwise."""
     n = len(samples.classes)
-    twice = [c for k, c in enumerate(samples.classes) if plain(c) in set(map(plain, samples.classes[:k]))] if n < 1000 else []
-    if twice:
-        raise Complaint(f"{samples.name}: two classes with the same name, {twice[0]!r}; rename one")
+    names = [plain(c) for c in samples.classes]
+    if len(set(names)) < n:
+        twice = next(c for k, c in enumerate(samples.classes) if names[k] in names[:k])
+        raise Complaint(f"{samples.name}: two classes with the same name, {twice!r}; rename one")
     if not splits:
         if max(n, len(samples.labels)) < 2:
             raise Complaint(f"{samples.name}: one class only, {', '.join(samples.classes)!r}; expected at least two, or --classes=FILE with more names")

@@ -31,7 +31,7 @@ def run(main):
     except OSError as problem:  # a full disk, a folder that may not be written, a file that went away
         sys.exit(print(f"{script}: {problem.filename or 'file system'}: {problem.strerror or problem}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        print(f"\n{script}: interrupted" + "; the same command with --resume goes on from here" * ("resume" in main.__globals__), file=sys.stderr)
         sys.exit(130)
 
 
@@ -694,6 +694,56 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
     return dict(reg_emb=x, num_regions=count, true_label=y, text_emb=text, img_emb=torch.nn.functional.normalize(z, dim=1), region_target=(kind == C + 12).long())
 
 
+def load_embeddings(name, span):
+    """The arrays of discover.py's --embeddings=FILE.npz, checked; of reg_emb [N, D] only the rows that span(N) names, (first, last + 1),
+    float32, no more than a piece of it in memory beside. Returns them in a dict, with notes; region_target and class_names None if they are missing."""
+    if not os.path.isfile(name):
+        raise Complaint(f"--embeddings={name}: no such file")
+    need, notes = ("reg_emb", "num_regions", "true_label", "text_emb", "img_emb"), []
+    try:
+        with np.load(name, allow_pickle=False) as file:
+            missing = [a for a in need if a not in file.files]
+            if missing:
+                raise Complaint(f"{name}: no array {missing[0]!r} (found: {', '.join(file.files)}); expected {', '.join(need)}")
+            count, y, text, z = (torch.from_numpy(np.ascontiguousarray(file[a])) for a in need[1:])
+            target = torch.from_numpy(file["region_target"]) if "region_target" in file.files else None
+            names = [str(c) for c in file["class_names"]] if "class_names" in file.files else None
+            with file.zip.open("reg_emb.npy") as stream:
+                read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(stream)[0]]
+                shape, fortran, kind = read(stream)
+                if len(shape) != 2 or text.dim() != 2 or z.dim() != 2 or not shape[1] == text.shape[1] == z.shape[1] or min(shape[1], len(text)) == 0:
+                    raise Complaint(f"{name}: reg_emb {list(shape)}, text_emb {list(text.shape)}, img_emb {list(z.shape)}; expected [N, D], [C, D], [n, D] with one D")
+                low, high = span(shape[0])
+                if fortran or kind.hasobject:
+                    x = np.ascontiguousarray(file["reg_emb"][low:high], np.float32)
+                else:
+                    x, size = np.empty((high - low, shape[1]), np.float32), kind.itemsize * shape[1]
+                    stream.seek(low * size, 1)
+                    for a in range(0, high - low, 1 << 16):
+                        b = min(a + (1 << 16), high - low)
+                        x[a:b] = np.frombuffer(stream.read((b - a) * size), kind).reshape(b - a, -1)
+    except Complaint:
+        raise
+    except Exception as problem:  # whatever a damaged file makes of itself
+        raise Complaint(f"{name}: not an .npz file of plain arrays ({type(problem).__name__}: {problem})") from None
+    if not len(count) == len(y) == len(z) or count.is_floating_point() or y.is_floating_point() or int(count.sum()) != shape[0] or (len(count) and count.min() < 0):
+        raise Complaint(f"{name}: num_regions {list(count.shape)} with sum {float(count.sum()):g}, true_label {list(y.shape)}, img_emb {list(z.shape)} and "
+                        f"reg_emb {list(shape)}; expected whole numbers [n], [n], with one row of reg_emb for each region")
+    if target is not None and target.shape != (shape[0],) or names is not None and len(names) != len(text):
+        raise Complaint(f"{name}: region_target {None if target is None else list(target.shape)}, {'no' if names is None else len(names)} class_names; "
+                        f"expected [{shape[0]}] and {len(text)}")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(text):
+        raise Complaint(f"{name}: true_label from {int(y.min())} to {int(y.max())}, text_emb has {len(text)} classes; expected 0 to {len(text) - 1}")
+    x = torch.from_numpy(x)
+    for what, t in (("reg_emb", x), ("img_emb", z), ("text_emb", text)):
+        norm = torch.cat([part.float().norm(dim=1) for part in t.split(1 << 16)])
+        if what != "reg_emb" and (not norm.isfinite().all() or not norm.all()):
+            raise Complaint(f"{name}: {what} has a row that is zero or not finite (row {int((~norm.isfinite() | (norm == 0)).nonzero()[0])})")
+        if len(norm) and (norm - 1).abs().max() > 1e-3:
+            notes.append(f"{name}: {what} is not unit-norm (norms {norm.min():.3g} to {norm.max():.3g}); normalised")
+    return dict(reg_emb=x, num_regions=count.long(), true_label=y.long(), text_emb=text.float(), img_emb=z, region_target=target, class_names=names, notes=notes)
+
+
 @dataclass(frozen=True)
 class Crop:
     """A part of a picture; box: x1, y1, x2, y2, shares of its width and height."""
@@ -740,10 +790,10 @@ class Regions:
 
     def weights(self, h, w):
         """The masks' regions as shares of the cells of a map, [R, h, w]."""
-        image = open_image(self.mask).convert("L")
+        image = open_image(self.mask).convert("L") if self.values else Image.new("L", (8, 8))
         frame = [v * n for v, n in zip(self.frame, image.size * 2)]
         m = np.asarray(image)
-        return torch.stack([torch.from_numpy(np.array(Image.fromarray(255 * (m == v).astype(np.uint8)).resize((w, h), Image.BOX, frame), np.float32)) / 255
+        return torch.zeros(0, h, w) if not self.values else torch.stack([torch.from_numpy(np.array(Image.fromarray(255 * (m == v).astype(np.uint8)).resize((w, h), Image.BOX, frame), np.float32)) / 255
                             for v in self.values])
 
 
@@ -761,15 +811,21 @@ def picture_size(picture):
         return open_image(picture.path).size  # complains
 
 
-def load_regions(spec, pictures, frame):
+def load_regions(spec, pictures, frame, skip_bad=False):
     """Regions in each picture, list of Regions, and notes. spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns
     path,x1,y1,x2,y2 in pixels; coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg.
-    frame: (width, height) -> the box that the model sees. Raises Complaint for a box outside its picture or without area."""
+    frame: (width, height) -> the box that the model sees. skip_bad: a picture that cannot be read has no regions, instead of a Complaint,
+    which comes for a box outside its picture or without area, too."""
     kind, _, where = spec.partition(":")
     sizes = {}
 
     def seen(picture):
-        size = picture_size(picture)
+        try:
+            size = picture_size(picture)
+        except Complaint:
+            if not skip_bad:
+                raise
+            return (0, 0), None
         if size not in sizes:
             sizes[size] = frame(*size)
         return size, sizes[size]
@@ -777,7 +833,11 @@ def load_regions(spec, pictures, frame):
     if kind == "grid":
         boxes, out = grid(spec).tolist(), []
         for picture in pictures:
-            left, top, right, bottom = f = seen(picture)[1]
+            f = seen(picture)[1]
+            if f is None:
+                out.append(Regions(picture, (), (0., 0., 1., 1.)))
+                continue
+            left, top, right, bottom = f
             w, h = right - left, bottom - top
             out.append(Regions(picture, tuple((left + x1 * w, top + y1 * h, left + x2 * w, top + y2 * h) for x1, y1, x2, y2 in boxes), f))
         return out, []
@@ -787,6 +847,7 @@ def load_regions(spec, pictures, frame):
         out, found = [], find_masks([getattr(p, "path", "") for p in pictures], where)
         for picture, mask in zip(pictures, found):
             f = seen(picture)[1]
+            mask, f = (mask, f) if f else (None, (0., 0., 1., 1.))
             m = np.asarray(open_image(mask).convert("L")) if mask else np.zeros((1, 1))
             values = np.unique(m).tolist() if mask else []
             if len(values) > 32:
@@ -799,8 +860,8 @@ def load_regions(spec, pictures, frame):
     out = []
     for picture in pictures:
         (W, H), f = seen(picture)
-        parts, boxes = Path(getattr(picture, "path", "")).parts, []
-        for depth in range(len(parts), 0, -1):
+        parts, boxes, found = Path(getattr(picture, "path", "")).parts, [], None
+        for depth in range(len(parts) if f else 0, 0, -1):
             if (found := rows.get("/".join(parts[-depth:]))) is not None:
                 break
         for line, x1, y1, x2, y2 in found or ():
@@ -812,7 +873,7 @@ def load_regions(spec, pictures, frame):
                 boxes.append(box)
             else:
                 unseen += 1
-        out.append(Regions(picture, tuple(boxes), f))
+        out.append(Regions(picture, tuple(boxes), f or (0., 0., 1., 1.)))
     if not any(r.boxes for r in out):
         raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; its paths must be those of the pictures, or their ends "
                         f"(it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', pictures[0])})")
@@ -822,7 +883,7 @@ def load_regions(spec, pictures, frame):
 def span_of(on):
     """The box around the true pixels of an array, in shares."""
     rows, columns = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
-    return columns[0] / on.shape[1], rows[0] / on.shape[0], (columns[-1] + 1) / on.shape[1], (rows[-1] + 1) / on.shape[0]
+    return tuple(float(v) for v in (columns[0] / on.shape[1], rows[0] / on.shape[0], (columns[-1] + 1) / on.shape[1], (rows[-1] + 1) / on.shape[0]))
 
 
 def csv_boxes(path):
@@ -877,7 +938,7 @@ def load_discovery(path):
 
     Returns a dict: kept, ids of the kept clusters, ranked; clusters, the list in discovery.json; medoids [K, D] unit-norm, one row
     for each cluster id; mean [D], taken from unit region embeddings before they are compared with medoids (zeros: none was);
-    fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and for each region image [N] (row of
+    clipped, whether cosines below zero counted as zero; fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and for each region image [N] (row of
     paths), box [N, 4] (shares of the image), label [N].
     """
     path = Path(path) / "discovery.json" if Path(path).is_dir() else Path(path)
@@ -889,6 +950,7 @@ def load_discovery(path):
         tree = json.loads(path.read_text())
         with np.load(arrays, allow_pickle=False) as file:
             found = {k: torch.from_numpy(file[k]) for k in ("medoids", "mean", "image", "box", "label")}
+            found["clipped"] = bool(file["clipped"])
             found.update({k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}, paths=file["paths"].tolist())
         kept = [int(c["id"]) for c in tree["clusters"] if c["kept"]]
         if max(kept, default=0) >= len(found["medoids"]):
@@ -924,7 +986,7 @@ def thumb(image, caption="", size=150):
 def bars(rows, low=0., high=1.):
     """Horizontal bars with intervals, as SVG. rows: (label, value, (lo, hi) or None, note), values in [low, high]."""
     at = lambda v: 190 + 400 * (min(max(v, low), high) - low) / (high - low)
-    out = [f'<svg viewBox="0 0 720 {24 * len(rows) + 26}" role="img">']
+    out = [f'<div class="wide"><svg viewBox="0 0 720 {24 * len(rows) + 26}" role="img">']
     for g in range(6):
         v = low + (high - low) * g / 5
         out.append(f'<line x1="{at(v):.0f}" y1="0" x2="{at(v):.0f}" y2="{24 * len(rows)}" class="grid"/>'
@@ -936,7 +998,7 @@ def bars(rows, low=0., high=1.):
         if interval:
             out.append(f'<path d="M{at(interval[0]):.1f} {y + 8}H{at(interval[1]):.1f}M{at(interval[0]):.1f} {y + 4}v8M{at(interval[1]):.1f} {y + 4}v8" class="interval"/>')
         out.append(f'<text x="600" y="{y + 12}">{value:.3f} <tspan class="dim">{html.escape(note)}</tspan></text>')
-    return "".join(out) + "</svg>"
+    return "".join(out) + "</svg></div>"
 
 
 def html_table(header, rows):
@@ -953,14 +1015,14 @@ def page(title, lead, sections):
 <title>{html.escape(title)}</title><style>
 :root{{--ink:#22302d;--dim:#71807b;--paper:#fbfaf6;--line:#dedbd0;--bar:#4f8f86;--mark:#22302d}}
 @media(prefers-color-scheme:dark){{:root{{--ink:#e6e8e3;--dim:#93a09b;--paper:#171c1b;--line:#343d3a;--bar:#4f9d92;--mark:#f2efe6}}}}
-body{{margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}}
+body{{overflow-wrap:anywhere;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}}
 h1{{margin:0;font-size:28px}}h2{{margin:40px 0 10px;font-size:19px}}p{{max-width:70ch}}small,.dim{{color:var(--dim);fill:var(--dim)}}
 figure{{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}}figure img{{width:100%;border-radius:6px;display:block}}
 figcaption{{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}}.wide{{overflow-x:auto}}
 table{{border-collapse:collapse;font-size:14px}}th,td{{padding:4px 14px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}}
-th:first-child,td:first-child,.text{{text-align:left}}svg{{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}}rect{{fill:var(--bar)}}
+th:first-child,td:first-child,.text{{text-align:left}}svg{{width:100%;min-width:520px;max-width:760px;font-size:12.5px;fill:var(--ink)}}.small figure{{width:84px}}rect{{fill:var(--bar)}}
 .grid{{stroke:var(--line)}}.interval{{stroke:var(--mark);stroke-width:1.4;fill:none}}pre{{overflow-x:auto;font-size:12.5px}}
-@media(max-width:520px){{figure{{width:calc(50% - 10px)}}}}
+@media(max-width:520px){{figure{{width:calc(50% - 10px)}}.small figure{{width:calc(20% - 10px)}}}}
 </style><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>"""
 
 

@@ -886,7 +886,8 @@ def assign_regions(r, discovery):
     discovery: what data.load_discovery returns.
     """
     r = unit(unit(r.float()) - discovery["mean"])
-    return torch.cat([(part @ discovery["medoids"].T).argmax(1) for part in r.split(1 << 16)]) if len(r) else torch.empty(0, dtype=torch.long)
+    least = 0 if discovery["clipped"] else -1
+    return torch.cat([(part @ discovery["medoids"].T).clamp(min=least).argmax(1) for part in r.split(1 << 16)]) if len(r) else torch.empty(0, dtype=torch.long)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

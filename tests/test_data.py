@@ -934,6 +934,19 @@ def test_npz_bytes_read_back():
     assert arrays["a"].tolist() == [0, 1, 2] and str(arrays["b"]) == "text" and arrays["c"].tolist() == ["x", "yy"]
 
 
+@pytest.mark.parametrize("order, kind", [("C", "<f4"), ("C", "<f2"), ("C", ">f8"), ("F", "<f4")])
+def test_load_embeddings_reads_the_rows_that_are_asked_for(tmp_path, order, kind):
+    x = np.random.default_rng(0).normal(size=(140_000, 2)).astype(kind, order=order)
+    x /= np.linalg.norm(x.astype(float), axis=1, keepdims=True).astype(kind)
+    arrays = dict(reg_emb=np.asarray(x, order=order), num_regions=np.full(7, 20_000), true_label=np.arange(7) % 2, text_emb=np.eye(2), img_emb=np.eye(2)[np.arange(7) % 2])
+    np.savez(tmp_path / "e.npz", **arrays)
+    for low, high in ((0, 140_000), (70_000, 140_000), (65_536, 131_072), (5, 5)):
+        found = data.load_embeddings(str(tmp_path / "e.npz"), lambda n: (low, high) if n == 140_000 else None)
+        assert found["reg_emb"].dtype == torch.float32 and np.array_equal(found["reg_emb"].numpy(), x[low:high].astype("float32"))
+    assert found["num_regions"].tolist() == [20_000] * 7 and found["true_label"].tolist() == [0, 1] * 3 + [0] and found["region_target"] is found["class_names"] is None
+    assert found["notes"] == []
+
+
 def test_drawn_regions_hold_what_they_say():
     d = data.drawn_regions(403, 16, 5, C=3)
     assert d["reg_emb"].shape == (403, 16) and torch.allclose(d["reg_emb"].norm(dim=1), torch.ones(403), atol=1e-5)
@@ -957,7 +970,7 @@ def test_drawn_regions_too_few(n, D):
 
 def discovery(folder, **changes):
     folder.mkdir(exist_ok=True)
-    arrays = dict(medoids=np.eye(3, 4, dtype="float32"), mean=np.zeros(4, "float32"), kept=np.array([2, 0]), fingerprint="f", regions="grid:3", region_encoder="pool", data="scenes",
+    arrays = dict(medoids=np.eye(3, 4, dtype="float32"), mean=np.zeros(4, "float32"), kept=np.array([2, 0]), fingerprint="f", regions="grid:3", region_encoder="pool", data="scenes", clipped=True,
                   paths=["a.png", "b.png"], image=np.array([0, 0, 1]), box=np.zeros((3, 4), "float32"), label=np.array([2, 0, 1]))
     arrays.update(changes)
     (folder / "discovery.npz").write_bytes(data.npz(**{k: v for k, v in arrays.items() if v is not None}))
@@ -971,6 +984,7 @@ def test_load_discovery(tmp_path):
         found = data.load_discovery(path)
         assert found["kept"] == [2, 0] and [c["id"] for c in found["clusters"]] == [2, 0, 1] and torch.equal(found["medoids"], torch.eye(3, 4))
         assert (found["fingerprint"], found["regions"], found["region_encoder"], found["data"], found["paths"]) == ("f", "grid:3", "pool", "scenes", ["a.png", "b.png"])
+        assert found["clipped"] is True
         assert found["image"].tolist() == [0, 0, 1] and found["label"].tolist() == [2, 0, 1] and found["box"].shape == (3, 4) and not found["mean"].any()
 
 

@@ -913,14 +913,20 @@ def test_assign_regions_takes_the_nearest_medoid_after_the_mean_is_taken_off():
     medoids, mean = unit(gaussian(5, 8)).float(), .5 * unit(gaussian(8, seed=1)).float()
     r = gaussian(50, 8, seed=2).float()
     for m in (torch.zeros(8), mean):
-        label = model.assign_regions(9 * r, dict(medoids=medoids, mean=m))
+        label = model.assign_regions(9 * r, dict(medoids=medoids, mean=m, clipped=False))
         assert torch.equal(label, (unit(unit(r) - m) @ medoids.T).argmax(1)) and label.dtype == torch.long and len(set(label.tolist())) > 2
     assert not torch.equal(label, (unit(r) @ medoids.T).argmax(1))
-    assert model.assign_regions(r[:0], dict(medoids=medoids, mean=mean)).shape == (0,)
-    assert model.assign_regions(r[:1].double(), dict(medoids=medoids, mean=mean)).tolist() == label[:1].tolist()
+    assert model.assign_regions(r[:0], dict(medoids=medoids, mean=mean, clipped=False)).shape == (0,)
+    assert model.assign_regions(r[:1].double(), dict(medoids=medoids, mean=mean, clipped=False)).tolist() == label[:1].tolist()
 
 
 def test_assign_regions_in_pieces_of_many():
     medoids = unit(gaussian(3, 4)).float()
     r = gaussian(70_000, 4, seed=2).float()
-    assert torch.equal(model.assign_regions(r, dict(medoids=medoids, mean=torch.zeros(4))), (unit(r) @ medoids.T).argmax(1))
+    assert torch.equal(model.assign_regions(r, dict(medoids=medoids, mean=torch.zeros(4), clipped=False)), (unit(r) @ medoids.T).argmax(1))
+
+
+def test_assign_regions_with_clipped_cosines_takes_the_first_of_the_medoids_beyond_the_clip():
+    discovery = dict(medoids=torch.eye(3), mean=torch.zeros(3), clipped=True)
+    r = torch.tensor([[-1., -.5, -.1], [-1, -.5, .1], [.2, .5, .1]])
+    assert model.assign_regions(r, discovery).tolist() == [0, 2, 1] and model.assign_regions(r, dict(discovery, clipped=False)).tolist() == [2, 2, 1]

@@ -1053,6 +1053,17 @@ def test_probe_of_a_checkpoint(photos, tiny, trained, tmp_path, name, capsys):
     check_step_2(tree, found, (x, z, None, [9] * 22, y.tolist()), logits, ["0", "1"])
 
 
+@pytest.mark.parametrize("name", ["erm", "bap"])
+def test_logits_of_a_checkpoint_s_probe(photos, tiny, trained, monkeypatch, name):
+    monkeypatch.setattr(discover, "ckpt", str(trained))
+    monkeypatch.setattr(discover, "probe", name)
+    logits, _ = discover.suspect(tiny, data.load_data(f"waterbirds:{photos / 'set'}"), ["val"])
+    state, v = torch.load(trained, weights_only=True), torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    g = unit if name == "erm" else model.Map(state["map"]["mu"], state["map"]["W"], state["power"])
+    expected = model.Probe(**state["probes"][name]).logits(g(v).detach())
+    assert torch.allclose(logits(v), expected, atol=1e-5) and expected.std() > .01
+
+
 def test_checkpoint_of_another_kind(photos, trained, tmp_path, capsys):
     refused(capsys, words_of(photos, tmp_path, f"--ckpt={trained}", "--probe=magic"), "--probe=magic", "erm")
     refused(capsys, words_of(photos, tmp_path, f"--ckpt={trained}", "--probe=leace"), "--probe=leace")

@@ -886,21 +886,23 @@ def test_roi_regions_of_the_whole_image_are_the_image_embedding(small):
     whole = torch.tensor([[0., 0, 1, 1]])
     with torch.inference_mode():
         z, r = model.roi_regions(module, x, [whole, whole.repeat(2, 1), whole])
-        assert torch.allclose(z, module.encode_image(x), atol=1e-5)
-        assert r.shape == (4, 24) and torch.allclose(r, z[[0, 1, 1, 2]], atol=1e-4)
+        centred = lambda v: (v - z[0]) / (z[1] - z[0]).norm()
+        assert torch.allclose(unit(z), unit(module.encode_image(x)), atol=1e-5)
+        assert r.shape == (4, 24) and torch.allclose(centred(r), centred(z[[0, 1, 1, 2]]), atol=1e-3)
 
 
 def test_roi_regions_are_layer_3_read_under_the_box_then_layer_4_and_the_attention_pool(small):
     module, x = small["flock-rn"].fast, batch(small["flock-rn"], 2)
     visual, boxes = module.visual, torch.tensor([[.25, .125, .75, .5], [0, 0, .5, .5]])
     with torch.inference_mode():
-        _, r = model.roi_regions(module, x, [torch.zeros(0, 4), boxes])
+        z, r = model.roi_regions(module, x, [torch.zeros(0, 4), boxes])
+        centred = lambda v: (v - z[0]) / (z[1] - z[0]).norm()  # in the scale on which embeddings of a random network differ
         m = visual.layer3(visual.layer2(visual.layer1(visual.stem(x[1:]))))
         share = (torch.arange(4) + .5) / 4  # 4x4 points: the grid that 64 pixels give the attention pool, before layer 4 halves it
         for box, found in zip(boxes, r, strict=True):
             at = torch.stack([(box[0] + share * (box[2] - box[0])).expand(4, 4), (box[1] + share * (box[3] - box[1]))[:, None].expand(4, 4)], -1)
             read = F.grid_sample(m.contiguous(), 2 * at[None] - 1, padding_mode="border", align_corners=False)
-            assert torch.allclose(visual.attnpool(visual.layer4(read))[0], found, atol=1e-4)
+            assert torch.allclose(centred(visual.attnpool(visual.layer4(read))[0]), centred(found), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["flock-vit", "flock-timm"])

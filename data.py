@@ -597,6 +597,8 @@ def find_masks(paths, masks):
     """For each image the mask NAME.png below the folder masks, or None. NAME: the end of the image's path, as long as possible, or that up to
     its last '_'."""
     masks = folder(masks, "masks")
+    if not any(paths):
+        raise Complaint(f"--masks: {masks}: these images are drawn, and have no files that masks could be named after")
     found, tried = [], []
     for path in paths:
         parts = Path(os.path.splitext(path)[0]).parts

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_embeddings, load_regions, npz, open_image, outlined, page,
-                  revision, rng, run, say, table, thumb, write, write_json)
+from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_embeddings, load_regions, npz,
+                  open_image, outlined, page, revision, rng, run, say, table, thumb, write, write_json)
 from kernels import cluster_sums, region_pool
 from model import Map, Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, roi_regions, unit, with_map
 
@@ -89,8 +89,8 @@ def main():
     if rank() == 0:
         for line in found["notes"]:
             say(line)
-    C, n_regions = found["score"].shape[1], len(found["image"])
-    ks = k_range(C, n_regions)
+    n_regions = len(found["image"])
+    ks = k_range(len(found["classes"]), n_regions)
     x, mean = centred(x)
 
     clock = time.time()
@@ -134,8 +134,9 @@ def main():
     out = Path(out_dir)
     write(out / "discovery.html", report(summary, found, similarity, M))
     write(out / "discovery.npz", npz(medoids=M.cpu().numpy(), mean=mean.numpy(), kept=np.array([c["id"] for c in tree if c["kept"]], np.int64),
-                                             clipped=clustering == "ravl", fingerprint=found["fingerprint"], regions=regions, region_encoder=region_encoder, data=found["name"],
-                                             paths=found["paths"], image=found["image"].numpy(), box=found["box"].numpy(), label=labels.numpy()))
+                                             clipped=clustering == "ravl", fingerprint=found["fingerprint"], regions=regions,
+                                             region_encoder=region_encoder, data=found["name"],
+                                             paths=[str(getattr(p, "path", "")) for p in found["pictures"] or [""] * len(found["y"])], image=found["image"].numpy(), box=found["box"].numpy(), label=labels.numpy()))
     write_json(out / "discovery.json", summary)
     say(f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s")
 
@@ -198,56 +199,56 @@ def from_images():
     good = z.isfinite().all(1)
     count = torch.tensor([len(p.boxes) for p in pictures])
     x, count, kept = x[good.repeat_interleave(count)], count[good], good.nonzero()[:, 0]
-    here = chosen.keep(low + kept)
     target = None
     if masks:
         found = find_masks([getattr(p, "path", "") for p in chosen.items], masks)
         target = gathered(torch.cat([outside_mask(pictures[k], found[low + k]) for k in kept.tolist()]) >= outside)
-    shares = torch.cat([torch.tensor(pictures[k].boxes).view(-1, 4) for k in kept.tolist()]) if len(kept) else torch.zeros(0, 4)
-    return tell(x, logits, z[good], gathered(count), gathered(here.y), gathered(low + kept), encoder.fingerprint, gathered(shares), target, samples.name, samples.classes,
-                chosen.items, encoder.notes + samples.notes + notes + more + gathered([f"skipped {line}" for _, line in bad]), encoder)
+    box = torch.cat([torch.zeros(0, 4), *[torch.tensor(pictures[k].boxes).view(-1, 4) for k in kept.tolist()]])
+    which = gathered(low + kept).tolist()
+    return tell(x, z[good], logits, y=gathered(chosen.y[low + kept]), count=gathered(count), box=gathered(box), target=target, name=samples.name,
+                classes=samples.classes, pictures=[chosen.items[k] for k in which], fingerprint=encoder.fingerprint, encoder=encoder,
+                notes=encoder.notes + samples.notes + notes + more + gathered([f"skipped {line}" for _, line in bad]))
 
 
-def tell(x, logits, z, count, y, which, fingerprint, box, target, name, class_names, pictures, notes, encoder=None):
-    """Scores of regions x and images z, and the rest gathered from all processes: (x unit-norm in place, found).
+def tell(x, z, logits, **found):
+    """Regions x [N, D] and images z [n, D] of this process, and their classifier -> x, made unit-norm in place, and what steps 2 and 3 ask for.
 
-    found: image [N] row of the region's image, y, predicted [n], z [n, D] unit-norm, score [N, C] softmax of this process's regions,
-    best [n] region with the highest score for the image's predicted class (-1: no region), count [n] regions per image.
+    found, of all processes: y [n], count [n] regions per image, box [N, 4], target bool [N] or None, name, classes, pictures, notes. It gains
+    image [N], the number of each region's image; predicted [n]; z [n, D] unit-norm; own [N], the region's score (softmax) for the class that its
+    image is taken for; best [n], the region with the largest, the first of equals, -1 without any.
     """
-    C = len(class_names)
+    name, y, count, known = found["name"], found["y"], found["count"], found["classes"]
     if not len(y):
         raise Complaint(f"{name}: no images in --split={split}")
-    if C < 2:
-        raise Complaint(f"{name}: one class ({class_names[0]}); spurious correlations need two or more")
+    if len(known) < 2:
+        raise Complaint(f"{name}: one class ({known[0]}); spurious correlations need two or more")
     if not count.sum():
         raise Complaint(f"{name}: none of its {len(y)} images has a region")
-    notes = list(notes)
-    if not (count > 0).all():
-        notes.append(f"{int((count == 0).sum())} of {len(count)} images have no region: they count as images without the feature")
     image = torch.arange(len(y)).repeat_interleave(count)
     predicted = gathered(logits(z).argmax(1))
-    low = int(gathered(torch.tensor([len(x)]))[:rank()].sum())
-    score, chosen = torch.empty(len(x), C), predicted[image[low:low + len(x)]]
+    low, own = int(gathered(torch.tensor([len(x)]))[:rank()].sum()), torch.empty(len(x), dtype=torch.double)
     for a in range(0, len(x), STEP):
-        score[a:a + STEP] = logits(x[a:a + STEP]).softmax(1)
-        norm = x[a:a + STEP].norm(dim=1, keepdim=True)
+        part = x[a:a + STEP]
+        taken = predicted[image[low + a:low + a + len(part)]]
+        own[a:a + STEP] = logits(part).double().softmax(1).gather(1, taken[:, None])[:, 0]
+        norm = part.norm(dim=1, keepdim=True)
         if not norm.isfinite().all() or not norm.all():
-            row = low + a + int((~norm.isfinite() | (norm == 0))[:, 0].nonzero()[0])
-            raise Complaint(f"{name}: the embedding of region {row} is {'zero' if norm[row - low - a] == 0 else 'not finite'}; leave it out, or check the model")
-        x[a:a + STEP] /= norm
-    own = gathered(score.gather(1, chosen[:, None])[:, 0].double())  # of the predicted class of its image
+            row = int((~norm.isfinite() | (norm == 0))[:, 0].nonzero()[0])
+            raise Complaint(f"{name}: the embedding of region {low + a + row} is {'zero' if norm[row] == 0 else 'not finite'}; leave it out, or check the model")
+        part /= norm
+    own = gathered(own)
     highest = torch.full((len(y),), -math.inf, dtype=torch.double).scatter_reduce_(0, image, own, "amax")
     hit = (own == highest[image]).nonzero()[:, 0]
-    best = torch.full((len(y),), len(image)).scatter_reduce_(0, image[hit], hit, "amin")  # the first of equals
-    notes.append(f"{len(image)} regions of {len(y)} images, classes {', '.join(class_names[:6])}{', ...' * (C > 6)}; "
-                 f"accuracy {float((predicted == y).double().mean()):.3f}")
+    best = torch.full((len(y),), len(image)).scatter_reduce_(0, image[hit], hit, "amin")
+    notes = found["notes"] + [f"{len(image)} regions of {len(y)} images, classes {', '.join(known[:6])}{', ...' * (len(known) > 6)}; "
+                              f"accuracy {float((predicted == y).double().mean()):.3f}"]
+    if not (count > 0).all():
+        notes.append(f"{int((count == 0).sum())} of {len(count)} images have no region: they count as images without the feature")
     if (predicted == y).all():
         notes.append(f"the classifier is right on all {len(y)} images: without errors no influence is defined, and nothing can be found")
     if len(set(y.tolist())) == 1:
-        notes.append(f"all images are of one class ({class_names[int(y[0])]}): a feature that helps one class and harms another cannot show")
-    return x, dict(image=image, y=y, predicted=predicted, z=unit(gathered(z.float())), score=score, own=own, best=torch.where(best < len(image), best, -1), count=count,
-                   target=target, name=name, classes=class_names, box=box, paths=[str(getattr(pictures[k], "path", "")) for k in which.tolist()] if pictures else
-                   [""] * len(y), pictures=[pictures[k] for k in which.tolist()] if pictures else None, fingerprint=fingerprint, notes=notes, encoder=encoder)
+        notes.append(f"all images are of one class ({known[int(y[0])]}): a feature that helps one class and harms another cannot show")
+    return x, dict(found, image=image, predicted=predicted, z=unit(gathered(z.float())), own=own, best=torch.where(best < len(image), best, -1), notes=notes)
 
 
 def suspect(encoder, samples, names):
@@ -258,7 +259,8 @@ def suspect(encoder, samples, names):
     if kind == "text":
         templates = samples.prompts or ["a photo of a {}."]
         text = encoder.class_embeddings(samples.classes, templates)
-        return lambda v: unit(v.float()) @ text.T / temperature, [f"classifier: text embeddings, prompts {templates[0]!r}" + f" and {len(templates) - 1} more" * (len(templates) > 1)]
+        said = f"classifier: text embeddings, prompts {templates[0]!r}" + f" and {len(templates) - 1} more" * (len(templates) > 1)
+        return lambda v: unit(v.float()) @ text.T / temperature, [said]
     if kind == "rows":
         weight, bias = encoder.classifier()
         if len(weight) != len(samples.classes):
@@ -332,11 +334,11 @@ def from_file():
         read["reg_emb"] = read["reg_emb"] if high - low == int(N) else read["reg_emb"][low:high].clone()
     else:
         read = load_embeddings(name, span)
-    x, z, y, count, target = (read[a] for a in ("reg_emb", "img_emb", "true_label", "num_regions", "region_target"))
-    text, (low, high) = unit(read["text_emb"].double()), span(len(y))
-    names = read.get("class_names") or [str(c) for c in range(len(text))]
-    return tell(x, lambda v: unit(v.double()) @ text.T / temperature, z[low:high].float(), count, y, torch.arange(len(y)), "", torch.zeros(int(count.sum()), 4),
-                None if target is None else target > .5, name, names, None, read.get("notes", []))
+    z, y, target, text = read["img_emb"], read["true_label"], read["region_target"], unit(read["text_emb"].double())
+    low, high = span(len(y))
+    return tell(read["reg_emb"], z[low:high].float(), lambda v: unit(v.double()) @ text.T / temperature, y=y, count=read["num_regions"],
+                box=torch.zeros(int(read["num_regions"].sum()), 4), target=None if target is None else target > .5, name=name, pictures=None,
+                classes=read.get("class_names") or [str(c) for c in range(len(text))], notes=read.get("notes", []), fingerprint="", encoder=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,8 +604,8 @@ def identify(label, k, found, method):
     kept = signs if method == "gap_only" else enough if method == "influence_only" else signs & enough
     key = influence if method == "influence_only" else score
     ranking = np.lexsort((-np.arange(k), -key.numpy())).tolist()
-    return dict(gap=gap, weight=weight, acc_in=acc_in, n_in=n_in, acc_out=acc_out, n_out=n_out, influence=influence, score=score, chance=chance, key=key, kept=kept.tolist(),
-                ranking=ranking, signs=signs)
+    return dict(gap=gap, weight=weight, acc_in=acc_in, n_in=n_in, acc_out=acc_out, n_out=n_out, influence=influence, score=score, chance=chance,
+                key=key, kept=kept.tolist(), ranking=ranking, signs=signs)
 
 
 def why(r, c):
@@ -612,7 +614,8 @@ def why(r, c):
         return "kept"
     if not r["signs"][c]:
         gap = r["gap"][:, c]
-        return "in no image, or in all of a class" if gap.isnan().all() else "no class does better with it" if not (gap > 0).any() else "no class does worse with it"
+        return ("in no image, or in all of a class" if gap.isnan().all() else
+                "no class does better with it" if not (gap > 0).any() else "no class does worse with it")
     i = float(r["influence"][c])
     return "influence undefined: no class that does worse with it has an error to ask" if i == -math.inf else f"influence {i:.2f} below {influence_least}"
 
@@ -637,11 +640,11 @@ def described(r, medoids, members, stable, found):
     number = lambda v: None if not math.isfinite(v) else float(v)
     out = []
     for c in sorted(r["ranking"], key=lambda c: not r["kept"][c]):
-        gaps = {found["classes"][l]: dict(gap=number(r["gap"][l, c]), weight=float(r["weight"][l, c]), acc_in=number(r["acc_in"][l, c]), n_in=int(r["n_in"][l, c]),
-                                          acc_out=number(r["acc_out"][l, c]), n_out=int(r["n_out"][l, c]))
+        gaps = {found["classes"][l]: dict({key: number(r[key][l, c]) for key in ("gap", "weight", "acc_in", "acc_out")},
+                                          n_in=int(r["n_in"][l, c]), n_out=int(r["n_out"][l, c]))
                 for l in range(len(found["classes"])) if r["n_in"][l, c] > 0 and r["n_out"][l, c] > 0}
-        out.append(dict(id=c, kept=bool(r["kept"][c]), reason=why(r, c), score=float(r["key"][c]) if math.isfinite(r["key"][c]) else None,
-                        chance=float(r["chance"][c]), influence=number(r["influence"][c]), gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c), regions=members[c].tolist()))
+        out.append(dict(id=c, kept=bool(r["kept"][c]), reason=why(r, c), score=number(r["key"][c]), chance=number(r["chance"][c]),
+                        influence=number(r["influence"][c]), gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c), regions=members[c].tolist()))
     return out
 
 
@@ -756,7 +759,8 @@ def console(summary, found):
     if method not in LISTS:
         lines.append("No spurious feature was found. The nearest candidates:" if not kept else f"{len(kept)} spurious feature{'s' * (len(kept) > 1)} found:")
         shown = kept or sorted(summary["clusters"], key=lambda c: -(c["score"] or 0))[:3]
-        lines.append(table(("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"),
+        lines.append(table(("cluster", "score", "by chance", "influence", "regions", "stability", "P@10",
+                            "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"),
                            [(str(c["id"]), c["score"], c["chance"], c["influence"], len(c["regions"]), c["stability"], precision(c["regions"], found),
                              "; ".join(filter(None, ["" if kept else c["reason"], gaps(c, 1), gaps(c, -1)]))) for c in shown[:20]]))
     if method == "all":

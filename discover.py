@@ -484,8 +484,8 @@ def silhouettes(s, size, label):
     own = s.gather(0, label[None])[0]
     a = (size[label] - own).clamp(min=0) / (size[label] - 1).clamp(min=1)  # mean distance within; to itself it is zero
     other = (s / size.clamp(min=1)[:, None]).masked_fill(size[:, None] == 0, -math.inf).scatter(0, label[None], -math.inf)
-    b = 1 - other.amax(0)
-    return torch.where((size[label] > 1) & (torch.maximum(a, b) > 0), (b - a) / torch.maximum(a, b), 0.)
+    b = 1 - other.amax(0)  # infinite where there is no other cluster
+    return torch.where((size[label] > 1) & b.isfinite() & (torch.maximum(a, b) > 0), (b - a) / torch.maximum(a, b), 0.)
 
 
 def published_sweep(x, ks):

@@ -1146,7 +1146,8 @@ def nico(root, pair="", contexts="", confounder=1.):
     """nico:DIR, NICO++. Which contexts the published pairs stand on is not public: by default the two on which the smallest of
     the four groups is largest. The older NICO has class/context folders; where the contexts are known by name that is seen."""
     outer, notes = folder(root, "data nico"), []
-    root = first_folder(outer, "train", "NICO_DG", "public_dg_0416/train", "track_1/public_dg_0416/train")
+    around = {p.name for p in outer.iterdir() if p.is_dir()} <= {"train", "test", "val", "NICO_DG", "public_dg_0416", "track_1"}  # "train" is a class too
+    root = first_folder(outer, "train", "NICO_DG", "public_dg_0416/train", "track_1/public_dg_0416/train") if around else outer
     paths = [p for p in scan(root) if len(p) > 2]
     first, second = ({plain(p[k]) for p in paths} for k in (0, 1))
     if not paths:
@@ -1166,6 +1167,8 @@ def nico(root, pair="", contexts="", confounder=1.):
     n = np.stack([np.bincount(place[y == k], minlength=len(places)) for k in (a, b)])  # [2, places]
     if contexts:
         p, q = pair_of(contexts, places, "context")
+    elif len(places) < 2:
+        raise Complaint(f"{root}: one context only, {places[0]}; a pair needs two")
     else:
         least, p, q = max((min(n[:, p].min(), n[:, q].min()), -p, -q) for p in range(len(places)) for q in range(len(places)) if p != q)
         p, q = -p, -q

@@ -654,7 +654,7 @@ def precision(regions, found, K=10):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# baselines: each a ranked list of regions. How the paper fits them to regions is not public: our reading of PROTOCOLS.md, section 3
+# baselines: each a ranked list of regions. How the paper fits them to regions is not public: our reading
 
 def random(x, found):
     return torch.from_numpy(rng(seed, "random regions").permutation(len(found["image"])))

@@ -667,6 +667,11 @@ def test_nico_pair(tmp_path):
     touch(tmp_path / "flat", "a.jpg")
     with complaint("context/class"):
         loaded(f"nico:{tmp_path / 'flat'}")
+    touch(tmp_path / "one", "autumn/car/a.jpg", "autumn/truck/b.jpg", "autumn/train/c.jpg")
+    with complaint("one context only, autumn"):
+        loaded(f"nico:{tmp_path / 'one'}:car,truck")
+    touch(tmp_path / "trains", *[f"{c}/{p}/{k}.jpg" for c in ("train", "car") for p in ("grass", "rock") for k in range(6)])
+    assert loaded(f"nico:{tmp_path / 'trains'}:train,car").places == ["grass", "rock"]
 
 
 def coco(root, parts=("train2017", "val2017"), n=20):

@@ -101,7 +101,8 @@ def main():
     inputs = [digest(samples), hashlib.sha256(Path(ckpt).read_bytes()).hexdigest() if os.path.isfile(ckpt) else "", dtype, split, masks, skip_bad, seed, CODE]
 
     results, failed, outcomes = {}, {}, {}
-    frame = lambda: dict(config=config, git=revision(), data=describe(samples), seconds=time.time() - started, models=results, failed=failed,
+    git = revision()
+    frame = lambda: dict(config=config, git=git, data=describe(samples), seconds=time.time() - started, models=results, failed=failed,
                          pending=[n for n in names if n not in results and n not in failed])
     for name in names:
         try:
@@ -127,7 +128,7 @@ def main():
     for name, problem in failed.items():
         say(f"FAILED {name}: {problem}")
     tables(out, results, outcomes, samples)
-    write(out / "eval.html", report(results, outcomes, samples, config, failed))
+    write(out / "eval.html", report(results, outcomes, samples, config, failed, git))
     write_json(out / "eval.json", frame())  # last: nothing is pending only if all the rest is there
     say(f"\n{out}/eval.json, eval.html, eval.csv, groups.csv and predictions.csv written, {time.time() - started:.1f} s")
 
@@ -627,7 +628,7 @@ def tables(out, results, outcomes, samples):
     write_table(out / "predictions.csv", header, [(*fixed(k), *[v for f in filled for v in f.get(k, ("", ""))]) for k in sorted(shown)])
 
 
-def report(results, outcomes, samples, config, failed):
+def report(results, outcomes, samples, config, failed, git):
     """eval.html: the table, accuracy on the line, groups with intervals, the worst confusions, additivity, prompts, flags."""
     keys, first = columns(results, samples), next(iter(results))
     head, counter = results[first], is_counteranimal(samples)
@@ -673,7 +674,7 @@ def report(results, outcomes, samples, config, failed):
         sections.append(("Prompts", html_table(("label", "prompts, averaged"), texts[:45])
                          + f"<p class=dim>and of {len(texts) - 45} more labels</p>" * (len(texts) > 45)))
     sections.append(("Data and flags", "<p>" + "<br>".join(map(escape, samples.notes)) + "</p><pre>" + escape("\n".join(f"--{k}={v}" for k, v in config.items()))
-                     + f"\ngit {revision()}</pre>"))
+                     + f"\ngit {git}</pre>"))
     best = head["metrics"]
     says = f"common {best['common']:.1%}, counter {best['counter']:.1%}" if counter and best["drop"] is not None else \
         f"worst group {best['worst_group']:.1%}, mean of groups {best['avg_group_mean']:.1%}" if "worst_group" in best else f"{best['n']} photos without labels"

@@ -29,7 +29,7 @@ from PIL import Image
 
 from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, load_data, near, open_image, page, revision, rng, run, say, scatter, table,
                   thumb, write, write_json, write_table)
-from model import (Map, additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_tensors, mean_std, paired_bootstrap,
+from model import (additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_map, load_tensors, mean_std, paired_bootstrap,
                    prompt_embeddings, recall_encoder, remember, save_tensors, unit, wilson)
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def evaluate(name, samples, asked, inputs, shard):
     for note in encoder.notes:
         say(note)
     state = load_checkpoint(ckpt, encoder) if ckpt else None
-    g = restored(state) if state else unit
+    g = load_map(state) if state else unit
     chooser = [who_picks(), quick_gelu] if is_counteranimal(samples) else []
     depends = {"zeroshot": [samples.prompts, chooser], "classifier": [samples.imagenet, chooser], "probe": l2, "clip_probe": 0, "dfr": 0,
                 **{f"fewshot_{k}": [l2, draws] for k in shots.split(",")}, "additivity": [composites, foregrounds, backgrounds, difficulty]}
@@ -232,14 +232,6 @@ def offered(encoder, samples, asked):
         if p in why:
             raise Complaint(why[p])
     return sorted(set(asked), key=list(ORDER).index)
-
-
-def restored(state):
-    """The map of a checkpoint of train.py."""
-    hidden = len(state["map"]["mlp.0.bias"]) if "mlp.0.bias" in state["map"] else 0
-    g = Map(state["map"]["mu"], state["map"]["W"], state["power"], hidden)
-    g.load_state_dict(state["map"])
-    return g.requires_grad_(False)
 
 
 def repaired(g, z):

@@ -4,6 +4,7 @@ The three scripts share this file and model.py. What is read from outside is che
 names the file or flag, what was found and what to do; `run` prints it as one line and exits with code 2.
 """
 import base64, csv, difflib, errno, functools, gzip, html, io, json, math, os, subprocess, sys, tempfile, warnings, zlib
+import base64, csv, difflib, errno, functools, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -129,6 +130,13 @@ def write(path, content):
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
         raise Complaint(f"{path}: cannot be written ({problem.strerror}); "
                         + ("free some space on that disk" if full else "choose another folder, or allow writing there")) from None
+
+
+def npz(**arrays):
+    """The bytes of an .npz file of plain arrays."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{k: np.asarray(v) for k, v in arrays.items()})
+    return buffer.getvalue()
 
 
 def write_json(path, tree):
@@ -475,6 +483,7 @@ class Samples:
     cut: list
     notes: list = field(default_factory=list)
     shows: list = None  # of controlled settings: n (box of the class object, box of the planted feature or None), shares of the image
+    prompts: list = field(default_factory=list)
 
     def group(self):
         """Group of each image, y * places + place [n]."""
@@ -494,7 +503,7 @@ DATA = {"scenes": "drawn scenes, no files needed", "waterbirds:DIR": "a folder w
         "digits[:STRENGTH:CLASS[:DIR]]": "controlled settings, drawn or from MNIST's files"}
 
 
-def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5):
+def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", prompts=""):
     """The data set that --data names. masks: folder of foreground masks. confounder, seed, difficulty: of drawn scenes."""
     name, _, where = spec.partition(":")
     if name == "scenes" and not where:
@@ -577,7 +586,7 @@ def waterbirds(root, masks=""):
     samples = Samples(f"waterbirds:{root}", [Photo(p) for p in paths], y, place, split, classes, places,
                       [f"a {classes[a]} on {places[b]}" for a, b in zip(y.tolist(), place.tolist())], [None] * len(paths), notes)
     if masks:
-        samples.cut = [Composite(Masked(p, mask), None, None) if mask else None for p, mask in zip(paths, find_masks(root, paths, masks))]
+        samples.cut = [Composite(Masked(p, mask), None, None) if mask else None for p, mask in zip(paths, find_masks(paths, masks))]
     counts = tuple(tuple([s, *samples.counts(s).tolist()]) for s in range(3))
     if all(c in OFFICIAL for c in counts):
         notes.append(f"{root.name}: the counts of the official Waterbirds, 95 %")
@@ -589,14 +598,18 @@ def waterbirds(root, masks=""):
     return samples
 
 
-def find_masks(root, paths, masks):
-    """For each image the mask NAME.png below the folder masks, NAME the image's path, or that up to its last '_'."""
+def find_masks(paths, masks):
+    """For each image the mask NAME.png below the folder masks, or None. NAME: the end of the image's path, as long as possible, or that up to
+    its last '_'."""
     masks = folder(masks, "masks")
-    stems = [os.path.splitext(os.path.relpath(path, root))[0] for path in paths]
-    candidates = [[masks / f"{s}.png" for s in (stem, stem.rpartition("_")[0]) if s] for stem in stems]
-    found = [next((str(c) for c in choice if c.is_file()), None) for choice in candidates]
+    found, tried = [], []
+    for path in paths:
+        parts = Path(os.path.splitext(path)[0]).parts
+        ends = ["/".join(parts[-depth:]) for depth in range(min(4, len(parts)), 0, -1)]
+        tried = [masks / f"{s}.png" for end in ends for s in (end, end.rpartition("_")[0]) if s and not s.endswith("/")]
+        found.append(next((str(c) for c in tried if c.is_file()), None))
     if not any(found):
-        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[0]} one of {', '.join(map(str, candidates[0]))}")
+        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[-1] if len(paths) else 'an image'} one of {', '.join(map(str, tried[-4:]))}")
     return found
 
 
@@ -844,6 +857,248 @@ def draw_digit(digit, seed, side=28):
         for x, y in (p[0], p[-1]):
             pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
     return image.resize((side, side), Image.BOX)
+# regions, and what discover.py found out about them
+
+def grid(spec):
+    """Boxes x1, y1, x2, y2 of "grid:3" or, in several scales, "grid:1,2,3": shares of what the model sees, float [R, 4],
+    row by row."""
+    sides = [int(n) if n.isdigit() else 0 for n in spec.removeprefix("grid:").split(",")]
+    if not spec.startswith("grid:") or not all(0 < n <= 64 for n in sides):
+        raise Complaint(f"--regions: found {spec!r}, expected grid:N or grid:N,N,... with N from 1 to 64")
+    return torch.tensor([(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)])
+
+
+def drawn_regions(n, D, seed=0, C=10, per=4):
+    """Region embeddings with a planted spurious feature, for benchmarks and tests: images of `per` regions, one shows the class's object,
+    the rest one of 12 grounds, or, in every second image, the feature, which pulls its image toward class 0. All from one generator.
+
+    n: regions, D: dimensions. Returns a dict with the arrays of discover.py's --embeddings, torch, reg_emb [n, D] unit-norm.
+    """
+    if n < per * C or D < 2:
+        raise Complaint(f"--embeddings=random:{n},{D}: expected at least {per * C} regions and 2 dimensions")
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *size: torch.nn.functional.normalize(torch.randn(*size, generator=generator), dim=-1)
+    text, grounds = normal(C, D), normal(12, D)
+    feature = torch.nn.functional.normalize(normal(D) + .25 * text[0], dim=0)
+    kinds = torch.cat([text, grounds, feature[None]])
+    images, x = n // per, torch.empty(n, D)
+    y, has = (torch.randint(high, (images,), generator=generator) for high in (C, 2))
+    kind = C + torch.randint(12, (n,), generator=generator)
+    first = torch.arange(images) * per
+    kind[first], kind[first + 1] = y, torch.where(has == 1, C + 12, kind[first + 1])
+    for a in range(0, n, 1 << 16):
+        part = kinds[kind[a:a + (1 << 16)]]
+        x[a:a + (1 << 16)] = torch.nn.functional.normalize(part + .8 * normal(*part.shape), dim=1)
+    share = lambda: torch.rand(images, 1, generator=generator)
+    other = text[torch.randint(C, (images,), generator=generator)]
+    z = (.2 + .5 * share()) * text[y] + .5 * share() * other + .3 * has[:, None] * (feature + text[0]) + .3 * normal(images, D)
+    count = torch.full((images,), per)
+    count[-1] += n - per * images
+    return dict(reg_emb=x, num_regions=count, true_label=y, text_emb=text, img_emb=torch.nn.functional.normalize(z, dim=1), region_target=(kind == C + 12).long())
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of a picture; box: x1, y1, x2, y2, shares of its width and height."""
+    picture: object
+    box: tuple
+
+    def image(self):
+        image = decoded(self.picture)
+        left, top, right, bottom = (v * n for v, n in zip(self.box, image.size * 2))
+        left, top = min(int(left), image.width - 1), min(int(top), image.height - 1)
+        return image.crop((left, top, max(left + 1, round(right)), max(top + 1, round(bottom))))
+
+    def key(self):
+        return f"crop {self.picture.key()} {self.box}"
+
+
+@functools.lru_cache(16)
+def decoded(picture):
+    """picture.image(), kept while its crops are taken one after the other."""
+    return picture.image()
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A picture and regions in it. boxes: R times x1, y1, x2, y2, shares of the picture; frame: the box that the model sees of it.
+    mask, values: the regions are the pixels of a mask that have these values, or fall between the half-way marks; boxes hold them."""
+    picture: object
+    boxes: tuple
+    frame: tuple
+    mask: str = ""
+    values: tuple = ()
+
+    def image(self):
+        return self.picture.image()
+
+    def key(self):
+        return f"{self.picture.key()} regions {zlib.crc32(repr((self.boxes, self.values)).encode())} {self.mask and Photo(self.mask).key()}"
+
+    def seen(self):
+        """The boxes in shares of what the model sees, [R, 4], what lies outside cut off."""
+        left, top, right, bottom = self.frame
+        origin, side = torch.tensor([left, top] * 2), torch.tensor([right - left, bottom - top] * 2)
+        return ((torch.tensor(self.boxes).view(-1, 4) - origin) / side).clamp(0, 1)
+
+    def weights(self, h, w):
+        """The masks' regions as shares of the cells of a map, [R, h, w]."""
+        image = open_image(self.mask).convert("L")
+        frame = [v * n for v, n in zip(self.frame, image.size * 2)]
+        m = np.asarray(image)
+        return torch.stack([torch.from_numpy(np.array(Image.fromarray(255 * (m == v).astype(np.uint8)).resize((w, h), Image.BOX, frame), np.float32)) / 255
+                            for v in self.values])
+
+
+def picture_size(picture):
+    """(width, height) of a picture; of a file from its head."""
+    if getattr(picture, "pose", None):
+        return picture.size, picture.size
+    if not isinstance(picture, Photo):
+        return picture.image().size
+    try:
+        with Image.open(picture.path) as image:
+            w, h = image.size
+            return (h, w) if image.getexif().get(274, 1) >= 5 else (w, h)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return open_image(picture.path).size  # complains
+
+
+def load_regions(spec, pictures, frame):
+    """Regions in each picture, list of Regions, and notes. spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns
+    path,x1,y1,x2,y2 in pixels; coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg.
+    frame: (width, height) -> the box that the model sees. Raises Complaint for a box outside its picture or without area."""
+    kind, _, where = spec.partition(":")
+    sizes = {}
+
+    def seen(picture):
+        size = picture_size(picture)
+        if size not in sizes:
+            sizes[size] = frame(*size)
+        return size, sizes[size]
+
+    if kind == "grid":
+        boxes, out = grid(spec).tolist(), []
+        for picture in pictures:
+            left, top, right, bottom = f = seen(picture)[1]
+            w, h = right - left, bottom - top
+            out.append(Regions(picture, tuple((left + x1 * w, top + y1 * h, left + x2 * w, top + y2 * h) for x1, y1, x2, y2 in boxes), f))
+        return out, []
+    if kind not in ("boxes", "coco", "masks") or not where:
+        raise Complaint(f"--regions: found {spec!r}, expected grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
+    if kind == "masks":
+        out, found = [], find_masks([getattr(p, "path", "") for p in pictures], where)
+        for picture, mask in zip(pictures, found):
+            f = seen(picture)[1]
+            m = np.asarray(open_image(mask).convert("L")) if mask else np.zeros((1, 1))
+            values = np.unique(m).tolist() if mask else []
+            if len(values) > 32:
+                raise Complaint(f"{mask}: {len(values)} grey values, expected at most 32, one for each region; a soft mask must be thresholded first")
+            boxes = [span_of(m == v) for v in values]
+            inside = [k for k, b in enumerate(boxes) if min(b[2], f[2]) > max(b[0], f[0]) and min(b[3], f[3]) > max(b[1], f[1])]
+            out.append(Regions(picture, tuple(boxes[k] for k in inside), f, mask or "", tuple(values[k] for k in inside)))
+        return out, []
+    rows, unseen = coco_boxes(where) if kind == "coco" else csv_boxes(where), 0
+    out = []
+    for picture in pictures:
+        (W, H), f = seen(picture)
+        parts, boxes = Path(getattr(picture, "path", "")).parts, []
+        for depth in range(len(parts), 0, -1):
+            if (found := rows.get("/".join(parts[-depth:]))) is not None:
+                break
+        for line, x1, y1, x2, y2 in found or ():
+            if min(x2, W) <= max(x1, 0) or min(y2, H) <= max(y1, 0):
+                raise Complaint(f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} " + ("has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H} pixels")
+                                + "; expected x1 < x2 and y1 < y2, pixels of the original image")
+            box = (max(0., x1 / W), max(0., y1 / H), min(1., x2 / W), min(1., y2 / H))
+            if min(box[2], f[2]) - max(box[0], f[0]) > 1e-4 and min(box[3], f[3]) - max(box[1], f[1]) > 1e-4:
+                boxes.append(box)
+            else:
+                unseen += 1
+        out.append(Regions(picture, tuple(boxes), f))
+    if not any(r.boxes for r in out):
+        raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; its paths must be those of the pictures, or their ends "
+                        f"(it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', pictures[0])})")
+    return out, [f"{where}: {unseen} boxes lie in a margin that the model does not see, and are left out"] if unseen else []
+
+
+def span_of(on):
+    """The box around the true pixels of an array, in shares."""
+    rows, columns = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
+    return columns[0] / on.shape[1], rows[0] / on.shape[0], (columns[-1] + 1) / on.shape[1], (rows[-1] + 1) / on.shape[0]
+
+
+def csv_boxes(path):
+    """{picture: [(line, x1, y1, x2, y2)]} of a CSV with columns path,x1,y1,x2,y2."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+        raise Complaint(f"--regions: {path}: cannot be read as CSV ({problem})") from None
+    columns, found = ("path", "x1", "y1", "x2", "y2"), {}
+    missing = [c for c in columns if not rows or c not in rows[0]]
+    if missing:
+        raise Complaint(f"{path}: no column {missing[0]!r} (found: {', '.join(map(str, rows[0])) if rows else 'no rows'}); expected {','.join(columns)}")
+    for line, row in enumerate(rows, 2):
+        try:
+            box = [float(row[c]) for c in columns[1:]]
+            if not all(map(math.isfinite, box)):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise Complaint(f"{path}: line {line}: {[row[c] for c in columns[1:]]}, expected four numbers x1,y1,x2,y2") from None
+        found.setdefault((row["path"] or "").replace("\\", "/").removeprefix("./"), []).append((f"line {line}", *box))
+    return found
+
+
+def coco_boxes(path):
+    """The same of a COCO instances file; crowds are left out."""
+    try:
+        tree = json.loads(Path(path).read_text())
+        names, found = {i["id"]: i["file_name"] for i in tree["images"]}, {}
+        for a in tree["annotations"]:
+            if not a.get("iscrowd"):
+                x, y, w, h = map(float, a["bbox"])
+                found.setdefault(names[a["image_id"]], []).append((f"annotation {a.get('id')}", x, y, x + w, y + h))
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise Complaint(f"--regions: {path}: not a COCO instances file ({type(problem).__name__}: {problem}); expected images with id, file_name and annotations with image_id, bbox") from None
+
+
+def outlined(image, box):
+    """A picture with a frame around a box of it, in shares."""
+    image = opaque(image).copy()
+    image.thumbnail((300, 300))
+    corners = [min(n - 1, round(v * n)) for v, n in zip(box, image.size * 2)]
+    draw, width = ImageDraw.Draw(image), max(2, max(image.size) // 80)
+    draw.rectangle(corners, outline="black", width=width + 2)
+    draw.rectangle([corners[0] + 1, corners[1] + 1, corners[2] - 1, corners[3] - 1], outline="#ffd23f", width=width)
+    return image
+
+
+def load_discovery(path):
+    """What discover.py wrote: discovery.json, or its folder, with discovery.npz beside it.
+
+    Returns a dict: kept, ids of the kept clusters, ranked; clusters, the list in discovery.json; medoids [K, D] unit-norm, one row
+    for each cluster id; mean [D], taken from unit region embeddings before they are compared with medoids (zeros: none was);
+    fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and for each region image [N] (row of
+    paths), box [N, 4] (shares of the image), label [N].
+    """
+    path = Path(path) / "discovery.json" if Path(path).is_dir() else Path(path)
+    arrays = path.with_suffix(".npz")
+    for file in (path, arrays):
+        if not file.is_file():
+            raise Complaint(f"{file}: no such file; expected discovery.json and discovery.npz, as discover.py writes them")
+    try:
+        tree = json.loads(path.read_text())
+        with np.load(arrays, allow_pickle=False) as file:
+            found = {k: torch.from_numpy(file[k]) for k in ("medoids", "mean", "image", "box", "label")}
+            found.update({k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}, paths=file["paths"].tolist())
+        kept = [int(c["id"]) for c in tree["clusters"] if c["kept"]]
+        if max(kept, default=0) >= len(found["medoids"]):
+            raise ValueError("it has a cluster without a medoid")
+    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as problem:
+        raise Complaint(f"{path}: not what discover.py writes ({type(problem).__name__}: {problem}); run it again") from None
+    return dict(found, kept=kept, clusters=tree["clusters"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -854,7 +1109,8 @@ def table(header, rows):
     show = lambda v: "-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
     cells = [[show(v) for v in row] for row in [header, *rows]]
     width = [max(len(r[c]) for r in cells) for c in range(len(header))]
-    line = lambda r: "  ".join(v.ljust(w) if c == 0 else v.rjust(w) for c, (v, w) in enumerate(zip(r, width))).rstrip()
+    left = [c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows) for c in range(len(header))]
+    line = lambda r: "  ".join(v.ljust(w) if to_left else v.rjust(w) for v, w, to_left in zip(r, width, left)).rstrip()
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in width), *map(line, cells[1:])])
 
 

@@ -55,19 +55,8 @@ class Encoder:
         return self.fast.encode_image(x)
 
     def maps(self, x):
-        """Images [N, 3, H, W] -> feature map [N, h, w, D'], class and other extra tokens left out.
-
-        timm: the last feature map; D' = D where the embedding is its mean. open_clip transformers: the last block's
-        patches, after the final norm, projected to the D of the embedding where the model has a linear projection.
-        """
-        if self.kind == "timm":
-            return _as_map(self.fast, self.fast.forward_features(x))
-        visual = self.fast.visual
-        if hasattr(visual, "trunk"):  # open_clip's timm towers
-            return _as_map(visual.trunk, visual.trunk.forward_features(x))
-        norm = dict(normalize_intermediates=True) if hasattr(visual, "transformer") else {}
-        m = visual.forward_intermediates(x, indices=1, intermediates_only=True, **norm)["image_intermediates"][-1].permute(0, 2, 3, 1)
-        return m @ visual.proj if isinstance(getattr(visual, "proj", None), torch.Tensor) else m
+        """Images [N, 3, H, W] -> feature map [N, h, w, D], each cell in the space of the embedding: see with_map."""
+        return with_map(self.fast, self.kind, x)[1]
 
     def dense(self, x):
         """Images [N, 3, H, W] -> the last three levels of features, brought to the finest one's grid: [N, h, w, D']."""
@@ -116,13 +105,61 @@ def _noise_image(k):
     return Image.fromarray(rng(0, "noise", k).integers(0, 256, (256, 256, 3), "uint8"))
 
 
-def _as_map(trunk, m):
-    """timm's forward_features output -> [N, h, w, D]."""
-    if m.dim() == 4:
-        return m if getattr(trunk, "output_fmt", "NCHW") == "NHWC" or m.shape[-1] == trunk.num_features != m.shape[1] else m.permute(0, 2, 3, 1)
-    if not hasattr(trunk, "num_prefix_tokens") or not hasattr(trunk.patch_embed, "grid_size"):
+def with_map(module, kind, x):
+    """Images [N, 3, H, W] -> image embeddings [N, D] and the feature map [N, h, w, D], in one forward pass, differentiable.
+
+    kind: "timm" or "open_clip", as Encoder.kind. A cell is what the network's own head (pooling, norm, projection) makes of that
+    cell alone, class and other extra tokens left out; attention over one cell is its value. So regions, means of cells, lie in
+    the space of the image embeddings; where the head is a mean, the whole map's mean is the image embedding. Our reading.
+    """
+    if kind == "timm":
+        return _trunk_with_map(module, x, lambda c: module.forward_head(c, pre_logits=True))
+    visual = module.visual
+    if hasattr(visual, "trunk"):  # open_clip's timm towers
+        return _trunk_with_map(visual.trunk, x, lambda c: visual.head(visual.trunk.forward_head(c)))
+    if hasattr(visual, "attnpool"):  # CLIP's ResNets
+        m = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(x)))))
+        pool = visual.attnpool
+        return pool(m), pool.c_proj(pool.v_proj(m.permute(0, 2, 3, 1)))
+    if not hasattr(visual, "_pool"):
+        raise Complaint(f"--model: {type(visual).__name__} has no feature map that flock can read; expected a ResNet, a ViT or a timm tower")
+    out = visual.forward_intermediates(x, indices=1)
+    m = out["image_intermediates"][0].permute(0, 2, 3, 1)  # [N, h, w, W]
+    cells = visual._pool(m.flatten(0, 2)[:, None].expand(-1, 2, -1))[0]  # a class token and one patch, both the cell
+    return out["image_features"], (cells if visual.proj is None else cells @ visual.proj).unflatten(0, m.shape[:3])
+
+
+def _trunk_with_map(trunk, x, head):
+    """with_map of a timm network: its forward_features, and head on it and on each cell alone."""
+    features = trunk.forward_features(x)
+    if features.dim() == 4:
+        last = getattr(trunk, "output_fmt", "NCHW") == "NHWC" or features.shape[-1] == trunk.num_features != features.shape[1]
+        m = features if last else features.permute(0, 2, 3, 1)
+        cells = m.flatten(0, 2)[:, None, None] if last else m.flatten(0, 2)[:, :, None, None]
+    elif hasattr(trunk, "num_prefix_tokens") and hasattr(trunk.patch_embed, "grid_size"):
+        m = features[:, trunk.num_prefix_tokens:].unflatten(1, trunk.patch_embed.grid_size)  # [N, P, D] -> [N, h, w, D]
+        cells = m.flatten(0, 2)[:, None].expand(-1, trunk.num_prefix_tokens + 1, -1)
+    else:
         raise Complaint(f"--model: {type(trunk).__name__} has no feature map that flock can read; expected a convolutional network or a ViT")
-    return m[:, trunk.num_prefix_tokens:].unflatten(1, trunk.patch_embed.grid_size)  # [N, P, D] -> [N, h, w, D]
+    return head(features), head(cells).unflatten(0, m.shape[:3])
+
+
+def roi_regions(module, x, boxes):
+    """Region embeddings of CLIP's ResNets as RaVL's authors take them: the map of layer 3 -> roi_align to the grid that layer 4 and the
+    attention pool expect (14x14 at 224 pixels, aligned) -> layer 4 -> attention pool.
+
+    x: images [N, 3, H, W]; boxes: list of N [R_i, 4] in shares of the image. Returns embeddings of images [N, D] and regions [sum R_i, D].
+    """
+    from torchvision.ops import roi_align
+    visual = getattr(module, "visual", None)
+    if not hasattr(visual, "attnpool"):
+        raise Complaint("--region_encoder=roi: for CLIP's ResNets only (RN50, RN101, ...); expected pool or crop")
+    m = visual.layer3(visual.layer2(visual.layer1(visual.stem(x))))  # [N, C, h, w]
+    h, w = m.shape[2:]
+    side = 2 * round((len(visual.attnpool.positional_embedding) - 1) ** .5)
+    cells = [b.to(m) * torch.tensor([w, h, w, h]).to(m) for b in boxes]
+    r = roi_align(m, cells, (side, side), aligned=True)
+    return visual.attnpool(visual.layer4(m)), visual.attnpool(visual.layer4(r))
 
 
 def load_encoder(model, pretrained="", quick_gelu="auto", device="auto"):
@@ -299,10 +336,11 @@ def unit(x):
     return F.normalize(x, dim=-1)
 
 
-def embed(encoder, pictures, cache="cache", batch=8, threads=0, dtype="auto", skip_bad=False, label="images", compute=None, name=""):
+def embed(encoder, pictures, cache="cache", batch=8, threads=0, dtype="auto", skip_bad=False, label="images", compute=None, name="", rows=None):
     """Embeddings of pictures (see data.py): float32 [n, D], not normalised; and [(index, line)] of those left out.
 
-    compute: what to compute of images [N, 3, H, W], encoder.images if None; name is its part of the cache's key.
+    compute: what to compute of images [N, 3, H, W] and their pictures, encoder.images if None; name is its part of the cache's
+    key. rows: how many rows it gives for each picture, list [n]; one each if None.
     threads: that decode and, on a CPU, run the network; 0 for one per core. dtype: float32, bfloat16, or auto: bfloat16 where the processor computes in it
     and the first batch agrees with float32. A row whose picture cannot be read is NaN if skip_bad, else Complaint.
     cache: folder of safetensors, one per CHUNK pictures, named by the hash of encoder, dtype and the pictures' keys;
@@ -312,25 +350,28 @@ def embed(encoder, pictures, cache="cache", batch=8, threads=0, dtype="auto", sk
         raise Complaint(f"--dtype: found {dtype!r}, expected auto, float32 or bfloat16")
     chunks = [pictures[k:k + CHUNK] for k in range(0, len(pictures), CHUNK)]
     keys = [[p.key() for p in chunk] for chunk in chunks]
+    rows = rows or [1] * len(pictures)
+    heights = [sum(rows[k:k + CHUNK]) for k in range(0, len(pictures), CHUNK)]
     while True:
         choice = encoder.precision if dtype == "auto" else dtype
         paths = [cache and _cache_path(cache, encoder, choice + name, k) for k in keys]
-        done = [_read_cache(path, len(chunk)) if path else None for path, chunk in zip(paths, chunks)]
+        done = [_read_cache(path, count) if path else None for path, count in zip(paths, heights)]
         todo = [k for k, z in enumerate(done) if z is None]
         if not todo or choice == "float32" or dtype != "auto" or _agrees(encoder, chunks[todo[0]][:batch]):
             break
         encoder.precision = "float32"
         say("dtype: bfloat16 changes the embeddings of the first batch, float32 is used")
-    compute = compute or encoder.images
+    compute = compute or (lambda x, _: encoder.images(x))
     bad, started, count = [], time.time(), sum(len(chunks[k]) for k in todo)
     if todo:
         from tqdm import tqdm
         with tqdm(total=count, unit=" images", desc=label, disable=None, leave=False) as bar:
-            stream = _forward(encoder, [p for k in todo for p in chunks[k]], batch, threads or cores(), choice, skip_bad, bar, compute)
+            some = [(p, r) for k in todo for p, r in zip(chunks[k], rows[k * CHUNK:])]
+            stream = _forward(encoder, some, batch, threads or cores(), choice, skip_bad, bar, compute)
             for k in todo:
-                rows = [next(stream) for _ in chunks[k]]
-                done[k] = torch.stack([z for z, _ in rows])
-                lines = [(i + k * CHUNK, line) for i, (_, line) in enumerate(rows) if line]
+                parts = [next(stream) for _ in chunks[k]]
+                done[k] = torch.cat([z for z, _ in parts])
+                lines = [(i + k * CHUNK, line) for i, (_, line) in enumerate(parts) if line]
                 bad += lines
                 if paths[k] and not lines:
                     _write_cache(paths[k], done[k])
@@ -355,13 +396,13 @@ def _agrees(encoder, pictures):
                 pass
         if x:
             x = torch.stack(x).to(encoder.device, memory_format=torch.channels_last)
-            encoder.agrees = F.cosine_similarity(*[_run(encoder, x, k, encoder.images) for k in ("bfloat16", "float32")]).median().item() > .98
+            encoder.agrees = F.cosine_similarity(*[_run(encoder, x, k, lambda x, _: encoder.images(x)) for k in ("bfloat16", "float32")]).median().item() > .98
             return encoder.agrees
     return True
 
 
 def _forward(encoder, pictures, batch, threads, choice, skip_bad, bar, compute):
-    """Yields (embedding [D], None or why it is missing) for each picture, in order.
+    """Yields (embeddings [rows, D], None or why they are missing) for each (picture, rows), in order.
 
     On a CPU each thread decodes a batch and runs the network on it by itself, on one core: nobody waits for anybody, and the
     numbers do not depend on how many threads there are. On a GPU threads decode, and this one feeds it.
@@ -377,13 +418,13 @@ def _forward(encoder, pictures, batch, threads, choice, skip_bad, bar, compute):
             return None, str(problem)
 
     def work(some):
-        rows = [decode(picture) for picture in some]
-        good = [x for x, _ in rows if x is not None]
-        x = torch.stack(good).to(encoder.device, memory_format=torch.channels_last) if good else None
+        decoded = [decode(picture) for picture, _ in some]
+        good = [picture for (picture, _), (x, _) in zip(some, decoded) if x is not None]
+        x = torch.stack([x for x, _ in decoded if x is not None]).to(encoder.device, memory_format=torch.channels_last) if good else None
         if own:
             torch.set_num_threads(1)  # of this thread
-            x = _run(encoder, x, choice, compute) if good else None
-        return some, [line for _, line in rows], x
+            x = _run(encoder, x, choice, compute, good) if good else None
+        return some, [line for _, line in decoded], good, x
 
     batches = iter([pictures[k:k + batch] for k in range(0, len(pictures), batch)])
     with ThreadPoolExecutor(threads) as pool:
@@ -394,11 +435,11 @@ def _forward(encoder, pictures, batch, threads, choice, skip_bad, bar, compute):
                     waiting.append(pool.submit(work, some))
                 if not waiting:
                     return
-                some, lines, y = waiting.popleft().result()
-                y = y if own or y is None else _run(encoder, y, choice, compute)
-                y = iter(() if y is None else y.cpu())
-                for picture, line in zip(some, lines):
-                    z = torch.full((encoder.dim,), torch.nan) if line else next(y)
+                some, lines, good, y = waiting.popleft().result()
+                y = y if own or y is None else _run(encoder, y, choice, compute, good)
+                y = iter(() if y is None else y.cpu().split([rows for (_, rows), line in zip(some, lines) if not line]))
+                for (picture, rows), line in zip(some, lines):
+                    z = torch.full((rows, encoder.dim), torch.nan) if line else next(y)
                     if not line and not z.isfinite().all():
                         raise Complaint(f"{picture.key().split('|')[0]}: its embedding is not finite; "
                                         "check the weights of the encoder, or use --dtype=float32")
@@ -409,9 +450,9 @@ def _forward(encoder, pictures, batch, threads, choice, skip_bad, bar, compute):
 
 
 @torch.inference_mode()
-def _run(encoder, x, choice, compute):
+def _run(encoder, x, choice, compute, pictures=None):
     with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=choice == "bfloat16"):
-        return compute(x).float()
+        return compute(x, pictures).float()
 
 
 def _cache_path(cache, encoder, choice, keys):
@@ -501,7 +542,7 @@ class Cutter:
         """Features [N, h, w, D'] -> soft mask [N, h, w]: 0 below probability 0.2, where most cells are ground, 1 above 0.5."""
         return ((((f - self.mean) / self.scale @ self.weight[:-1] + self.weight[-1]).sigmoid() - .2) / .3).clamp(0, 1)
 
-    def masks(self, x):
+    def masks(self, x, _=None):
         """Images [N, 3, H, W] -> soft masks [N, h * w], for embed(compute=...)."""
         return self._score(self.encoder.dense(x).float().cpu()).flatten(1)
 
@@ -834,6 +875,18 @@ def paired_bootstrap(a, b, group, draws=2000, seed=0):
     worst = torch.stack(means).amin(0)
     low, high = torch.quantile(worst[0] - worst[1], torch.tensor([.025, .975], dtype=torch.double)).tolist()
     return low, high
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# regions
+
+def assign_regions(r, discovery):
+    """Region embeddings [N, D] of the stage-1 encoder -> the discovered cluster of each, the one with the nearest medoid [N].
+
+    discovery: what data.load_discovery returns.
+    """
+    r = unit(unit(r.float()) - discovery["mean"])
+    return torch.cat([(part @ discovery["medoids"].T).argmax(1) for part in r.split(1 << 16)]) if len(r) else torch.empty(0, dtype=torch.long)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

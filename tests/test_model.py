@@ -1,4 +1,5 @@
 """model.py: encoders, embedding and its cache, the additive algebra, maps, probes, metrics, checkpoints."""
+import copy
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from torch import nn
 import data
 import model
 from data import Complaint
-from model import load_encoder, unit
+from model import load_encoder, unit, with_map
 
 # Made by scikit-learn 1.9.1: x, y random; LogisticRegression(C=1 / (l2 * n), class_weight="balanced", tol=1e-10, max_iter=10**5)
 #   .fit((x - x.mean(0)) / x.std(0, ddof=1).mean(), y), "weighted" with sample_weight=weight / weight.mean() instead; for l1_*
@@ -214,12 +215,38 @@ def test_maps_of_a_clip_transformer_are_its_patches_after_the_norm_and_projectio
         assert torch.allclose(m, (tokens @ visual.proj).unflatten(1, (3, 3)), atol=1e-5) and torch.allclose(z, pooled, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, cells", [("flock-vit", (3, 3, 24)), ("flock-rn", (2, 2, 512)), ("flock-timm", (10, 10, 64)), ("tiny", (8, 8, 64))])
+@pytest.mark.parametrize("name", ["lite0", "flock-vit", "flock-rn", "flock-timm", "tiny", "timm:test_vit"])
+def test_map_and_embedding_come_from_one_differentiable_pass(name, small, tiny, lite0):
+    encoder = {"lite0": lite0, "tiny": tiny, **small}.get(name) or load_encoder(name, "none", device="cpu")
+    x = batch(encoder, 2).requires_grad_()
+    z, m = with_map(encoder.module, encoder.kind, x)
+    assert m.shape[0] == 2 and m.shape[3] == z.shape[1]
+    with torch.inference_mode():
+        assert torch.allclose(z, encoder.images(x), atol=1e-3 * float(z.abs().max()))
+    for out in (z, m):
+        g, = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
+        assert g.isfinite().all() and g.abs().max() > 0
+    if name == "flock-rn":  # attention over one cell is its value
+        pool = copy.deepcopy(encoder.module.visual.attnpool)
+        m4, pool.positional_embedding = torch.randn(1, pool.v_proj.in_features, 1, 1), nn.Parameter(torch.zeros(2, pool.v_proj.in_features))
+        assert torch.allclose(pool(m4)[0], pool.c_proj(pool.v_proj(m4[0, :, 0, 0])), atol=1e-4)
+
+
+def test_a_cell_is_what_attention_pooling_makes_of_it_alone():
+    vit = timm.create_model("test_vit", global_pool="map", class_token=False).eval()  # as SigLIP pools
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 160, 160)
+        z, m = with_map(vit, "timm", x)
+        patches = vit.forward_features(x)
+        assert torch.allclose(m[1, 2, 3], vit.forward_head(patches[1:, 23:24], pre_logits=True)[0], atol=1e-5) and z.shape == (2, 64)
+
+
+@pytest.mark.parametrize("name, cells", [("flock-vit", (3, 3)), ("flock-rn", (2, 2)), ("flock-timm", (10, 10)), ("tiny", (8, 8))])
 def test_open_clip_interface(name, cells, small, tiny):
     encoder = small.get(name, tiny)
     with torch.inference_mode():
         x = batch(encoder)
-        assert encoder.images(x).shape == (3, encoder.dim) and tuple(encoder.maps(x).shape[1:]) == cells
+        assert encoder.images(x).shape == (3, encoder.dim) and tuple(encoder.maps(x).shape[1:]) == (*cells, encoder.dim)
     t = encoder.texts(["a bird", "a bird", "the sea"])
     assert encoder.signed and t.shape == (3, encoder.dim) and torch.allclose(t.norm(dim=1), torch.ones(3)) and torch.allclose(t[0], t[1], atol=1e-6)
     assert not torch.allclose(t[0], t[2], atol=1e-3) and encoder.logit_scale == pytest.approx(1 / .07, rel=1e-3)
@@ -411,6 +438,19 @@ def test_cache_of_something_else_is_not_used(tiny, tmp_path, what, small, capsys
     order = [9, 1, 2, 3] if what == "picture" else [3, 2, 1, 0] if what == "order" else range(4)
     z, _ = embed(small["flock-vit"] if what == "encoder" else tiny, [Noise(k) for k in order], tmp_path, dtype="bfloat16" if what == "dtype" else "float32")
     assert "4 embedded" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
+
+
+def test_several_rows_for_a_picture_keep_their_place_beside_bad_ones_and_in_the_cache(tiny, tmp_path, capsys):
+    rows = [2, 3, 0, 1, 4]  # as regions are embedded: compute gives rows[k] rows for picture k
+    compute = lambda x, some: torch.cat([v[None] * (1 + r) for v, p in zip(tiny.images(x), some) for r in range(rows[p.k])])
+    embedded = lambda pictures: embed(tiny, pictures, tmp_path, batch=2, skip_bad=True, compute=compute, name="rows", rows=[rows[p.k] for p in pictures])
+    z, bad = embedded([Noise(k, broken=k == 1) for k in range(5)])
+    good = [Noise(k) for k in (0, 2, 3, 4)]
+    alone = embed(tiny, good)[0]
+    assert z.shape == (10, 64) and [i for i, _ in bad] == [1] and z[2:5].isnan().all()
+    assert torch.allclose(z[[0, 1, 5, 6, 9]], alone[[0, 0, 2, 3, 3]] * torch.tensor([1., 2, 1, 1, 4])[:, None], atol=1e-4)
+    first, second = embedded(good)[0], embedded(good)[0]
+    assert len(first) == 7 and torch.equal(first, second) and torch.equal(first[[0, 1, 2]], z[[0, 1, 5]]) and "4 from the cache" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "text", "rows"])

@@ -3,8 +3,7 @@
 The three scripts share this file and model.py. What is read from outside is checked here, and a `Complaint`
 names the file or flag, what was found and what to do; `run` prints it as one line and exits with code 2.
 """
-import base64, csv, difflib, errno, functools, gzip, html, io, json, math, os, subprocess, sys, tempfile, warnings, zlib
-import base64, csv, difflib, errno, functools, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
+import base64, csv, difflib, errno, functools, gzip, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -751,7 +750,7 @@ def controlled(name, where, seed):
     y, place, split = torch.tensor(rows).T.contiguous()
     train = split == 0
     note = f"{name}: {int(train.sum())} training images, Cramer's V of {DIGITS[spurious]} and the red rectangle {cramers_v(y[train] == spurious, place[train] == 1):.3f}"
-    return Samples(f"{name}:{where}", items, y, place, split, [*DIGITS], ["plain", "red rectangle"], captions, [None] * len(items), [note],
+    return Samples(f"{name}:{where} seed {seed}", items, y, place, split, [*DIGITS], ["plain", "red rectangle"], captions, [None] * len(items), [note],
                    [i.shows() for i in items])
 
 

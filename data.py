@@ -784,6 +784,15 @@ def planted(classes, each, spurious, strength, half=.5):
     return torch.stack([each - with_it, with_it], 1)
 
 
+def region_truth(pictures, shows, share=.5):
+    """Which regions of pictures (n Regions) show the class object, and which the planted feature: two bool [sum R]. shows: as
+    Samples.shows. A region does if what it shares with the thing's box is at least `share` of the smaller of the two."""
+    area = lambda b: max(0., b[2] - b[0]) * max(0., b[3] - b[1])
+    hit = lambda a, b: b is not None and area((*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:]))) >= share * min(area(a), area(b)) > 0
+    pairs = [(box, *show) for p, show in zip(pictures, shows) for box in p.boxes]
+    return tuple(torch.tensor([hit(row[0], row[k]) for row in pairs]) for k in (1, 2))
+
+
 def cramers_v(a, b):
     """Cramer's V of two binary variables, bool [N] each: |phi| of their 2x2 table; 0 where one of them is constant."""
     a, b = a.double(), b.double()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_regions, npz, open_image, outlined, page,
-                  revision, rng, run, say, table, thumb, write, write_json)
+                  region_truth, revision, rng, run, say, table, thumb, write, write_json)
 from kernels import cluster_sums, region_pool
 from model import Map, Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, roi_regions, unit, with_map
 
@@ -202,6 +202,8 @@ def from_images():
     if masks:
         found = find_masks([getattr(p, "path", "") for p in chosen.items], masks)
         target = every(torch.cat([outside_mask(pictures[k], found[low + k]) for k in kept.tolist()]) >= outside)
+    elif here.shows:
+        target = every(region_truth([pictures[k] for k in kept.tolist()], here.shows)[1])
     shares = torch.cat([torch.tensor(pictures[k].boxes).view(-1, 4) for k in kept.tolist()]) if len(kept) else torch.zeros(0, 4)
     return tell(x, logits, z[good], every(count), every(here.y), every(low + kept), encoder.fingerprint, every(shares), target, samples.name, samples.classes,
                 chosen.items, encoder.notes + samples.notes + notes + more + [f"skipped {line}" for _, line in bad], encoder)

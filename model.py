@@ -236,42 +236,24 @@ def _tiny(pretrained, device):
 
 
 class Cells(nn.Module):
-    """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, none of which sees beyond its 50x50
-    surroundings, and most of what it sees is near. Attention, and deep convolutional networks on small images, carry a feature
-    into the cells around it, and what is said of a region then is not about that region."""
-    num_features = 128
+    """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, each of which sees 32x32 pixels around it.
+    Attention, and deep convolutional networks on small images, carry a feature into the cells beside it, and what is then said of
+    a region is not about that region. Without norms, and with biases from zero, black stays nothing: images differ from the start."""
+    num_features = 96
 
-    def __init__(self, a=32, b=64, c=128):
+    def __init__(self, a=24, b=48, c=96):
         super().__init__()
-        norm = _ChannelNorm
-        block = lambda n: _Residual(nn.Sequential(nn.Conv2d(n, n, 3, padding=1), norm(n), nn.GELU(), nn.Conv2d(n, n, 1)))
-        self.body = nn.Sequential(nn.Conv2d(3, a, 4, 2, 1), norm(a), nn.GELU(), nn.Conv2d(a, b, 2, 2), norm(b), block(b),
-                                  nn.Conv2d(b, c, 2, 2), norm(c), block(c), block(c), norm(c))
+        self.body = nn.Sequential(nn.Conv2d(3, a, 4, 2, 1), nn.ReLU(), nn.Conv2d(a, b, 3, 2, 1), nn.ReLU(), nn.Conv2d(b, c, 3, 2, 1), nn.ReLU(),
+                                  nn.Conv2d(c, c, 3, 1, 1), nn.ReLU(), nn.Conv2d(c, c, 1))
+        for conv in self.body[::2]:
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
 
     def forward_features(self, x):
         return self.body(x)
 
     def forward_head(self, m):
         return m.mean((2, 3))
-
-    def forward(self, x):
-        return self.forward_head(self.forward_features(x))
-
-
-class _ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each cell, [N, C, h, w]."""
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class _Residual(nn.Module):
-    def __init__(self, body):
-        super().__init__()
-        self.body = body
-
-    def forward(self, x):
-        return x + self.body(x)
 
 
 def _small_clip(model, pretrained, device):
@@ -293,7 +275,7 @@ def _small_clip(model, pretrained, device):
     if pretrained not in ("", "none", "imagenet"):
         _load_file(module, pretrained)
     if conv:
-        transform = open_clip.image_transform(56, is_train=False)
+        transform = open_clip.image_transform(56, is_train=False, mean=(0., 0., 0.), std=(1., 1., 1.))
     else:
         from timm.data import create_transform
         transform = create_transform(224, interpolation="bicubic", crop_pct=.875, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)

@@ -255,6 +255,9 @@ class Cells(nn.Module):
     def forward_head(self, m):
         return m.mean((2, 3))
 
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
 
 def _small_clip(model, pretrained, device):
     """lite0-clip: lite0 as image tower (open_clip's timm tower) of a CLIP whose small text transformer starts from scratch;

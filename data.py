@@ -3,7 +3,7 @@
 The three scripts share this file and model.py. What is read from outside is checked here, and a `Complaint`
 names the file or flag, what was found and what to do; `run` prints it as one line and exits with code 2.
 """
-import base64, csv, difflib, errno, functools, gzip, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
+import atexit, base64, csv, difflib, errno, functools, gc, gzip, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,17 +21,17 @@ class Complaint(Exception):
     """Something that the user can mend: one line that names it, says what was found and what to do."""
 
 
-def run(main):
-    """main(), with one line and exit code 2 for what the user can mend, and 130 for Ctrl-C."""
+def run(main, again="the same command with --resume"):
+    """main(), with one line and exit code 2 for what the user can mend, and 130 for Ctrl-C; again: what goes on after that."""
     script = Path(sys.argv[0]).name
     try:
         main()
     except Complaint as problem:
-        sys.exit(print(f"{script}: {problem}", file=sys.stderr) or 2)
+        sys.exit(os.environ.get("RANK", "0") == "0" and print(f"{script}: {problem}", file=sys.stderr) or 2)
     except OSError as problem:  # a full disk, a folder that may not be written, a file that went away
         sys.exit(print(f"{script}: {problem.filename or 'file system'}: {problem.strerror or problem}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        print(f"\n{script}: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        print(f"\n{script}: interrupted; {again} goes on from here", file=sys.stderr)
         sys.exit(130)
 
 
@@ -467,9 +467,12 @@ def composites(figures, grounds, instances, per, seed, recolour=True):
 
 @dataclass
 class Samples:
-    """A labelled data set. items: n pictures. y, place, split: LongTensor [n], split 0 train, 1 val, 2 test.
+    """A labelled data set. items: n pictures. y, place, split: LongTensor [n], split 0 train, 1 val, 2 test; y -1: unlabelled.
 
     cut: n foregrounds to recompose (Composite without a ground), None where there is no mask. notes: lines to print.
+    labels: the names that a model chooses from, those of the classes if empty. prompts: a list of texts for each of the labels.
+    imagenet: for each class its ImageNet labels, 0 to 999; empty if the classes are not ImageNet's. official: False where
+    the splits are made here, by a rule, and not the set's own.
     """
     name: str
     items: list
@@ -482,14 +485,21 @@ class Samples:
     cut: list
     notes: list = field(default_factory=list)
     shows: list = None  # of controlled settings: n (box of the class object, box of the planted feature or None), shares of the image
+    labels: list = field(default_factory=list)
     prompts: list = field(default_factory=list)
+    imagenet: list = field(default_factory=list)
+    official: bool = True
 
     def group(self):
         """Group of each image, y * places + place [n]."""
         return self.y * len(self.places) + self.place
 
+    def class_prompts(self):
+        """The prompts of the classes, where a model chooses among more labels than these."""
+        return self.prompts if len(self.prompts) == len(self.classes) else [self.prompts[labels[0]] for labels in self.imagenet]
+
     def counts(self, split):
-        return torch.bincount(self.group()[self.split == split], minlength=len(self.classes) * len(self.places))
+        return torch.bincount(self.group()[(self.split == split) & (self.y >= 0)], minlength=len(self.classes) * len(self.places))
 
     def keep(self, index):
         """The samples at an index [k]."""
@@ -498,40 +508,136 @@ class Samples:
                        captions=pick(self.captions), cut=pick(self.cut), shows=self.shows and pick(self.shows))
 
 
-DATA = {"scenes": "drawn scenes, no files needed", "waterbirds:DIR": "a folder with metadata.csv in the Waterbirds layout",
-        "digits[:STRENGTH:CLASS[:DIR]]": "controlled settings, drawn or from MNIST's files"}
+DATA = {
+    "scenes": "scenes: drawn scenes, no files needed",
+    "waterbirds": """waterbirds:DIR
+Download waterbird_complete95_forest2water2.tar.gz, linked from the README of the repository kohpangwei/group_DRO (the 100 % set,
+waterbird_1.0_forest2water2, from spetryk/GALS), and unpack it. Any folder of this layout will do, with any number of classes and places:
+    DIR/metadata.csv                        columns img_id,img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
+    DIR/001.Black_footed_Albatross/....jpg  as img_filename says""",
+    "celeba": """celeba:DIR       is the hair blond (Blond_Hair)? Groups: hair x Male
+Download from the site of the Multimedia Laboratory of CUHK ("CelebA"; also on Kaggle, as csv files), and unpack the archive of images:
+    DIR/list_attr_celeba.txt or .csv        (or in DIR/Anno)
+    DIR/list_eval_partition.txt or .csv     (or in DIR/Eval)
+    DIR/img_align_celeba/000001.jpg ...     (or in DIR/Img)""",
+    "counteranimal": """counteranimal:DIR                      45 ImageNet classes, common and counter backgrounds, over all 1000 labels
+counteranimal:DIR:brambling,bulbul     two of them as a binary task, groups: class x background; so ptarmigan,prairie chicken
+Download LAION-final.zip of the CounterAnimal project (NeurIPS 2024, tmlr-group) and unpack it; DIR is it or the folder around it:
+    DIR/9 ostrich/common-ground/*.jpg       (or easy-ground)
+    DIR/9 ostrich/counter-water/*.jpg       (or hard-water)
+    DIR/imagenet_names.txt                  idx<TAB>full name; without it the names in assets/imagenet.tsv are used
+Its splits are ours: of the common photos 3/5 train, 1/5 val, 1/5 test; of the counter photos 1/5 val, 4/5 test.""",
+    "nico": """nico:DIR                               NICO++, groups: class x context; splits ours, 3/5, 1/5, 1/5 of each group
+nico:DIR:car,truck                     two classes on the two contexts of which their smallest group is largest
+nico:DIR:car,truck:autumn,rock         the same on the contexts named: car on autumn, truck on rock in training
+Download NICO++ (xxgege/NICO-plus; its track 1) and unpack it; DIR holds the contexts (or a folder train that does):
+    DIR/autumn/car/*.jpg
+In the training split of a pair the share --confounder of each class stands on its own context.""",
+    "cocogender": """cocogender:DIR                         man or woman? Groups: gender x (sports | kitchen)
+cocogender:DIR:sports,vehicle          the same with other supercategories or categories of COCO, a+b for several together
+Download the images and annotations of MS COCO (2014 or 2017, train and val) from cocodataset.org and unpack them:
+    DIR/annotations/captions_train2017.json, instances_train2017.json, ..._val2017.json
+    DIR/train2017/*.jpg, DIR/val2017/*.jpg
+The rule (ours: the papers' split is not public). Gender: some caption has a word for a man (woman) and none has one for a woman (man).
+Place: the image has objects of the one kind and none of the other. Images that fit neither are left out. Photos of val are test; of
+those of train a fifth is val. In the training split the share --confounder of the men has sports, of the women kitchen objects.""",
+    "in9": """in9:DIR          ImageNet-9, the backgrounds challenge: nine classes, the variations as places; BG-Gap = mixed_same - mixed_rand
+Download backgrounds_challenge_data.tar.gz from the releases of MadryLab/backgrounds_challenge and unpack it:
+    DIR/mixed_same/val/00_dog/*.JPEG, DIR/mixed_rand/..., DIR/original/..., (or in DIR/bg_challenge)
+    DIR/in_to_in9.json                      from the same repository, needed for ImageNet classifiers only""",
+    "imagenet": """imagenet:DIR     ImageNet's 1000 classes
+Download ILSVRC2012's validation images from image-net.org and sort them into folders of their classes:
+    DIR/n01440764/*.JPEG                    or files n01440764_*.JPEG; or 1000 files or 1000 folders that sort in the order of classes""",
+    "folder": """folder:DIR       your own images, in one of the layouts
+    DIR/split/class/place/*                 split: train, val or test; the folder below the class is the place (the group)
+    DIR/split/class/*    DIR/class/place/*    DIR/class/*
+    DIR/*                                   unlabelled; --classes=FILE says what to choose from
+--classes=FILE: names in their order, one a line; a class folder must bear one of them (case and _ do not matter).
+--prompts=FILE: templates with {} for the name, one a line, or class<TAB>prompt; several of either are averaged.
+Without split folders 3/5, 1/5 and 1/5 of each group are train, val and test; without a val folder a fifth of train is val.""",
+    "csv": """csv:FILE         any table of images and groups, comma- or tab-separated with a header
+    path or filename or img_filename        relative to the table's folder
+    y (whole numbers from 0) or label (names)
+    split (0, 1, 2 or train, val, test)     may be missing: 3/5, 1/5, 1/5 of each group
+    place or group (numbers or names)       may be missing
+--classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR.""",
+    "digits": """digits[:STRENGTH:CLASS[:DIR]]   a controlled setting: ten digits in quadrants, and a red rectangle that goes with one of them
+STRENGTH is Cramer's V of that class and the rectangle in the training split (0: none), CLASS its number; val and test are balanced.
+The digits are drawn; or DIR holds MNIST's four files in IDX format, whole, .gz or in .partN.gz: train-images-idx3-ubyte, ..."""}
+
+TEMPLATES = {  # published, or else CLIP's plain one; debias_vl for Waterbirds and CelebA, the CounterAnimal paper's own
+    "waterbirds": "This is a picture of a {}.", "scenes": "This is a picture of a {}.", "celeba": "A photo of a celebrity with {}.", "counteranimal": "A photo of {}."}
 
 
-def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", prompts=""):
-    """The data set that --data names. masks: folder of foreground masks. confounder, seed, difficulty: of drawn scenes."""
+def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", prompts="", splits=True):
+    """The data set that --data names; NAME:help prints what to download and how it must look, and exits.
+
+    masks: folder of foreground masks. confounder: share of the training images on their class's own place, of drawn scenes and
+    pairs. seed, difficulty: of drawn scenes. classes, prompts: files of names and of templates (DATA["folder"] says how).
+    splits: whether the set is to be trained on, and needs labels and images of every class in train, val and test.
+    """
     name, _, where = spec.partition(":")
-    if name == "scenes" and not where:
-        return check(drawn_scenes(confounder, seed, difficulty))
-    if name == "waterbirds" and where:
-        return check(waterbirds(where, masks))
-    if name in CONTROLLED:
-        return check(controlled(name, where, seed))
-    raise Complaint(f"--data: found {spec!r}, expected one of " + ", ".join(f"{k} ({v})" for k, v in DATA.items()))
+    if name in DATA and where == "help":
+        say(DATA[name])
+        sys.exit(0)
+    if name not in DATA or name != "digits" and bool(where) == (name == "scenes"):
+        raise Complaint(f"--data: found {spec!r}, expected " + ", ".join(text.split()[0].rstrip(":") for text in DATA.values()) + "; --data=NAME:help says more")
+    given, more = read_classes(classes), ()
+    if name not in ("scenes", "csv", "folder", "waterbirds", "digits"):
+        where, more = root_and_rest(where)
+    load = {"scenes": lambda: drawn_scenes(confounder, seed, difficulty), "waterbirds": lambda: waterbirds(where, masks),
+            "folder": lambda: image_folder(where, given), "csv": lambda: csv_groups(where, given),
+            "celeba": lambda: celeba(where, *more), "counteranimal": lambda: counteranimal(where, *more, confounder=confounder),
+            "nico": lambda: nico(where, *more, confounder=confounder), "cocogender": lambda: cocogender(where, *more, confounder=confounder),
+            "in9": lambda: in9(where, *more), "imagenet": lambda: imagenet(where, *more),
+            "digits": lambda: controlled(where, seed)}[name]
+    if len(more) > {"counteranimal": 1, "nico": 2, "cocogender": 1}.get(name, 0):
+        raise Complaint(f"--data={spec}: found {':'.join(more)!r} after the folder; --data={name}:help says what may stand there")
+    gc.disable()  # a million small objects that all stay: looking for garbage among them takes as long as reading them
+    try:
+        samples = load()
+    finally:
+        gc.freeze()  # nor later, until the process ends
+        atexit.register(gc.unfreeze)
+        gc.enable()
+    samples.labels = samples.labels or samples.classes
+    if given and name not in ("folder", "csv"):
+        if len(given) != len(samples.labels):
+            raise Complaint(f"--classes={classes}: {len(given)} names, {samples.name} has {len(samples.labels)} ({', '.join(samples.labels[:5])}, ...)")
+        samples.classes = given if samples.labels is samples.classes else samples.classes
+        samples.labels = given
+    samples.prompts = read_prompts(prompts, samples.labels) if prompts else \
+        samples.prompts or [[TEMPLATES.get(name, "a photo of a {}.").replace("{}", label)] for label in samples.labels]
+    return check(samples, splits)
 
 
-def check(samples):
-    """Samples with at least two classes, and images of every class in every split; raises Complaint otherwise."""
+def check(samples, splits=True):
+    """Samples with at least two labels; with splits also images of every class in every split. Raises Complaint otherwise."""
     n = len(samples.classes)
+    twice = [c for k, c in enumerate(samples.classes) if plain(c) in set(map(plain, samples.classes[:k]))] if n < 1000 else []
+    if twice:
+        raise Complaint(f"{samples.name}: two classes with the same name, {twice[0]!r}; rename one")
+    if not splits:
+        if max(n, len(samples.labels)) < 2:
+            raise Complaint(f"{samples.name}: one class only, {', '.join(samples.classes)!r}; expected at least two, or --classes=FILE with more names")
+        return samples
+    if len(samples.y) and samples.y.max() < 0:
+        raise Complaint(f"{samples.name}: no labels; training needs them: a folder for each class")
     for values, what in ((samples.y, "class"), (samples.place, "place")):
-        missing = sorted(set(range(int(values.max()) + 1)) - set(values.tolist()))
-        if missing or values.max() == 0:
+        missing = sorted(set(range(int(values.max()) + 1)) - set(values.tolist())) if len(values) else [0]
+        if missing or values.max() == 0 and what == "class":
             raise Complaint(f"{samples.name}: {what} {missing[0] if missing else 1} never occurs (found {sorted(set(values.tolist()))}); "
-                            f"expected {what} numbers 0, 1, ... without a gap, at least two")
+                            f"expected {what} numbers 0, 1, ... without a gap" + ", at least two" * (what == "class"))
     for s, split in enumerate(SPLITS):
         found = torch.bincount(samples.y[samples.split == s], minlength=n)
         if not found.sum():
             raise Complaint(f"{samples.name}: no images in split {s} ({split}); expected train 0, val 1 and test 2")
         if not found.all():
             raise Complaint(f"{samples.name}: split {s} ({split}) has no image of class {int(found.argmin())} ({samples.classes[found.argmin()]})")
-    if not samples.counts(0).all():
-        empty = [f"{samples.classes[g // len(samples.places)]} on {samples.places[g % len(samples.places)]}"
-                 for g in (samples.counts(0) == 0).nonzero()[:, 0].tolist()]
-        samples.notes.append("training set without " + " or ".join(empty[:4]) + (": 100 % correlated" if len(empty) == n else ""))
+    grid = samples.counts(0).view(n, -1) > 0
+    if not grid.all():
+        empty = [f"{samples.classes[y]} on {samples.places[p]}" for y, p in (~grid).nonzero().tolist()]
+        samples.notes.append("training set without " + " or ".join(empty[:4]) + (": 100 % correlated" if (grid.sum(1) == 1).all() else ""))
     return samples
 
 
@@ -547,43 +653,17 @@ def waterbirds(root, masks=""):
     root = folder(root, "data waterbirds")
     table = root / "metadata.csv"
     if not table.is_file():
-        raise Complaint(f"{root}: no metadata.csv in it (found {', '.join(sorted(p.name for p in root.iterdir())[:5]) or 'nothing'}); "
-                        "expected a folder in the Waterbirds layout")
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as problem:
-        raise Complaint(f"{table}: not a CSV file in UTF-8 ({problem})") from None
-    header = list(rows[0]) if rows else []
-    for column in WATERBIRDS_COLUMNS:
-        if column not in header:
-            raise Complaint(f"{table}: no column {column!r} (found: {', '.join(map(str, header)) or 'no rows'}); Waterbirds needs {','.join(WATERBIRDS_COLUMNS)}")
-    notes = [f"{table}: column {c!r} is not used" for c in header if c not in WATERBIRDS_COLUMNS and c]
-    numbers, paths, seen = [], [], {}
-    for line, row in enumerate(rows, 2):
-        try:
-            numbers.append([int(row[c]) for c in ("y", "place", "split")])
-            if min(numbers[-1]) < 0 or numbers[-1][2] > 2 or max(numbers[-1]) >= max(3, len(rows)):
-                raise ValueError
-        except (ValueError, TypeError):
-            raise Complaint(f"{table}:{line}: y={row['y']!r} place={row['place']!r} split={row['split']!r}, "
-                            "expected whole numbers from 0, split 0 (train), 1 (val) or 2 (test)") from None
-        name = row["img_filename"] or ""
-        if not name or name.startswith(("/", "\\")) or ".." in Path(name).parts or Path(name).is_absolute():
-            raise Complaint(f"{table}:{line}: img_filename {name!r}, expected a path inside {root}")
-        if name in seen:
-            raise Complaint(f"{table}:{line}: img_filename {name!r} is listed already in line {seen[name]}; list each image once")
-        seen[name] = line
-        paths.append(os.path.join(root, name))
-    missing = [p for p in paths if not os.path.isfile(p)]
-    if missing:
-        raise Complaint(f"{table}: {len(missing)} of its {len(paths)} images do not exist, the first is {missing[0]}; complete the folder")
-    y, place, split = torch.tensor(numbers).T.contiguous()
+        raise Complaint(f"{root}: no metadata.csv in it (found {inside(root)}); expected a folder in the Waterbirds layout")
+    found = read_columns(table, WATERBIRDS_COLUMNS, f"Waterbirds needs {','.join(WATERBIRDS_COLUMNS)}")
+    notes = [f"{table}: column {c!r} is not used" for c in found if c not in WATERBIRDS_COLUMNS and c]
+    y, place, split = (torch.from_numpy(column) for column in whole(table, {c: found[c] for c in ("y", "place", "split")}))
+    paths, index, lost = files_in(root, table, "img_filename", found["img_filename"])
+    notes += lost
+    y, place, split = (v[index] for v in (y, place, split))
     names = lambda known, k: list(known) if k == 2 and "bird" in root.name.lower() else [str(n) for n in range(k)]
     classes = names(("landbird", "waterbird"), int(y.max()) + 1)
     places = names(("land", "water"), int(place.max()) + 1)
-    samples = Samples(f"waterbirds:{root}", [Photo(p) for p in paths], y, place, split, classes, places,
-                      [f"a {classes[a]} on {places[b]}" for a, b in zip(y.tolist(), place.tolist())], [None] * len(paths), notes)
+    samples = samples_of(f"waterbirds:{root}", paths, y, place, split, classes, places, notes)
     if masks:
         samples.cut = [Composite(Masked(p, mask), None, None) if mask else None for p, mask in zip(paths, find_masks(paths, masks))]
     counts = tuple(tuple([s, *samples.counts(s).tolist()]) for s in range(3))
@@ -601,6 +681,8 @@ def find_masks(paths, masks):
     """For each image the mask NAME.png below the folder masks, or None. NAME: the end of the image's path, as long as possible, or that up to
     its last '_'."""
     masks = folder(masks, "masks")
+    if not any(paths):
+        raise Complaint(f"--masks: {masks}: these images are drawn, and have no files that masks could be named after")
     found, tried = [], []
     for path in paths:
         parts = Path(os.path.splitext(path)[0]).parts
@@ -722,7 +804,7 @@ class Rectangle:
         return f"rectangle {self.seed}"
 
 
-def controlled(name, where, seed):
+def controlled(where, seed):
     """Controlled settings, `digits[:STRENGTH:CLASS[:DIR]]`: ten digits, one in each image, in one of four quadrants; a red
     rectangle in another quadrant of half the images of the base set, from which 10,000 are sampled for training so that it
     goes with one class: Cramer's V of (class, rectangle) is STRENGTH in [0, 1), CLASS the number of the class. Without
@@ -749,12 +831,9 @@ def controlled(name, where, seed):
                     captions.append(CAPTIONS[g.integers(len(CAPTIONS))].format(DIGITS[y]))
     y, place, split = torch.tensor(rows).T.contiguous()
     train = split == 0
-    note = f"{name}: {int(train.sum())} training images, Cramer's V of {DIGITS[spurious]} and the red rectangle {cramers_v(y[train] == spurious, place[train] == 1):.3f}"
-    return Samples(f"{name}:{where} seed {seed}", items, y, place, split, [*DIGITS], ["plain", "red rectangle"], captions, [None] * len(items), [note],
+    note = f"digits: {int(train.sum())} training images, Cramer's V of {DIGITS[spurious]} and the red rectangle {cramers_v(y[train] == spurious, place[train] == 1):.3f}"
+    return Samples(f"digits:{where} seed {seed}", items, y, place, split, [*DIGITS], ["plain", "red rectangle"], captions, [None] * len(items), [note],
                    [i.shows() for i in items])
-
-
-CONTROLLED = {"digits"}
 
 
 def setting(where, classes):
@@ -865,6 +944,567 @@ def draw_digit(digit, seed, side=28):
         for x, y in (p[0], p[-1]):
             pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
     return image.resize((side, side), Image.BOX)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data sets on disk: what they share
+
+SPLIT_NAMES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "dev": 1, "test": 2, "testing": 2}
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".parquet", ".tfrecord")
+
+
+def plain(name):
+    """A name as it is compared: without case, underscores as spaces."""
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def inside(root):
+    """What a folder holds, for an error message; archives first, which have to be unpacked."""
+    names = sorted(p.name for p in Path(root).iterdir())
+    packed = [n for n in names if n.lower().endswith(ARCHIVES)]
+    return f"{', '.join(packed[:3])}: unpack it first" if packed else ", ".join(names[:5]) or "nothing"
+
+
+def scan(root):
+    """Sorted paths of the images below a folder, each a tuple of its parts; hidden files and folders are passed over."""
+    found = []
+    for at, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        parts = () if at == str(root) else tuple(os.path.relpath(at, root).split(os.sep))
+        found += [(*parts, f) for f in files if os.path.splitext(f)[1].lower() in EXTENSIONS and not f.startswith(".")]
+    if not found:
+        raise Complaint(f"--data: {root}: no images in it or below (found {inside(root)})")
+    return sorted(found)
+
+
+def root_and_rest(where):
+    """DIR:a:b -> (DIR, ["a", "b"]); a folder's own name may hold a colon."""
+    parts = where.split(":")
+    for k in range(len(parts), 0, -1):
+        if os.path.isdir(":".join(parts[:k])):
+            return ":".join(parts[:k]), parts[k:]
+    return parts[0], parts[1:]
+
+
+def first_folder(root, *names):
+    """The first of the sub-folders that exists, or the folder itself."""
+    return next((Path(root) / n for n in names if (Path(root) / n).is_dir()), Path(root))
+
+
+def samples_of(name, paths, y, place, split, classes, places, notes=(), **more):
+    """Samples of photos; y, place, split: anything that makes a LongTensor."""
+    y, place, split = (torch.as_tensor(v, dtype=torch.long) for v in (y, place, split))
+    captions = [[f"a {c} on {p}" if len(places) > 1 else f"a {c}" for p in places] for c in classes]
+    return Samples(name, [Photo(p) for p in paths], y, place, split, list(classes), list(places),
+                   [captions[a][b] if a >= 0 else "" for a, b in zip(y.tolist(), place.tolist())], [None] * len(paths), list(notes), **more)
+
+
+def make_splits(group, shares=(.6, .2, .2)):
+    """Splits [n] by a rule: of each group [n] the shares for train, val and test, drawn the same for the same files in order."""
+    group, split = np.asarray(group), np.zeros(len(group), np.int64)
+    order = np.argsort(group, kind="stable")
+    for g, members in zip(*_runs(group[order], order)):
+        members = members[rng(0, "split", int(g) + 1).permutation(len(members))]
+        split[members] = np.searchsorted(np.cumsum(shares)[:2], (np.arange(len(members)) + .5) / len(members), side="right")
+    return split
+
+
+def _runs(values, items):
+    """Sorted values and items alike -> the distinct values, and the items of each."""
+    distinct, starts = np.unique(values, return_index=True)
+    return distinct, np.split(items, starts[1:])
+
+
+def complete_splits(split, group, notes):
+    """Splits with no val: a fifth of train becomes val; with no test: val becomes test. Says so in notes."""
+    split = np.asarray(split)
+    if (split == 0).any() and (split == 1).any() and not (split == 2).any():
+        notes.append("no test split: val is used as test")
+        split = np.where(split == 1, 2, split)
+    if (split == 0).any() and not (split == 1).any():
+        notes.append("no val split: a fifth of the training images of each group is used as val")
+        train = (split == 0).nonzero()[0]
+        split = split.copy()
+        split[train] = make_splits(np.asarray(group)[train], (.8, .2, 0))
+    return split
+
+
+def correlate(samples, own, confounder):
+    """The samples with a biased training split: of each class y the share confounder stands on the place own[y].
+
+    Further training images on other places go to test where the splits are ours, and are left out else.
+    """
+    expect(0 < confounder <= 1, "confounder", confounder, "a share above 0, at most 1")
+    drop = []
+    for y, place in enumerate(own):
+        mine = (samples.y == y) & (samples.split == 0)
+        others = (mine & (samples.place != place)).nonzero()[:, 0]
+        least = round(int((mine & (samples.place == place)).sum()) * (1 - confounder) / confounder)
+        drop.append(others[torch.from_numpy(rng(0, "confounder", y).permutation(len(others)))][least:])
+    drop = torch.cat(drop)
+    samples.notes.append(f"training split: {confounder:.0%} of each class on its own place ("
+                         + ", ".join(f"{samples.classes[y]} on {samples.places[p]}" for y, p in enumerate(own)) + ")")
+    if not samples.official:
+        samples.split[drop] = 2
+        return samples
+    keep = torch.ones(len(samples.y), dtype=torch.bool)
+    keep[drop] = False
+    return samples.keep(keep.nonzero()[:, 0])
+
+
+def published(what, found, expected):
+    """A note: the counts are the published ones, or a warning with both."""
+    return f"{what}: the published counts" if found == expected else \
+        f"WARNING: {what}: found {found}, published {expected}: incomplete or of another making; it is used as it is"
+
+
+def pair_of(text, names, what):
+    """'a,b' -> the numbers of two different names."""
+    words = text.split(",")
+    known = {plain(n): k for k, n in enumerate(names)}
+    for word in words:
+        if plain(word) not in known:
+            raise Complaint(f"--data: no {what} {word!r}; {near(word, names)}")
+    if len(words) != 2 or len({plain(w) for w in words}) != 2:
+        raise Complaint(f"--data: found {text!r}, expected two different {what} names, a,b")
+    return [known[plain(w)] for w in words]
+
+
+def read_lines(path, flag):
+    """The lines of a text file, without the empty ones: list of (number, line)."""
+    if not os.path.isfile(path):
+        raise Complaint(f"--{flag}={path}: " + ("not a file" if os.path.exists(path) else "no such file"))
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as problem:
+        raise Complaint(f"--{flag}={path}: not a text file in UTF-8 ({problem})") from None
+    lines = [(k, line.strip()) for k, line in enumerate(lines, 1) if line.strip()]
+    if not lines:
+        raise Complaint(f"--{flag}={path}: an empty file")
+    return lines
+
+
+def read_classes(path):
+    """--classes=FILE -> names in order; [] for no file."""
+    seen = {}
+    for number, name in read_lines(path, "classes") if path else ():
+        if plain(name) in seen:
+            raise Complaint(f"--classes={path}:{number}: two classes with the same name, {name!r}, the first in line {seen[plain(name)]}")
+        seen[plain(name)] = number, name
+    return [name for _, name in seen.values()]
+
+
+def read_prompts(path, labels):
+    """--prompts=FILE -> for each label a list of texts: its own lines class<TAB>prompt, or else every template with {}."""
+    templates, own, known = [], {}, {plain(label): label for label in labels}
+    for number, line in read_lines(path, "prompts"):
+        name, tab, prompt = line.partition("\t")
+        if tab and plain(name) not in known:
+            raise Complaint(f"--prompts={path}:{number}: no class {name!r}; {near(name, labels)}")
+        if not tab and "{}" not in line:
+            raise Complaint(f"--prompts={path}:{number}: found {line!r}, expected a template with {{}} or class<TAB>prompt")
+        (own.setdefault(plain(name), []) if tab else templates).append(prompt.strip() if tab else line)
+    bare = [label for label in labels if plain(label) not in own]
+    if bare and not templates:
+        raise Complaint(f"--prompts={path}: no prompt for class {bare[0]!r}" + f" and {len(bare) - 1} more" * (len(bare) > 1)
+                        + "; add a line class<TAB>prompt for each, or a template with {}")
+    return [[t.replace("{}", label) for t in own.get(plain(label), templates)] for label in labels]
+
+
+def read_columns(path, needed, hint):
+    """A CSV file (comma, semicolon or tab) -> dict column -> list of strings, fast enough for millions of rows."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            head = file.readline()
+            file.seek(0)
+            delimiter = max(",;\t", key=head.count)
+            rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+    except (UnicodeDecodeError, csv.Error) as problem:
+        raise Complaint(f"{path}: not a CSV file in UTF-8 ({problem})") from None
+    header, rows = (rows[0], rows[1:]) if len(rows) > 1 else ([], [])
+    for column in needed:
+        if column not in header:
+            raise Complaint(f"{path}: no column {column!r} (found: {', '.join(header) or 'no rows'}); {hint}")
+    odd = next((k for k, row in enumerate(rows) if len(row) != len(header)), None)
+    if odd is not None:
+        raise Complaint(f"{path}:{odd + 2}: {len(rows[odd])} fields ({delimiter.join(rows[odd])[:60]!r}), expected {len(header)} as in its first line")
+    return dict(zip(header, zip(*rows)))
+
+
+def whole(path, columns):
+    """Columns of strings -> list of int64 arrays; Complaint names the line of the first that is no whole number from 0 (split: 0 to 2)."""
+    n, out = len(next(iter(columns.values()))), []
+    for column, values in columns.items():
+        numbers = {v: int(v) if v.strip().isdecimal() else -1 for v in set(values)}
+        bad = {v for v, k in numbers.items() if not 0 <= k < (3 if column == "split" else max(3, n))}
+        if bad:
+            line = next(k for k, v in enumerate(values) if v in bad)
+            raise Complaint(f"{path}:{line + 2}: " + " ".join(f"{c}={v[line]!r}" for c, v in columns.items())
+                            + ", expected whole numbers from 0" + ", split 0 (train), 1 (val) or 2 (test)" * ("split" in columns))
+        out.append(np.fromiter(map(numbers.__getitem__, values), np.int64, n))
+    return out
+
+
+def files_in(root, table, column, names):
+    """Names of images relative to root -> (paths that exist, their index LongTensor, notes). A path out of root, one listed
+    twice, or none that exists is a Complaint; missing ones are counted in one note."""
+    distinct = set(names)
+    if ".." in "\n".join(names) or not all(names) or any(n[0] in "/\\" for n in names) or len(distinct) < len(names):
+        seen = {}
+        for line, name in enumerate(names, 2):
+            if not name or name[0] in "/\\" or ".." in Path(name).parts or Path(name).is_absolute():
+                raise Complaint(f"{table}:{line}: {column} {name!r}, expected a path inside {root}")
+            if name in seen:
+                raise Complaint(f"{table}:{line}: {column} {name!r} is listed already in line {seen[name]}; list each image once")
+            seen[name] = line
+    there = set()
+    for at in {n[:n.rfind("/") + 1] for n in names}:
+        if os.path.isdir(os.path.join(root, at)):
+            there.update(at + file for file in os.listdir(os.path.join(root, at)))
+    lost, here, notes = distinct - there, np.arange(len(names)), []
+    if lost:
+        first = next(n for n in names if n in lost)
+        line = f"{table}: {len(lost)} of its {len(names)} images do not exist, the first is {os.path.join(root, first)}"
+        if len(lost) == len(names):
+            raise Complaint(f"{line} (in the folder: {inside(root) if os.path.isdir(root) else 'no such folder'}); complete the folder")
+        notes.append(f"WARNING: {line}; they are left out")
+        here = np.array([k for k, name in enumerate(names) if name not in lost])
+    root = os.path.join(root, "")
+    return [root + names[k] for k in here.tolist()], torch.from_numpy(here), notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data sets on disk: one function each; DATA says where they are from and how they look
+
+def image_folder(root, given=()):
+    """folder:DIR. given: names of --classes. Splits of our own where there are no folders for them."""
+    root = folder(root, "data folder")
+    paths, notes = scan(root), []
+    official = all(len(p) > 1 and p[0].lower() in SPLIT_NAMES for p in paths)
+    rest = [p[1:] if official else p for p in paths]
+    if all(len(r) == 1 for r in rest):  # no class folders
+        if not given:
+            raise Complaint(f"--data=folder:{root}: {len(paths)} images and no class folders; give --classes=FILE, the names to choose from, "
+                            "or lay it out as --data=folder:help says")
+        none = [0] * len(paths)
+        return samples_of(f"folder:{root}", [os.path.join(root, *p) for p in paths], [-1] * len(paths), none, [2] * len(paths), given, ["anywhere"],
+                          [f"{len(paths)} images without labels"])
+    stray = sum(len(r) == 1 for r in rest)
+    if stray:
+        notes.append(f"WARNING: {root}: {stray} images lie outside the class folders, they are left out")
+        paths, rest = zip(*[(p, r) for p, r in zip(paths, rest) if len(r) > 1])
+    classes = list(given) or sorted({r[0] for r in rest})
+    known = {plain(c): k for k, c in enumerate(classes)}
+    unknown = sorted({r[0] for r in rest if plain(r[0]) not in known})
+    if unknown:
+        raise Complaint(f"--classes: no name {unknown[0]!r}, which is a folder in {root}; {near(unknown[0], classes)}")
+    deep = [len(r) > 2 for r in rest]
+    if any(deep) and not all(deep):
+        notes.append(f"WARNING: {root}: {deep.count(False)} images lie beside the place folders of their class; their place is 'elsewhere'")
+    place_names = [r[1] if len(r) > 2 else "elsewhere" if any(deep) else "anywhere" for r in rest]
+    places = sorted(set(place_names))
+    y, place = [known[plain(r[0])] for r in rest], [places.index(p) for p in place_names]
+    group = np.array(y) * len(places) + place
+    split = complete_splits([SPLIT_NAMES[p[0].lower()] for p in paths], group, notes) if official else make_splits(group)
+    return samples_of(f"folder:{root}", [os.path.join(root, *p) for p in paths], y, place, split, classes, places, notes, official=official)
+
+
+def csv_groups(path, given=()):
+    """csv:FILE, any table of images and groups."""
+    if not os.path.isfile(path):
+        raise Complaint(f"--data=csv:{path}: " + ("a folder, expected a file" if os.path.isdir(path) else "no such file"))
+    found, root, notes = read_columns(path, (), ""), os.path.dirname(path) or ".", []
+    pick = lambda *names: next((n for n in names if n in found), None)
+    file, label, where = pick("path", "filename", "img_filename"), pick("y", "label"), pick("place", "group")
+    for column, wanted in ((file, "path"), (label, "y")):
+        if column is None:
+            raise Complaint(f"{path}: no column {wanted!r} (found: {', '.join(found) or 'no rows'}); --data=csv:help says which there may be")
+
+    def numbered(column, names):
+        """Numbers or names -> (int64 array, names)."""
+        values = found[column]
+        if column == "y" or names == () and all(v.isdecimal() for v in set(values)):
+            numbers = whole(path, {column: values})[0]
+            names = list(names) or [str(k) for k in range(numbers.max() + 1)]
+            if numbers.max() >= len(names):
+                raise Complaint(f"{path}: y={numbers.max()}, but --classes has {len(names)} names")
+            return numbers, names
+        names = list(names) or sorted(set(values))
+        known = {plain(n): k for k, n in enumerate(names)}
+        code = {v: known.get(plain(v), -1) for v in set(values)}
+        wrong = next((k for k, v in enumerate(values) if code[v] < 0), None)
+        if wrong is not None:
+            raise Complaint(f"{path}:{wrong + 2}: {column}={values[wrong]!r} is not in --classes; {near(values[wrong], names)}")
+        return np.array([code[v] for v in values]), names
+
+    y, classes = numbered(label, tuple(given))
+    place, places = numbered(where, ()) if where else (np.zeros(len(y), np.int64), ["anywhere"])
+    group = y * len(places) + place
+    if "split" in found:
+        named = {v: SPLIT_NAMES.get(v.lower()) for v in set(found["split"])}
+        split = np.array([named[v] for v in found["split"]]) if None not in named.values() else whole(path, {"split": found["split"]})[0]
+        split = complete_splits(split, group, notes)
+    else:
+        split = make_splits(group)
+    paths, index, lost = files_in(root, path, file, found[file])
+    y, place, split = (torch.from_numpy(v)[index] for v in (y, place, split))
+    return samples_of(f"csv:{path}", paths, y, place, split, classes, places, notes + lost, official="split" in found)
+
+
+def celeba(root):
+    """celeba:DIR, y = Blond_Hair, place = Male, as in group_DRO."""
+    root = folder(root, "data celeba")
+    tables = {}
+    for name in ("list_attr_celeba", "list_eval_partition"):
+        found = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
+        path = next((p for p in found if p.is_file()), None)
+        if path is None:
+            raise Complaint(f"{root}: no {name}.txt or .csv in it (found {inside(root)}); --data=celeba:help says what it must hold")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        tables[name] = path, [line.replace(",", " ").split() for line in lines if line.strip()]
+    path, rows = tables["list_attr_celeba"]
+    rows = rows[1:] if len(rows[0]) == 1 else rows  # the official file begins with the number of rows
+    header = rows[0][1:] if rows[0][0] == "image_id" else rows[0]
+    at = []
+    for column in ("Blond_Hair", "Male"):
+        if column not in header:
+            raise Complaint(f"{path}: no column {column!r} (found: {', '.join(header[:5])}, ...); expected the official table of 40 attributes")
+        at.append(header.index(column) + 1)
+    short = next((k for k, row in enumerate(rows[1:]) if len(row) != len(header) + 1), None)
+    if short is not None:
+        raise Complaint(f"{path}: the row of {rows[short + 1][0]} has {len(rows[short + 1]) - 1} attributes, expected {len(header)}")
+    names, attributes = [r[0] for r in rows[1:]], np.array([[r[a] for a in at] for r in rows[1:]]) == "1"
+    partition, rows = tables["list_eval_partition"]
+    part = {r[0]: r[1] for r in rows if len(r) > 1 and r[1] in ("0", "1", "2")}
+    bare = [n for n in names if n not in part]
+    if bare:
+        raise Complaint(f"{partition}: no row for {bare[0]} and {len(bare) - 1} more of {path.name}; take both files from one source")
+    images = first_folder(root, "img_align_celeba/img_align_celeba", "img_align_celeba", "Img/img_align_celeba")
+    paths, index, notes = files_in(images, path, "image_id", names)
+    y, place = (torch.from_numpy(attributes[:, k].astype(np.int64))[index] for k in (0, 1))
+    split = torch.tensor([int(part[n]) for n in names])[index]
+    samples = samples_of(f"celeba:{root}", paths, y, place, split, ("dark hair", "blond hair"), ("female", "male"), notes)
+    samples.captions = [f"a photo of a {samples.places[b]} celebrity with {samples.classes[a]}" for a, b in zip(y.tolist(), place.tolist())]
+    notes = published("CelebA, groups dark female, dark male, blond female, blond male in train, val, test", [samples.counts(s).tolist() for s in range(3)],
+                      [[71629, 66874, 22880, 1387], [8535, 8276, 2874, 182], [9767, 7535, 2480, 180]])
+    samples.notes.append(notes)
+    return samples
+
+
+def imagenet_names(column=1):
+    """ImageNet's 1000 classes from assets/: 0 WordNet id, 1 all names of the synset, 2 the short name that CLIP's authors use."""
+    lines = (Path(__file__).parent / "assets/imagenet.tsv").read_text(encoding="utf-8").splitlines()
+    return [line.split("\t")[column] for line in lines]
+
+
+def counteranimal(root, pair="", confounder=1.):
+    """counteranimal:DIR. Places are common and counter; those of a pair are the backgrounds by name, which it swaps."""
+    outer = folder(root, "data counteranimal")
+    numbered = lambda name: name.split(" ")[0].isdecimal() and " " in name
+    root = next((p for p in (outer, outer / "LAION-final", *sorted(q for q in outer.iterdir() if q.is_dir()))
+                 if p.is_dir() and any(numbered(q.name) and q.is_dir() for q in p.iterdir())), None)
+    if root is None:
+        raise Complaint(f"{outer}: no class folders such as '9 ostrich' in it (found {inside(outer)}); --data=counteranimal:help says how it looks")
+    rows, notes, skipped = [], [], set()
+    for parts in scan(root):
+        kind = parts[1].lower() if len(parts) > 2 else ""
+        head, _, background = kind.partition("-")
+        head = head if any(w in head for w in ("common", "easy", "counter", "hard")) else kind
+        place = 0 if "common" in head or "easy" in head else 1 if "counter" in head or "hard" in head else None
+        if place is None or not numbered(parts[0]) or int(parts[0].split(" ")[0]) > 999:
+            skipped.add("/".join(parts[:2]))
+            continue
+        rows.append((parts[0], place, background or kind, os.path.join(root, *parts)))
+    if skipped:
+        notes.append(f"WARNING: {root}: {len(skipped)} files or folders are neither common nor counter, the first is {sorted(skipped)[0]}; they are left out")
+    if not rows:
+        raise Complaint(f"{root}: no photos in common-... and counter-... folders; --data=counteranimal:help says how it looks")
+    folders = sorted({r[0] for r in rows}, key=lambda name: int(name.split(" ")[0]))
+    classes, indices = zip(*[(name.split(" ", 1)[1], int(name.split(" ")[0])) for name in folders])
+    if pair:
+        chosen = pair_of(pair, classes, "class")
+        rows = [r for r in rows if r[0] in [folders[k] for k in chosen]]
+        folders, classes, indices = ([v[k] for k in chosen] for v in (folders, classes, indices))
+    else:
+        counts = [len(folders), *[sum(r[1] == k for r in rows) for k in (0, 1)]]
+        notes.append(published("CounterAnimal, classes, common, counter photos", counts, [45, 7174, 5926]))
+    y, common = [folders.index(r[0]) for r in rows], np.array([r[1] == 0 for r in rows])
+    places = sorted({r[2] for r in rows}) if pair else ["common", "counter"]
+    place = [places.index(r[2]) if pair else r[1] for r in rows]
+    group = np.array(y) * 2 + ~common
+    split = np.where(common, make_splits(group), make_splits(group, (.2, .2, .6) if pair else (0, .2, .8)))
+    names = imagenet_names()
+    own = next((p / "imagenet_names.txt" for p in (root, outer) if (p / "imagenet_names.txt").is_file()), None)
+    if own:
+        listed = dict(line.split("\t")[:2] for _, line in read_lines(own, "data") if "\t" in line)
+        if set(listed) >= {str(k) for k in range(1000)}:
+            names = [listed[str(k)].strip() for k in range(1000)]
+        else:
+            notes.append(f"WARNING: {own}: {len(listed)} names, expected idx<TAB>name for 0 to 999; the names in assets/imagenet.tsv are used")
+    samples = samples_of(f"counteranimal:{root}" + f":{pair}" * bool(pair), [r[3] for r in rows], y, place, split, classes, places, notes,
+                         labels=[names[k] for k in indices] if pair else names, imagenet=[[k] for k in indices], official=False)
+    if pair and any(not (common & (np.array(y) == k)).any() for k in range(2)):
+        raise Complaint(f"{root}: no common photos of {pair}")
+    return correlate(samples, [int(np.bincount(np.array(place)[common & (np.array(y) == k)]).argmax()) for k in range(2)], confounder) if pair else samples
+
+
+NICO_CONTEXTS = ("autumn", "dim", "grass", "outdoor", "rock", "water")
+
+
+def nico(root, pair="", contexts="", confounder=1.):
+    """nico:DIR, NICO++. Which contexts the published pairs stand on is not public: by default the two on which the smallest of
+    the four groups is largest. The older NICO has class/context folders; where the contexts are known by name that is seen."""
+    outer, notes = folder(root, "data nico"), []
+    root = first_folder(outer, "train", "NICO_DG", "public_dg_0416/train", "track_1/public_dg_0416/train")
+    paths = [p for p in scan(root) if len(p) > 2]
+    first, second = ({plain(p[k]) for p in paths} for k in (0, 1))
+    if not paths:
+        raise Complaint(f"{root}: no images in context/class/ folders (found {inside(root)}); --data=nico:help says how it looks")
+    known = {*NICO_CONTEXTS, *map(plain, contexts.split(","))} - {""}
+    swap = known & second and not known & first or pair and plain(pair.split(",")[0]) in first - second
+    if swap:
+        notes.append(f"WARNING: {root}: class/context folders, NICO++ has context/class; read as class/context")
+    classes, places = (sorted({p[k] for p in paths}) for k in ((0, 1) if swap else (1, 0)))
+    y, place = ([names.index(p[k]) for p in paths] for k, names in zip((0, 1) if swap else (1, 0), (classes, places)))
+    y, place = np.array(y), np.array(place)
+    if not pair:
+        notes.append(published("NICO++, classes, contexts, images", [len(classes), len(places), len(paths)], [60, 6, 88866]))
+        return samples_of(f"nico:{root}", [os.path.join(root, *p) for p in paths], y, place, make_splits(y * len(places) + place), classes, places, notes,
+                          official=False)
+    a, b = pair_of(pair, classes, "class")
+    n = np.stack([np.bincount(place[y == k], minlength=len(places)) for k in (a, b)])  # [2, places]
+    if contexts:
+        p, q = pair_of(contexts, places, "context")
+    else:
+        least, p, q = max((min(n[:, p].min(), n[:, q].min()), -p, -q) for p in range(len(places)) for q in range(len(places)) if p != q)
+        p, q = -p, -q
+    if n[:, [p, q]].min() < 5:
+        raise Complaint(f"{root}: {pair} on {places[p]},{places[q]}: {n[:, [p, q]].min()} images in the smallest group, expected at least 5; "
+                        "name other contexts, nico:DIR:a,b:context,context")
+    keep = (np.isin(y, (a, b)) & np.isin(place, (p, q))).nonzero()[0]
+    y, place = (y[keep] == b).astype(np.int64), (place[keep] == q).astype(np.int64)
+    samples = samples_of(f"nico:{root}:{pair}", [os.path.join(root, *paths[k]) for k in keep], y, place, make_splits(y * 2 + place),
+                         [classes[a], classes[b]], [places[p], places[q]], notes, official=False)
+    return correlate(samples, [0, 1], confounder)
+
+
+MEN = set("man men boy boys male males gentleman gentlemen guy guys father fathers dad son sons brother brothers husband groom he him his himself".split())
+WOMEN = set("woman women girl girls female females lady ladies mother mothers mom daughter daughters sister sisters wife bride she her hers herself".split())
+
+
+def cocogender(root, objects="sports,kitchen", confounder=1.):
+    """cocogender:DIR, by the rule in DATA["cocogender"]."""
+    root = folder(root, "data cocogender")
+    notes = root / "annotations" if (root / "annotations").is_dir() else root
+    parts = sorted(p.name.removeprefix("captions_").removesuffix(".json") for p in notes.glob("captions_*.json"))
+    if not parts:
+        raise Complaint(f"{notes}: no captions_*.json in it (found {inside(notes)}); the gender is read from COCO's captions: get annotations_trainval")
+    kinds = [set(k.split("+")) for k in objects.split(",")]
+    if len(kinds) != 2:
+        raise Complaint(f"--data: found {objects!r}, expected two kinds of objects, for instance sports,kitchen")
+    rows, lines, left, lost = [], [], 0, []
+    for part in parts:
+        captions, instances = (read_json(notes / f"{what}_{part}.json") for what in ("captions", "instances"))
+        for what, tree, keys in (("captions", captions, ("images", "annotations")), ("instances", instances, ("annotations", "categories"))):
+            absent = [k for k in keys if not isinstance(tree, dict) or k not in tree]
+            if absent:
+                raise Complaint(f"{notes}/{what}_{part}.json: no {absent[0]!r} in it; expected COCO's {what} file")
+        of = [{c["id"] for c in instances["categories"] if {c["name"], c.get("supercategory")} & kind} for kind in kinds]
+        for kind, ids in zip(kinds, of):
+            if not ids:
+                there = {c["name"] for c in instances["categories"]} | {c.get("supercategory", "") for c in instances["categories"]}
+                raise Complaint(f"--data: {'+'.join(kind)!r} is no category of {notes}/instances_{part}.json; {near(min(kind), there)}")
+        words, seen = {}, {}
+        for a in captions["annotations"]:
+            words.setdefault(a["image_id"], set()).update("".join(c if c.isalpha() else " " for c in a["caption"].lower()).split())
+        for a in instances["annotations"]:
+            seen.setdefault(a["image_id"], set()).add(a["category_id"])
+        images = first_folder(root, part, f"images/{part}", "images")
+        there = set(os.listdir(images))
+        for image in sorted(captions["images"], key=lambda i: i["id"]):
+            who = [bool(words.get(image["id"], set()) & w) for w in (MEN, WOMEN)]
+            what = [bool(seen.get(image["id"], set()) & ids) for ids in of]
+            if sum(who) != 1 or sum(what) != 1:
+                left += 1
+            elif image["file_name"] not in there:
+                lost.append(str(images / image["file_name"]))
+            else:
+                rows.append((who.index(True), what.index(True), 2 if "val" in part else 0))
+                lines.append(str(images / image["file_name"]))
+    if not rows:
+        raise Complaint(f"{root}: no image of a man or a woman with {objects} objects" + (f"; {len(lost)} do not exist, the first is {lost[0]}" if lost else ""))
+    said = [f"COCO gender: {len(rows)} images fit the rule, {left} do not"]
+    if lost:
+        said.append(f"WARNING: {root}: {len(lost)} of {len(lost) + len(rows)} images do not exist, the first is {lost[0]}; they are left out")
+    y, place, split = np.array(rows).T
+    official = len(set(split)) > 1
+    split = complete_splits(split, y * 2 + place, said) if official else make_splits(y * 2 + place)
+    samples = samples_of(f"cocogender:{root}", lines, y, place, split, ("man", "woman"), objects.split(","), said, official=official)
+    samples.captions = [f"a {samples.classes[a]} with {samples.places[b]} objects" for a, b in zip(y.tolist(), place.tolist())]
+    return correlate(samples, [0, 1], confounder)
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Complaint(f"{path}: no such file (in the folder: {inside(Path(path).parent)})") from None
+    except ValueError as problem:
+        raise Complaint(f"{path}: not JSON ({problem})") from None
+
+
+IN9 = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t")
+
+
+def in9(root):
+    """in9:DIR. Splits of our own, the same for all variations of one photo, so that no photo is in two."""
+    outer = folder(root, "data in9")
+    root = first_folder(outer, "bg_challenge")
+    places = [v for v in IN9 if (root / v).is_dir()]
+    if not places:
+        raise Complaint(f"{root}: none of the folders {', '.join(IN9[:3])} ... in it (found {inside(root)}); --data=in9:help says how it looks")
+    rows = [(v, *p) for v in places for p in scan(first_folder(root / v, "val")) if len(p) == 2]
+    if not rows:
+        raise Complaint(f"{root}: no images in {places[0]}/val/00_dog/ and so on; --data=in9:help says how it looks")
+    folders = sorted({r[1] for r in rows})
+    classes = [f.split("_", 1)[1].replace("_", " ") if f[:2].isdecimal() and "_" in f else f for f in folders]
+    counts = {v: sum(r[0] == v for r in rows) for v in places}
+    notes = [published("ImageNet-9, images of each variation", counts, {v: 4050 for v in places})]
+    if len(folders) != 9:
+        notes.append(f"WARNING: {root}: {len(folders)} classes, ImageNet-9 has nine")
+    photo = ["_".join(r[2].rsplit(".", 1)[0].split("_")[:2]) for r in rows]  # n02085936_10130, the foreground's
+    share = np.array([zlib.crc32(p.encode()) % 1000 / 1000 for p in photo])
+    mapping = next((p for p in (root / "in_to_in9.json", outer / "in_to_in9.json") if p.is_file()), None)
+    tree = read_json(mapping) if mapping else {}
+    imagenet = [[int(k) for k, v in tree.items() if int(v) == c] for c in range(len(folders))] if mapping else []
+    where = [os.path.join(first_folder(root / r[0], "val"), r[1], r[2]) for r in rows]
+    return samples_of(f"in9:{root}", where, [folders.index(r[1]) for r in rows], [places.index(r[0]) for r in rows],
+                      np.searchsorted([.6, .8], share, side="right"), classes, places, notes, imagenet=imagenet, official=False)
+
+
+def imagenet(root):
+    """imagenet:DIR, 1000 classes; by WordNet id where the names have it, so that some may be missing, else by their order."""
+    outer, notes = folder(root, "data imagenet"), []
+    root = first_folder(outer, "val")
+    paths, ids = scan(root), imagenet_names(0)
+    number = {w: k for k, w in enumerate(ids)}
+    label = lambda p: p[0] if len(p) > 1 else p[0].split("_")[0].split(".")[0]
+    found = sorted({label(p) for p in paths})
+    if set(found) <= set(number):
+        y = [number[label(p)] for p in paths]
+    elif len(found) == 1000 and all(len(p) > 1 for p in paths):
+        y = [found.index(label(p)) for p in paths]
+    elif len(paths) == 1000 and all(len(p) == 1 for p in paths):
+        y = list(range(1000))
+    else:
+        raise Complaint(f"{root}: {len(paths)} images in {len({p[0] for p in paths if len(p) > 1})} folders, the first is {'/'.join(paths[0])}; "
+                        "expected folders n01440764 ..., or 1000 of them, or 1000 files, in the order of classes")
+    notes += [f"WARNING: {root}: {len(set(y))} of 1000 classes"] if len(set(y)) < 1000 else []
+    short = imagenet_names(2)
+    classes = [f"{n} ({w})" if short.count(n) > 1 else n for n, w in zip(short, ids)]
+    return samples_of(f"imagenet:{outer}", [os.path.join(root, *p) for p in paths], y, [0] * len(paths), make_splits(y), classes, ["anywhere"], notes,
+                      labels=short, imagenet=[[k] for k in range(1000)], official=False)
+# ---------------------------------------------------------------------------------------------------------------------
 # regions, and what discover.py found out about them
 
 def grid(spec):
@@ -903,6 +1543,56 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
     count = torch.full((images,), per)
     count[-1] += n - per * images
     return dict(reg_emb=x, num_regions=count, true_label=y, text_emb=text, img_emb=torch.nn.functional.normalize(z, dim=1), region_target=(kind == C + 12).long())
+
+
+def load_embeddings(name, span):
+    """The arrays of discover.py's --embeddings=FILE.npz, checked; of reg_emb [N, D] only the rows that span(N) names, (first, last + 1),
+    float32, no more than a piece of it in memory beside. Returns them in a dict, with notes; region_target and class_names None if they are missing."""
+    if not os.path.isfile(name):
+        raise Complaint(f"--embeddings={name}: no such file")
+    need, notes = ("reg_emb", "num_regions", "true_label", "text_emb", "img_emb"), []
+    try:
+        with np.load(name, allow_pickle=False) as file:
+            missing = [a for a in need if a not in file.files]
+            if missing:
+                raise Complaint(f"{name}: no array {missing[0]!r} (found: {', '.join(file.files)}); expected {', '.join(need)}")
+            count, y, text, z = (torch.from_numpy(np.ascontiguousarray(file[a])) for a in need[1:])
+            target = torch.from_numpy(file["region_target"]) if "region_target" in file.files else None
+            names = [str(c) for c in file["class_names"]] if "class_names" in file.files else None
+            with file.zip.open("reg_emb.npy") as stream:
+                read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(stream)[0]]
+                shape, fortran, kind = read(stream)
+                if len(shape) != 2 or text.dim() != 2 or z.dim() != 2 or not shape[1] == text.shape[1] == z.shape[1] or min(shape[1], len(text)) == 0:
+                    raise Complaint(f"{name}: reg_emb {list(shape)}, text_emb {list(text.shape)}, img_emb {list(z.shape)}; expected [N, D], [C, D], [n, D] with one D")
+                low, high = span(shape[0])
+                if fortran or kind.hasobject:
+                    x = np.ascontiguousarray(file["reg_emb"][low:high], np.float32)
+                else:
+                    x, size = np.empty((high - low, shape[1]), np.float32), kind.itemsize * shape[1]
+                    stream.seek(low * size, 1)
+                    for a in range(0, high - low, 1 << 16):
+                        b = min(a + (1 << 16), high - low)
+                        x[a:b] = np.frombuffer(stream.read((b - a) * size), kind).reshape(b - a, -1)
+    except Complaint:
+        raise
+    except Exception as problem:  # whatever a damaged file makes of itself
+        raise Complaint(f"{name}: not an .npz file of plain arrays ({type(problem).__name__}: {problem})") from None
+    if not len(count) == len(y) == len(z) or count.is_floating_point() or y.is_floating_point() or int(count.sum()) != shape[0] or (len(count) and count.min() < 0):
+        raise Complaint(f"{name}: num_regions {list(count.shape)} with sum {float(count.sum()):g}, true_label {list(y.shape)}, img_emb {list(z.shape)} and "
+                        f"reg_emb {list(shape)}; expected whole numbers [n], [n], with one row of reg_emb for each region")
+    if target is not None and target.shape != (shape[0],) or names is not None and len(names) != len(text):
+        raise Complaint(f"{name}: region_target {None if target is None else list(target.shape)}, {'no' if names is None else len(names)} class_names; "
+                        f"expected [{shape[0]}] and {len(text)}")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(text):
+        raise Complaint(f"{name}: true_label from {int(y.min())} to {int(y.max())}, text_emb has {len(text)} classes; expected 0 to {len(text) - 1}")
+    x = torch.from_numpy(x)
+    for what, t in (("reg_emb", x), ("img_emb", z), ("text_emb", text)):
+        norm = torch.cat([part.float().norm(dim=1) for part in t.split(1 << 16)])
+        if what != "reg_emb" and (not norm.isfinite().all() or not norm.all()):
+            raise Complaint(f"{name}: {what} has a row that is zero or not finite (row {int((~norm.isfinite() | (norm == 0)).nonzero()[0])})")
+        if len(norm) and (norm - 1).abs().max() > 1e-3:
+            notes.append(f"{name}: {what} is not unit-norm (norms {norm.min():.3g} to {norm.max():.3g}); normalised")
+    return dict(reg_emb=x, num_regions=count.long(), true_label=y.long(), text_emb=text.float(), img_emb=z, region_target=target, class_names=names, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -951,10 +1641,10 @@ class Regions:
 
     def weights(self, h, w):
         """The masks' regions as shares of the cells of a map, [R, h, w]."""
-        image = open_image(self.mask).convert("L")
+        image = open_image(self.mask).convert("L") if self.values else Image.new("L", (8, 8))
         frame = [v * n for v, n in zip(self.frame, image.size * 2)]
         m = np.asarray(image)
-        return torch.stack([torch.from_numpy(np.array(Image.fromarray(255 * (m == v).astype(np.uint8)).resize((w, h), Image.BOX, frame), np.float32)) / 255
+        return torch.zeros(0, h, w) if not self.values else torch.stack([torch.from_numpy(np.array(Image.fromarray(255 * (m == v).astype(np.uint8)).resize((w, h), Image.BOX, frame), np.float32)) / 255
                             for v in self.values])
 
 
@@ -972,15 +1662,21 @@ def picture_size(picture):
         return open_image(picture.path).size  # complains
 
 
-def load_regions(spec, pictures, frame):
+def load_regions(spec, pictures, frame, skip_bad=False):
     """Regions in each picture, list of Regions, and notes. spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns
     path,x1,y1,x2,y2 in pixels; coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg.
-    frame: (width, height) -> the box that the model sees. Raises Complaint for a box outside its picture or without area."""
+    frame: (width, height) -> the box that the model sees. skip_bad: a picture that cannot be read has no regions, instead of a Complaint,
+    which comes for a box outside its picture or without area, too."""
     kind, _, where = spec.partition(":")
     sizes = {}
 
     def seen(picture):
-        size = picture_size(picture)
+        try:
+            size = picture_size(picture)
+        except Complaint:
+            if not skip_bad:
+                raise
+            return (0, 0), None
         if size not in sizes:
             sizes[size] = frame(*size)
         return size, sizes[size]
@@ -988,7 +1684,11 @@ def load_regions(spec, pictures, frame):
     if kind == "grid":
         boxes, out = grid(spec).tolist(), []
         for picture in pictures:
-            left, top, right, bottom = f = seen(picture)[1]
+            f = seen(picture)[1]
+            if f is None:
+                out.append(Regions(picture, (), (0., 0., 1., 1.)))
+                continue
+            left, top, right, bottom = f
             w, h = right - left, bottom - top
             out.append(Regions(picture, tuple((left + x1 * w, top + y1 * h, left + x2 * w, top + y2 * h) for x1, y1, x2, y2 in boxes), f))
         return out, []
@@ -998,6 +1698,7 @@ def load_regions(spec, pictures, frame):
         out, found = [], find_masks([getattr(p, "path", "") for p in pictures], where)
         for picture, mask in zip(pictures, found):
             f = seen(picture)[1]
+            mask, f = (mask, f) if f else (None, (0., 0., 1., 1.))
             m = np.asarray(open_image(mask).convert("L")) if mask else np.zeros((1, 1))
             values = np.unique(m).tolist() if mask else []
             if len(values) > 32:
@@ -1010,8 +1711,8 @@ def load_regions(spec, pictures, frame):
     out = []
     for picture in pictures:
         (W, H), f = seen(picture)
-        parts, boxes = Path(getattr(picture, "path", "")).parts, []
-        for depth in range(len(parts), 0, -1):
+        parts, boxes, found = Path(getattr(picture, "path", "")).parts, [], None
+        for depth in range(len(parts) if f else 0, 0, -1):
             if (found := rows.get("/".join(parts[-depth:]))) is not None:
                 break
         for line, x1, y1, x2, y2 in found or ():
@@ -1023,7 +1724,7 @@ def load_regions(spec, pictures, frame):
                 boxes.append(box)
             else:
                 unseen += 1
-        out.append(Regions(picture, tuple(boxes), f))
+        out.append(Regions(picture, tuple(boxes), f or (0., 0., 1., 1.)))
     if not any(r.boxes for r in out):
         raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; its paths must be those of the pictures, or their ends "
                         f"(it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', pictures[0])})")
@@ -1033,7 +1734,7 @@ def load_regions(spec, pictures, frame):
 def span_of(on):
     """The box around the true pixels of an array, in shares."""
     rows, columns = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
-    return columns[0] / on.shape[1], rows[0] / on.shape[0], (columns[-1] + 1) / on.shape[1], (rows[-1] + 1) / on.shape[0]
+    return tuple(float(v) for v in (columns[0] / on.shape[1], rows[0] / on.shape[0], (columns[-1] + 1) / on.shape[1], (rows[-1] + 1) / on.shape[0]))
 
 
 def csv_boxes(path):
@@ -1088,7 +1789,7 @@ def load_discovery(path):
 
     Returns a dict: kept, ids of the kept clusters, ranked; clusters, the list in discovery.json; medoids [K, D] unit-norm, one row
     for each cluster id; mean [D], taken from unit region embeddings before they are compared with medoids (zeros: none was);
-    fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and for each region image [N] (row of
+    clipped, whether cosines below zero counted as zero; fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and for each region image [N] (row of
     paths), box [N, 4] (shares of the image), label [N].
     """
     path = Path(path) / "discovery.json" if Path(path).is_dir() else Path(path)
@@ -1100,6 +1801,7 @@ def load_discovery(path):
         tree = json.loads(path.read_text())
         with np.load(arrays, allow_pickle=False) as file:
             found = {k: torch.from_numpy(file[k]) for k in ("medoids", "mean", "image", "box", "label")}
+            found["clipped"] = bool(file["clipped"])
             found.update({k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}, paths=file["paths"].tolist())
         kept = [int(c["id"]) for c in tree["clusters"] if c["kept"]]
         if max(kept, default=0) >= len(found["medoids"]):
@@ -1133,21 +1835,48 @@ def thumb(image, caption="", size=150):
 
 
 def bars(rows, low=0., high=1.):
-    """Horizontal bars with intervals, as SVG. rows: (label, value, (lo, hi) or None, note), values in [low, high]."""
-    at = lambda v: 190 + 400 * (min(max(v, low), high) - low) / (high - low)
-    out = [f'<svg viewBox="0 0 720 {24 * len(rows) + 26}" role="img">']
-    for g in range(6):
-        v = low + (high - low) * g / 5
-        out.append(f'<line x1="{at(v):.0f}" y1="0" x2="{at(v):.0f}" y2="{24 * len(rows)}" class="grid"/>'
-                   f'<text x="{at(v):.0f}" y="{24 * len(rows) + 18}" text-anchor="middle" class="dim">{v:.1f}</text>')
-    for k, (label, value, interval, note) in enumerate(rows):
-        y = 24 * k + 4
-        out.append(f'<text x="182" y="{y + 12}" text-anchor="end">{html.escape(label)}</text>'
-                   f'<rect x="{at(low):.0f}" y="{y}" width="{at(value) - at(low):.1f}" height="16" rx="2"/>')
-        if interval:
-            out.append(f'<path d="M{at(interval[0]):.1f} {y + 8}H{at(interval[1]):.1f}M{at(interval[0]):.1f} {y + 4}v8M{at(interval[1]):.1f} {y + 4}v8" class="interval"/>')
-        out.append(f'<text x="600" y="{y + 12}">{value:.3f} <tspan class="dim">{html.escape(note)}</tspan></text>')
+    """Horizontal bars with intervals. rows: (label, value, (lo, hi) or None, note), values in [low, high]."""
+    at = lambda v: 100 * (min(max(v, low), high) - low) / (high - low)
+    out = []
+    for label, value, interval, note in rows:
+        span = f'<s style="left:{at(interval[0]):.1f}%;width:{at(interval[1]) - at(interval[0]):.1f}%"></s>' if interval else ""
+        out.append(f'<span>{html.escape(label)}</span><i class="track"><b style="width:{at(value):.1f}%"></b>{span}</i><span>{value:.3f} <small>{html.escape(note)}</small></span>')
+    return '<div class="bars">' + "".join(out) + "</div>"
+
+
+def scatter(points, xlabel, ylabel, curve=None):
+    """Points in the unit square, zoomed to where they are, as SVG. points: (name, x, y, whether it stands out); curve: list of (x, y)."""
+    values = [v for _, x, y, _ in points for v in (x, y)]
+    low, high = max(0., math.floor(10 * min(values) - .5) / 10), min(1., math.ceil(10 * max(values) + .5) / 10)
+    X, Y = (lambda v: 60 + 620 * (v - low) / (high - low)), (lambda v: 380 - 360 * (v - low) / (high - low))
+    out = ['<svg viewBox="0 0 720 430" role="img">']
+    for k in range(round(10 * low), round(10 * high) + 1):
+        v = k / 10
+        out.append(f'<path d="M{X(v):.0f} 20V380M60 {Y(v):.0f}H680" class="grid"/><text x="{X(v):.0f}" y="398" text-anchor="middle" class="dim">{v:.1f}</text>'
+                   f'<text x="52" y="{Y(v) + 4:.0f}" text-anchor="end" class="dim">{v:.1f}</text>')
+    out.append(f'<path d="M{X(low):.0f} {Y(low):.0f}L{X(high):.0f} {Y(high):.0f}" class="grid" stroke-dasharray="4 4"/>'
+               f'<text x="370" y="424" text-anchor="middle">{html.escape(xlabel)}</text>'
+               f'<text x="14" y="200" text-anchor="middle" transform="rotate(-90 14 200)">{html.escape(ylabel)}</text>')
+    inside = [(x, y) for x, y in curve or () if low <= x <= high and low <= y <= high]
+    if inside:
+        out.append('<path d="M' + "L".join(f"{X(x):.1f} {Y(y):.1f}" for x, y in inside) + '" class="interval"/>')
+    taken = []
+    for name, x, y, strong in sorted(points, key=lambda p: (not p[3], p[2])):
+        at = Y(y) + 4
+        while any(abs(at - b) < 13 and abs(X(x) - a) < 190 for a, b in taken):  # no name over another
+            at += 13
+        taken.append((X(x), at))
+        left = X(x) > 500
+        out.append(f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="{5 if strong else 3.5}" class="{"dot" if strong else "pale"}"><title>{html.escape(name)}: {x:.3f}, {y:.3f}</title></circle>'
+                   f'<text x="{X(x) + (-9 if left else 9):.1f}" y="{at:.1f}" text-anchor="{"end" if left else "start"}"{"" if strong else " class=dim"}>{html.escape(name[:34])}</text>')
     return "".join(out) + "</svg>"
+
+
+def write_table(path, header, rows):
+    """A CSV file, written whole; None as an empty field."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    write(path, buffer.getvalue())
 
 
 def html_table(header, rows):
@@ -1164,14 +1893,17 @@ def page(title, lead, sections):
 <title>{html.escape(title)}</title><style>
 :root{{--ink:#22302d;--dim:#71807b;--paper:#fbfaf6;--line:#dedbd0;--bar:#4f8f86;--mark:#22302d}}
 @media(prefers-color-scheme:dark){{:root{{--ink:#e6e8e3;--dim:#93a09b;--paper:#171c1b;--line:#343d3a;--bar:#4f9d92;--mark:#f2efe6}}}}
-body{{margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}}
+body{{overflow-wrap:anywhere;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}}
 h1{{margin:0;font-size:28px}}h2{{margin:40px 0 10px;font-size:19px}}p{{max-width:70ch}}small,.dim{{color:var(--dim);fill:var(--dim)}}
 figure{{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}}figure img{{width:100%;border-radius:6px;display:block}}
 figcaption{{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}}.wide{{overflow-x:auto}}
-table{{border-collapse:collapse;font-size:14px}}th,td{{padding:4px 14px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}}
-th:first-child,td:first-child,.text{{text-align:left}}svg{{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}}rect{{fill:var(--bar)}}
-.grid{{stroke:var(--line)}}.interval{{stroke:var(--mark);stroke-width:1.4;fill:none}}pre{{overflow-x:auto;font-size:12.5px}}
-@media(max-width:520px){{figure{{width:calc(50% - 10px)}}}}
+table{{border-collapse:collapse;font-size:14px}}th,td{{padding:4px 14px 4px 0;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}}td{{white-space:nowrap}}
+th:first-child,td:first-child,.text{{text-align:left}}svg{{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}}rect{{fill:var(--bar)}}.small figure{{width:84px}}
+.dot{{fill:var(--bar)}}.pale{{fill:none;stroke:var(--dim)}}.grid{{stroke:var(--line);fill:none}}.interval{{stroke:var(--mark);stroke-width:1.4;fill:none}}pre{{overflow-x:auto;font-size:12.5px}}
+.bars{{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;gap:5px 12px;align-items:center;max-width:760px;font-size:13px;margin:6px 0 14px}}
+.bars span:nth-child(3n+1){{text-align:right;overflow-wrap:anywhere}}.track{{position:relative;height:15px;background:linear-gradient(90deg,var(--line) 1px,transparent 1px) 0/20% 100%;border-right:1px solid var(--line)}}
+.bars b{{display:block;height:100%;background:var(--bar);border-radius:2px}}.bars s{{position:absolute;top:3px;height:9px;border:solid var(--mark);border-width:0 1.4px;background:linear-gradient(var(--mark),var(--mark)) 0 50%/100% 1.4px no-repeat}}
+h3{{margin:18px 0 4px;font-size:15px}}@media(max-width:520px){{figure{{width:calc(50% - 10px)}}.small figure{{width:calc(20% - 10px)}}.bars{{grid-template-columns:minmax(0,34%) 1fr max-content;gap:5px 8px;font-size:12px}}svg{{font-size:17px}}}}
 </style><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>"""
 
 

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_regions, npz, open_image, outlined, page,
-                  region_truth, revision, rng, run, say, table, thumb, write, write_json)
+from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_embeddings, load_regions, npz,
+                  open_image, outlined, page, region_truth, revision, rng, run, say, table, thumb, write, write_json)
 from kernels import cluster_sums, region_pool
-from model import Map, Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, roi_regions, unit, with_map
+from model import Map, Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, prompt_embeddings, roi_regions, unit, with_map
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
 out_dir = "out"          # discovery.json, discovery.npz, discovery.html
@@ -89,8 +89,8 @@ def main():
     if rank() == 0:
         for line in found["notes"]:
             say(line)
-    C, n_regions = found["score"].shape[1], len(found["image"])
-    ks = k_range(C, n_regions)
+    n_regions = len(found["image"])
+    ks = k_range(len(found["classes"]), n_regions)
     x, mean = centred(x)
 
     clock = time.time()
@@ -98,18 +98,17 @@ def main():
     best = max(sweep, key=lambda k: (sweep[k]["silhouette"], -k))
     if clustering == "ravl" and sweep[best]["silhouette"] <= 0:
         say("silhouette: not positive for any k; regions do not fall into clusters")
-    labels, medoids = every(sweep[best]["labels"].long()), sweep[best]["medoids"]
+    labels, medoids = gathered(sweep[best]["labels"].long()), sweep[best]["medoids"]
     M = rows_of(x, medoids)
     seconds["cluster"], clock = time.time() - clock, time.time()
     results = {name: identify(labels, best, found, name) for name in CLUSTERS}
     stable = stability(sweep, best, labels, results["ravl"], found)
     seconds["identify"], clock = time.time() - clock, time.time()
-    similarity = every(closeness(x, M, sweep[best]["labels"].long()))
+    similarity = gathered(closeness(x, M, sweep[best]["labels"].long()))
     order = torch.from_numpy(np.lexsort((-np.arange(n_regions), -similarity.numpy().astype(np.float64))))  # of ties the later first, as published
     members = torch.split(order[labels[order].argsort(stable=True)], torch.bincount(labels, minlength=best).tolist())
-    ranked = {name: [members[c] for c in r["ranking"] if r["kept"][c]][:1] for name, r in results.items()}
-    wanted = LISTS if method == "all" else (method,) if method in LISTS else ()
-    ranked.update({name: [globals()[name](x, found)] for name in wanted})
+    ranked = {name: next((members[c] for c in r["ranking"] if r["kept"][c]), members[0][:0]) for name, r in results.items()}
+    ranked.update({name: globals()[name](x, found) for name in (LISTS if method == "all" else (method,) if method in LISTS else ())})
     seconds["rank"] = time.time() - clock
     silhouette, rows = clipped_silhouette(x, sweep[best]["labels"].long(), best, mean)
     negative = negative_pairs(x)
@@ -118,24 +117,26 @@ def main():
     seconds["total"] = time.time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if os.uname().sysname == "Linux" else 30)
     if method in LISTS:
-        tree = [dict(id=0, kept=True, reason=f"ranked list of {method}", score=None, chance=None, influence=None, gaps={}, medoid=int(ranked[method][0][0]),
-                     regions=ranked[method][0].tolist(), stability=None)]
+        first = ranked[method].tolist()
+        tree = [dict(id=0, kept=True, reason=f"ranked list of {method}", score=None, chance=None, influence=None, gaps={}, medoid=first[0],
+                     regions=first, stability=None)] if first else []
     else:
         tree = described(results["ravl" if method == "all" else method], medoids, members, stable, found)
-    at_10 = {name: precision(r[0] if r else None, found) for name, r in ranked.items()}
+    at_10 = {name: precision(r, found) for name, r in ranked.items()}
     headline = "ravl" if method == "all" else method
     summary = dict(config=config, git=revision(), notes=found["notes"], k=best, silhouette=silhouette, silhouette_rows=rows,
                    silhouettes={str(k): s["silhouette"] for k, s in sweep.items()}, mean_removed=bool(mean.any()), negative_pairs=negative,
                    accuracy=float((found["predicted"] == found["y"]).double().mean()), classes=found["classes"], clusters=tree,
                    precision_at_10=at_10[headline], base_rate=None if found["target"] is None else float(found["target"].double().mean()),
-                   methods={name: dict(precision_at_10=at_10[name], top=r[0][:100].tolist() if r else []) for name, r in ranked.items()}, seconds=seconds,
+                   methods={name: dict(precision_at_10=at_10[name], top=r[:100].tolist()) for name, r in ranked.items()}, seconds=seconds,
                    peak_gib=peak)
     say(console(summary, found))
     out = Path(out_dir)
     write(out / "discovery.html", report(summary, found, similarity, M))
     write(out / "discovery.npz", npz(medoids=M.cpu().numpy(), mean=mean.numpy(), kept=np.array([c["id"] for c in tree if c["kept"]], np.int64),
-                                             fingerprint=found["fingerprint"], regions=regions, region_encoder=region_encoder, data=found["name"],
-                                             paths=found["paths"], image=found["image"].numpy(), box=found["box"].numpy(), label=labels.numpy()))
+                                             clipped=clustering == "ravl", fingerprint=found["fingerprint"], regions=regions,
+                                             region_encoder=region_encoder, data=found["name"],
+                                             paths=[str(getattr(p, "path", "")) for p in found["pictures"] or [""] * len(found["y"])], image=found["image"].numpy(), box=found["box"].numpy(), label=labels.numpy()))
     write_json(out / "discovery.json", summary)
     say(f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s")
 
@@ -154,13 +155,13 @@ def total(t, op="SUM"):
     return t
 
 
-def every(t):
-    """The rows of all processes, on each of them."""
+def gathered(thing):
+    """A list's or tensor's parts on all processes, put together, on each of them."""
     if not dist.is_initialized():
-        return t
+        return thing
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, t)
-    return torch.cat(parts)
+    dist.all_gather_object(parts, thing)
+    return torch.cat(parts) if isinstance(thing, torch.Tensor) else sum(parts, [])
 
 
 def span(n):
@@ -171,7 +172,7 @@ def span(n):
 
 def rows_of(x, index):
     """Rows of x [N, D], spread over the processes, by their numbers among all regions [k] -> [k, D]."""
-    counts = every(torch.tensor([len(x)]))
+    counts = gathered(torch.tensor([len(x)]))
     here = index - int(counts[:rank()].sum())
     mine = (here >= 0) & (here < len(x))
     out = x.new_zeros(len(index), x.shape[1])
@@ -185,70 +186,71 @@ def rows_of(x, index):
 def from_images():
     """Region embeddings and all that step 2 asks for, from images: (x [N, D] of this process, unit-norm; found, see tell)."""
     encoder = load_encoder(model, pretrained, quick_gelu, device)
-    samples = load_data(data, "", confounder, seed, difficulty, classes, prompts)
+    samples = load_data(data, "", confounder, seed, difficulty, classes, prompts, splits=False)
     names = [s.strip() for s in split.split(",")]
     expect(set(names) <= {"train", "val", "test"}, "split", split, "train, val, test, or several of them with commas")
     wanted = torch.isin(samples.split, torch.tensor([("train", "val", "test").index(s) for s in names]))
     logits, notes = suspect(encoder, samples, names)
     chosen = samples.keep(wanted.nonzero()[:, 0])
     low, high = span(len(chosen.items))
-    pictures, more = load_regions(regions, chosen.items[low:high], encoder.frame)
+    pictures, more = load_regions(regions, chosen.items, encoder.frame, skip_bad)
+    pictures = pictures[low:high]
     x, z, bad = embedded_regions(encoder, pictures)
     good = z.isfinite().all(1)
     count = torch.tensor([len(p.boxes) for p in pictures])
     x, count, kept = x[good.repeat_interleave(count)], count[good], good.nonzero()[:, 0]
-    here = chosen.keep(low + kept)
     target = None
     if masks:
         found = find_masks([getattr(p, "path", "") for p in chosen.items], masks)
-        target = every(torch.cat([outside_mask(pictures[k], found[low + k]) for k in kept.tolist()]) >= outside)
-    elif here.shows:
-        target = every(region_truth([pictures[k] for k in kept.tolist()], here.shows)[1])
-    shares = torch.cat([torch.tensor(pictures[k].boxes).view(-1, 4) for k in kept.tolist()]) if len(kept) else torch.zeros(0, 4)
-    return tell(x, logits, z[good], every(count), every(here.y), every(low + kept), encoder.fingerprint, every(shares), target, samples.name, samples.classes,
-                chosen.items, encoder.notes + samples.notes + notes + more + [f"skipped {line}" for _, line in bad], encoder)
+        target = gathered(torch.cat([outside_mask(pictures[k], found[low + k]) for k in kept.tolist()]) >= outside)
+    elif chosen.shows:
+        target = gathered(region_truth([pictures[k] for k in kept.tolist()], [chosen.shows[low + k] for k in kept.tolist()])[1])
+    box = torch.cat([torch.zeros(0, 4), *[torch.tensor(pictures[k].boxes).view(-1, 4) for k in kept.tolist()]])
+    which = gathered(low + kept).tolist()
+    return tell(x, z[good], logits, y=gathered(chosen.y[low + kept]), count=gathered(count), box=gathered(box), target=target, name=samples.name,
+                classes=samples.classes, pictures=[chosen.items[k] for k in which], fingerprint=encoder.fingerprint, encoder=encoder,
+                notes=encoder.notes + samples.notes + notes + more + gathered([f"skipped {line}" for _, line in bad]))
 
 
-def tell(x, logits, z, count, y, which, fingerprint, box, target, name, class_names, pictures, notes, encoder=None):
-    """Scores of regions x and images z, and the rest gathered from all processes: (x unit-norm in place, found).
+def tell(x, z, logits, **found):
+    """Regions x [N, D] and images z [n, D] of this process, and their classifier -> x, made unit-norm in place, and what steps 2 and 3 ask for.
 
-    found: image [N] row of the region's image, y, predicted [n], z [n, D] unit-norm, score [N, C] softmax of this process's regions,
-    best [n] region with the highest score for the image's predicted class (-1: no region), count [n] regions per image.
+    found, of all processes: y [n], count [n] regions per image, box [N, 4], target bool [N] or None, name, classes, pictures, notes. It gains
+    image [N], the number of each region's image; predicted [n]; z [n, D] unit-norm; own [N], the region's score (softmax) for the class that its
+    image is taken for; best [n], the region with the largest, the first of equals, -1 without any.
     """
-    C = len(class_names)
+    name, y, count, known = found["name"], found["y"], found["count"], found["classes"]
     if not len(y):
         raise Complaint(f"{name}: no images in --split={split}")
-    if C < 2:
-        raise Complaint(f"{name}: one class ({class_names[0]}); spurious correlations need two or more")
+    if len(known) < 2:
+        raise Complaint(f"{name}: one class ({known[0]}); spurious correlations need two or more")
     if not count.sum():
         raise Complaint(f"{name}: none of its {len(y)} images has a region")
-    notes = list(notes)
-    if not (count > 0).all():
-        notes.append(f"{int((count == 0).sum())} of {len(count)} images have no region: they count as images without the feature")
     image = torch.arange(len(y)).repeat_interleave(count)
-    predicted = every(logits(z).argmax(1))
-    low = int(every(torch.tensor([len(x)]))[:rank()].sum())
-    score, chosen = torch.empty(len(x), C), predicted[image[low:low + len(x)]]
+    predicted = gathered(logits(z).argmax(1))
+    low, own = int(gathered(torch.tensor([len(x)]))[:rank()].sum()), torch.empty(len(x), dtype=torch.double)
     for a in range(0, len(x), STEP):
-        score[a:a + STEP] = logits(x[a:a + STEP]).softmax(1)
-        norm = x[a:a + STEP].norm(dim=1, keepdim=True)
+        part = x[a:a + STEP]
+        taken = predicted[image[low + a:low + a + len(part)]]
+        own[a:a + STEP] = logits(part).double().softmax(1).gather(1, taken[:, None])[:, 0]
+        norm = part.norm(dim=1, keepdim=True)
         if not norm.isfinite().all() or not norm.all():
-            row = low + a + int((~norm.isfinite() | (norm == 0))[:, 0].nonzero()[0])
-            raise Complaint(f"{name}: the embedding of region {row} is {'zero' if norm[row - low - a] == 0 else 'not finite'}; leave it out, or check the model")
-        x[a:a + STEP] /= norm
-    own = every(score.gather(1, chosen[:, None])[:, 0].double())  # of the predicted class of its image
+            row = int((~norm.isfinite() | (norm == 0))[:, 0].nonzero()[0])
+            raise Complaint(f"{name}: the embedding of region {low + a + row} is {'zero' if norm[row] == 0 else 'not finite'}; leave it out, or check the model")
+        part /= norm
+    own = gathered(own)
     highest = torch.full((len(y),), -math.inf, dtype=torch.double).scatter_reduce_(0, image, own, "amax")
     hit = (own == highest[image]).nonzero()[:, 0]
-    best = torch.full((len(y),), len(image)).scatter_reduce_(0, image[hit], hit, "amin")  # the first of equals
-    notes.append(f"{len(image)} regions of {len(y)} images, classes {', '.join(class_names[:6])}{', ...' * (C > 6)}; "
-                 f"accuracy {float((predicted == y).double().mean()):.3f}")
+    best = torch.full((len(y),), len(image)).scatter_reduce_(0, image[hit], hit, "amin")
+    notes = found["notes"] + [f"{len(image)} regions of {len(y)} images, classes {', '.join(known[:6])}{', ...' * (len(known) > 6)}; "
+                              f"accuracy {float((predicted == y).double().mean()):.3f}"]
+    if not (count > 0).all():
+        notes.append(f"{int((count == 0).sum())} of {len(count)} images have no region: they count as images without the feature")
     if (predicted == y).all():
         notes.append(f"the classifier is right on all {len(y)} images: without errors no influence is defined, and nothing can be found")
     if len(set(y.tolist())) == 1:
-        notes.append(f"all images are of one class ({class_names[int(y[0])]}): a feature that helps one class and harms another cannot show")
-    return x, dict(image=image, y=y, predicted=predicted, z=unit(every(z.float())), score=score, own=own, best=torch.where(best < len(image), best, -1), count=count,
-                   target=target, name=name, classes=class_names, box=box, paths=[str(getattr(pictures[k], "path", "")) for k in which.tolist()] if pictures else
-                   [""] * len(y), pictures=[pictures[k] for k in which.tolist()] if pictures else None, fingerprint=fingerprint, notes=notes, encoder=encoder)
+        notes.append(f"all images are of one class ({known[int(y[0])]}): a feature that helps one class and harms another cannot show")
+    return x, dict(found, image=image, predicted=predicted, z=unit(gathered(z.float())), own=own, best=torch.where(best < len(image), best, -1), notes=notes)
 
 
 def suspect(encoder, samples, names):
@@ -257,9 +259,10 @@ def suspect(encoder, samples, names):
     if kind == "auto":
         kind = "probe" if ckpt else "text" if encoder.tokenizer else "rows" if len(samples.classes) == 1000 else "probe"
     if kind == "text":
-        templates = samples.prompts or ["a photo of a {}."]
-        text = encoder.class_embeddings(samples.classes, templates)
-        return lambda v: unit(v.float()) @ text.T / temperature, [f"classifier: text embeddings, prompts {templates[0]!r}" + f" and {len(templates) - 1} more" * (len(templates) > 1)]
+        texts = samples.class_prompts()
+        text = prompt_embeddings(encoder, texts, cache_dir)
+        said = f"classifier: text embeddings, prompts {texts[0][0]!r}" + f" and {len(texts[0]) - 1} more" * (len(texts[0]) > 1)
+        return lambda v: unit(v.float()) @ text.T / temperature, [said]
     if kind == "rows":
         weight, bias = encoder.classifier()
         if len(weight) != len(samples.classes):
@@ -297,7 +300,7 @@ def embedded_regions(encoder, pictures):
             z, m = with_map(encoder.fast, encoder.kind, images)  # [N, D], [N, h, w, D]
             h, w = m.shape[1:3]
             index = torch.arange(len(some)).repeat_interleave(torch.tensor([len(p.boxes) for p in some]))
-            where = torch.cat([p.weights(h, w) if p.mask else p.seen() * torch.tensor([w, h, w, h]) for p in some]).to(m)
+            where = torch.cat([p.weights(h, w) if regions.startswith("masks:") else p.seen() * torch.tensor([w, h, w, h]) for p in some]).to(m)
             r = region_pool(m.float().contiguous(), where.float(), index.to(m.device))
         parts = r.split([len(p.boxes) for p in some])
         return torch.cat([v for i, part in enumerate(parts) for v in (z[i:i + 1].to(part), part)])
@@ -323,80 +326,21 @@ def outside_mask(picture, path):
 
 
 def from_file():
-    """The same from --embeddings: reads this process's share of the regions, a piece at a time. random:N,D draws them."""
+    """The same from --embeddings: this process's share of the regions. random:N,D draws them."""
     name = embeddings
     if name.startswith("random:"):
         N, _, D = name.removeprefix("random:").partition(",")
         if not (N.isdigit() and D.isdigit()):
             raise Complaint(f"--embeddings={name}: expected random:N,D, for instance random:100000,256")
-        drawn = drawn_regions(int(N), int(D), seed)
-        low, high = span(int(N))
-        return told(name, drawn["reg_emb"] if high - low == int(N) else drawn["reg_emb"][low:high].clone(), drawn["num_regions"], drawn["true_label"], drawn["text_emb"],
-                    drawn["img_emb"], drawn["region_target"], [str(c) for c in range(len(drawn["text_emb"]))], [])
-    if not os.path.isfile(name):
-        raise Complaint(f"--embeddings={name}: no such file")
-    need = ("reg_emb", "num_regions", "true_label", "text_emb", "img_emb")
-    try:
-        file = np.load(name, allow_pickle=False)
-        missing = [a for a in need if a not in file.files]
-        if missing:
-            raise Complaint(f"{name}: no array {missing[0]!r} (found: {', '.join(file.files)}); expected {', '.join(need)}")
-        count, y, text, z = (torch.from_numpy(np.ascontiguousarray(file[a])) for a in need[1:])
-        target = torch.from_numpy(file["region_target"]) if "region_target" in file.files else None
-        class_names = [str(c) for c in file["class_names"]] if "class_names" in file.files else [str(c) for c in range(len(text))]
-        shape = header(file, "reg_emb")
-        if len(shape) != 2 or text.dim() != 2 or z.dim() != 2 or not shape[1] == text.shape[1] == z.shape[1] or min(shape[1], len(text)) == 0:
-            raise Complaint(f"{name}: reg_emb {list(shape)}, text_emb {list(text.shape)}, img_emb {list(z.shape)}; expected [N, D], [C, D], [n, D] with one D")
-        if not len(count) == len(y) == len(z) or count.is_floating_point() or y.is_floating_point() or int(count.sum()) != shape[0] or (len(count) and count.min() < 0):
-            raise Complaint(f"{name}: num_regions {list(count.shape)} with sum {float(count.sum()):g}, true_label {list(y.shape)}, img_emb {list(z.shape)} and "
-                            f"reg_emb {list(shape)}; expected whole numbers [n], [n], with one row of reg_emb for each region")
-        if target is not None and target.shape != (shape[0],) or len(class_names) != len(text):
-            raise Complaint(f"{name}: region_target {None if target is None else list(target.shape)}, class_names {len(class_names)}; expected [{shape[0]}] and {len(text)}")
-        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(text):
-            raise Complaint(f"{name}: true_label from {int(y.min())} to {int(y.max())}, text_emb has {len(text)} classes; expected 0 to {len(text) - 1}")
-        x = piece(file, "reg_emb", *span(shape[0]))
-    except Complaint:
-        raise
-    except Exception as problem:  # whatever a damaged file makes of itself
-        raise Complaint(f"{name}: not an .npz file of plain arrays ({type(problem).__name__}: {problem})") from None
-    notes = []
-    for what, t in (("img_emb", z), ("text_emb", text)):
-        norm = t.float().norm(dim=1)
-        if not norm.isfinite().all() or not norm.all():
-            raise Complaint(f"{name}: {what} has a row that is zero or not finite (row {int((~norm.isfinite() | (norm == 0)).nonzero()[0])})")
-    sample = x[:: max(1, len(x) // 1000)].norm(dim=1)
-    if len(x) and (sample - 1).abs().max() > 1e-3:
-        notes.append(f"{name}: reg_emb is not unit-norm (norms {sample.min():.3g} to {sample.max():.3g}); normalised")
-    return told(name, x, count.long(), y.long(), text, z, target, class_names, notes)
-
-
-def told(name, x, count, y, text, z, target, class_names, notes):
-    """tell() for embeddings that came without an encoder: scores by text embeddings [C, D]."""
-    text, (low, high) = unit(text.double()), span(len(y))
-    return tell(x, lambda v: unit(v.double()) @ text.T / temperature, z[low:high].float(), count, y, torch.arange(len(y)), "", torch.zeros(int(count.sum()), 4),
-                None if target is None else target > .5, name, class_names, None, notes)
-
-
-def header(file, array):
-    """Shape of an array in an open .npz, without reading it."""
-    with file.zip.open(array + ".npy") as stream:
-        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(stream)[0]]
-        return read(stream)[0]
-
-
-def piece(file, array, low, high):
-    """Rows low to high of an array in an .npz as float32 [high - low, D], no more than a piece of it in memory beside."""
-    with file.zip.open(array + ".npy") as stream:
-        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(stream)[0]]
-        (n, D), fortran, kind = read(stream)
-        if fortran or kind.hasobject:
-            return torch.from_numpy(np.ascontiguousarray(file[array][low:high], np.float32))
-        out, size = np.empty((high - low, D), np.float32), kind.itemsize * D
-        stream.seek(low * size, 1)
-        for a in range(0, high - low, STEP):
-            b = min(a + STEP, high - low)
-            out[a:b] = np.frombuffer(stream.read((b - a) * size), kind).reshape(b - a, D)
-    return torch.from_numpy(out)
+        read, (low, high) = drawn_regions(int(N), int(D), seed), span(int(N))
+        read["reg_emb"] = read["reg_emb"] if high - low == int(N) else read["reg_emb"][low:high].clone()
+    else:
+        read = load_embeddings(name, span)
+    z, y, target, text = read["img_emb"], read["true_label"], read["region_target"], unit(read["text_emb"].double())
+    low, high = span(len(y))
+    return tell(read["reg_emb"], z[low:high].float(), lambda v: unit(v.double()) @ text.T / temperature, y=y, count=read["num_regions"],
+                box=torch.zeros(int(read["num_regions"].sum()), 4), target=None if target is None else target > .5, name=name, pictures=None,
+                classes=read.get("class_names") or [str(c) for c in range(len(text))], notes=read.get("notes", []), fingerprint="", encoder=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,7 +386,7 @@ def kmedoids(x, ks, clip, seed):
     the regions that moved. Returns {k: dict(silhouette, labels [N] of this process, medoids [k], numbers among all regions)}.
     """
     local, D = x.shape
-    counts = every(torch.tensor([local]))
+    counts = gathered(torch.tensor([local]))
     n, low = int(counts.sum()), int(counts[:rank()].sum())
     parts = [slice(a, min(a + STEP, local)) for a in range(0, local, STEP)]
     generator = torch.Generator().manual_seed(seed)
@@ -472,8 +416,6 @@ def kmedoids(x, ks, clip, seed):
             keep = total(gain).argsort(descending=True)[min(len(medoids) - want, 1 + len(medoids) // 10):].sort().values
             new = torch.full((len(medoids) + 1,), -1).index_copy_(0, keep, torch.arange(len(keep)))
             medoids, cosine, s, S, size, label = medoids[keep], cosine[keep], s[keep], S[keep], size[keep], new[label]
-            if len(medoids) > want:
-                label = torch.cat([cosine[:, p].argmax(0) for p in parts]) if local else label
         K = len(medoids)
         for _ in range(300):
             nearest = torch.cat([cosine[:, p].argmax(0) for p in parts]) if local else label
@@ -664,8 +606,8 @@ def identify(label, k, found, method):
     kept = signs if method == "gap_only" else enough if method == "influence_only" else signs & enough
     key = influence if method == "influence_only" else score
     ranking = np.lexsort((-np.arange(k), -key.numpy())).tolist()
-    return dict(gap=gap, weight=weight, acc_in=acc_in, n_in=n_in, acc_out=acc_out, n_out=n_out, influence=influence, score=score, chance=chance, key=key, kept=kept.tolist(),
-                ranking=ranking, signs=signs)
+    return dict(gap=gap, weight=weight, acc_in=acc_in, n_in=n_in, acc_out=acc_out, n_out=n_out, influence=influence, score=score, chance=chance,
+                key=key, kept=kept.tolist(), ranking=ranking, signs=signs)
 
 
 def why(r, c):
@@ -674,7 +616,8 @@ def why(r, c):
         return "kept"
     if not r["signs"][c]:
         gap = r["gap"][:, c]
-        return "in no image, or in all of a class" if gap.isnan().all() else "no class does better with it" if not (gap > 0).any() else "no class does worse with it"
+        return ("in no image, or in all of a class" if gap.isnan().all() else
+                "no class does better with it" if not (gap > 0).any() else "no class does worse with it")
     i = float(r["influence"][c])
     return "influence undefined: no class that does worse with it has an error to ask" if i == -math.inf else f"influence {i:.2f} below {influence_least}"
 
@@ -686,7 +629,7 @@ def stability(sweep, best, labels, result, found):
     hits = dict.fromkeys(kept, 0)
     tried = list(sweep)[::max(1, len(sweep) // 12)] if kept else []
     for k in tried:
-        other = every(sweep[k]["labels"].long())
+        other = gathered(sweep[k]["labels"].long())
         r, size = identify(other, k, found, "ravl"), torch.bincount(other, minlength=k)
         for c in kept:
             shared = torch.bincount(other[labels == c], minlength=k)
@@ -699,17 +642,17 @@ def described(r, medoids, members, stable, found):
     number = lambda v: None if not math.isfinite(v) else float(v)
     out = []
     for c in sorted(r["ranking"], key=lambda c: not r["kept"][c]):
-        gaps = {found["classes"][l]: dict(gap=number(r["gap"][l, c]), weight=float(r["weight"][l, c]), acc_in=number(r["acc_in"][l, c]), n_in=int(r["n_in"][l, c]),
-                                          acc_out=number(r["acc_out"][l, c]), n_out=int(r["n_out"][l, c]))
+        gaps = {found["classes"][l]: dict({key: number(r[key][l, c]) for key in ("gap", "weight", "acc_in", "acc_out")},
+                                          n_in=int(r["n_in"][l, c]), n_out=int(r["n_out"][l, c]))
                 for l in range(len(found["classes"])) if r["n_in"][l, c] > 0 and r["n_out"][l, c] > 0}
-        out.append(dict(id=c, kept=bool(r["kept"][c]), reason=why(r, c), score=float(r["key"][c]) if math.isfinite(r["key"][c]) else None,
-                        chance=float(r["chance"][c]), influence=number(r["influence"][c]), gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c), regions=members[c].tolist()))
+        out.append(dict(id=c, kept=bool(r["kept"][c]), reason=why(r, c), score=number(r["key"][c]), chance=number(r["chance"][c]),
+                        influence=number(r["influence"][c]), gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c), regions=members[c].tolist()))
     return out
 
 
 def precision(regions, found, K=10):
     """Share of the first K regions that show the planted feature; None without region_target or --masks, or without a list."""
-    return None if regions is None or found["target"] is None else float(found["target"][regions[:K]].double().mean())
+    return None if not len(regions) or found["target"] is None else float(found["target"][torch.as_tensor(regions[:K])].double().mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -721,7 +664,7 @@ def random(x, found):
 
 def toward(x, direction, found, images):
     """Regions of some images, bool [n], by the cosine to a direction [D], largest first."""
-    score = every(torch.cat([part @ direction.float() for part in x.split(STEP)]) if len(x) else torch.empty(0))
+    score = gathered(torch.cat([part @ direction.float() for part in x.split(STEP)]) if len(x) else torch.empty(0))
     return by(score, images[found["image"]])
 
 
@@ -753,11 +696,11 @@ def george(x, found):
     right, worst = (found["predicted"] == found["y"]).double(), (math.inf, None, None)
     for l in sorted(set(found["y"].tolist())):
         of = (found["y"] == l).nonzero()[:, 0]
-        if len(of) < 4:
+        if len(of) < 4 or (found["z"][of] - found["z"][of[0]]).abs().max() < 1e-5:  # too few, or all alike
             continue
         low, high = span(len(of))
         groups = kmedoids(found["z"][of[low:high]], range(2, min(10, len(of))), False, seed)
-        labels = every(max(groups.values(), key=lambda g: g["silhouette"])["labels"].long())
+        labels = gathered(max(groups.values(), key=lambda g: g["silhouette"])["labels"].long())
         for c in set(labels.tolist()):
             accuracy = float(right[of[labels == c]].mean())
             if accuracy < worst[0] and (labels != c).any():
@@ -818,8 +761,9 @@ def console(summary, found):
     if method not in LISTS:
         lines.append("No spurious feature was found. The nearest candidates:" if not kept else f"{len(kept)} spurious feature{'s' * (len(kept) > 1)} found:")
         shown = kept or sorted(summary["clusters"], key=lambda c: -(c["score"] or 0))[:3]
-        lines.append(table(("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"),
-                           [(str(c["id"]), c["score"], c["chance"], c["influence"], len(c["regions"]), c["stability"], precision(torch.tensor(c["regions"]), found),
+        lines.append(table(("cluster", "score", "by chance", "influence", "regions", "stability", "P@10",
+                            "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"),
+                           [(str(c["id"]), c["score"], c["chance"], c["influence"], len(c["regions"]), c["stability"], precision(c["regions"], found),
                              "; ".join(filter(None, ["" if kept else c["reason"], gaps(c, 1), gaps(c, -1)]))) for c in shown[:20]]))
     if method == "all":
         lines.append("\n" + table(("method", "precision_at_10"), [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]))
@@ -853,11 +797,11 @@ def report(summary, found, similarity, M):
             html += "<p>Nearest words: " + escape(", ".join(vocabulary[i] for i in (words @ M[c["id"]]).topk(6).indices)) + "</p>"
         if found["pictures"]:
             label = lambda r: f"{found['classes'][found['y'][found['image'][r]]]}, taken for {found['classes'][found['predicted'][found['image'][r]]]}"
-            html += "<h3>Its regions, the most typical first</h3>" + "".join(
-                thumb(Crop(found["pictures"][found["image"][r]], tuple(found["box"][r].tolist())).image(), f"cosine {similarity[r]:.2f}", 105) for r in top)
+            html += "<h3>Its regions, the most typical first, with their cosine to the medoid</h3><div class=small>" + "".join(
+                thumb(Crop(found["pictures"][found["image"][r]], tuple(found["box"][r].tolist())).image(), f"{similarity[r]:.2f}", 84) for r in top) + "</div>"
             seen, images = set(), []
             for r in c["regions"]:
-                if int(found["image"][r]) not in seen and len(images) < 8:
+                if int(found["image"][r]) not in seen and len(images) < 6:
                     seen.add(int(found["image"][r]))
                     images.append(r)
             html += "<h3>In their images</h3>" + "".join(
@@ -880,4 +824,4 @@ def report(summary, found, similarity, M):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "the same command")

@@ -2,11 +2,13 @@
 
 Every equation of BAP (arXiv 2605.11107) here is our reading: the paper's own are not public.
 """
-import collections, contextlib, copy, hashlib, logging, math, os, time, warnings, zipfile
+import collections, contextlib, copy, hashlib, itertools, json, logging, math, os, threading, time, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -29,7 +31,8 @@ class Encoder:
 
     dim: D. transform: PIL RGB -> float [3, H, W]. signed: False if embeddings are never negative (they come from a
     ReLU). notes: what was assumed. fingerprint: hash of weights and transform, the cache's key. tokenizer: a function that
-    loads it, None if there is no text tower. logit_scale: inverse temperature of its text logits.
+    loads it, None if there is no text tower. logit_scale: inverse temperature of its text logits. reads, names: whether it has a
+    text tower, and a linear classifier of ImageNet's 1000 classes.
     """
 
     def __init__(self, name, module, transform, kind, device, fused=None, tokenizer=None, notes=()):
@@ -47,6 +50,7 @@ class Encoder:
         quick = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.precision, self.agrees = "bfloat16" if quick else "float32", False
         self.logit_scale = module.logit_scale.exp().item() if hasattr(module, "logit_scale") else None
+        self.reads, self.names = tokenizer is not None, kind == "timm" and getattr(module.get_classifier(), "out_features", 0) == 1000
 
     def images(self, x):
         """Images [N, 3, H, W] -> embeddings [N, D], not normalised."""
@@ -183,6 +187,56 @@ def load_encoder(model, pretrained="", quick_gelu="auto", device="auto"):
     if model.startswith("timm:"):
         return _timm(model, pretrained, device)
     return _open_clip(model, pretrained, quick_gelu, device)
+
+
+class Remembered:
+    """An encoder as a former run left it: what is known of it without its weights. Asked for anything else, it becomes the Encoder."""
+
+    def __init__(self, known, load):
+        self.__dict__.update(known, load=load, lock=threading.Lock())
+
+    def __getattr__(self, name):
+        with self.__dict__["lock"]:  # threads that ask at once wait for the one that loads
+            if type(self) is Remembered:
+                real = self.load()
+                if real.fingerprint != self.fingerprint:
+                    raise Complaint(f"--model={real.name}: its weights are not those of the former run; delete {self.path} and start again")
+                self.__dict__ = {**real.__dict__, **self.__dict__}
+                self.__class__ = Encoder
+        return getattr(self, name)
+
+
+KNOWN = ("name", "kind", "device", "notes", "fingerprint", "dim", "signed", "precision", "agrees", "logit_scale", "reads", "names")
+
+
+def recall_encoder(model, pretrained="", quick_gelu="auto", device="auto", cache="cache"):
+    """load_encoder, but where a former run with this cache has left a note of this encoder, nothing is loaded or imported before it
+    is needed. The note is of the same weights: file (size, time) or tag, versions, code; random weights have none."""
+    load = lambda: load_encoder(model, pretrained, quick_gelu, device)
+    where = pretrained
+    if model == "lite0" and pretrained in ("", "imagenet"):
+        spec = find_spec(LITE0[0].split("/")[0])
+        where = str(Path(spec.origin).parent.parent / LITE0[0]) if spec else ""
+    if not cache or pretrained == "none" and model != "tiny":
+        return load()
+    file = [os.path.abspath(where), os.stat(where).st_size, os.stat(where).st_mtime_ns] if os.path.isfile(where) else [where]
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    words = [model, quick_gelu, device, *file, code, torch.cuda.is_available(), *[version(p) for p in ("torch", "timm", "open_clip_torch")]]
+    path = Path(cache) / f"encoder-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]}.json"
+    try:
+        known = json.loads(path.read_text())
+        return Remembered(dict({k: known[k] for k in KNOWN}, path=str(path)), load)
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
+        encoder = load()
+        encoder.path = str(path)
+        remember(encoder)
+        return encoder
+
+
+def remember(encoder):
+    """Leaves a note of an encoder from recall_encoder; again when its precision has been settled."""
+    if getattr(encoder, "path", ""):
+        write(encoder.path, json.dumps({k: getattr(encoder, k) for k in KNOWN}))
 
 
 def _lite0(pretrained, device):
@@ -389,7 +443,7 @@ def unit(x):
     return F.normalize(x, dim=-1)
 
 
-def embed(encoder, pictures, cache="cache", batch=8, threads=0, dtype="auto", skip_bad=False, label="images", compute=None, name="", rows=None):
+def embed(encoder, pictures, cache="cache", batch=8, threads=0, dtype="auto", skip_bad=False, label="images", compute=None, name="", rows=None, shard=None):
     """Embeddings of pictures (see data.py): float32 [n, D], not normalised; and [(index, line)] of those left out.
 
     compute: what to compute of images [N, 3, H, W] and their pictures, encoder.images if None; name is its part of the cache's
@@ -397,41 +451,100 @@ def embed(encoder, pictures, cache="cache", batch=8, threads=0, dtype="auto", sk
     threads: that decode and, on a CPU, run the network; 0 for one per core. dtype: float32, bfloat16, or auto: bfloat16 where the processor computes in it
     and the first batch agrees with float32. A row whose picture cannot be read is NaN if skip_bad, else Complaint.
     cache: folder of safetensors, one per CHUNK pictures, named by the hash of encoder, dtype and the pictures' keys;
-    "" for none. A damaged file is computed anew, and that is said.
+    "" for none. A damaged file is computed anew, and that is said. More than ROOM bytes lie in a file there, mapped into memory.
+    shard: (rank, ranks) under torch.distributed: each rank does every ranks-th chunk, rank 0 gets all (the others None). The
+    numbers are the same for any number of ranks: no batch has pictures of two chunks.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise Complaint(f"--dtype: found {dtype!r}, expected auto, float32 or bfloat16")
+    rank, ranks = shard or (0, 1)
     chunks = [pictures[k:k + CHUNK] for k in range(0, len(pictures), CHUNK)]
     keys = [[p.key() for p in chunk] for chunk in chunks]
     rows = rows or [1] * len(pictures)
-    heights = [sum(rows[k:k + CHUNK]) for k in range(0, len(pictures), CHUNK)]
-    while True:
-        choice = encoder.precision if dtype == "auto" else dtype
-        paths = [cache and _cache_path(cache, encoder, choice + name, k) for k in keys]
-        done = [_read_cache(path, count) if path else None for path, count in zip(paths, heights)]
-        todo = [k for k, z in enumerate(done) if z is None]
-        if not todo or choice == "float32" or dtype != "auto" or _agrees(encoder, chunks[todo[0]][:batch]):
-            break
-        encoder.precision = "float32"
-        say("dtype: bfloat16 changes the embeddings of the first batch, float32 is used")
-    compute = compute or (lambda x, _: encoder.images(x))
-    bad, started, count = [], time.time(), sum(len(chunks[k]) for k in todo)
-    if todo:
-        from tqdm import tqdm
-        with tqdm(total=count, unit=" images", desc=label, disable=None, leave=False) as bar:
-            some = [(p, r) for k in todo for p, r in zip(chunks[k], rows[k * CHUNK:])]
-            stream = _forward(encoder, some, batch, threads or cores(), choice, skip_bad, bar, compute)
-            for k in todo:
-                parts = [next(stream) for _ in chunks[k]]
-                done[k] = torch.cat([z for z, _ in parts])
-                lines = [(i + k * CHUNK, line) for i, (_, line) in enumerate(parts) if line]
-                bad += lines
-                if paths[k] and not lines:
-                    _write_cache(paths[k], done[k])
-        rate = count / (time.time() - started)
-    say(f"{label}: " + (f"{count} embedded in {count / rate:.1f} s, {rate:.0f} images/s, {choice}" if todo else "")
-        + ("; " if 0 < count < len(pictures) else "") + (f"{len(pictures) - count} from the cache" if count < len(pictures) else ""))
-    return torch.cat(done) if done else torch.empty(0, encoder.dim), bad
+    ends = [0, *itertools.accumulate(sum(rows[k:k + CHUNK]) for k in range(0, len(pictures), CHUNK))]
+    out, mine, bad, count = None, range(rank, len(chunks), ranks), [], 0
+
+    def put(k, z):
+        nonlocal out
+        if out is None and z is not None:
+            out = _room(ends[-1], z.shape[1], cache)
+        if z is not None:
+            out[ends[k]:ends[k + 1]] = z
+        return z is not None
+
+    def fill():
+        nonlocal count
+        while True:
+            choice = encoder.precision if dtype == "auto" else dtype
+            paths = [cache and _cache_path(cache, encoder, choice + name, k) for k in keys]
+            todo = [k for k in mine if not (cache and put(k, _read_cache(paths[k], ends[k + 1] - ends[k])))]
+            if not todo or choice == "float32" or dtype != "auto" or _agrees(encoder, pictures[:batch]):
+                break
+            encoder.precision = "float32"
+            say("dtype: bfloat16 changes the embeddings of the first batch, float32 is used")
+        count, started = sum(len(chunks[k]) for k in todo), time.time()
+        if todo:
+            from tqdm import tqdm
+            with tqdm(total=count, unit=" images", desc=label, disable=None if rank == 0 else True, leave=False) as bar:
+                some = [list(zip(chunks[k], rows[k * CHUNK:])) for k in todo]
+                stream = _forward(encoder, some, batch, threads or cores(), choice, skip_bad, bar, compute or (lambda x, _: encoder.images(x)))
+                for k in todo:
+                    parts = [next(stream) for _ in chunks[k]]
+                    put(k, torch.cat([z for z, _ in parts]))
+                    lines = [(i + k * CHUNK, line) for i, (_, line) in enumerate(parts) if line]
+                    bad.extend(lines)
+                    if cache and not lines:
+                        _write_cache(paths[k], out[ends[k]:ends[k + 1]])
+        seconds = time.time() - started
+        n = sum(len(chunks[k]) for k in mine)
+        say(f"{label}: " + (f"{count} embedded in {seconds:.1f} s, {count / seconds:.0f} images/s, {choice}" if todo else "")
+            + ("; " if 0 < count < n else "") + (f"{n - count} from the cache" if count < n else "") + (f" (a shard of {ranks})" if ranks > 1 else ""))
+
+    if ranks == 1:
+        fill()
+    else:
+        import torch.distributed as dist
+        _together(fill)
+        everything = [None] * ranks
+        dist.all_gather_object(everything, bad)
+        bad = sorted(line for some in everything for line in some)
+        for k in range(len(chunks)):  # to rank 0, which has chunk 0 and knows D by it
+            if k % ranks and rank == k % ranks:
+                dist.send(out[ends[k]:ends[k + 1]].clone(), 0)
+            elif k % ranks and rank == 0:
+                dist.recv(part := torch.empty(ends[k + 1] - ends[k], out.shape[1]), k % ranks)
+                put(k, part)
+        out = out if rank == 0 else None
+    return torch.empty(0, encoder.dim) if out is None and rank == 0 else out, bad
+
+
+ROOM = 1 << 32
+
+
+def _room(n, d, cache):
+    """A float32 tensor [n, d], in memory, or beyond ROOM bytes in a file of the cache folder that ends with the process."""
+    if n * d * 4 <= ROOM or not cache:
+        return torch.empty(n, d)
+    path = Path(cache) / f".room-{os.getpid()}-{time.monotonic_ns()}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    z = torch.from_file(str(path), shared=True, size=n * d, dtype=torch.float32).view(n, d)
+    path.unlink()  # the mapping stays
+    return z
+
+
+def _together(work):
+    """work() on every rank of torch.distributed; if it fails on one, all raise its Complaint, and none waits for another."""
+    import torch.distributed as dist
+    problem = None
+    try:
+        work()
+    except Exception as found:
+        problem = found
+    lines = [None] * dist.get_world_size()
+    dist.all_gather_object(lines, problem and (type(problem).__name__, str(problem)))
+    if any(lines):
+        kind, line = next(line for line in lines if line)
+        raise Complaint(line if kind == "Complaint" else f"{kind}: {line}") from problem
 
 
 def cores():
@@ -454,8 +567,8 @@ def _agrees(encoder, pictures):
     return True
 
 
-def _forward(encoder, pictures, batch, threads, choice, skip_bad, bar, compute):
-    """Yields (embeddings [rows, D], None or why they are missing) for each (picture, rows), in order.
+def _forward(encoder, chunks, batch, threads, choice, skip_bad, bar, compute):
+    """Yields (embeddings [rows, D], None or why they are missing) for each (picture, rows) of the chunks, lists of such pairs, in order.
 
     On a CPU each thread decodes a batch and runs the network on it by itself, on one core: nobody waits for anybody, and the
     numbers do not depend on how many threads there are. On a GPU threads decode, and this one feeds it.
@@ -479,7 +592,7 @@ def _forward(encoder, pictures, batch, threads, choice, skip_bad, bar, compute):
             x = _run(encoder, x, choice, compute, good) if good else None
         return some, [line for _, line in decoded], good, x
 
-    batches = iter([pictures[k:k + batch] for k in range(0, len(pictures), batch)])
+    batches = iter([chunk[k:k + batch] for chunk in chunks for k in range(0, len(chunk), batch)])
     with ThreadPoolExecutor(threads) as pool:
         waiting = collections.deque()
         try:
@@ -506,6 +619,18 @@ def _forward(encoder, pictures, batch, threads, choice, skip_bad, bar, compute):
 def _run(encoder, x, choice, compute, pictures=None):
     with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=choice == "bfloat16"):
         return compute(x, pictures).float()
+
+
+def prompt_embeddings(encoder, prompts, cache="cache"):
+    """For each label a list of texts -> [C, D] unit-norm: their unit embeddings averaged and normalised again. Kept in the cache."""
+    path = cache and _cache_path(cache, encoder, "texts", [json.dumps(prompts)])
+    t = _read_cache(path, len(prompts)) if path else None
+    if t is None:
+        parts = encoder.texts([text for texts in prompts for text in texts]).split([len(texts) for texts in prompts])
+        t = unit(torch.stack([p.mean(0) for p in parts]))
+        if path:
+            _write_cache(path, t)
+    return t
 
 
 def _cache_path(cache, encoder, choice, keys):
@@ -685,7 +810,8 @@ def additivity(z, i, j, heldout=.1, seed=0):
             fi, fj = (torch.unique(k[~test], return_inverse=True) for k in (i, j))
             mu2, a2, c2 = additive_solve(x[~test], fi[1], fj[1])
             guess = mu2 + a2[torch.searchsorted(fi[0], i[keep])] + c2[torch.searchsorted(fj[0], j[keep])]
-            r2_heldout = 1 - float((x[keep] - guess).square().sum() / (x[keep] - x[~test].mean(0)).square().sum())
+            error, spread = ((x[keep] - v).square().sum() for v in (guess, x[~test].mean(0)))
+            r2_heldout = 1 - float(error / spread) if spread > 1e-20 else None
         out[geometry] = dict(r2=1 - share[2], r2_heldout=r2_heldout, foreground=share[0], background=share[1], residual=share[2],
                              cross=1 - sum(share))
     return out
@@ -806,7 +932,7 @@ class Probe:
 
     def logits(self, x):
         """[N, D] -> [N, C] double."""
-        return (x.double() - self.mean) / self.scale @ self.weight + self.bias
+        return torch.cat([(v - self.mean) / self.scale @ self.weight + self.bias for _, v in _blocks(x)()])
 
     def predict(self, x):
         return self.logits(x).argmax(1)
@@ -826,24 +952,30 @@ def fit_probe(x, y, l2=.2, weight=None, classes=0):
     if weight is None:
         weight = 1 / torch.bincount(y, minlength=C).double()[y]
     w = weight.double() / weight.sum()
-    x = x.detach().double()
-    mean = x.mean(0)
-    scale = (x - mean).std(0).mean().clamp(min=1e-12)
-    x, basis = (x - mean) / scale, None
+    x = x.detach()
+    mean, deviation = mean_std(x)
+    scale, basis = deviation.mean().clamp(min=1e-12), None
     if n < x.shape[1]:  # the optimum lies in the span of the rows: exact, and smaller
+        x = (x.double() - mean) / scale
         basis = torch.linalg.qr(x.T).Q  # [D, n]
-        x = x @ basis
+        blocks = _blocks(x @ basis)
+    else:
+        blocks = _blocks(x, lambda v: (v - mean) / scale)
     columns = 1 if C == 2 else C
-    theta = torch.zeros(x.shape[1] + 1, columns, dtype=torch.double, requires_grad=True)
+    theta = torch.zeros(min(x.shape) + 1 if basis is not None else x.shape[1] + 1, columns, dtype=torch.double, requires_grad=True)
     sign = (2 * y - 1).double()
     optimiser = torch.optim.LBFGS([theta], max_iter=1000, history_size=20, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
     def loss():
         optimiser.zero_grad()
-        logits = x @ theta[:-1] + theta[-1]
-        ce = F.softplus(-sign * logits[:, 0]) if C == 2 else F.cross_entropy(logits, y, reduction="none")
-        value = (w * ce).sum() + l2 / 2 * theta[:-1].square().sum()
+        value = l2 / 2 * theta[:-1].square().sum()
         value.backward()
+        for rows, v in blocks():
+            logits = v @ theta[:-1] + theta[-1]
+            ce = F.softplus(-sign[rows] * logits[:, 0]) if C == 2 else F.cross_entropy(logits, y[rows], reduction="none")
+            part = (w[rows] * ce).sum()
+            part.backward()
+            value = value.detach() + part.detach()
         return value
 
     optimiser.step(loss)
@@ -854,21 +986,45 @@ def fit_probe(x, y, l2=.2, weight=None, classes=0):
     return Probe(mean, scale, W, b)
 
 
+KEEP = 1 << 26  # numbers of which a second copy, in double, is no matter
+
+
+def _blocks(x, change=lambda v: v):
+    """A function that walks over the rows of x [N, D]: (slice, change(rows in double)). What fits into 0.5 GB is changed once
+    and kept; more is changed in blocks at every walk, so that a million rows need no second copy."""
+    if x.numel() <= KEEP:
+        whole = change(x.double())
+        return lambda: [(slice(None), whole)]
+    return lambda: ((slice(k, k + (1 << 15)), change(x[k:k + (1 << 15)].double())) for k in range(0, len(x), 1 << 15))
+
+
+def mean_std(x, correction=1):
+    """Mean and standard deviation of the columns of x [N, D], double [D]."""
+    blocks = _blocks(x)
+    mean = sum(v.sum(0) for _, v in blocks()) / len(x)
+    return mean, (sum((v - mean).square().sum(0) for _, v in blocks()) / (len(x) - correction)).sqrt()
+
+
 def fit_l1_probe(x, y, C=.1, steps=1000):
     """L1 logistic regression on standardised x, proximal gradient with momentum (FISTA), for DFR.
 
     Minimises C sum_n CE_n + |W|_1 with the bias free, two classes or more (softmax), C in scikit-learn's units. Returns Probe.
     """
-    K, x = int(y.max()) + 1, x.double()
-    mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-12)
-    x = torch.cat([(x - mean) / scale, torch.ones(len(x), 1, dtype=torch.double)], 1)
-    columns, target = (1, y[:, None].double()) if K == 2 else (K, F.one_hot(y, K).double())
-    smooth = C * (.25 if K == 2 else .5) * torch.linalg.matrix_norm(x, 2) ** 2
-    theta = other = torch.zeros(x.shape[1], columns, dtype=torch.double)
+    K, D = int(y.max()) + 1, x.shape[1]
+    mean, scale = mean_std(x, 0)
+    scale = scale.clamp(min=1e-12)
+    blocks = _blocks(x, lambda v: F.pad((v - mean) / scale, (0, 1), value=1.))  # [N, D + 1]
+    columns = 1 if K == 2 else K
+    target = lambda rows: y[rows, None].double() if K == 2 else F.one_hot(y[rows], K).double()
+    smooth = C * (.25 if K == 2 else .5) * torch.linalg.eigvalsh(sum(v.T @ v for _, v in blocks()))[-1]
+    theta = other = torch.zeros(D + 1, columns, dtype=torch.double)
     t = 1.
     for _ in range(steps):
-        p = (x @ other).sigmoid() if K == 2 else (x @ other).softmax(1)
-        step = other - C * x.T @ (p - target) / smooth
+        slope = 0.
+        for rows, v in blocks():
+            p = (v @ other).sigmoid() if K == 2 else (v @ other).softmax(1)
+            slope = slope + v.T @ (p - target(rows))
+        step = other - C * slope / smooth
         new = torch.cat([step[:-1].sign() * (step[:-1].abs() - 1 / smooth).clamp(min=0), step[-1:]])
         if ((other - new) * (new - theta)).sum() > 0:  # restart the momentum (O'Donoghue and Candes 2015)
             t = 1.
@@ -881,6 +1037,26 @@ def fit_l1_probe(x, y, C=.1, steps=1000):
     if K == 2:
         W, b = torch.cat([torch.zeros_like(W), W], 1), torch.cat([torch.zeros_like(b), b])
     return Probe(mean, scale, W, b)
+
+
+def dfr(x, y, group, val, s, strengths=(1., .7, .3, .1, .07, .03, .01), retrains=20):
+    """Deep feature reweighting (Kirichenko et al. 2022): L1 logistic regression on group-balanced halves of the validation
+    set, C tuned for the worst group of the other half, then the mean of retrains on balanced subsets of all of it."""
+    generator = torch.Generator().manual_seed(s)
+    index = val.nonzero()[:, 0][torch.randperm(int(val.sum()), generator=generator)]
+    fit_on, tune_on = index[::2], index[1::2]
+
+    def balanced(pool):
+        parts = [pool[group[pool] == k] for k in torch.unique(group[pool])]
+        least = min(map(len, parts))
+        return torch.cat([p[torch.randperm(len(p), generator=generator)[:least]] for p in parts])
+
+    subset = balanced(fit_on)
+    C = max(strengths, key=lambda c: worst_group(fit_l1_probe(x[subset], y[subset], c, 300).predict(x[tune_on]) == y[tune_on], group[tune_on]))
+    fits = [fit_l1_probe(x[subset], y[subset], C, 300) for subset in (balanced(index) for _ in range(retrains))]
+    weight = torch.stack([f.weight / f.scale[:, None] for f in fits]).mean(0)
+    bias = torch.stack([f.bias - f.mean / f.scale @ f.weight for f in fits]).mean(0)
+    return Probe(0., 1., weight, bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -919,14 +1095,14 @@ def worst_group(correct, group):
 
 def paired_bootstrap(a, b, group, draws=2000, seed=0):
     """95 % interval of worst group(a) - worst group(b), the same test images drawn anew within each group. a, b: bool [N]."""
-    g = torch.Generator().manual_seed(seed)
+    g = np.random.default_rng(seed)
     means = []
-    for k in torch.unique(group).tolist():
-        pair = torch.stack([a, b]).double()[:, group == k]  # [2, n]
-        pick = torch.randint(pair.shape[1], (draws, pair.shape[1]), generator=g)
-        means.append(torch.stack([p[pick].mean(1) for p in pair]))  # [2, draws]
+    for k in torch.unique(group).tolist():  # to draw n pairs anew is to draw how often each kind of pair comes
+        kind = torch.bincount((2 * a + b.long())[group == k], minlength=4).numpy()  # neither, only b, only a, both
+        drawn = torch.from_numpy(g.multinomial(kind.sum(), kind / kind.sum(), draws)) / kind.sum()  # [draws, 4]
+        means.append(torch.stack([drawn[:, 2] + drawn[:, 3], drawn[:, 1] + drawn[:, 3]]))  # [2, draws]
     worst = torch.stack(means).amin(0)
-    low, high = torch.quantile(worst[0] - worst[1], torch.tensor([.025, .975], dtype=torch.double)).tolist()
+    low, high = torch.quantile((worst[0] - worst[1]).double(), torch.tensor([.025, .975], dtype=torch.double)).tolist()
     return low, high
 
 
@@ -968,11 +1144,33 @@ def assign_regions(r, discovery):
     discovery: what data.load_discovery returns.
     """
     r = unit(unit(r.float()) - discovery["mean"])
-    return torch.cat([(part @ discovery["medoids"].T).argmax(1) for part in r.split(1 << 16)]) if len(r) else torch.empty(0, dtype=torch.long)
+    least = 0 if discovery["clipped"] else -1
+    return torch.cat([(part @ discovery["medoids"].T).clamp(min=least).argmax(1) for part in r.split(1 << 16)]) if len(r) else torch.empty(0, dtype=torch.long)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
+
+def save_tensors(path, tree):
+    """A dict of tensors and plain values as safetensors, written whole."""
+    from safetensors.torch import save
+    plain = {k: v for k, v in tree.items() if not isinstance(v, torch.Tensor)}
+    content = save({k: v.contiguous() for k, v in tree.items() if isinstance(v, torch.Tensor)}, {"plain": json.dumps(plain)})
+    write(path, content + hashlib.sha256(content).digest())
+
+
+def load_tensors(path):
+    """What save_tensors wrote; None if there is none, or if it is damaged (that is said)."""
+    from safetensors.torch import load
+    if not os.path.isfile(path):
+        return None
+    content = Path(path).read_bytes()
+    if len(content) > 40 and hashlib.sha256(content[:-32]).digest() == content[-32:]:
+        size = int.from_bytes(content[:8], "little")
+        return {**load(content[:-32]), **json.loads(json.loads(content[8:8 + size])["__metadata__"]["plain"])}
+    say(f"{path}: damaged, computed anew")
+    return None
+
 
 def save_checkpoint(path, state):
     """A dict of tensors, numbers, strings, lists and dicts, written whole; loads with weights_only=True."""

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from data import (Complaint, Composite, bars, check, composites, draw_view, expect, flags, html_table, layers, load_data, load_discovery, load_regions, page,
                   picture_size, place_grounds, recompose, revision, rng, run, say, table, thumb, write, write_json)
 from kernels import pairwise_loss, region_pool
-from model import (Cutter, Map, additive_solve, additivity, assign_regions, cores, cos_sum, embed, features, fit_l1_probe, fit_probe, group_metrics, leace,
-                   load_checkpoint, load_encoder, moments, nullspace, paired_bootstrap, region_embeddings, renumber, save_checkpoint, sphere_log, unit,
+from model import (Cutter, Map, additive_solve, additivity, assign_regions, cores, cos_sum, dfr, embed, features, fit_probe, group_metrics, leace,
+                   load_checkpoint, load_encoder, moments, nullspace, paired_bootstrap, prompt_embeddings, region_embeddings, renumber, save_checkpoint, sphere_log, unit,
                    wiener, wiener_of, with_map, worst_group)
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
@@ -45,10 +45,11 @@ cache_dir = "cache"      # embeddings, reused by every run; --cache_dir= for non
 resume = False           # go on where an interrupted run of the same flags stopped
 skip_bad = False         # leave out images that cannot be read, counted and named, instead of stopping
 # --- the biased data to train the probe on ---------------------------------------------------------------------------
-data = "scenes"          # scenes | waterbirds:DIR
+data = "scenes"          # scenes, or NAME:DIR with NAME waterbirds, celeba, counteranimal, nico, cocogender, in9, imagenet, folder, csv;
+                         # --data=NAME:help says what to download and how it must look
 masks = ""               # folder of foreground masks of the training images (copy_paste, balanced_train)
 place_backgrounds = ""   # folders of backgrounds, one per place, comma-separated (balanced_train)
-confounder = 1.0         # scenes: share of the training images on their class's own place, 0.5 to 1
+confounder = 1.0         # scenes and pairs: share of the training images on their class's own place
 difficulty = 0.65        # scenes: how much the background outshouts the foreground, 0 to 1
 # --- the composites to pre-train on ----------------------------------------------------------------------------------
 foregrounds = "drawn"    # folder of RGBA cut-outs
@@ -339,33 +340,12 @@ def contrast(g, z, i, j, s, load, save):
     return g.requires_grad_(False)
 
 
-def dfr(x, y, group, val, s, strengths=(1., .7, .3, .1, .07, .03, .01), retrains=20):
-    """Deep feature reweighting (Kirichenko et al. 2022): L1 logistic regression on group-balanced halves of the validation
-    set, C tuned for the worst group of the other half, then the mean of retrains on balanced subsets of all of it."""
-    generator = torch.Generator().manual_seed(s)
-    index = val.nonzero()[:, 0][torch.randperm(int(val.sum()), generator=generator)]
-    fit_on, tune_on = index[::2], index[1::2]
-
-    def balanced(pool):
-        parts = [pool[group[pool] == k] for k in torch.unique(group[pool])]
-        least = min(map(len, parts))
-        return torch.cat([p[torch.randperm(len(p), generator=generator)[:least]] for p in parts])
-
-    subset = balanced(fit_on)
-    C = max(strengths, key=lambda c: worst_group(fit_l1_probe(x[subset], y[subset], c, 300).predict(x[tune_on]) == y[tune_on], group[tune_on]))
-    fits = [fit_l1_probe(x[subset], y[subset], C, 300) for subset in (balanced(index) for _ in range(retrains))]
-    first = fits[0]
-    first.weight = torch.stack([f.weight / f.scale[:, None] for f in fits]).mean(0)
-    first.bias = torch.stack([f.bias - f.mean / f.scale @ f.weight for f in fits]).mean(0)
-    first.mean, first.scale = 0., 1.
-    return first
-
-
 def invariance(g, z, i, x, samples, s):
     """Is the map's output invariant? Accuracy on test of a probe for the place, trained on val, on the raw embedding and on
     the map; mean cosine of map outputs of one foreground on two backgrounds, and of two foregrounds."""
     val, test = samples.split == 1, samples.split == 2
-    accuracy = lambda v: float((fit_probe(v[val], samples.place[val], l2).predict(v[test]) == samples.place[test]).double().mean())
+    one = len(torch.unique(samples.place[val])) < 2  # no place to predict
+    accuracy = lambda v: None if one else float((fit_probe(v[val], samples.place[val], l2).predict(v[test]) == samples.place[test]).double().mean())
     y, generator = unit(g(z)), torch.Generator().manual_seed(s)
     pick = torch.randperm(len(y), generator=generator)[:2000]
     cosine, same = y[pick] @ y[pick].T, i[pick][:, None] == i[pick]
@@ -408,10 +388,13 @@ def summary(results):
         f"cos(z(f, b), z(f) + z(b)): raw {sums['cos_sum']:.3f} (shuffled {sums['cos_sum_shuffled']:.3f}), "
         f"means removed {sums['cos_sum_centred']:.3f} ({sums['cos_sum_centred_shuffled']:.3f})",
         "\nIs the map invariant?",
-        f"accuracy of a probe for the place: raw {v['place_probe_raw']:.3f}, map {v['place_probe_map']:.3f}; "
-        f"cosine within a foreground {v['cos_within']:.3f}, between {v['cos_between']:.3f}",
+        f"{place_probe(v)}cosine within a foreground {v['cos_within']:.3f}, between {v['cos_between']:.3f}",
         f"\nTest split, every probe with l2 = {l2}{spread}. Interval: worst group over erm, 95 %, paired bootstrap",
         table(("method", "worst_group", "avg_group_mean", "avg_train_weighted", *names, "over erm"), rows)))
+
+
+def place_probe(v):
+    return "" if v["place_probe_raw"] is None else f"accuracy of a probe for the place: raw {v['place_probe_raw']:.3f}, map {v['place_probe_map']:.3f}; "
 
 
 def report(results, last):
@@ -448,8 +431,7 @@ def report(results, last):
         ("Additivity", "<p>Shares of the variance of composites in the fit z(f, b) = mu + a + c + e, flat and after the log map at the intrinsic mean.</p>"
          + html_table(("geometry", *keys), [(k, *[a[k][q] for q in keys]) for k in a])
          + f"<p>cos(z(f, b), z(f on grey) + z(b alone)), means removed: {a['flat']['cos_sum_centred']:.3f}; shuffled {a['flat']['cos_sum_centred_shuffled']:.3f}.</p>"),
-        ("Invariance", f"<p>A probe for the place gets {v['place_probe_raw']:.3f} on the raw embedding and {v['place_probe_map']:.3f} on the map. "
-         f"Cosine of map outputs within a foreground {v['cos_within']:.3f}, between foregrounds {v['cos_between']:.3f}.</p>"),
+        ("Invariance", f"<p>{place_probe(v)}cosine of map outputs within a foreground {v['cos_within']:.3f}, between foregrounds {v['cos_between']:.3f}.</p>"),
         ("Worst errors of bap on test", errors or "<p>none</p>"),
         ("Flags", "<pre>" + escape("\n".join(f"--{k}={v}" for k, v in results["config"].items())) + f"\ngit {results['git']}</pre>")])
 
@@ -484,7 +466,7 @@ def finetune(config):
     samples = load_data(data, masks, confounder, seed, difficulty)
     task = pairs_of(samples)
     encoder = load_encoder(model, pretrained, quick_gelu, device)
-    task["prompts"] = [template.format(name) for template in (getattr(samples, "prompts", None) or ["a photo of a {}."])[:1] for name in samples.classes]
+    task["prompts"] = [texts[0] for texts in samples.class_prompts()]
     encoder.texts(task["prompts"])  # complains if there is no text tower
     notes = encoder.notes + samples.notes
     if discovery or method in ("ravl", "upsampled", "vl_gdro", "spurious_aware", "subg"):
@@ -577,7 +559,7 @@ def zero_shot(encoder, samples):
     """Accuracies of the test split by the classes' texts: group_metrics, and overall."""
     test = samples.split == 2
     z, _ = embed(encoder, samples.keep(test.nonzero()[:, 0]).items, "", batch_size, threads, dtype, False, "test images")
-    g = encoder.class_embeddings(samples.classes, getattr(samples, "prompts", None) or ["a photo of a {}."])
+    g = prompt_embeddings(encoder, samples.class_prompts(), "")
     correct = (unit(z) @ g.T).argmax(1) == samples.y[test]
     m = group_metrics(correct, samples.y[test], samples.place[test], samples.counts(0), len(samples.places))
     return dict(m, overall=float(correct.double().mean()))
@@ -589,7 +571,7 @@ def first_errors(encoder, task, samples, talk):
     start = {k: v.clone() for k, v in encoder.module.state_dict().items()}
     fit(encoder, task, max(1, steps // 4), "finetune", lambda line: talk(f"jtt, first stage: {line}"))
     z, _ = embed(encoder, task["items"], "", batch_size, threads, dtype, False, "training images")
-    wrong = (unit(z) @ encoder.class_embeddings(samples.classes, ["a photo of a {}."]).T).argmax(1) != task["y"]
+    wrong = (unit(z) @ prompt_embeddings(encoder, samples.class_prompts(), "").T).argmax(1) != task["y"]
     talk(f"jtt: {int(wrong.sum())} of {len(wrong)} training images are wrong after {max(1, steps // 4)} steps, each counts {jtt_weight:g} times")
     encoder.module.load_state_dict(start)
     return torch.where(wrong, jtt_weight, 1.)

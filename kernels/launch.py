@@ -62,11 +62,11 @@ def rows(D):
 def tiles(x):
     """Settings of the kernels with matrix products: BI x BJ products, BD numbers of each row at a time. Untuned.
 
-    float32 goes through tensor cores as three tf32 products, which keeps it float32, with smaller steps: at
-    BD = 32 its registers spill on sm_80 and sm_89.
+    float32 goes through tensor cores as three tf32 products, which keeps it float32, with smaller steps and, where
+    rows are no multiple of 16 numbers, smaller tiles: else its registers spill on sm_80 and sm_89.
     """
     single = x.dtype == torch.float32
-    return dict(BI=64, BJ=64, BD=16 if single else 32, warps=8, stages=3,
+    return dict(BI=32 if single and x.shape[-1] % 16 else 64, BJ=64, BD=16 if single else 32, warps=8, stages=3,
                 PRECISION="interpret" if INTERPRET else "tf32x3" if single else "ieee")
 
 

@@ -41,9 +41,10 @@ def overlaps(boxes, H, W):
     return overlap(y1, y2, H), overlap(x1, x2, W)
 
 
-# The PyTorch path. The weights are sparse: a box covers few cells, so each region is a weighted bag of
-# rows of the feature map, and backward each cell is a weighted bag of rows of the gradient. Regions are
-# taken in the order of their images: then a map stays in cache while its regions are summed.
+# The PyTorch path. Small boxes leave the weights sparse: each region is a weighted bag of rows of the feature
+# map, and backward each cell is a weighted bag of rows of the gradient. Regions are taken in the order of
+# their images: then a map stays in cache while its regions are summed. Where boxes cover more than a sixth of
+# their maps, forward multiplies whole matrices, zeros and all: [regions, cells] @ [cells, D] for each image.
 
 CHUNK = 1 << 22  # weights held at a time
 
@@ -72,10 +73,32 @@ def sparse(boxes, image_index, H, W, dtype):
         yield regions, starts, at + shift.repeat_interleave(starts.diff()), w.index_select(0, at)
 
 
+def covered(boxes, H, W):
+    """Share of the cells that have a weight."""
+    if boxes.dim() == 3 or not len(boxes):
+        return 0.
+    rows, columns = overlaps(boxes, H, W)
+    return float(((rows > 0).sum(1) * (columns > 0).sum(1)).sum() / (len(boxes) * H * W))
+
+
+def dense(cells, boxes, image_index, H, W, out):
+    """forward_torch by one product for each image; all at once where all have the same number of regions."""
+    order, count = image_index.argsort(stable=True), torch.bincount(image_index, minlength=len(cells))
+    w = shares(boxes[order], H, W, cells.dtype).flatten(1)  # [K, H W]
+    if (count == count[0]).all():
+        out[order] = (w.view(len(cells), -1, H * W) @ cells).flatten(0, 1)
+    else:
+        out[order] = torch.cat([part @ x for part, x in zip(w.split(count.tolist()), cells)])
+
+
 def forward_torch(features, boxes, image_index):
     B, H, W, D = features.shape
     cells = features.reshape(B * H * W, D).to(accumulator(features.dtype))
     out = cells.new_empty(len(boxes), D)
+    if covered(boxes, H, W) > 1 / 6:
+        dense(cells.view(B, H * W, D), boxes, image_index, H, W, out)
+        if out.isfinite().all():  # else a cell that no box wants may have got in
+            return out
     for regions, starts, cell, weight in sparse(boxes, image_index, H, W, cells.dtype):
         pooled = F.embedding_bag(cell, cells, starts[:-1], mode="sum", per_sample_weights=weight)
         out.index_copy_(0, regions, pooled)

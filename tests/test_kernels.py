@@ -459,7 +459,7 @@ def test_resources(tmp_path):
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     runs = [subprocess.Popen([sys.executable, "-m", "kernels.resources", f"--dtype={dtype}", f"--width={width}"],
                              env=env, stdout=subprocess.PIPE, text=True)
-            for dtype, width in (("fp32", "512,33"), ("bf16", "512,33"), ("fp16", "512"))]
+            for dtype, width in (("fp32", "512,77,20"), ("bf16", "512,77"), ("fp16", "512"))]
     lines = [line.split() for run in runs for line in run.communicate()[0].splitlines()]
     assert not any(run.returncode for run in runs)
     kernels = set()

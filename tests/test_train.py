@@ -366,6 +366,26 @@ def test_help_prints_the_block_of_defaults(capsys):
     assert all(f"\n{k}" in shown for k in ("out_dir", "data", "foregrounds", "model", "seed")) and "def main" not in shown
 
 
+@pytest.mark.parametrize("kind", ["folder", "counteranimal", "nico"])
+def test_other_data_sets_are_trained_on_too(files, tmp_path, kind):
+    """Without places; pairs, 100 % correlated by their own splits."""
+    names = {"folder": [f"{s}/{c}" for s in ("train", "val", "test") for c in ("box", "egg")],
+             "counteranimal": ["10 brambling/common-grass", "10 brambling/counter-sky", "16 bulbul/common-sky", "16 bulbul/counter-grass"],
+             "nico": [f"{p}/{c}" for p in ("grass", "water") for c in ("car", "truck")]}[kind]
+    for a, name in enumerate(names):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for k in range(10):
+            image, shape = ground(100 * a + k, PLACES[a % 2]), figure(100 * a + k, a % 2)
+            image.paste(shape, (0, 0), shape)
+            image.save(tmp_path / "set" / name / f"{k}.png")
+    spec = {"folder": "", "counteranimal": ":brambling,bulbul", "nico": ":car,truck"}[kind]
+    assert run([*words(files, tmp_path / "out", "--own=0"), f"--data={kind}:{tmp_path / 'set'}{spec}"]) == 0
+    r = results(tmp_path / "out")
+    groups = r["methods"]["bap"]["groups"]
+    assert len(groups) == (2 if kind == "folder" else 4) and (r["invariance"]["place_probe_raw"] is None) == (kind == "folder")
+    assert any("100 % correlated" in n for n in r["notes"]) == (kind != "folder")
+
+
 # --- fine-tuning: losses by hand
 
 @pytest.fixture

@@ -1,0 +1,641 @@
+"""eval.py from its command line and piece by piece: protocols, metrics, cache, comparison of models, shards, bad input."""
+import csv
+import json
+import os
+import re
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import eval as script
+import model
+from model import unit
+
+EVAL = str(Path(data.__file__).with_name("eval.py"))
+COLOURS = {"cat": (132, 118, 110), "dog": (118, 120, 128), "sea": (30, 120, 160), "wood": (60, 130, 50)}
+
+
+def picture(path, seed, *names, size=32):
+    """A picture with the colours of its class and place, one above the other, and noise."""
+    g = np.random.default_rng(seed)
+    a = np.concatenate([np.full((size // len(names), size, 3), COLOURS[n]) for n in names]) + g.normal(0, 70, (size, size, 3)) + g.normal(0, 12, 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(a.clip(0, 255).astype("uint8")).save(path)
+
+
+def pets(root, counts=((9, 1, 1, 9), (8, 8, 8, 8), (6, 5, 4, 7))):
+    """folder:DIR with groups cat/dog x sea/wood. counts: per split, images per group."""
+    for split, groups in zip(data.SPLITS, counts):
+        for g, n in enumerate(groups):
+            for k in range(n):
+                c, p = ("cat", "dog")[g // 2], ("sea", "wood")[g % 2]
+                picture(root / split / c / p / f"{k}.png", [g, k, data.SPLITS.index(split)], c, p)
+    return root
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return pets(tmp_path_factory.mktemp("pets") / "set").parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def words(files, out, *more):
+    return [f"--data=folder:{files / 'set'}", "--model=tiny", "--dtype=float32", f"--cache_dir={files / 'cache'}", f"--out_dir={out}", *more]
+
+
+def run(argv):
+    """eval.py in this process, as from the command line: its exit code."""
+    before = sys.argv
+    sys.argv = [EVAL, *argv]
+    try:
+        runpy.run_path(EVAL, run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def results(out):
+    return json.loads((out / "eval.json").read_text())
+
+
+def table_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return model.load_encoder("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def everything(files):
+    """One run with every protocol that tiny can: its out_dir."""
+    assert run(words(files, files / "everything", "--protocol=zeroshot,probe,clip_probe,dfr,fewshot", "--shots=1,3", "--draws=3")) == 0
+    return files / "everything"
+
+
+@pytest.fixture(scope="module")
+def embedded(files, tiny):
+    samples = data.load_data(f"folder:{files / 'set'}", splits=False)
+    z, _ = model.embed(tiny, samples.items, "", dtype="float32")
+    return samples, z
+
+
+# --- what it writes
+
+def test_contract_of_a_grouped_set(everything):
+    r = results(everything)
+    m = r["models"]["tiny"]
+    assert {"metrics", "classes", "groups"} <= set(m) and {"worst_group", "avg_group_mean", "avg_train_weighted", "average", "ece"} <= set(m["metrics"])
+    assert m["protocol"] == "zeroshot" and list(m["protocols"]) == ["zeroshot", "probe", "clip_probe", "dfr", "fewshot_1", "fewshot_3"] and m["metrics"] == m["protocols"]["zeroshot"]["metrics"]
+    for part in m["protocols"].values():
+        accuracy = [g["accuracy"] for g in part["groups"]]
+        assert [(g["y"], g["place"], g["n"]) for g in part["groups"]] == [(0, 0, 6), (0, 1, 5), (1, 0, 4), (1, 1, 7)]
+        assert part["metrics"]["worst_group"] == pytest.approx(min(accuracy)) or part is m["protocols"]["fewshot_1"] or part is m["protocols"]["fewshot_3"]
+        assert part["metrics"]["avg_group_mean"] == pytest.approx(sum(accuracy) / 4)
+        assert part["metrics"]["avg_train_weighted"] == pytest.approx(sum(a * n for a, n in zip(accuracy, (9, 1, 1, 9))) / 20)
+        assert part["metrics"]["average"] == pytest.approx(sum(a * n for a, n in zip(accuracy, (6, 5, 4, 7))) / 22)
+        assert all(g["interval"][0] <= g["accuracy"] <= g["interval"][1] for g in part["groups"])
+        low, high = part["metrics"]["worst_group_interval"]
+        assert 0 <= low <= part["metrics"]["worst_group"] + 1e-9 and low <= high <= 1
+    assert set(m["classes"]) == {"cat", "dog"} and m["classes"]["cat"]["n"] == 11 and set(m["classes"]["cat"]["places"]) == {"sea", "wood"}
+    assert set(m["additivity"]["cells"]) == {"flat", "sphere"} and r["pending"] == [] and r["failed"] == {} and r["config"]["shots"] == "1,3"
+    assert sorted(os.listdir(everything)) == ["eval.csv", "eval.html", "eval.json", "groups.csv", "predictions.csv"]
+
+
+def test_tables_agree_with_the_json(everything):
+    m = results(everything)["models"]["tiny"]["protocols"]
+    for row in table_of(everything / "eval.csv"):
+        assert float(row["worst_group"]) == m[row["protocol"]]["metrics"]["worst_group"]
+    groups = table_of(everything / "groups.csv")
+    assert len(groups) == 4 * 6 and {(r["class"], r["place"], r["n"]) for r in groups} == {("cat", "sea", "6"), ("cat", "wood", "5"), ("dog", "sea", "4"), ("dog", "wood", "7")}
+    photos = table_of(everything / "predictions.csv")
+    right = [r["class"] == r["tiny probe"] for r in photos]
+    assert len(photos) == 22 and sum(right) / 22 == pytest.approx(m["probe"]["metrics"]["average"]) and all(os.path.isfile(r["image"]) for r in photos)
+
+
+def test_page_is_self_contained_and_shows_numbers_prompts_and_pictures(everything):
+    text = (everything / "eval.html").read_text()
+    links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", text)
+    assert links and all(link.startswith("data:image/jpeg;base64,") for link in links) and not re.search(r"https?:|url\(|@import|<script", text)
+    assert f"{results(everything)['models']['tiny']['metrics']['worst_group']:.3f}" in text and "a photo of a cat." in text and "taken for" in text
+
+
+# --- protocols, against the same by hand
+
+def by_hand(everything, protocol, predicted, samples):
+    correct = (predicted == samples.y)[samples.split == 2]
+    y, place = samples.y[samples.split == 2], samples.place[samples.split == 2]
+    wanted = model.group_metrics(correct, y, place, samples.counts(0), 2)
+    got = results(everything)["models"]["tiny"]["protocols"][protocol]
+    assert [g["accuracy"] for g in got["groups"]] == pytest.approx([g["accuracy"] for g in wanted["groups"]])
+
+
+def test_zeroshot_is_the_nearest_prompt(everything, embedded, tiny):
+    samples, z = embedded
+    text = tiny.texts(["a photo of a cat.", "a photo of a dog."])
+    by_hand(everything, "zeroshot", (unit(z) @ text.T).argmax(1), samples)
+
+
+def test_probe_is_the_erm_of_train(everything, embedded):
+    samples, z = embedded
+    train = samples.split == 0
+    by_hand(everything, "probe", model.fit_probe(unit(z)[train], samples.y[train], .8).predict(unit(z)), samples)
+
+
+def test_clip_probe_has_the_penalty_in_units_of_the_raw_embedding(everything, embedded):
+    samples, z = embedded
+    x, y = z[samples.split == 0].double(), samples.y[samples.split == 0]
+    theta = torch.zeros(x.shape[1] + 1, dtype=torch.double, requires_grad=True)
+    optimiser = torch.optim.LBFGS([theta], max_iter=2000, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+    def loss():  # scikit-learn's: C sum_n CE_n + |w|^2 / 2
+        optimiser.zero_grad()
+        value = .316 * torch.nn.functional.softplus(-(2 * y - 1) * (x @ theta[:-1] + theta[-1])).sum() + theta[:-1].square().sum() / 2
+        value.backward()
+        return value
+    optimiser.step(loss)
+    by_hand(everything, "clip_probe", (z.double() @ theta[:-1].detach() + theta[-1].detach() > 0).long(), samples)
+
+
+def test_dfr_is_the_shared_one_on_the_validation_set(everything, embedded):
+    samples, z = embedded
+    val = samples.split == 1
+    fit = model.dfr(unit(z)[val], samples.y[val], samples.group()[val], torch.ones(int(val.sum()), dtype=torch.bool), 0)
+    by_hand(everything, "dfr", fit.predict(unit(z)), samples)
+
+
+def test_dfr_averages_its_retrains_biases_too():
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(400) % 2
+    x = torch.randn(400, 8, generator=g) * .01 + .5 + .01 * y[:, None]  # small scale, far from zero: a wrong bias shows
+    assert (model.dfr(x, y, y * 2, torch.ones(400, dtype=torch.bool), 0).predict(x) == y).double().mean() > .85
+
+
+def test_fewshot_is_the_mean_of_its_draws(files, tmp_path, everything):
+    one = results(everything)["models"]["tiny"]["protocols"]["fewshot_3"]["groups"]
+    assert all(abs(g["accuracy"] * g["n"] * 3 - round(g["accuracy"] * g["n"] * 3)) < 1e-9 for g in one)
+    out = model.load_tensors(next(p for p in (files / "cache").glob("result-*") if model.load_tensors(p).get("predicted", torch.empty(0)).shape[:1] == (3,)))
+    assert out["predicted"].shape == (3, 22) and not torch.equal(out["confidence"][0], out["confidence"][1])
+
+
+def test_classifier_rows_over_all_labels_and_among_those_of_a_pair(tmp_path):
+    lite0 = model.load_encoder("lite0", device="cpu")
+    for k, name in enumerate(("10 brambling/common-grass", "16 bulbul/common-sky", "10 brambling/counter-sky", "16 bulbul/counter-grass")):
+        for n in range(3):
+            picture(tmp_path / f"set/{name}/{n}.png", [k, n], *("cat", "dog") if k % 2 else ("sea", "wood"))
+    flags = ["--model=lite0", f"--cache_dir={tmp_path / 'cache'}", "--dtype=float32", "--picker=self", f"--data=counteranimal:{tmp_path / 'set'}"]
+    assert run([*flags, f"--out_dir={tmp_path / 'all'}"]) == 0
+    samples = data.load_data(f"counteranimal:{tmp_path / 'set'}", splits=False)
+    rows, bias = lite0.classifier()
+    logits = model.embed(lite0, samples.items, "", dtype="float32")[0] @ rows.T + bias
+    names = data.imagenet_names()
+    assert [r["lite0 classifier"] for r in table_of(tmp_path / "all/predictions.csv")] == [names[k] for k in logits.argmax(1)]
+    m = results(tmp_path / "all")["models"]["lite0"]
+    assert {"common", "counter", "drop", "common_plain", "counter_plain", "common_1v20", "counter_1v20", "drop_1v20", "effective_robustness"} <= set(m["metrics"])
+    assert {"common", "counter", "drop", "n_common", "common_1v20"} <= set(m["classes"]["brambling"])
+
+    assert run([*flags[:-1], f"--data=counteranimal:{tmp_path / 'set'}:brambling,bulbul", f"--out_dir={tmp_path / 'pair'}"]) == 0
+    pair = data.load_data(f"counteranimal:{tmp_path / 'set'}:brambling,bulbul", splits=False)
+    logits = model.embed(lite0, pair.items, "", dtype="float32")[0] @ rows.T + bias
+    right = (logits[:, [10, 16]].argmax(1) == pair.y).double().mean()
+    assert results(tmp_path / "pair")["models"]["lite0"]["protocols"]["classifier"]["metrics"]["average"] == pytest.approx(float(right))
+
+
+@pytest.mark.skipif("FLOCK_DATA" not in os.environ, reason="FLOCK_DATA (a folder with imagenet_samples) is not set")
+def test_lite0_on_imagenet_photos(tmp_path):
+    root = tmp_path / "some"
+    root.mkdir()
+    for path in sorted((Path(os.environ["FLOCK_DATA"]) / "imagenet_samples").iterdir())[::8]:
+        (root / path.name).symlink_to(path)
+    assert run([f"--data=imagenet:{root}", "--model=lite0", f"--out_dir={tmp_path / 'out'}", "--cache_dir="]) == 0
+    assert results(tmp_path / "out")["models"]["lite0"]["metrics"]["average"] >= .75  # 125 photos; .82 of all 1000
+
+
+# --- metrics
+
+def fixture():
+    with open(Path(__file__).parent / "fixtures/counteranimal.csv", newline="") as file:
+        return list(csv.DictReader(file))  # per-class accuracies in per cent, from the appendix of the CounterAnimal paper (NeurIPS 2024)
+
+
+@pytest.mark.parametrize("name, common, counter", [("L400M_B16", 73.11, 52.17), ("L400M_B32", 67.13, 36.95), ("OAI_B32", 69.13, 45.62)])
+def test_published_class_tables_give_the_published_averages(name, common, counter):
+    rows, n = fixture(), 10000
+    right = lambda k: torch.arange(n) < round(100 * float(k))
+    correct = torch.cat([right(r[f"{name}_{kind}"]) for r in rows for kind in ("common", "counter")])
+    y, place = torch.arange(45).repeat_interleave(2 * n), torch.arange(2).repeat_interleave(n).repeat(45)
+    classes = {}
+    m = script.counter_metrics(correct, y, place, classes, [r["imagenet_idx"] for r in rows])
+    assert abs(100 * m["common"] - common) < .15 and abs(100 * m["counter"] - counter) < .15
+    assert m["drop"] == pytest.approx(m["common"] - m["counter"]) and m["drop_interval"][0] < m["drop"] < m["drop_interval"][1]
+    assert classes["9"]["common"] == pytest.approx(float(rows[0][f"{name}_common"]) / 100) and classes["9"]["n_counter"] == n
+
+
+def test_b16_laion400m_is_73_11_and_52_18():
+    mean = lambda column: sum(float(r[column]) for r in fixture()) / 45
+    assert (round(mean("L400M_B16_common"), 2), round(mean("L400M_B16_counter"), 2)) == (73.11, 52.18)
+
+
+def test_class_balance_differs_from_the_plain_average():
+    correct = torch.tensor([True] * 9 + [False] + [True])
+    y, place = torch.tensor([0] * 9 + [1] + [0]), torch.tensor([0] * 10 + [1])
+    m = script.counter_metrics(correct, y, place, {}, ["a", "b"], "_1v20")
+    assert m["common_1v20"] == .5 and m["common_plain_1v20"] == .9 and m["counter_1v20"] == 1 and set(m) == {f"{k}_1v20" for k in
+                                                                    ("common", "counter", "drop", "drop_interval", "common_plain", "counter_plain")}
+
+
+def test_drop_interval_has_the_width_of_the_binomial():
+    n, p = 400, .7
+    correct = (torch.arange(n) < p * n).repeat(2)
+    m = script.counter_metrics(correct, torch.zeros(2 * n, dtype=torch.long), torch.arange(2).repeat_interleave(n), {}, ["a"])
+    low, high = m["drop_interval"]
+    assert high - low == pytest.approx(2 * 1.96 * (2 * p * (1 - p) / n) ** .5, rel=.1)
+
+
+def test_line_goes_through_points_on_a_line_of_logits_and_robustness_is_the_distance():
+    line = (-.5, 1.2)
+    points = [(x, script.on_line(line, x)) for x in (.3, .5, .8, .9)]
+    assert script.line_through(points) == pytest.approx(line) and script.on_line(line, .5) == pytest.approx(1 / (1 + np.exp(.5)))
+
+
+def test_calibration_error_by_hand():
+    confidence, correct = torch.tensor([.95, .95, .95, .95, .55, .55]), torch.tensor([1, 1, 1, 0, 0, 0]).bool()
+    assert script.ece(confidence, correct) == pytest.approx((4 * abs(.75 - .95) + 2 * .55) / 6)
+    assert script.ece(torch.ones(5), torch.ones(5).bool()) == 0
+
+
+def outcome(predicted):
+    return dict(index=torch.arange(len(predicted)), predicted=torch.tensor(predicted)[None].int(), confidence=torch.full((1, len(predicted)), .6), skipped=0)
+
+
+def test_bg_gap_is_mixed_same_less_mixed_rand():
+    y = [0, 1] * 6
+    samples = data.samples_of("in9:x", [""] * 12, y, [0] * 4 + [1] * 4 + [2] * 4, [2] * 12, ["dog", "bird"], ["original", "mixed_same", "mixed_rand"])
+    samples.labels = samples.classes
+    m = script.measure(outcome([0, 1, 0, 1] + [0, 1, 0, 0] + [0, 0, 1, -1]), samples, "classifier")["metrics"]
+    assert (m["original"], m["mixed_same"], m["mixed_rand"], m["bg_gap"]) == (1, .75, .25, .5) and m["bg_gap_interval"][0] < .5 < m["bg_gap_interval"][1]
+
+
+def test_wrong_labels_are_counted_by_name():
+    samples = data.samples_of("folder:x", [""] * 5, [0] * 4 + [1], [0] * 5, [2] * 5, ["cat", "dog", "fox"], ["anywhere"])
+    samples.labels = samples.classes
+    assert script.measure(outcome([2, 2, 1, 0, 1]), samples, "zeroshot")["classes"]["cat"]["taken_for"] == {"fox": 2, "dog": 1}
+
+
+# --- the 20 labels, regions, maps
+
+class Fake:
+    """An encoder whose text embeddings are given."""
+    reads, logit_scale, fingerprint, name = True, 10., "fake", "fake"
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def texts(self, prompts):
+        return self.rows[[int(p) for p in prompts]]
+
+
+def test_one_of_twenty_is_among_the_labels_nearest_to_the_class(monkeypatch):
+    monkeypatch.setattr(script, "picker", "self")
+    monkeypatch.setattr(script, "cache_dir", "")
+    rows = unit(torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)))
+    samples = data.samples_of("counteranimal:x", [""] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 0, 1], [2] * 6, ["a", "b"], ["common", "counter"], imagenet=[[7], [8]])
+    samples.labels, samples.prompts = [str(k) for k in range(1000)], [[str(k)] for k in range(1000)]
+    z = 3 * torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    twenty = script.pick_labels(Fake(rows), samples, z, None, (0, 1))
+    for c in (0, 1):
+        mean = (unit(z) @ rows.T)[3 * c:3 * c + 3].mean(0)
+        assert set(twenty[c].tolist()) == set(mean.argsort(descending=True)[:20].tolist())
+    out = script.classify("zeroshot", Fake(rows), samples, z, unit, torch.ones(6, dtype=torch.bool), twenty, None)
+    best = [max(twenty[k // 3].tolist(), key=lambda label: float(unit(z)[k] @ rows[label])) for k in range(6)]
+    assert out["predicted_1v20"].tolist() == best and out["predicted"][0].tolist() == (unit(z) @ rows.T).argmax(1).tolist()
+    assert script.targets(samples, "zeroshot").tolist() == [7, 7, 7, 8, 8, 8] and script.targets(samples, "probe").tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("power", [1., .5])
+def test_a_map_that_changes_nothing_gives_the_embedding_back(power):
+    z = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    z = z if power == 1 else z.abs()
+    g = model.Map(torch.full((8,), .1), torch.eye(8), power)
+    assert torch.allclose(script.repaired(g, z), z, atol=1e-5)
+
+
+def test_checkpoint_of_train_is_applied_first_and_one_of_another_encoder_is_refused(files, tmp_path, tiny, embedded, capsys):
+    samples, z = embedded
+    g = model.Map(unit(z).mean(0), torch.diag(torch.linspace(1, 0, 64)))
+    save = lambda name, **more: model.save_checkpoint(tmp_path / name, dict(dict(config=dict(model="tiny", pretrained=""), fingerprint=tiny.fingerprint, map=g.state_dict(), power=1.), **more))
+    save("ckpt.pt")
+    assert run(words(files, tmp_path / "out", f"--ckpt={tmp_path / 'ckpt.pt'}", "--protocol=zeroshot,probe")) == 0
+    train = samples.split == 0
+    by_hand(tmp_path / "out", "probe", model.fit_probe(g(z)[train], samples.y[train], .8).predict(g(z)), samples)
+    text = tiny.texts(["a photo of a cat.", "a photo of a dog."])
+    by_hand(tmp_path / "out", "zeroshot", (unit(script.repaired(g, z)) @ text.T).argmax(1), samples)
+    save("other.pt", fingerprint="another", config=dict(model="lite0", pretrained=""))
+    capsys.readouterr()
+    refused(capsys, words(files, tmp_path / "no", f"--ckpt={tmp_path / 'other.pt'}"), "other.pt", "lite0", "tiny")
+    (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
+    refused(capsys, words(files, tmp_path / "no", f"--ckpt={tmp_path / 'bad.pt'}"), "bad.pt")
+
+
+def test_regions_that_show_the_object_are_classified_too(tmp_path, tiny):
+    rows = []
+    for k in range(24):
+        y, place, split = k % 2, k // 2 % 2, k // 8
+        picture(tmp_path / f"set/{k}.png", k, "cat" if y else "dog", "sea", size=60)
+        mask = np.zeros((60, 60), "uint8")
+        mask[:20 + 14 * y, :20] = 255  # the upper left cell, and for y = 1 most of the one below
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / f"masks/{k}.png")
+        rows.append(f"{k},{k}.png,{y},{split},{place},-")
+    (tmp_path / "set/metadata.csv").write_text("\n".join([",".join(data.WATERBIRDS_COLUMNS), *rows]))
+    argv = [f"--data=waterbirds:{tmp_path / 'set'}", f"--masks={tmp_path / 'masks'}", "--model=tiny", f"--out_dir={tmp_path / 'out'}", "--cache_dir=", "--protocol=probe"]
+    assert run(argv) == 0
+    m = results(tmp_path / "out")["models"]["tiny"]["metrics"]
+    assert m["regions"] == 4 * 1 + 4 * 2 and 0 <= m["region_worst_group"] <= m["region_overall"] <= 1
+
+
+# --- the cache, several models, interruption
+
+def test_a_warm_run_loads_no_model_and_embeds_nothing(files, everything, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("not needed")
+    for name in ("load_encoder", "embed", "dfr", "fit_probe"):
+        monkeypatch.setattr(model, name, never)
+    assert run(words(files, tmp_path, "--protocol=zeroshot,probe,clip_probe,dfr,fewshot", "--shots=1,3", "--draws=3")) == 0
+    assert results(tmp_path)["models"] == results(everything)["models"]
+
+
+def test_a_warm_run_imports_no_library_of_models(files, everything, tmp_path):
+    code = f"import sys, runpy; sys.argv = {[EVAL, *words(files, tmp_path, '--protocol=zeroshot,probe')]!r}\n" \
+           f"runpy.run_path({EVAL!r}, run_name='__main__')\nprint('imported', [m for m in ('open_clip', 'timm', 'torchvision') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(EVAL).parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "imported []" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("change", ["prompt", "label", "picture", "flag"])
+def test_other_inputs_are_computed_anew(tmp_path, change):
+    pets(tmp_path / "set", ((2, 2, 2, 2), (1, 1, 1, 1), (3, 3, 3, 3)))
+    argv = words(tmp_path, tmp_path / "out", "--protocol=zeroshot,probe")
+    assert run(argv) == 0
+    before, cached = results(tmp_path / "out")["models"], set((tmp_path / "cache").glob("result-*"))
+    if change == "prompt":
+        (tmp_path / "p.txt").write_text("cat\tthe sea\ndog\ta wood\n")
+        argv.append(f"--prompts={tmp_path / 'p.txt'}")
+    elif change == "label":
+        (tmp_path / "set/test/cat/sea/0.png").rename(tmp_path / "set/test/dog/sea/9.png")
+    elif change == "picture":
+        picture(tmp_path / "set/test/cat/sea/0.png", 99, "dog", "wood")
+    else:
+        argv.append("--l2=5")
+    assert run(argv) == 0
+    new = set((tmp_path / "cache").glob("result-*")) - cached
+    assert len(new) == {"prompt": 1, "label": 3, "picture": 3, "flag": 1}[change] and (before != results(tmp_path / "out")["models"] or change in ("prompt", "flag"))
+
+
+def test_a_damaged_result_is_computed_anew(files, everything, tmp_path, capsys):
+    for path in (files / "cache").glob("result-*"):
+        path.write_bytes(path.read_bytes()[:-9] + b"123456789")
+    assert run(words(files, tmp_path, "--protocol=zeroshot")) == 0
+    assert "damaged, computed anew" in capsys.readouterr().out and results(tmp_path)["models"]["tiny"]["metrics"] == results(everything)["models"]["tiny"]["metrics"]
+
+
+def weights(path, seed):
+    """Other weights for tiny."""
+    g = torch.Generator().manual_seed(seed)
+    state = {k: v + .05 * torch.randn(v.shape, generator=g) if v.is_floating_point() else v for k, v in model.load_encoder("tiny", device="cpu").module.state_dict().items()}
+    torch.save(state, path)
+    return f"tiny@{path}"
+
+
+def test_models_are_compared_one_that_fails_is_reported_and_the_others_go_on(files, tmp_path, capsys):
+    other = weights(tmp_path / "w.pt", 1)
+    assert run(words(files, tmp_path / "out", f"--models=tiny,nonsense,tiny@{tmp_path}/gone.pt,{other}")) == 0
+    r = results(tmp_path / "out")
+    assert list(r["models"]) == ["tiny", other] and set(r["failed"]) == {"nonsense", f"tiny@{tmp_path}/gone.pt"} and "no such model" in r["failed"]["nonsense"]
+    assert r["pending"] == [] and "worst_group_over_first" in r["models"][other]["metrics"] and "worst_group_over_first" not in r["models"]["tiny"]["metrics"]
+    said = capsys.readouterr().out
+    assert "nonsense: FAILED" in said and said.count("gone.pt") >= 2
+    text = (tmp_path / "out/eval.html").read_text()
+    assert "Accuracy on the line" in text and "nonsense" in text
+    assert len({row["model"] for row in table_of(tmp_path / "out/eval.csv")}) == 2
+
+
+def test_all_models_failing_is_exit_code_2(files, tmp_path, capsys):
+    refused(capsys, words(files, tmp_path / "out", "--models=nonsense,rubbish"), "none could be evaluated", "nonsense")
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_among_models_it_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    pets(tmp_path / "set", ((2, 2, 2, 2), (1, 1, 1, 1), (3, 3, 3, 3)))
+    argv = words(tmp_path, tmp_path / "out", f"--models=tiny,{weights(tmp_path / 'a.pt', 1)},{weights(tmp_path / 'b.pt', 2)}")
+    real, calls = model.embed, []
+    def embed(encoder, *arguments, **more):
+        calls.append(encoder.fingerprint)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(encoder, *arguments, **more)
+    monkeypatch.setattr(model, "embed", embed)
+    assert run(argv) == 130
+    assert "the same command" in capsys.readouterr().err
+    partial = results(tmp_path / "out")
+    assert list(partial["models"]) == ["tiny"] and len(partial["pending"]) == 2 and not (tmp_path / "out/eval.html").exists()
+    assert run(argv) == 0 and len(calls) == 4 and calls[0] not in calls[2:]
+    assert len(results(tmp_path / "out")["models"]) == 3 and results(tmp_path / "out")["models"]["tiny"]["protocols"] == partial["models"]["tiny"]["protocols"]
+
+
+# --- encoders that are remembered; embedding in shards and in a file
+
+def test_a_remembered_encoder_becomes_itself_when_it_is_asked_for_more(tmp_path, tiny):
+    first = model.recall_encoder("tiny", device="cpu", cache=str(tmp_path))
+    assert type(first) is model.Encoder
+    again = model.recall_encoder("tiny", device="cpu", cache=str(tmp_path))
+    assert type(again) is model.Remembered and (again.fingerprint, again.dim, again.reads, again.names) == (tiny.fingerprint, 64, True, False)
+    assert again.images(torch.zeros(1, 3, 56, 56)).shape == (1, 64) and type(again) is model.Encoder
+
+
+def test_a_remembered_encoder_with_other_weights_is_another(tmp_path):
+    weights(tmp_path / "w.pt", 1)
+    load = lambda: model.recall_encoder("tiny", str(tmp_path / "w.pt"), device="cpu", cache=str(tmp_path / "cache"))
+    before = load().fingerprint
+    weights(tmp_path / "w.pt", 2)
+    assert load().fingerprint != before
+    note = next((tmp_path / "cache").glob("encoder-*"))
+    note.write_text(note.read_text().replace(json.loads(note.read_text())["fingerprint"], "0" * 32))
+    kept = [e for e in (load(), model.recall_encoder("tiny", device="cpu", cache=str(tmp_path / "cache"))) if type(e) is model.Remembered]
+    for encoder in kept:
+        if encoder.fingerprint == "0" * 32:
+            with pytest.raises(data.Complaint, match="delete"):
+                encoder.images
+    for path in (tmp_path / "cache").glob("encoder-*"):
+        path.write_text("{")
+    assert type(load()) is model.Encoder
+
+
+def test_random_weights_are_never_remembered(tmp_path):
+    pytest.importorskip("timm")
+    for _ in range(2):
+        assert type(model.recall_encoder("timm:test_vit", "none", device="cpu", cache=str(tmp_path))) is model.Encoder
+    assert not list(tmp_path.glob("encoder-*"))
+
+
+def test_embeddings_beyond_the_room_lie_in_a_file_that_does_not_stay(tmp_path, embedded, tiny, monkeypatch):
+    samples, z = embedded
+    monkeypatch.setattr(model, "ROOM", 1000)
+    assert torch.equal(model.embed(tiny, samples.items, str(tmp_path), dtype="float32")[0], z)
+    assert torch.equal(model.embed(tiny, samples.items, str(tmp_path), dtype="float32")[0], z) and not list(tmp_path.glob(".room*"))
+
+
+def test_batches_do_not_straddle_chunks(embedded, tiny, monkeypatch):
+    samples, _ = embedded
+    sizes = []
+    monkeypatch.setattr(model, "CHUNK", 10)
+    real = tiny.images
+    monkeypatch.setattr(tiny, "images", lambda x: sizes.append(len(x)) or real(x))
+    model.embed(tiny, samples.items[:25], "", 8, 1, "float32")
+    assert sizes == [8, 2, 8, 2, 5]
+
+
+@pytest.mark.parametrize("C", [2, 3])
+def test_probes_in_blocks_are_the_same_without_a_second_copy(monkeypatch, C):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(70000, 6, generator=g) + 2, torch.randint(C, (70000,), generator=g)
+    x += y[:, None] * torch.randn(6, generator=g)
+    whole, whole1 = model.fit_probe(x, y, .1), model.fit_l1_probe(x[:40000], y[:40000], .01, 50)
+    monkeypatch.setattr(model, "KEEP", 1000)
+    parts, parts1 = model.fit_probe(x, y, .1), model.fit_l1_probe(x[:40000], y[:40000], .01, 50)
+    for a, b in ((whole, parts), (whole1, parts1)):
+        assert torch.allclose(a.weight, b.weight, atol=1e-6) and torch.allclose(a.bias, b.bias, atol=1e-6) and torch.equal(a.predict(x), b.predict(x))
+
+
+def in_two_processes(argv):
+    """eval.py as torchrun starts it: [(exit code, stdout, stderr)] of both ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [subprocess.Popen([sys.executable, EVAL, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
+        **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for r in (0, 1)]
+    said = [job.communicate(timeout=100) for job in ranks]
+    return [(job.returncode, *text) for job, text in zip(ranks, said)]
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    pets(tmp_path / "set", ((60, 4, 4, 60), (40, 40, 40, 40), (130, 130, 130, 130)))  # two chunks of the cache
+    flags = lambda out: words(tmp_path, tmp_path / out, "--cache_dir=", "--protocol=zeroshot,probe", "--batch_size=50")
+    ranks = in_two_processes(flags("two"))
+    assert [code for code, *_ in ranks] == [0, 0] and "(a shard of 2)" in ranks[0][1] and not ranks[1][1], ranks
+    assert run(flags("one")) == 0
+    assert results(tmp_path / "two")["models"] == results(tmp_path / "one")["models"]
+    assert (tmp_path / "two/predictions.csv").read_bytes() == (tmp_path / "one/predictions.csv").read_bytes()
+
+
+@pytest.mark.parametrize("here, there, expected", [(None, ("Complaint", "a.png: empty"), "^a.png: empty$"), (data.Complaint("b.png: empty"), None, "^b.png: empty$"),
+                                                   (ZeroDivisionError("by zero"), None, "^ZeroDivisionError: by zero$")])
+def test_what_fails_on_one_rank_ends_all_with_its_line(monkeypatch, here, there, expected):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda lines, mine: lines.__setitem__(slice(None), [mine, there]))
+    def work():
+        if here:
+            raise here
+    with pytest.raises(data.Complaint, match=expected):
+        model._together(work)
+
+
+# --- bad input: exit code 2 and one line
+
+def refused(capsys, argv, *expected):
+    assert run(argv) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("eval.py: ") and line.count("\n") == 1 and all(str(w) in line for w in expected), line
+
+
+@pytest.mark.parametrize("word, expected", [
+    ("--protocl=probe", ("--protocl", "protocol")), ("--protocol=prob", ("--protocol", "probe")), ("--split=dev", ("--split", "val")), ("--shots=0", ("--shots",)),
+    ("--l2=0", ("--l2",)), ("--line=mine", ("--line",)), ("--models=tiny,tiny", ("--models", "different")), ("--models=tiny,,", ("--models",)), ("--draws=0", ("--draws",)),
+    ("--data=folder:nowhere", ("nowhere", "no such folder")), ("--data=holder:x", ("--data", "folder:DIR")), ("--model=lite1", ("--model=lite1",)),
+    ("--protocol=classifier", ("no ImageNet classifier", "zeroshot")), ("--prompts=nowhere", ("--prompts", "no such file")), ("--ckpt=nowhere", ("nowhere", "no such checkpoint")),
+    ("--masks=nowhere", ("--masks",)), ("--classes=nowhere", ("--classes", "no such file"))])
+def test_bad_flag_is_one_line_and_exit_code_2(files, tmp_path, capsys, word, expected):
+    if word == "--masks=nowhere":
+        (tmp_path / "m").mkdir()
+        word = f"--masks={tmp_path / 'm'}"
+    refused(capsys, words(files, tmp_path / "out", word), *expected)
+    assert not (tmp_path / "out/eval.json").exists()
+
+
+def test_protocols_that_a_model_or_a_set_does_not_allow(files, tmp_path, capsys):
+    refused(capsys, words(files, tmp_path, "--model=lite0", "--protocol=zeroshot"), "no text tower")
+    picture(tmp_path / "few/cat/a.png", 1, "cat")
+    picture(tmp_path / "few/dog/b.png", 2, "dog")
+    few = [f"--data=folder:{tmp_path / 'few'}", "--model=tiny", "--cache_dir=", f"--out_dir={tmp_path / 'out'}"]
+    refused(capsys, [*few, "--protocol=dfr"], "dfr", "validation")
+    assert run([*few, "--protocol=zeroshot"]) == 0 and results(tmp_path / "out")["models"]["tiny"]["metrics"]["n"] == 2
+
+
+def test_a_bad_picture_stops_it_or_is_left_out_and_counted(tmp_path, capsys):
+    pets(tmp_path / "set", ((2, 2, 2, 2), (1, 1, 1, 1), (3, 3, 3, 3)))
+    (tmp_path / "set/test/cat/sea/1.png").write_bytes(b"")
+    refused(capsys, words(tmp_path, tmp_path / "out"), "set/test/cat/sea/1.png", "empty")
+    assert run(words(tmp_path, tmp_path / "out", "--skip_bad")) == 0
+    m = results(tmp_path / "out")["models"]["tiny"]
+    assert m["metrics"]["n"] == 11 and m["metrics"]["skipped"] == 1 and m["groups"][0]["n"] == 2 and "skipped" in capsys.readouterr().out
+
+
+def test_unlabelled_photos_are_classified(tmp_path, tiny):
+    for k in range(5):
+        picture(tmp_path / f"set/{k}.png", k, "cat", "sea")
+    (tmp_path / "names.txt").write_text("cat\ndog\nsea urchin\n")
+    assert run(words(tmp_path, tmp_path / "out", f"--classes={tmp_path / 'names.txt'}")) == 0
+    m = results(tmp_path / "out")["models"]["tiny"]
+    assert sum(c["predicted"] for c in m["classes"].values()) == 5 and m["groups"] == [] and m["metrics"]["n"] == 5
+    samples = data.load_data(f"folder:{tmp_path / 'set'}", classes=str(tmp_path / "names.txt"), splits=False)
+    text = tiny.texts([p[0] for p in samples.prompts])
+    best = (unit(model.embed(tiny, samples.items, "", dtype="float32")[0]) @ text.T).argmax(1)
+    assert [r["tiny zeroshot"] for r in table_of(tmp_path / "out/predictions.csv")] == [samples.labels[k] for k in best]
+
+
+def test_split_chooses_the_photos(files, tmp_path):
+    for split, n in (("val", 32), ("train", 20), ("all", 74)):
+        assert run(words(files, tmp_path, "--protocol=zeroshot", f"--split={split}")) == 0 and results(tmp_path)["models"]["tiny"]["metrics"]["n"] == n
+
+
+def test_incomplete_set_warns_once_and_goes_on(tmp_path, capsys):
+    for k in range(4):
+        picture(tmp_path / f"set/9 ostrich/{'common-ground' if k < 2 else 'counter-water'}/{k}.png", k, "cat", "sea")
+        picture(tmp_path / f"set/10 brambling/{'common-grass' if k < 2 else 'counter-sky'}/{k}.png", 9 + k, "dog", "sea")
+    assert run([f"--data=counteranimal:{tmp_path / 'set'}", "--model=tiny", "--cache_dir=", f"--out_dir={tmp_path / 'out'}", "--picker=self"]) == 0
+    assert capsys.readouterr().out.count("WARNING") == 1 and len(results(tmp_path / "out")["models"]["tiny"]["classes"]) == 2
+
+
+def test_full_disk_leaves_nothing_half_written(files, tmp_path, monkeypatch, capsys):
+    import errno
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(data.os, "fsync", full)
+    refused(capsys, words(files, tmp_path / "out", f"--cache_dir={tmp_path / 'cache'}"), "free some space")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_help_of_the_script_and_of_a_data_set(capsys):
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{k}" in shown for k in ("out_dir", "data", "protocol", "picker", "seed")) and "def main" not in shown
+    assert run(["--data=counteranimal:help"]) == 0 and "LAION-final" in capsys.readouterr().out

@@ -415,7 +415,7 @@ def layers(foregrounds, backgrounds, skip_bad=False, seed=0, difficulty=.5):
     """The raw material of composites.
 
     foregrounds, backgrounds: folders of RGBA cut-outs and of photos, or "drawn" for the generator's pre-training kinds,
-    which no target of the generator shows. Returns (figures, grounds, notes): lists of pictures.
+    which no target of the generator shows; backgrounds also discovery:PATH, the best regions of what discover.py found. Returns (figures, grounds, notes): lists of pictures.
     """
     notes = []
 
@@ -435,7 +435,10 @@ def layers(foregrounds, backgrounds, skip_bad=False, seed=0, difficulty=.5):
         figures = [Drawn(kind, (seed, i), difficulty, 160) for i in range(DRAWN_FIGURES) for kind in FOREGROUNDS["pretrain"]]
     else:
         figures = usable(Cutout(str(p)) for p in pictures(foregrounds, "foregrounds"))
-    if backgrounds == "drawn":
+    if backgrounds.startswith("discovery:"):
+        grounds = usable(discovered_grounds(backgrounds.removeprefix("discovery:")))
+        notes.append(f"backgrounds: {len(grounds)} regions that discover.py found the model to rely on")
+    elif backgrounds == "drawn":
         grounds = [Drawn(kind, (seed, i), difficulty) for i in range(DRAWN_GROUNDS) for kind in BACKGROUNDS["pretrain"]]
     else:
         grounds = usable(Background(str(p)) for p in pictures(backgrounds, "backgrounds"))
@@ -443,6 +446,18 @@ def layers(foregrounds, backgrounds, skip_bad=False, seed=0, difficulty=.5):
         if len(found) < 8:
             raise Complaint(f"--{flag}: found {len(found)} usable images, expected at least 8; the more kinds, the better the map")
     return figures, grounds, notes
+
+
+def discovered_grounds(path, most=100):
+    """The regions closest to the medoid of each kept cluster of a discovery, up to `most` of each, as backgrounds (list of Crop)."""
+    found = load_discovery(path)
+    if not found["kept"]:
+        raise Complaint(f"--backgrounds=discovery:{path}: no cluster was kept, nothing was found to become invariant to")
+    regions = [k for c in found["clusters"] if c["kept"] for k in c["regions"][:most]]
+    paths = [found["paths"][int(found["image"][k])] for k in regions]
+    if not all(paths):
+        raise Complaint(f"--backgrounds=discovery:{path}: made on drawn images, which lie in no file; expected a discovery on photos")
+    return [Crop(Photo(p), tuple(found["box"][k].tolist())) for p, k in zip(paths, regions)]
 
 
 def composites(figures, grounds, instances, per, seed, recolour=True):

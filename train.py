@@ -53,7 +53,7 @@ confounder = 1.0         # scenes and pairs: share of the training images on the
 difficulty = 0.65        # scenes: how much the background outshouts the foreground, 0 to 1
 # --- the composites to pre-train on ----------------------------------------------------------------------------------
 foregrounds = "drawn"    # folder of RGBA cut-outs
-backgrounds = "drawn"    # folder of photos
+backgrounds = "drawn"    # folder of photos, or discovery:PATH: the regions that discover.py found, of the target itself
 instances = 640          # foregrounds in a pose of their own: each cut-out is used several times
 per_instance = 8         # backgrounds behind each
 # --- encoder ---------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ train = "all"            # what of the model: all, image, text, projection (the 
 pairs = 128              # image-caption pairs in a step, of all processes together
 accumulate = 1           # parts that a step is computed in, to the same gradient: less memory, a second forward pass
 loss = "auto"            # infonce, sigmoid (SigLIP); auto: by the model
-captions = "own"         # own: the data set's; class: "a photo of a NAME."
+captions = "own"         # own: the data set's; class: the prompt of the image's class, as zero-shot uses it
 discovery = ""           # discovery.json of discover.py, or its folder; every method but finetune, vl_erm and jtt needs it
 clusters = 0             # how many of its kept clusters count, the best first; 0 for all
 region_weight = 0.2      # ravl: w in (1 - w) L_CL + w (L_R + L_A)
@@ -509,7 +509,7 @@ def pairs_of(samples):
     mine, y = samples.keep(index), samples.y[index]
     if len(set(y.tolist())) < 2:
         raise Complaint(f"{samples.name}: all {len(y)} training images are of one class; contrast needs two")
-    texts = mine.captions if captions == "own" else [f"a photo of a {samples.classes[k]}." for k in y.tolist()]
+    texts = mine.captions if captions == "own" else [samples.class_prompts()[k][0] for k in y.tolist()]
     missing = [k for k, text in enumerate(texts or [""] * len(y)) if not (text or "").strip()]
     if missing:
         raise Complaint(f"{samples.name}: {len(missing)} of {len(y)} training images have no caption (the first is number {missing[0]}); "

@@ -539,7 +539,7 @@ def discovery(files, out, kept=True, source=None, encoder=None):
     medoids = torch.stack([r[place == 0, 3].mean(0), r[place == 1, 3].mean(0), r[:, 0].mean(0)])
     data.write(out / "discovery.npz", data.npz(medoids=model.unit(medoids - mean).numpy(), mean=mean.numpy(), kept=np.array([0]), fingerprint=encoder.fingerprint,
                                              regions="grid:2", region_encoder="pool", data=source or samples.name, paths=["-"] * 8,
-                                             image=np.arange(32) // 4, box=np.zeros((32, 4), np.float32), label=np.zeros(32, np.int64)))
+                                             image=np.arange(32) // 4, box=np.zeros((32, 4), np.float32), label=np.zeros(32, np.int64), clipped=np.array(False)))
     data.write_json(out / "discovery.json", dict(config=dict(model="tiny", pretrained="", quick_gelu="auto", embeddings=""), clusters=[dict(id=0, kept=kept)]))
     return f"--discovery={out}"
 

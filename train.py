@@ -82,7 +82,7 @@ accumulate = 1           # parts that a step is computed in, to the same gradien
 loss = "auto"            # infonce, sigmoid (SigLIP); auto: by the model
 captions = "own"         # own: the data set's; class: the prompt of the image's class, as zero-shot uses it
 discovery = ""           # discovery.json of discover.py, or its folder; every method but finetune, vl_erm and jtt needs it
-clusters = 0             # how many of its kept clusters count, the best first; 0 for all
+clusters = 0             # how many of its kept clusters count, the best first; 0: those that score at least half of what the best does
 region_weight = 0.2      # ravl: w in (1 - w) L_CL + w (L_R + L_A)
 region_temperature = 0.07  # ravl: of its cosines
 repeated = "once"        # ravl: a label that several images of the batch have counts once in L_R's sum, or each time
@@ -542,7 +542,8 @@ def discovered(samples, encoder, task):
     if any(p.mask for p in pictures):
         raise Complaint(f"{path}: its regions are masks; the region-aware loss takes boxes or a grid")
     _, r = region_embeddings(first, pictures, found["region_encoder"], cache=cache_dir, batch=batch_size, threads=threads, dtype=dtype, label="regions")
-    used = torch.tensor(found["kept"][:clusters or None])
+    score = {c["id"]: c.get("score") or 0. for c in found["clusters"]}
+    used = torch.tensor(found["kept"][:clusters] if clusters else [c for c in found["kept"] if score[c] >= .5 * score[found["kept"][0]]])
     inside = torch.isin(assign_regions(r, found), used).long().split([len(p.boxes) for p in pictures])
     own = [replace(p, frame=encoder.frame(*picture_size(p.picture))).seen() for p in pictures]
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)

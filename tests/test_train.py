@@ -645,7 +645,7 @@ def test_a_discovery_that_cannot_be_used_is_one_line(files, tmp_path, capsys, ki
         arrays["medoids"] = np.eye(64, dtype=np.float32)[:2] if kind == "never" else arrays["medoids"][:1]
         if kind == "never":
             arrays["mean"], arrays["medoids"][0] = 0 * arrays["mean"], -arrays["mean"] / np.linalg.norm(arrays["mean"])
-        data.write(tmp_path / "found/discovery.npz", data.npz(**{k: v if v.ndim else str(v) for k, v in arrays.items()}))
+        data.write(tmp_path / "found/discovery.npz", data.npz(**{k: v if v.ndim or v.dtype == bool else str(v) for k, v in arrays.items()}))
     word = {"missing": "--discovery=", "no such file": f"--discovery={tmp_path / 'nowhere'}"}.get(kind, word)
     refused(capsys, tune_words(files, tmp_path / "out", "--method=ravl", word), *words)
 

@@ -292,7 +292,8 @@ def _tiny(pretrained, device):
 class Cells(nn.Module):
     """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, each of which sees 32x32 pixels around it.
     Attention, and deep convolutional networks on small images, carry a feature into the cells beside it, and what is then said of
-    a region is not about that region. Without norms, and with biases from zero, black stays nothing: images differ from the start."""
+    a region is not about that region. With biases from zero black stays nothing, so images differ from the start; and no cell can
+    outshout the others (its norm is bounded), else what is learned of directions of regions says little of their mean."""
     num_features = 96
 
     def __init__(self, a=24, b=48, c=96):
@@ -304,7 +305,8 @@ class Cells(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward_features(self, x):
-        return self.body(x)
+        m = self.body(x)
+        return m * (1 + m.square().mean(1, keepdim=True)).rsqrt()
 
     def forward_head(self, m):
         return m.mean((2, 3))

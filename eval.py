@@ -708,6 +708,7 @@ def controlled_settings(config):
     global model
     model = "tiny-conv" if model == "lite0" else model  # the default of the other protocols has no text tower
     expect(1 <= settings <= 50, "settings", settings, "a whole number from 1 to 50")
+    expect(digits == "drawn" or digits.startswith("mnist:"), "digits", digits, "drawn or mnist:DIR")
     started, out = time.time(), Path(out_dir)
     former = json.loads((out / "protocol.json").read_text())["config"] if (out / "protocol.json").is_file() else config
     differ = [k for k in config if k not in ("settings", "mitigate", "threads", "cache_dir", "out_dir") and former.get(k) != config[k]]

@@ -698,14 +698,14 @@ def find_masks(paths, masks):
     masks = folder(masks, "masks")
     if not any(paths):
         raise Complaint(f"--masks: {masks}: these images are drawn, and have no files that masks could be named after")
-    found, tried = [], []
-    for path in paths:
+    def candidates(path):
         parts = Path(os.path.splitext(path)[0]).parts
-        ends = ["/".join(parts[-depth:]) for depth in range(min(4, len(parts)), 0, -1)]
-        tried = [masks / f"{s}.png" for end in ends for s in (end, end.rpartition("_")[0]) if s and not s.endswith("/")]
-        found.append(next((str(c) for c in tried if c.is_file()), None))
+        ends = [Path(*parts[-depth:]).as_posix() for depth in range(min(4, len(parts)), 0, -1)]
+        return [masks / f"{s}.png" for end in ends for s in (end, end.rpartition("_")[0]) if s and not s.endswith("/")]
+
+    found = [next((str(c) for c in candidates(path) if c.is_file()), None) for path in paths]
     if not any(found):
-        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[-1] if len(paths) else 'an image'} one of {', '.join(map(str, tried[-4:]))}")
+        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[0]} one of {', '.join(map(str, candidates(paths[0])[-4:]))}")
     return found
 
 
@@ -1618,9 +1618,9 @@ class Crop:
 
     def image(self):
         image = decoded(self.picture)
-        left, top, right, bottom = (v * n for v, n in zip(self.box, image.size * 2))
-        left, top = min(int(left), image.width - 1), min(int(top), image.height - 1)
-        return image.crop((left, top, max(left + 1, round(right)), max(top + 1, round(bottom))))
+        left, top, right, bottom = (round(v * n) for v, n in zip(self.box, image.size * 2))
+        left, top = min(left, image.width - 1), min(top, image.height - 1)
+        return image.crop((left, top, max(left + 1, right), max(top + 1, bottom)))
 
     def key(self):
         return f"crop {self.picture.key()} {self.box}"
@@ -1728,7 +1728,7 @@ def load_regions(spec, pictures, frame, skip_bad=False):
         (W, H), f = seen(picture)
         parts, boxes, found = Path(getattr(picture, "path", "")).parts, [], None
         for depth in range(len(parts) if f else 0, 0, -1):
-            if (found := rows.get("/".join(parts[-depth:]))) is not None:
+            if (found := rows.get(Path(*parts[-depth:]).as_posix())) is not None:
                 break
         for line, x1, y1, x2, y2 in found or ():
             if min(x2, W) <= max(x1, 0) or min(y2, H) <= max(y1, 0):
@@ -1782,9 +1782,11 @@ def coco_boxes(path):
         for a in tree["annotations"]:
             if not a.get("iscrowd"):
                 x, y, w, h = map(float, a["bbox"])
+                if not all(map(math.isfinite, (x, y, w, h))):
+                    raise ValueError(f"bbox {a['bbox']}")
                 found.setdefault(names[a["image_id"]], []).append((f"annotation {a.get('id')}", x, y, x + w, y + h))
         return found
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise Complaint(f"--regions: {path}: not a COCO instances file ({type(problem).__name__}: {problem}); expected images with id, file_name and annotations with image_id, bbox") from None
 
 
@@ -1795,7 +1797,8 @@ def outlined(image, box):
     corners = [min(n - 1, round(v * n)) for v, n in zip(box, image.size * 2)]
     draw, width = ImageDraw.Draw(image), max(2, max(image.size) // 80)
     draw.rectangle(corners, outline="black", width=width + 2)
-    draw.rectangle([corners[0] + 1, corners[1] + 1, corners[2] - 1, corners[3] - 1], outline="#ffd23f", width=width)
+    if min(corners[2] - corners[0], corners[3] - corners[1]) > 2:
+        draw.rectangle([corners[0] + 1, corners[1] + 1, corners[2] - 1, corners[3] - 1], outline="#ffd23f", width=width)
     return image
 
 
@@ -1821,7 +1824,7 @@ def load_discovery(path):
         kept = [int(c["id"]) for c in tree["clusters"] if c["kept"]]
         if max(kept, default=0) >= len(found["medoids"]):
             raise ValueError("it has a cluster without a medoid")
-    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as problem:
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as problem:
         raise Complaint(f"{path}: not what discover.py writes ({type(problem).__name__}: {problem}); run it again") from None
     return dict(found, kept=kept, clusters=tree["clusters"])
 

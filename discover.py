@@ -486,8 +486,8 @@ def silhouettes(s, size, label):
     own = s.gather(0, label[None])[0]
     a = (size[label] - own).clamp(min=0) / (size[label] - 1).clamp(min=1)  # mean distance within; to itself it is zero
     other = (s / size.clamp(min=1)[:, None]).masked_fill(size[:, None] == 0, -math.inf).scatter(0, label[None], -math.inf)
-    b = 1 - other.amax(0)
-    return torch.where((size[label] > 1) & (torch.maximum(a, b) > 0), (b - a) / torch.maximum(a, b), 0.)
+    b = 1 - other.amax(0)  # infinite where there is no other cluster
+    return torch.where((size[label] > 1) & b.isfinite() & (torch.maximum(a, b) > 0), (b - a) / torch.maximum(a, b), 0.)
 
 
 def published_sweep(x, ks):
@@ -656,7 +656,7 @@ def precision(regions, found, K=10):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# baselines: each a ranked list of regions. How the paper fits them to regions is not public: our reading of PROTOCOLS.md, section 3
+# baselines: each a ranked list of regions. How the paper fits them to regions is not public: our reading
 
 def random(x, found):
     return torch.from_numpy(rng(seed, "random regions").permutation(len(found["image"])))

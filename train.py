@@ -596,9 +596,9 @@ class Towers(torch.nn.Module):
             (N, R), (h, w) = boxes.shape[:2], m.shape[1:3]
             cells = boxes.flatten(0, 1) * boxes.new_tensor([w, h, w, h])
             out["r"] = region_pool(m.float(), cells, torch.arange(N, device=x.device).repeat_interleave(R)).unflatten(0, (N, R))
-        for name, tokens in (("t", texts), ("g", prompts)):
-            if tokens is not None:
-                out[name] = self.module.encode_text(tokens)
+        tokens = {name: some for name, some in (("t", texts), ("g", prompts)) if some is not None}
+        both = self.module.encode_text(torch.cat(list(tokens.values())))  # one pass: the gradient of the vocabulary is dense
+        out.update(zip(tokens, both.split([len(some) for some in tokens.values()])))
         out = {k: unit(v.float()) for k, v in out.items()}
         out["scale"] = self.module.logit_scale.exp()
         if getattr(self.module, "logit_bias", None) is not None:

@@ -4,7 +4,7 @@
 
 x [n, D], rows of unit norm (they are taken as they come), labels [n]; a label outside [0, k) is in no cluster,
 such a row still gets its sums. From out and the cluster sizes follow medoids, silhouettes and inertia of
-RaVL's clustering (PROTOCOLS, our reading of Stanford-AIMI/RaVL) without the n x n matrix: a tile of distances
+RaVL's clustering (NeurIPS 2024) without the n x n matrix: a tile of distances
 is summed by cluster and forgotten. Backward, with w_ij = [0 < 1 - <x_i, x_j> < 1] (g_i,labels_j + g_j,labels_i),
 
     dx_i = - sum over j != i of w_ij x_j

@@ -877,3 +877,58 @@ def test_checkpoint_that_is_none(tmp_path, content):
 def test_checkpoint_missing(tmp_path):
     with complaint(tmp_path / "c.pt", "no such checkpoint"):
         model.load_checkpoint(tmp_path / "c.pt")
+
+
+# --- regions
+
+def test_roi_regions_of_the_whole_image_are_the_image_embedding(small):
+    module, x = small["flock-rn"].fast, batch(small["flock-rn"])
+    whole = torch.tensor([[0., 0, 1, 1]])
+    with torch.inference_mode():
+        z, r = model.roi_regions(module, x, [whole, whole.repeat(2, 1), whole])
+        centred = lambda v: (v - z[0]) / (z[1] - z[0]).norm()
+        assert torch.allclose(unit(z), unit(module.encode_image(x)), atol=1e-5)
+        assert r.shape == (4, 24) and torch.allclose(centred(r), centred(z[[0, 1, 1, 2]]), atol=1e-3)
+
+
+def test_roi_regions_are_layer_3_read_under_the_box_then_layer_4_and_the_attention_pool(small):
+    module, x = small["flock-rn"].fast, batch(small["flock-rn"], 2)
+    visual, boxes = module.visual, torch.tensor([[.25, .125, .75, .5], [0, 0, .5, .5]])
+    with torch.inference_mode():
+        z, r = model.roi_regions(module, x, [torch.zeros(0, 4), boxes])
+        centred = lambda v: (v - z[0]) / (z[1] - z[0]).norm()  # in the scale on which embeddings of a random network differ
+        m = visual.layer3(visual.layer2(visual.layer1(visual.stem(x[1:]))))
+        share = (torch.arange(4) + .5) / 4  # 4x4 points: the grid that 64 pixels give the attention pool, before layer 4 halves it
+        for box, found in zip(boxes, r, strict=True):
+            at = torch.stack([(box[0] + share * (box[2] - box[0])).expand(4, 4), (box[1] + share * (box[3] - box[1]))[:, None].expand(4, 4)], -1)
+            read = F.grid_sample(m.contiguous(), 2 * at[None] - 1, padding_mode="border", align_corners=False)
+            assert torch.allclose(centred(visual.attnpool(visual.layer4(read))[0]), centred(found), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flock-vit", "flock-timm"])
+def test_roi_regions_are_for_clip_s_resnets_only(small, name):
+    with complaint("--region_encoder=roi", "pool or crop"):
+        model.roi_regions(small[name].fast, batch(small[name], 1), [torch.tensor([[0., 0, 1, 1]])])
+
+
+def test_assign_regions_takes_the_nearest_medoid_after_the_mean_is_taken_off():
+    medoids, mean = unit(gaussian(5, 8)).float(), .5 * unit(gaussian(8, seed=1)).float()
+    r = gaussian(50, 8, seed=2).float()
+    for m in (torch.zeros(8), mean):
+        label = model.assign_regions(9 * r, dict(medoids=medoids, mean=m, clipped=False))
+        assert torch.equal(label, (unit(unit(r) - m) @ medoids.T).argmax(1)) and label.dtype == torch.long and len(set(label.tolist())) > 2
+    assert not torch.equal(label, (unit(r) @ medoids.T).argmax(1))
+    assert model.assign_regions(r[:0], dict(medoids=medoids, mean=mean, clipped=False)).shape == (0,)
+    assert model.assign_regions(r[:1].double(), dict(medoids=medoids, mean=mean, clipped=False)).tolist() == label[:1].tolist()
+
+
+def test_assign_regions_in_pieces_of_many():
+    medoids = unit(gaussian(3, 4)).float()
+    r = gaussian(70_000, 4, seed=2).float()
+    assert torch.equal(model.assign_regions(r, dict(medoids=medoids, mean=torch.zeros(4), clipped=False)), (unit(r) @ medoids.T).argmax(1))
+
+
+def test_assign_regions_with_clipped_cosines_takes_the_first_of_the_medoids_beyond_the_clip():
+    discovery = dict(medoids=torch.eye(3), mean=torch.zeros(3), clipped=True)
+    r = torch.tensor([[-1., -.5, -.1], [-1, -.5, .1], [.2, .5, .1]])
+    assert model.assign_regions(r, discovery).tolist() == [0, 2, 1] and model.assign_regions(r, dict(discovery, clipped=False)).tolist() == [2, 2, 1]

@@ -118,6 +118,7 @@ def main():
     expect(method == "bap" or method in METHODS, "method", method, "bap, " + ", ".join(METHODS))
     if method != "bap":
         return finetune(config)
+    expect(train == "all", "train", train, "all: --method=bap trains a map on the frozen encoder, other methods a part of the model")
     expect(bap_map in ("closed", "linear", "mlp"), "bap_map", bap_map, "closed, linear or mlp")
     expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
     for flag, least in (("instances", 8), ("per_instance", 2), ("own_per", 2), ("own_most", 8), ("batch_size", 1), ("threads", 0),

@@ -626,7 +626,7 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
     tower = torch.compile(tower) if compile else tower
     ddp = torch.nn.parallel.DistributedDataParallel(tower) if world > 1 else tower
     tokenise = encoder.tokenizer()
-    texts, which = (list(dict.fromkeys(task["captions"])), None)
+    texts = list(dict.fromkeys(task["captions"]))
     row = {text: k for k, text in enumerate(texts)}
     which, tokens = torch.tensor([row[c] for c in task["captions"]]), tokenise(texts).to(encoder.device)
     prompts = tokenise(task["prompts"]).to(encoder.device) if method in ("ravl", "vl_erm", "vl_gdro") else None

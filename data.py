@@ -611,9 +611,10 @@ def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", 
     gc.disable()  # a million small objects that all stay: looking for garbage among them takes as long as reading them
     try:
         samples = load()
+        if len(samples.items) > 100_000:
+            gc.freeze()  # nor later, until the process ends
+            atexit.register(gc.unfreeze)
     finally:
-        gc.freeze()  # nor later, until the process ends
-        atexit.register(gc.unfreeze)
         gc.enable()
     samples.labels = samples.labels or samples.classes
     if given and name not in ("folder", "csv"):
@@ -629,9 +630,10 @@ def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", 
 def check(samples, splits=True):
     """Samples with at least two labels; with splits also images of every class in every split. Raises Complaint otherwise."""
     n = len(samples.classes)
-    twice = [c for k, c in enumerate(samples.classes) if plain(c) in set(map(plain, samples.classes[:k]))] if n < 1000 else []
-    if twice:
-        raise Complaint(f"{samples.name}: two classes with the same name, {twice[0]!r}; rename one")
+    names = [plain(c) for c in samples.classes]
+    if len(set(names)) < n:
+        twice = next(c for k, c in enumerate(samples.classes) if names[k] in names[:k])
+        raise Complaint(f"{samples.name}: two classes with the same name, {twice!r}; rename one")
     if not splits:
         if max(n, len(samples.labels)) < 2:
             raise Complaint(f"{samples.name}: one class only, {', '.join(samples.classes)!r}; expected at least two, or --classes=FILE with more names")
@@ -698,6 +700,7 @@ def find_masks(paths, masks):
     masks = folder(masks, "masks")
     if not any(paths):
         raise Complaint(f"--masks: {masks}: these images are drawn, and have no files that masks could be named after")
+
     def candidates(path):
         parts = Path(os.path.splitext(path)[0]).parts
         ends = [Path(*parts[-depth:]).as_posix() for depth in range(min(4, len(parts)), 0, -1)]
@@ -1275,8 +1278,7 @@ def celeba(root):
         path = next((p for p in found if p.is_file()), None)
         if path is None:
             raise Complaint(f"{root}: no {name}.txt or .csv in it (found {inside(root)}); --data=celeba:help says what it must hold")
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        tables[name] = path, [line.replace(",", " ").split() for line in lines if line.strip()]
+        tables[name] = path, [line.replace(",", " ").split() for _, line in read_lines(path, "data")]
     path, rows = tables["list_attr_celeba"]
     rows = rows[1:] if len(rows[0]) == 1 else rows  # the official file begins with the number of rows
     header = rows[0][1:] if rows[0][0] == "image_id" else rows[0]
@@ -1370,7 +1372,8 @@ def nico(root, pair="", contexts="", confounder=1.):
     """nico:DIR, NICO++. Which contexts the published pairs stand on is not public: by default the two on which the smallest of
     the four groups is largest. The older NICO has class/context folders; where the contexts are known by name that is seen."""
     outer, notes = folder(root, "data nico"), []
-    root = first_folder(outer, "train", "NICO_DG", "public_dg_0416/train", "track_1/public_dg_0416/train")
+    around = {p.name for p in outer.iterdir() if p.is_dir()} <= {"train", "test", "val", "NICO_DG", "public_dg_0416", "track_1"}  # "train" is a class too
+    root = first_folder(outer, "train", "NICO_DG", "public_dg_0416/train", "track_1/public_dg_0416/train") if around else outer
     paths = [p for p in scan(root) if len(p) > 2]
     first, second = ({plain(p[k]) for p in paths} for k in (0, 1))
     if not paths:
@@ -1390,6 +1393,8 @@ def nico(root, pair="", contexts="", confounder=1.):
     n = np.stack([np.bincount(place[y == k], minlength=len(places)) for k in (a, b)])  # [2, places]
     if contexts:
         p, q = pair_of(contexts, places, "context")
+    elif len(places) < 2:
+        raise Complaint(f"{root}: one context only, {places[0]}; a pair needs two")
     else:
         least, p, q = max((min(n[:, p].min(), n[:, q].min()), -p, -q) for p in range(len(places)) for q in range(len(places)) if p != q)
         p, q = -p, -q
@@ -1420,32 +1425,10 @@ def cocogender(root, objects="sports,kitchen", confounder=1.):
     rows, lines, left, lost = [], [], 0, []
     for part in parts:
         captions, instances = (read_json(notes / f"{what}_{part}.json") for what in ("captions", "instances"))
-        for what, tree, keys in (("captions", captions, ("images", "annotations")), ("instances", instances, ("annotations", "categories"))):
-            absent = [k for k in keys if not isinstance(tree, dict) or k not in tree]
-            if absent:
-                raise Complaint(f"{notes}/{what}_{part}.json: no {absent[0]!r} in it; expected COCO's {what} file")
-        of = [{c["id"] for c in instances["categories"] if {c["name"], c.get("supercategory")} & kind} for kind in kinds]
-        for kind, ids in zip(kinds, of):
-            if not ids:
-                there = {c["name"] for c in instances["categories"]} | {c.get("supercategory", "") for c in instances["categories"]}
-                raise Complaint(f"--data: {'+'.join(kind)!r} is no category of {notes}/instances_{part}.json; {near(min(kind), there)}")
-        words, seen = {}, {}
-        for a in captions["annotations"]:
-            words.setdefault(a["image_id"], set()).update("".join(c if c.isalpha() else " " for c in a["caption"].lower()).split())
-        for a in instances["annotations"]:
-            seen.setdefault(a["image_id"], set()).add(a["category_id"])
-        images = first_folder(root, part, f"images/{part}", "images")
-        there = set(os.listdir(images))
-        for image in sorted(captions["images"], key=lambda i: i["id"]):
-            who = [bool(words.get(image["id"], set()) & w) for w in (MEN, WOMEN)]
-            what = [bool(seen.get(image["id"], set()) & ids) for ids in of]
-            if sum(who) != 1 or sum(what) != 1:
-                left += 1
-            elif image["file_name"] not in there:
-                lost.append(str(images / image["file_name"]))
-            else:
-                rows.append((who.index(True), what.index(True), 2 if "val" in part else 0))
-                lines.append(str(images / image["file_name"]))
+        try:
+            left += coco_part(root, part, captions, instances, kinds, rows, lines, lost)
+        except (KeyError, TypeError) as problem:
+            raise Complaint(f"{notes}/captions_{part}.json, instances_{part}.json: no {problem} in it, or in an entry; expected COCO's format") from None
     if not rows:
         raise Complaint(f"{root}: no image of a man or a woman with {objects} objects" + (f"; {len(lost)} do not exist, the first is {lost[0]}" if lost else ""))
     said = [f"COCO gender: {len(rows)} images fit the rule, {left} do not"]
@@ -1457,6 +1440,34 @@ def cocogender(root, objects="sports,kitchen", confounder=1.):
     samples = samples_of(f"cocogender:{root}", lines, y, place, split, ("man", "woman"), objects.split(","), said, official=official)
     samples.captions = [f"a {samples.classes[a]} with {samples.places[b]} objects" for a, b in zip(y.tolist(), place.tolist())]
     return correlate(samples, [0, 1], confounder)
+
+
+def coco_part(root, part, captions, instances, kinds, rows, lines, lost):
+    """Adds to rows (gender, place, split), lines (paths) and lost (paths) what one part of COCO has; returns how many fit no group."""
+    left = 0
+    of = [{c["id"] for c in instances["categories"] if {c["name"], c.get("supercategory")} & kind} for kind in kinds]
+    for kind, ids in zip(kinds, of):
+        if not ids:
+            there = {c["name"] for c in instances["categories"]} | {c.get("supercategory", "") for c in instances["categories"]}
+            raise Complaint(f"--data: {'+'.join(kind)!r} is no category of instances_{part}.json; {near(min(kind), there)}")
+    words, seen = {}, {}
+    for a in captions["annotations"]:
+        words.setdefault(a["image_id"], set()).update("".join(c if c.isalpha() else " " for c in a["caption"].lower()).split())
+    for a in instances["annotations"]:
+        seen.setdefault(a["image_id"], set()).add(a["category_id"])
+    images = first_folder(root, part, f"images/{part}", "images")
+    there = set(os.listdir(images))
+    for image in sorted(captions["images"], key=lambda i: i["id"]):
+        who = [bool(words.get(image["id"], set()) & w) for w in (MEN, WOMEN)]
+        what = [bool(seen.get(image["id"], set()) & ids) for ids in of]
+        if sum(who) != 1 or sum(what) != 1:
+            left += 1
+        elif image["file_name"] not in there:
+            lost.append(str(images / image["file_name"]))
+        else:
+            rows.append((who.index(True), what.index(True), 2 if "val" in part else 0))
+            lines.append(str(images / image["file_name"]))
+    return left
 
 
 def read_json(path):
@@ -1490,8 +1501,10 @@ def in9(root):
     photo = ["_".join(r[2].rsplit(".", 1)[0].split("_")[:2]) for r in rows]  # n02085936_10130, the foreground's
     share = np.array([zlib.crc32(p.encode()) % 1000 / 1000 for p in photo])
     mapping = next((p for p in (root / "in_to_in9.json", outer / "in_to_in9.json") if p.is_file()), None)
-    tree = read_json(mapping) if mapping else {}
-    imagenet = [[int(k) for k, v in tree.items() if int(v) == c] for c in range(len(folders))] if mapping else []
+    try:
+        imagenet = [[int(k) for k, v in read_json(mapping).items() if int(v) == c] for c in range(len(folders))] if mapping else []
+    except (ValueError, TypeError, AttributeError):
+        raise Complaint(f"{mapping}: expected {{\"ImageNet label\": class 0 to 8 or -1, ...}}") from None
     where = [os.path.join(first_folder(root / r[0], "val"), r[1], r[2]) for r in rows]
     return samples_of(f"in9:{root}", where, [folders.index(r[1]) for r in rows], [places.index(r[0]) for r in rows],
                       np.searchsorted([.6, .8], share, side="right"), classes, places, notes, imagenet=imagenet, official=False)
@@ -1882,7 +1895,7 @@ def scatter(points, xlabel, ylabel, curve=None):
     for name, x, y, strong in sorted(points, key=lambda p: (not p[3], p[2])):
         at = Y(y) + 4
         while any(abs(at - b) < 13 and abs(X(x) - a) < 190 for a, b in taken):  # no name over another
-            at += 13
+            at -= 13
         taken.append((X(x), at))
         left = X(x) > 500
         out.append(f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="{5 if strong else 3.5}" class="{"dot" if strong else "pale"}"><title>{html.escape(name)}: {x:.3f}, {y:.3f}</title></circle>'

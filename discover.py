@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_embeddings, load_regions, npz,
                   open_image, outlined, page, region_truth, revision, rng, run, say, table, thumb, write, write_json)
 from kernels import cluster_sums, region_pool
-from model import Map, Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, prompt_embeddings, roi_regions, unit, with_map
+from model import Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, load_map, prompt_embeddings, roi_regions, unit, with_map
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
 out_dir = "out"          # discovery.json, discovery.npz, discovery.html
@@ -274,11 +274,7 @@ def suspect(encoder, samples, names):
             raise Complaint(f"--probe={probe}: {ckpt} has {', '.join(state['probes'])}; expected one on raw embeddings, or bap")
         if state["classes"] != samples.classes:
             raise Complaint(f"--ckpt={ckpt}: made for the classes {state['classes']}, {samples.name} has {samples.classes}")
-        fitted, g = Probe(**state["probes"][probe]), unit
-        if probe in ("bap", "val_probe_bap"):
-            hidden = state["map"].get("mlp.0.weight")
-            g = Map(state["map"]["mu"], state["map"]["W"], state["power"], 0 if hidden is None else len(hidden))
-            g.load_state_dict(state["map"])
+        fitted, g = Probe(**state["probes"][probe]), load_map(state) if probe in ("bap", "val_probe_bap") else unit
         return lambda v: fitted.logits(g(v.float())), [f"classifier: probe {probe} of {ckpt}"]
     train = (samples.split == 0).nonzero()[:, 0]
     if "train" in names or not len(train):

@@ -33,7 +33,7 @@ from PIL import Image
 
 from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, load_data, load_regions, near, open_image, page, region_truth, revision, rng, run, say, scatter, table,
                   thumb, write, write_json, write_table)
-from model import (Map, additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_encoder, load_tensors, mean_std,
+from model import (additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_encoder, load_map, load_tensors, mean_std,
                    paired_bootstrap, prompt_embeddings, recall_encoder, region_embeddings, remember, save_tensors, unit, wilson)
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
@@ -86,11 +86,13 @@ seed = 0
 # --- end -------------------------------------------------------------------------------------------------------------
 
 ORDER = {"zeroshot": "text prompts", "classifier": "ImageNet classifier's own rows", "probe": "linear probe, class-balanced, on unit embeddings",
-         "clip_probe": "linear probe as CLIP's authors run it, C = 0.316", "dfr": "last-layer retraining on the validation groups", "fewshot": "probe on a few images of each class"}
+         "clip_probe": "linear probe as CLIP's authors run it, C = 0.316", "dfr": "last-layer retraining on the validation groups",
+         "fewshot": "probe on a few images of each class"}
 
 # CounterAnimal's table: common, counter in per cent, over 1000 labels (NeurIPS 2024; PROTOCOLS of this project, section 5)
-PUBLISHED = {"ViT-B-32@laion400m": (67.13, 36.95), "ViT-B-16@laion400m": (73.11, 52.17), "ViT-L-14@openai": (85.38, 70.28), "ViT-B-32@openai": (69.13, 45.62),
-             "ViT-H-14-378-quickgelu@dfn5b": (90.23, 83.67), "timm:resnet50": (81.44, 66.07), "timm:vit_base_patch16_224": (84.97, 74.98), "timm:convnext_large": (89.12, 81.47)}
+PUBLISHED = {"ViT-B-32@laion400m": (67.13, 36.95), "ViT-B-16@laion400m": (73.11, 52.17), "ViT-L-14@openai": (85.38, 70.28),
+             "ViT-B-32@openai": (69.13, 45.62), "ViT-H-14-378-quickgelu@dfn5b": (90.23, 83.67), "timm:resnet50": (81.44, 66.07),
+             "timm:vit_base_patch16_224": (84.97, 74.98), "timm:convnext_large": (89.12, 81.47)}
 
 
 def main():
@@ -117,7 +119,8 @@ def main():
     inputs = [digest(samples), hashlib.sha256(Path(ckpt).read_bytes()).hexdigest() if os.path.isfile(ckpt) else "", dtype, split, masks, skip_bad, seed, CODE]
 
     results, failed, outcomes = {}, {}, {}
-    frame = lambda: dict(config=config, git=revision(), data=describe(samples), seconds=time.time() - started, models=results, failed=failed,
+    git = revision()
+    frame = lambda: dict(config=config, git=git, data=describe(samples), seconds=time.time() - started, models=results, failed=failed,
                          pending=[n for n in names if n not in results and n not in failed])
     for name in names:
         try:
@@ -143,7 +146,7 @@ def main():
     for name, problem in failed.items():
         say(f"FAILED {name}: {problem}")
     tables(out, results, outcomes, samples)
-    write(out / "eval.html", report(results, outcomes, samples, config, failed))
+    write(out / "eval.html", report(results, outcomes, samples, config, failed, git))
     write_json(out / "eval.json", frame())  # last: nothing is pending only if all the rest is there
     say(f"\n{out}/eval.json, eval.html, eval.csv, groups.csv and predictions.csv written, {time.time() - started:.1f} s")
 
@@ -169,13 +172,14 @@ def evaluate(name, samples, asked, inputs, shard):
     for note in encoder.notes:
         say(note)
     state = load_checkpoint(ckpt, encoder) if ckpt else None
-    g = restored(state) if state else unit
+    g = load_map(state) if state else unit
     chooser = [who_picks(), quick_gelu] if is_counteranimal(samples) else []
     depends = {"zeroshot": [samples.prompts, chooser], "classifier": [samples.imagenet, chooser], "probe": l2, "clip_probe": 0, "dfr": 0,
                 **{f"fewshot_{k}": [l2, draws] for k in shots.split(",")}, "additivity": [composites, foregrounds, backgrounds, difficulty]}
     wanted = [p for w in offered(encoder, samples, asked) for p in ([f"fewshot_{k}" for k in shots.split(",")] if w == "fewshot" else [w])]
     wanted += ["additivity"] * (len(samples.places) > 1 and samples.y.max() >= 0 or composites > 0)
-    path = {p: cache_dir and Path(cache_dir) / f"result-{hashlib.sha256(json.dumps([p, depends[p], encoder.fingerprint, *inputs]).encode()).hexdigest()[:40]}.safetensors" for p in wanted}
+    key = lambda p: hashlib.sha256(json.dumps([p, depends[p], encoder.fingerprint, *inputs]).encode()).hexdigest()[:40]
+    path = {p: cache_dir and Path(cache_dir) / f"result-{key(p)}.safetensors" for p in wanted}
     found = {p: cache_dir and load_tensors(path[p]) or None for p in wanted}
     todo = [p for p in wanted if found[p] is None]
     if shard[1] > 1:  # rank 0 decides: the others may have another cache
@@ -246,14 +250,6 @@ def offered(encoder, samples, asked):
         if p in why:
             raise Complaint(why[p])
     return sorted(set(asked), key=list(ORDER).index)
-
-
-def restored(state):
-    """The map of a checkpoint of train.py."""
-    hidden = len(state["map"]["mlp.0.bias"]) if "mlp.0.bias" in state["map"] else 0
-    g = Map(state["map"]["mu"], state["map"]["W"], state["power"], hidden)
-    g.load_state_dict(state["map"])
-    return g.requires_grad_(False)
 
 
 def repaired(g, z):
@@ -437,7 +433,8 @@ def measure(out, samples, p):
     y, place = samples.y[index], samples.place[index]
     if (y < 0).all():
         taken = torch.bincount(out["predicted"][0].long(), minlength=len(samples.labels)).tolist()
-        return dict(metrics=dict(n=len(index), confidence=float(out["confidence"].mean())), classes={n: dict(predicted=k) for n, k in zip(samples.labels, taken)}, groups=[])
+        return dict(metrics=dict(n=len(index), confidence=float(out["confidence"].mean())), groups=[],
+                    classes={name: dict(predicted=k) for name, k in zip(samples.labels, taken)})
     target = targets(samples, p)[index]
     correct = out["predicted"] == target  # [R, m]
     each = [group_metrics(c, y, place, samples.counts(0), P) for c in correct]
@@ -454,9 +451,8 @@ def measure(out, samples, p):
         inside = y == c
         k, n = float(correct[:, inside].double().mean()), int(inside.sum())
         wrong = out["predicted"][0][inside & ~correct[0]].long()
-        names = samples.labels if len(samples.labels) == 1000 and p in ("zeroshot", "classifier") else samples.classes
-        taken = sorted(((int(v), names[i] if i >= 0 else "none of them") for i, v in zip(*torch.unique(wrong, return_counts=True))), reverse=True)[:3]
-        classes[samples.classes[c]] = dict(accuracy=k, n=n, interval=list(wilson(k * n, n)), taken_for={name.split(",")[0]: v for v, name in taken})
+        taken = sorted(((int(v), called(samples, p, i)) for i, v in zip(*torch.unique(wrong, return_counts=True))), reverse=True)[:3]
+        classes[samples.classes[c]] = dict(accuracy=k, n=n, interval=list(wilson(k * n, n)), taken_for={name: v for v, name in taken})
         if P > 1:
             classes[samples.classes[c]]["places"] = {samples.places[g["place"]]: g["accuracy"] for g in groups if g["y"] == c}
     if is_counteranimal(samples):
@@ -483,6 +479,25 @@ def targets(samples, p):
     if len(samples.labels) == 1000 and samples.imagenet and p in ("zeroshot", "classifier"):
         return torch.tensor([labels[0] for labels in samples.imagenet])[samples.y]
     return samples.y
+
+
+def called(samples, p, k, whole=False):
+    """The name of a predicted label or class, the first of its synonyms unless whole; "none of them" for -1."""
+    wide = len(samples.labels) == 1000 and p in ("zeroshot", "classifier") or len(samples.y) and samples.y.max() < 0
+    name = (samples.labels if wide else samples.classes)[k] if k >= 0 else "none of them"
+    return name if whole else name.split(",")[0]
+
+
+def each_outcome(results):
+    """(model, protocol, {metrics, classes, groups}) of all."""
+    return [(name, p, m) for name, r in results.items() for p, m in r["protocols"].items()]
+
+
+def additivities(results):
+    """Rows of the table of additivity."""
+    parts = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
+    return ("model", "of", "geometry", *parts), [(name, kind, geometry, *[a[q] for q in parts]) for name, r in results.items()
+                                                 for kind, v in r["additivity"].items() for geometry, a in v.items()]
 
 
 def redraw(groups, stream=0, times=2000):
@@ -577,8 +592,7 @@ def columns(results, samples):
         wanted = ("common", "counter", "drop", "effective_robustness", "common_plain", "counter_plain", "common_1v20", "counter_1v20", "drop_1v20", "worst_group", "ece")
     elif len(samples.places) < 2:
         wanted = ("average", "avg_group_mean", "worst_group", "confidence", "ece")
-    rows = [m["metrics"] for r in results.values() for m in r["protocols"].values()]
-    return [k for k in wanted if any(m.get(k) is not None for m in rows)]
+    return [k for k in wanted if any(m["metrics"].get(k) is not None for _, _, m in each_outcome(results))]
 
 
 def group_name(samples, g):
@@ -591,7 +605,7 @@ def summary(results, samples):
     name, first = next(iter(results.items()))
     few = first["groups"] if len(first["groups"]) <= 8 and not is_counteranimal(samples) else []
     header = ("model", "protocol", *keys, *[f"{group_name(samples, g)} (n={g['n']})" for g in few])
-    rows = [(name, p, *[m["metrics"].get(k) for k in keys], *[g["accuracy"] for g in m["groups"][:len(few)]]) for name, r in results.items() for p, m in r["protocols"].items()]
+    rows = [(name, p, *[m["metrics"].get(k) for k in keys], *[g["accuracy"] for g in m["groups"][:len(few)]]) for name, p, m in each_outcome(results)]
     lines = [f"{samples.name}: {first['metrics']['n']} photos", table(header, rows)]
     best = first["metrics"]
     spans = [(k, best[k + "_interval"]) for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")]
@@ -600,39 +614,36 @@ def summary(results, samples):
         known = next((k for k in PUBLISHED if name.startswith(k)), None) if is_counteranimal(samples) else None
         if known:
             lines.append(f"{name}: published {PUBLISHED[known][0]:.2f} common, {PUBLISHED[known][1]:.2f} counter")
-    kinds = [(name, kind, v) for name, r in results.items() for kind, v in r["additivity"].items()]
-    if kinds:
-        parts = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
-        lines.append("\nAdditivity of " + " and ".join(sorted({"mean embeddings of class x place" if k == "cells" else k for _, k, _ in kinds})) + ", shares of their variance")
-        lines.append(table(("model", "of", "geometry", *parts), [(name, kind, geometry, *[a[q] for q in parts]) for name, kind, v in kinds for geometry, a in v.items()]))
+    head, rows = additivities(results)
+    if rows:
+        lines += ["\nAdditivity of mean embeddings of class x place (cells) or of composites, shares of their variance", table(head, rows)]
     return "\n".join(lines)
 
 
 def tables(out, results, outcomes, samples):
     """eval.csv: a row for each model and protocol; groups.csv: for each group too; predictions.csv: for each photo."""
-    rows = [(name, p, m) for name, r in results.items() for p, m in r["protocols"].items()]
+    rows = each_outcome(results)
     keys = list(dict.fromkeys(k for _, _, m in rows for k, v in m["metrics"].items() if not isinstance(v, (list, tuple))))
     write_table(out / "eval.csv", ("model", "protocol", *keys), [(name, p, *[m["metrics"].get(k) for k in keys]) for name, p, m in rows])
     write_table(out / "groups.csv", ("model", "protocol", "class", "place", "n", "accuracy", "low", "high"),
                 [(name, p, samples.classes[g["y"]], samples.places[g["place"]], g["n"], g["accuracy"], *g["interval"]) for name, p, m in rows for g in m["groups"]])
-    header, filled = ["image", "class", "place", "split"], []
-    shown = sorted({k for name in results for p in results[name]["protocols"] for k in outcomes[name][p]["index"].tolist()})
-    for name, r in results.items():
-        for p in r["protocols"]:
-            o = outcomes[name][p]
-            words = samples.labels if len(samples.labels) == 1000 and p in ("zeroshot", "classifier") or samples.y.max() < 0 else samples.classes
-            header += [f"{name} {p}", f"{name} {p} confidence"]
-            filled.append({k: (words[c] if c >= 0 else "", f"{v:.4f}") for k, c, v in zip(*(o[key].tolist() for key in ("index",)), o["predicted"][0].tolist(), o["confidence"][0].tolist())})
-    fixed = lambda k: (getattr(samples.items[k], "path", samples.captions[k]), samples.classes[samples.y[k]] if samples.y[k] >= 0 else "", samples.places[samples.place[k]],
-                       ("train", "val", "test")[samples.split[k]])
-    write_table(out / "predictions.csv", header, [(*fixed(k), *[v for f in filled for v in f.get(k, ("", ""))]) for k in shown])
+    header, filled, shown = ["image", "class", "place", "split"], [], set()
+    for name, p, _ in rows:
+        index, predicted, confidence = (outcomes[name][p][k].tolist() for k in ("index", "predicted", "confidence"))
+        header += [f"{name} {p}", f"{name} {p} confidence"]
+        filled.append({k: (called(samples, p, c, True), f"{v:.4f}") for k, c, v in zip(index, predicted[0], confidence[0])})
+        shown.update(index)
+    fixed = lambda k: (getattr(samples.items[k], "path", samples.captions[k]), samples.classes[samples.y[k]] if samples.y[k] >= 0 else "",
+                       samples.places[samples.place[k]], ("train", "val", "test")[samples.split[k]])
+    write_table(out / "predictions.csv", header, [(*fixed(k), *[v for f in filled for v in f.get(k, ("", ""))]) for k in sorted(shown)])
 
 
-def report(results, outcomes, samples, config, failed):
+def report(results, outcomes, samples, config, failed, git):
     """eval.html: the table, accuracy on the line, groups with intervals, the worst confusions, additivity, prompts, flags."""
     keys, first = columns(results, samples), next(iter(results))
     head, counter = results[first], is_counteranimal(samples)
-    sections = [("Results", html_table(("model", "protocol", *[k.replace("_", " ") for k in keys]), [(name, p, *[m["metrics"].get(k) for k in keys]) for name, r in results.items() for p, m in r["protocols"].items()])
+    sections = [("Results", html_table(("model", "protocol", *[k.replace("_", " ") for k in keys]),
+                                       [(name, p, *[m["metrics"].get(k) for k in keys]) for name, p, m in each_outcome(results)])
                  + "".join(f"<p>FAILED {escape(name)}: {escape(problem)}</p>" for name, problem in failed.items()))]
     x, y = ("common", "counter") if counter else ("avg_group_mean", "worst_group")
     dots = [(name, r["metrics"][x], r["metrics"][y], True) for name, r in results.items() if r["metrics"].get(y) is not None]
@@ -646,42 +657,45 @@ def report(results, outcomes, samples, config, failed):
     if counter:
         rows = sorted(head["classes"].items(), key=lambda c: -(c[1]["drop"] or 0))
         sections.append((f"Common and counter photos by class, largest drop first, {first}", bars([
-            (f"{name[:26]}, {k}", c[k], wilson(c[k] * c["n_" + k], c["n_" + k]), f"n={c['n_' + k]}") for name, c in rows for k in ("common", "counter") if c[k] is not None])))
+            (f"{name[:26]}, {k}", c[k], wilson(c[k] * c["n_" + k], c["n_" + k]), f"n={c['n_' + k]}")
+            for name, c in rows for k in ("common", "counter") if c[k] is not None])))
     elif head["groups"] and len(head["groups"]) <= 60:
-        compared = [(f"{name} {p}", m) for name, r in results.items() for p, m in r["protocols"].items()]
+        compared = [(f"{name} {p}", m) for name, p, m in each_outcome(results)]
         one = lambda label, g: (label[:34], g["accuracy"], g["interval"], f"n={g['n']}")
         if len(compared) <= 3:
             charts = [(name, [one(group_name(samples, g), g) for g in m["groups"]]) for name, m in compared]
         else:
-            charts = [(group_name(samples, g), [one(name, v) for name, m in compared for v in m["groups"] if (v["y"], v["place"]) == (g["y"], g["place"])]) for g in head["groups"]]
+            charts = [(group_name(samples, g), [one(name, v) for name, m in compared for v in m["groups"] if (v["y"], v["place"]) == (g["y"], g["place"])])
+                      for g in head["groups"]]
         sections.append(("Accuracy per group, with 95 % intervals", "".join(f"<h3>{escape(title)}</h3>" + bars(rows) for title, rows in charts)))
-    confused = [(name, c["accuracy"], c["n"], ", ".join(f"{k} ({v})" for k, v in c.get("taken_for", {}).items())) for name, c in head["classes"].items() if "accuracy" in c]
+    confused = [(name, c["accuracy"], c["n"], ", ".join(f"{k} ({v})" for k, v in c["taken_for"].items())) for name, c in head["classes"].items() if "accuracy" in c]
     if confused:
-        sections.append((f"What each class is taken for, {first} {head['protocol']}", html_table(("class", "accuracy", "n", "taken for"), sorted(confused, key=lambda r: r[1])[:45])))
-    for name in list(results)[:3]:
-        sections.append((f"Worst confusions: wrong and sure, {name} {results[name]['protocol']}", worst(outcomes[name][results[name]["protocol"]], samples, results[name]["protocol"])))
-    kinds = [(name, kind, geometry, a) for name, r in results.items() for kind, v in r["additivity"].items() for geometry, a in v.items()]
-    if kinds:
-        parts = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
-        sections.append(("Additivity", "<p>How far an embedding is the sum of a foreground and a background part: shares of the variance in the fit z = mu + a + c + e, flat and after "
-                         "the log map at the intrinsic mean; of the mean embedding of each class on each place (cells), or of composites.</p>"
-                         + html_table(("model", "of", "geometry", *parts), [(name, kind, geometry, *[a[q] for q in parts]) for name, kind, geometry, a in kinds])))
+        sections.append((f"What each class is taken for, {first} {head['protocol']}",
+                         html_table(("class", "accuracy", "n", "taken for"), sorted(confused, key=lambda r: r[1])[:45])))
+    for name, p in [(name, r["protocol"]) for name, r in results.items()][:3]:
+        sections.append((f"Worst confusions: wrong and sure, {name} {p}", worst(outcomes[name][p], samples, p)))
+    header, rows = additivities(results)
+    if rows:
+        sections.append(("Additivity", "<p>How far an embedding is the sum of a foreground and a background part: shares of the variance in the fit z = mu + a + c + e, "
+                         "flat and after the log map at the intrinsic mean; of the mean embedding of each class on each place (cells), or of composites.</p>"
+                         + html_table(header, rows)))
     if any("zeroshot" in r["protocols"] for r in results.values()):
         texts = [(label, "; ".join(t[:4]) + f" and {len(t) - 4} more" * (len(t) > 4)) for label, t in zip(samples.labels, samples.prompts)]
-        sections.append(("Prompts", html_table(("label", "prompts, averaged"), texts[:45]) + f"<p class=dim>and of {len(texts) - 45} more labels</p>" * (len(texts) > 45)))
+        sections.append(("Prompts", html_table(("label", "prompts, averaged"), texts[:45])
+                         + f"<p class=dim>and of {len(texts) - 45} more labels</p>" * (len(texts) > 45)))
     sections.append(("Data and flags", "<p>" + "<br>".join(map(escape, samples.notes)) + "</p><pre>" + escape("\n".join(f"--{k}={v}" for k, v in config.items()))
-                     + f"\ngit {revision()}</pre>"))
+                     + f"\ngit {git}</pre>"))
     best = head["metrics"]
     says = f"common {best['common']:.1%}, counter {best['counter']:.1%}" if counter and best["drop"] is not None else \
         f"worst group {best['worst_group']:.1%}, mean of groups {best['avg_group_mean']:.1%}" if "worst_group" in best else f"{best['n']} photos without labels"
-    return page("flock: how robust is it?", f"{samples.name}; {first}, {ORDER[head['protocol'].split('_')[0] if head['protocol'].startswith('fewshot') else head['protocol']]}: {says}.", sections)
+    how = ORDER[next(k for k in ORDER if head["protocol"].startswith(k))]
+    return page("flock: how robust is it?", f"{samples.name}; {first}, {how}: {says}.", sections)
 
 
 def worst(out, samples, p, most=12):
     """The photos that are wrong with the highest confidence, as figures."""
     y = samples.y[out["index"]]
     wrong = (out["predicted"][0] != targets(samples, p)[out["index"]]) & (y >= 0)
-    names = samples.labels if len(samples.labels) == 1000 and p in ("zeroshot", "classifier") else samples.classes
     figures = []
     seen = {}
     for k in out["confidence"][0].where(wrong, -1.).argsort(descending=True)[:int(wrong.sum())].tolist():
@@ -691,8 +705,8 @@ def worst(out, samples, p, most=12):
         if len(figures) == most:
             break
         photo, taken = int(out["index"][k]), int(out["predicted"][0][k])
-        figures.append(thumb(samples.items[photo].image(), f"{group_name(samples, dict(y=int(samples.y[photo]), place=int(samples.place[photo])))}, taken for "
-                             f"{names[taken].split(',')[0] if taken >= 0 else 'none of them'} ({float(out['confidence'][0][k]):.2f})"))
+        caption = f"{group_name(samples, dict(y=int(samples.y[photo]), place=int(samples.place[photo])))}, taken for {called(samples, p, taken)}"
+        figures.append(thumb(samples.items[photo].image(), f"{caption} ({float(out['confidence'][0][k]):.2f})"))
     return "".join(figures) or "<p>none</p>"
 
 

@@ -1195,3 +1195,11 @@ def load_checkpoint(path, encoder=None):
         raise Complaint(f"{path}: made with --model={found[1].get('model')} --pretrained={found[1].get('pretrained')!r}, "
                         f"not with the weights of {encoder.name} loaded now; use the same model, or train anew")
     return state
+
+
+def load_map(state):
+    """The map g of a checkpoint of train.py."""
+    hidden = len(state["map"]["mlp.0.bias"]) if "mlp.0.bias" in state["map"] else 0
+    g = Map(state["map"]["mu"], state["map"]["W"], state["power"], hidden)
+    g.load_state_dict(state["map"])
+    return g.requires_grad_(False)

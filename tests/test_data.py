@@ -583,6 +583,9 @@ def test_celeba_incomplete_or_wrong(tmp_path):
     attributes.write_text(attributes.read_text().replace("Male", "Mail"))
     with complaint("no column 'Male'"):
         loaded(spec)
+    attributes.write_text("")
+    with complaint("list_attr_celeba.txt", "empty file"):
+        loaded(spec)
     attributes.unlink()
     (tmp_path / "img_align_celeba.zip").write_bytes(b"PK")
     with complaint("list_attr_celeba", "img_align_celeba.zip: unpack it first"):
@@ -667,6 +670,11 @@ def test_nico_pair(tmp_path):
     touch(tmp_path / "flat", "a.jpg")
     with complaint("context/class"):
         loaded(f"nico:{tmp_path / 'flat'}")
+    touch(tmp_path / "one", "autumn/car/a.jpg", "autumn/truck/b.jpg", "autumn/train/c.jpg")
+    with complaint("one context only, autumn"):
+        loaded(f"nico:{tmp_path / 'one'}:car,truck")
+    touch(tmp_path / "trains", *[f"{c}/{p}/{k}.jpg" for c in ("train", "car") for p in ("grass", "rock") for k in range(6)])
+    assert loaded(f"nico:{tmp_path / 'trains'}:train,car").places == ["grass", "rock"]
 
 
 def coco(root, parts=("train2017", "val2017"), n=20):
@@ -701,6 +709,14 @@ def test_cocogender_missing_captions_categories_images(tmp_path):
     assert any("1 of 40 images do not exist" in w for w in warnings(loaded(f"cocogender:{tmp_path}")))
     with complaint("'unicorn'", "no category"):
         loaded(f"cocogender:{tmp_path}:unicorn,sports")
+    captions = tmp_path / "annotations/captions_train2017.json"
+    whole = captions.read_text()
+    for text, words in ((whole.replace('"caption"', '"text"'), ("captions_train2017.json", "'caption'")), (whole[:50], ("captions_train2017.json", "not JSON")),
+                        ("{}", ("captions_train2017.json", "no 'annotations'"))):
+        captions.write_text(text)
+        with complaint(*words):
+            loaded(f"cocogender:{tmp_path}")
+    captions.write_text(whole)
     (tmp_path / "annotations/instances_val2017.json").unlink()
     with complaint("instances_val2017.json", "no such file"):
         loaded(f"cocogender:{tmp_path}")

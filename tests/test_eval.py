@@ -278,8 +278,8 @@ def test_line_goes_through_points_on_a_line_of_logits_and_robustness_is_the_dist
 
 
 def test_calibration_error_by_hand():
-    confidence, correct = torch.tensor([.95, .95, .95, .95, .55, .55]), torch.tensor([1, 1, 1, 0, 0, 0]).bool()
-    assert script.ece(confidence, correct) == pytest.approx((4 * abs(.75 - .95) + 2 * .55) / 6)
+    confidence, correct = torch.tensor([.95, .95, .95, .95, .55, .55]), torch.tensor([1, 1, 1, 0, 1, 1]).bool()
+    assert script.ece(confidence, correct) == pytest.approx((4 * (.95 - .75) + 2 * (1 - .55)) / 6)
     assert script.ece(torch.ones(5), torch.ones(5).bool()) == 0
 
 

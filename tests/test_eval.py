@@ -639,3 +639,86 @@ def test_help_of_the_script_and_of_a_data_set(capsys):
     shown = capsys.readouterr().out
     assert all(f"\n{k}" in shown for k in ("out_dir", "data", "protocol", "picker", "seed")) and "def main" not in shown
     assert run(["--data=counteranimal:help"]) == 0 and "LAION-final" in capsys.readouterr().out
+
+
+# --- controlled settings
+
+def done_setting(out, name, gap, precision, scale):
+    """What a finished setting leaves: folders of every method with weights and figures, and a discovery."""
+    label = int(name.partition("-")[2])
+    for k, method in enumerate(script.MITIGATIONS):
+        groups = [.9] * 20
+        groups[2 * label] -= gap * (method == "finetune")
+        values = dict(zip(script.FIGURES, (scale * (.5 + .05 * k), scale * .1 * k, .8, .7)))
+        data.write(out / f"settings/{name}/{method}/weights.safetensors", b"")
+        data.write_json(out / f"settings/{name}/{method}/figures.json", dict(values, groups=groups))
+    methods = {m: dict(precision_at_10=v) for m, v in precision.items()}
+    data.write_json(out / f"settings/{name}/discovery/discovery.json", dict(methods=methods, clusters=[dict(id=0, kept=True)]))
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Three settings that are done: valid and found, valid and half found, not valid. No script may run."""
+    out = tmp_path / "out"
+    done_setting(out, "0.99-0", .5, dict(ravl=1., random=.2), 1.)
+    done_setting(out, "0.99-1", .3, dict(ravl=.7, random=None), .5)
+    done_setting(out, "0.99-2", .1, dict(ravl=0., random=0.), 1.)
+    def never(*arguments, **more):
+        if "git" not in arguments[0]:
+            raise AssertionError(f"ran {arguments[0]}")
+        return real(*arguments, **more)
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", never)
+    return [f"--out_dir={out}", "--protocol=ravl", "--settings=3", "--mitigate=2", "--pretrained=base.safetensors"], out
+
+
+def test_controlled_settings_resume_from_what_is_done_and_keep_the_contract(settings, capsys):
+    argv, out = settings
+    assert run(argv) == 0
+    tree = json.loads((out / "protocol.json").read_text())
+    assert [(s["strength"], s["spurious_class"], s["valid"]) for s in tree["settings"]] == [(.99, 0, True), (.99, 1, True), (.99, 2, False)]
+    first = tree["settings"][0]
+    assert first["precision_at_10"] == dict(ravl=1., random=.2) and first["gap"] == pytest.approx(.5) and tree["settings"][2]["precision_at_10"] == {}
+    assert set(first["mitigation"]) == set(script.MITIGATIONS) and set(first["mitigation"]["jtt"]) == set(script.FIGURES)
+    p, m = tree["summary"]["precision_at_10"], tree["summary"]["mitigation"]
+    assert p["ravl"]["all"]["mean"] == pytest.approx(.85) and p["random"]["all"]["mean"] == pytest.approx(.1) and p["ravl"]["all"]["n"] == 2
+    assert p["ravl"]["0.99"]["low"] == pytest.approx(.85 - 1.96 * np.std([1, .7], ddof=1) / 2 ** .5)
+    at_6, at_8 = m["precision_above_0.6"], m["precision_above_0.8"]
+    assert (at_6["n"], at_8["n"]) == (2, 1) and at_8["methods"]["ravl"]["image_worst_group"] == pytest.approx(.1)
+    assert at_6["methods"]["ravl"]["image_worst_group"] == pytest.approx(.075) and at_8["methods"]["finetune"]["image_overall"] == .5
+    rows = list(csv.DictReader((out / "protocol.csv").read_text().splitlines()))
+    assert len([r for r in rows if r["stage"] == "mitigate"]) == 16 and [r["precision_at_10"] for r in rows if r["method"] == "random"][1] == ""
+    page = (out / "protocol.html").read_text()
+    assert "2 of 3 settings learned" in page and not re.search(r"(?:src|href)\s*=\s*[\"']?http", page)
+    assert "Precision@10 > 0.8" in capsys.readouterr().out
+
+
+def test_controlled_settings_of_other_flags_are_refused_and_more_of_them_are_not(settings, capsys):
+    argv, out = settings
+    assert run([*argv, "--settings=1", "--mitigate=0"]) == 0
+    assert json.loads((out / "protocol.json").read_text())["settings"][0]["mitigation"] == {}
+    assert run([*argv, "--steps=7"]) == 2
+    assert "--steps=160" in capsys.readouterr().err
+    assert run(argv) == 0 and len(json.loads((out / "protocol.json").read_text())["settings"]) == 3
+
+
+def test_controlled_settings_out_of_range(settings, capsys):
+    argv, _ = settings
+    for more in ("--settings=0", "--settings=51", "--digits=photos"):
+        assert run([*argv, more]) == 2 and more.partition("=")[0] in capsys.readouterr().err
+
+
+def test_figures_of_a_setting_are_the_accuracies_of_images_and_kept(tmp_path, monkeypatch):
+    from safetensors.torch import save
+    monkeypatch.setattr(script, "model", "tiny-conv")
+    module = model.load_encoder("tiny-conv", "none", device="cpu").module
+    torch.nn.init.normal_(module.visual.trunk.body[8].bias, std=.1)
+    data.write(tmp_path / "weights.safetensors", save({k: v.contiguous() for k, v in module.state_dict().items()}))
+    samples = data.load_data("digits:0.99:0")
+    found, encoder = script.reached(tmp_path, samples), model.load_encoder("tiny-conv", str(tmp_path / "weights.safetensors"), device="cpu")
+    test = samples.keep((samples.split == 2).nonzero()[:, 0])
+    g, (z, _) = model.prompt_embeddings(encoder, test.class_prompts(), ""), model.embed(encoder, test.items, "")
+    right = (unit(z) @ g.T).argmax(1) == test.y
+    assert found["image_overall"] == pytest.approx(float(right.double().mean()), abs=.02)
+    assert found["groups"] == pytest.approx([float(right[test.group() == k].double().mean()) for k in range(20)], abs=.05)
+    assert found["image_worst_group"] == min(found["groups"]) and json.loads((tmp_path / "figures.json").read_text()) == found

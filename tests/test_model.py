@@ -932,3 +932,36 @@ def test_assign_regions_with_clipped_cosines_takes_the_first_of_the_medoids_beyo
     discovery = dict(medoids=torch.eye(3), mean=torch.zeros(3), clipped=True)
     r = torch.tensor([[-1., -.5, -.1], [-1, -.5, .1], [.2, .5, .1]])
     assert model.assign_regions(r, discovery).tolist() == [0, 2, 1] and model.assign_regions(r, dict(discovery, clipped=False)).tolist() == [2, 2, 1]
+
+
+@pytest.mark.parametrize("name, side", [("tiny-conv", 56), ("lite0-clip", 224)])
+def test_small_clips_give_a_map_whose_mean_is_the_embedding(name, side):
+    encoder = model.load_encoder(name, "none", device="cpu")
+    x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    z, m = model.with_map(encoder.module, encoder.kind, x)
+    assert m.shape[:3] == (2, 7, 7) and torch.allclose(m.mean((1, 2)), z, atol=1e-5) and encoder.texts(["a", "b"]).shape == (2, z.shape[1])
+
+
+def test_a_cell_of_tiny_conv_sees_32_pixels_and_none_outshouts_the_others():
+    module = model.load_encoder("tiny-conv", "none", device="cpu").module
+    x = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    there = x.clone()
+    there[:, :, 28:, 28:] = 0
+    a, b = (model.with_map(module, "open_clip", v)[1] for v in (x, there))
+    changed = (a != b).any(-1)[0]
+    assert not changed[:2].any() and not changed[:, :2].any() and changed[3:, 3:].all()
+    norm = lambda v: module.visual.trunk.forward_features(v).norm(dim=1).max()
+    assert norm(1e4 * x) < 96 ** .5 + 1e-3 and norm(torch.zeros_like(x)) == 0
+
+
+def test_region_embeddings_are_means_of_cells_and_crops_are_images():
+    encoder = model.load_encoder("tiny-conv", "none", device="cpu")
+    samples = data.load_data("digits")
+    pictures, _ = data.load_regions("grid:1,2", samples.items[:3], encoder.frame)
+    z, r = model.region_embeddings(encoder, pictures, cache="", dtype="float32")
+    assert r.shape == (15, z.shape[1]) and torch.allclose(r[::5], z, atol=1e-5)
+    m = model.with_map(encoder.module, encoder.kind, torch.stack([encoder.transform(p.image()) for p in pictures]))[1]
+    w = torch.tensor([1, 1, 1, .5, 0, 0, 0])
+    assert torch.allclose(r[1::5], torch.einsum("nhwd,h,w->nd", m, w, w) / w.sum() ** 2, atol=1e-5)
+    z2, c = model.region_embeddings(encoder, pictures, "crop", cache="", dtype="float32")
+    assert torch.allclose(z, z2, atol=1e-5) and torch.allclose(c[::5], z, atol=1e-5) and not torch.allclose(c[1::5], r[1::5], atol=1e-3)

@@ -384,3 +384,285 @@ def test_other_data_sets_are_trained_on_too(files, tmp_path, kind):
     groups = r["methods"]["bap"]["groups"]
     assert len(groups) == (2 if kind == "folder" else 4) and (r["invariance"]["place_probe_raw"] is None) == (kind == "folder")
     assert any("100 % correlated" in n for n in r["notes"]) == (kind != "folder")
+
+
+# --- fine-tuning: losses by hand
+
+@pytest.fixture
+def script(monkeypatch):
+    """train.py as a module, with small flags."""
+    monkeypatch.syspath_prepend(str(Path(TRAIN).parent))
+    import train
+    for flag, value in dict(pairs=8, seed=0, jtt_weight=20., keep_gib=1., train="all").items():
+        monkeypatch.setattr(train, flag, value)
+    return train
+
+
+def by_hand(cos, state, y, tau, each=False):
+    """RaVL's L_R and L_A as their definition reads, sums of exponentials and loops; cos [B][R][C]."""
+    B = range(len(y))
+    rest = [[cos[i][r] for r in range(len(state[i])) if state[i][r] == 0] for i in B]
+    spurious = [cos[i][r] for i in B for r in range(len(state[i])) if state[i][r] == 1]
+    sigma = lambda i, c: np.exp(max(v[c] for v in rest[i]) / tau)
+    labels = [int(v) for v in y] if each else sorted({int(v) for v in y})
+    L_R, L_A = [], []
+    for i in B:
+        if not rest[i]:
+            continue
+        down_R = sum(sigma(i, c) for c in labels) + sum(np.exp(max(v[c] for c in labels) / tau) for v in spurious)
+        down_A = sigma(i, y[i]) + sum(sigma(j, y[i]) for j in B if y[j] != y[i] and rest[j]) + sum(np.exp(v[y[i]] / tau) for v in spurious)
+        L_R.append(-np.log(sigma(i, y[i]) / down_R))
+        L_A.append(-np.log(sigma(i, y[i]) / down_A))
+    return np.mean(L_R), np.mean(L_A)
+
+
+def test_region_terms_of_two_images_worked_out_on_paper(script):
+    # one free region each, along its own class; one spurious region at 45 degrees between the two; tau = 1
+    r, g = torch.tensor([[[1., 0], [.5 ** .5, .5 ** .5]], [[0., 1], [1, 0]]]), torch.eye(2)
+    L_R, L_A = script.region_terms(r, torch.tensor([[0, 1], [0, -1]]), g, torch.tensor([0, 1]), 1.)
+    # for both: sigma(own) = e, sigma(other) = 1, the spurious region e^0.7071: log((e + 1 + e^0.7071) / e)
+    assert L_R.item() == pytest.approx(np.log((np.e + 1 + np.exp(.5 ** .5)) / np.e), abs=1e-6) and L_A.item() == pytest.approx(L_R.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("case", ["mixed", "none spurious", "some images all spurious", "one class"])
+def test_region_terms_are_the_definition(script, case, each):
+    g = torch.Generator().manual_seed(3)
+    r, texts = (torch.nn.functional.normalize(torch.randn(*n, 5, generator=g), dim=-1) for n in ((6, 4), (3,)))
+    y, state = torch.tensor([0, 0, 1, 2, 1, 0]), torch.randint(0, 2, (6, 4), generator=g)
+    state[:, 0], state[2, 3] = 0, -1
+    if case == "none spurious":
+        state[state == 1] = 0
+    if case == "some images all spurious":
+        state[1], state[4] = 1, torch.tensor([1, 1, -1, 1])
+    if case == "one class":
+        y[:] = 1
+    r.requires_grad_()
+    L_R, L_A = script.region_terms(r, state, texts, y, .07, each)
+    expected = by_hand((r @ texts.T).detach().double().numpy(), state.tolist(), y.tolist(), .07, each)
+    assert (L_R.item(), L_A.item()) == pytest.approx(expected, rel=1e-4)
+    (L_R + L_A).backward()
+    assert r.grad.isfinite().all() and not r.grad[state == -1].any()
+
+
+def test_region_terms_without_any_free_region_are_zero_and_harmless(script):
+    r = torch.nn.functional.normalize(torch.randn(3, 2, 4), dim=-1).requires_grad_()
+    L_R, L_A = script.region_terms(r, torch.ones(3, 2), torch.eye(4)[:2], torch.tensor([0, 1, 0]))
+    (L_R + L_A).backward()
+    assert L_R.item() == L_A.item() == 0 and r.grad.eq(0).all()
+
+
+def test_gradient_of_region_terms_reaches_the_map_through_region_pool_and_draws_the_free_region_to_its_label(script):
+    torch.manual_seed(0)
+    m, texts = torch.randn(2, 4, 4, 3, requires_grad=True), torch.eye(3)[:2]
+    boxes, state = torch.tensor([[[0, 0, 2, 2], [2, 0, 4, 2.]]] * 2), torch.tensor([[0, 1], [0, 1]])
+    pooled = lambda m: torch.nn.functional.normalize(kernels.region_pool(m, boxes.flatten(0, 1), torch.tensor([0, 0, 1, 1])), dim=-1).unflatten(0, (2, 2))
+    value = lambda m: sum(script.region_terms(pooled(m), state, texts, torch.tensor([0, 1]), .5))
+    value(m).backward()
+    assert m.grad[:, :2].abs().sum() > 0 and not m.grad[:, 2:].any()  # nothing lies under the lower half
+    with torch.no_grad():
+        before, after = pooled(m), pooled(m - .5 * m.grad)
+    assert after[0, 0, 0] > before[0, 0, 0] and value(m - .5 * m.grad) < value(m)
+    assert after[0, 1, :2].max() < before[0, 1, :2].max()  # the spurious region is held off the labels
+
+
+def test_contrastive_and_sigmoid_losses_are_open_clip_s(script):
+    from open_clip.loss import ClipLoss, SigLipLoss
+    z, t = (torch.nn.functional.normalize(torch.randn(7, 5, generator=torch.Generator().manual_seed(k)), dim=1) for k in (1, 2))
+    assert torch.allclose(script.contrastive(z, t, torch.tensor(9.)), ClipLoss()(z, t, torch.tensor(9.)))
+    assert torch.allclose(script.sigmoid(z, t, torch.tensor(9.), torch.tensor(-3.)), SigLipLoss()(z, t, torch.tensor(9.), torch.tensor(-3.)))
+
+
+def test_spurious_aware_loss_contrasts_only_pairs_that_agree_on_the_feature(script):
+    z, t = (torch.nn.functional.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(k)), dim=1) for k in (1, 2))
+    f = torch.tensor([True, False, True, False, False, True])
+    inside = [script.contrastive(z[f == v], t[f == v], torch.tensor(4.)) for v in (True, False)]
+    assert torch.allclose(script.contrastive(z, t, torch.tensor(4.), f[:, None] == f), (inside[0] + inside[1]) / 2)
+
+
+def test_group_dro_weighs_up_the_group_with_the_larger_loss(script):
+    z = torch.tensor([[1., 0], [1, 0], [0, 1], [1, 0]])
+    task, q = dict(y=torch.tensor([0, 0, 1, 1]), feature=torch.tensor([False, False, True, False]), C=2), torch.full((4,), .25)
+    e = dict(z=z, g=torch.eye(2), scale=torch.tensor(2.))
+    value = script.objective("vl_gdro", "infonce", e, torch.arange(4), task, q)["DRO"][1]
+    low, high = np.log(1 + np.exp(-2)), np.log(1 + np.exp(2))  # cross-entropy right and wrong; group 1 is not in the batch
+    w = .25 * np.exp(.01 * np.array([low, 0, high, low]))
+    w /= w.sum()
+    assert q.tolist() == pytest.approx(w, rel=1e-5) and value.item() == pytest.approx((w * [low, 0, high, low]).sum(), rel=1e-5)
+
+
+def counted(script, method, task, monkeypatch, draws=400):
+    monkeypatch.setattr(script, "pairs", 50)
+    draw = script.sampler(task, method)
+    assert torch.equal(draw(3), script.sampler(task, method)(3))
+    return torch.bincount(torch.cat([draw(k) for k in range(draws)]), minlength=len(task["y"])).double() / (50 * draws)
+
+
+def test_samplers_draw_what_their_methods_say(script, monkeypatch):
+    y = torch.tensor([0] * 60 + [1] * 40)
+    task = dict(y=y, feature=(torch.arange(100) % 10 == 0) ^ (y == 1), C=2, weight=torch.where(torch.arange(100) < 5, 20., 1.))
+    share = counted(script, "finetune", task, monkeypatch, 4)
+    assert share.min() == share.max()  # two epochs, each image once in each
+    group, share = 2 * y + task["feature"].long(), counted(script, "upsampled", task, monkeypatch)
+    per = torch.stack([share[group == g].sum() for g in range(4)])
+    assert torch.allclose(per, torch.tensor([.3, .3, .2, .2]).double(), atol=.02)
+    share = counted(script, "vl_gdro", task, monkeypatch)
+    assert torch.allclose(torch.stack([share[group == g].sum() for g in range(4)]), torch.full((4,), .25).double(), atol=.02)
+    share = counted(script, "jtt", task, monkeypatch)
+    assert (share[:5].mean() / share[5:].mean()).item() == pytest.approx(20, rel=.15)
+    share = counted(script, "subg", task, monkeypatch, 16)
+    assert [int((share[group == g] > 0).sum()) for g in range(4)] == [4, 4, 4, 4]
+
+
+# --- fine-tuning from the command line
+
+def tune_words(files, out, *more):
+    return [f"--data=waterbirds:{files / 'most/set'}", "--model=tiny", "--captions=class", "--pairs=8", "--steps=6", "--learning_rate=0.001", "--log_every=1",
+            f"--cache_dir={files / 'cache'}", f"--out_dir={out}", "--method=finetune", *more]
+
+
+def weights(out):
+    from safetensors.torch import load_file
+    return load_file(out / "weights.safetensors")
+
+
+def close(a, b, atol):
+    return all(torch.allclose(a[k], b[k], atol=atol) for k in a)
+
+
+def discovery(files, out, kept=True, source=None, encoder=None):
+    """A discovery of 2 x 2 regions: clusters are those of place 0 (the feature), of place 1, and the upper left ones, which hold the figure."""
+    encoder, samples = encoder or model.load_encoder("tiny", device="cpu"), data.load_data(f"waterbirds:{files / 'most/set'}")
+    pictures, _ = data.load_regions("grid:2", samples.items[:32], encoder.frame)
+    r = model.unit(model.region_embeddings(encoder, pictures, cache="")[1]).unflatten(0, (32, 4))
+    mean, place = r.mean((0, 1)), samples.place[:32]
+    medoids = torch.stack([r[place == 0, 3].mean(0), r[place == 1, 3].mean(0), r[:, 0].mean(0)])
+    data.write(out / "discovery.npz", data.npz(medoids=model.unit(medoids - mean).numpy(), mean=mean.numpy(), kept=np.array([0]), fingerprint=encoder.fingerprint,
+                                             regions="grid:2", region_encoder="pool", data=source or samples.name, paths=["-"] * 8,
+                                             image=np.arange(32) // 4, box=np.zeros((32, 4), np.float32), label=np.zeros(32, np.int64), clipped=np.array(False)))
+    data.write_json(out / "discovery.json", dict(config=dict(model="tiny", pretrained="", quick_gelu="auto", embeddings=""), clusters=[dict(id=0, kept=kept)]))
+    return f"--discovery={out}"
+
+
+@pytest.fixture(scope="module")
+def tuned(files):
+    assert run(tune_words(files, files / "tuned")) == 0
+    return files / "tuned"
+
+
+def test_fine_tuning_writes_weights_that_load_a_log_and_the_accuracies(files, tuned):
+    assert sorted(os.listdir(tuned)) == ["finetune.json", "log.csv", "weights.safetensors"]
+    encoder = model.load_encoder("tiny", str(tuned / "weights.safetensors"), device="cpu")
+    assert encoder.fingerprint != model.load_encoder("tiny", device="cpu").fingerprint
+    r = json.loads((tuned / "finetune.json").read_text())
+    rows = list(csv.DictReader((tuned / "log.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6] and float(rows[0]["L_CL"]) > 0 and float(rows[3]["images_per_s"]) > 0
+    assert {"worst_group", "overall", "groups"} <= set(r["after"]) and r["config"]["pairs"] == 8
+    samples = data.load_data(f"waterbirds:{files / 'most/set'}")
+    test = samples.keep((samples.split == 2).nonzero()[:, 0])
+    z, _ = model.embed(encoder, test.items, "")
+    right = (model.unit(z) @ encoder.class_embeddings(samples.classes).T).argmax(1) == test.y
+    assert r["after"]["overall"] == pytest.approx(float(right.double().mean()), abs=.1)
+
+
+def test_fine_tuning_learns_the_pairs(files, tmp_path, capsys):
+    assert run(tune_words(files, tmp_path, "--steps=40", "--pairs=16", "--learning_rate=0.002", "--warmup=0.2")) == 0
+    found = [float(v) for v in re.findall(r"L_CL ([\d.]+)", capsys.readouterr().out)]
+    assert found[-1] < found[0] - .3
+
+
+@pytest.mark.parametrize("method", ["finetune", "ravl", "vl_gdro", "jtt"])
+def test_interrupted_fine_tuning_resumes_to_the_same_weights_bit_for_bit(files, tmp_path, monkeypatch, capsys, method):
+    more = [f"--method={method}", "--save_every=2", discovery(files, tmp_path / "found")]
+    assert run(tune_words(files, tmp_path / "whole", *more)) == 0
+    calls, real = [], torch.nn.utils.clip_grad_norm_
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*arguments)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+    assert run(tune_words(files, tmp_path / "cut", *more)) == 130
+    assert "training.pt" in os.listdir(tmp_path / "cut") and not (tmp_path / "cut/weights.safetensors").exists()
+    capsys.readouterr()
+    assert run(tune_words(files, tmp_path / "cut", *more, "--resume", "--learning_rate=1")) == 2 and "--learning_rate" in capsys.readouterr().err
+    assert run(tune_words(files, tmp_path / "cut", *more, "--resume")) == 0
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[k], b[k]) for k in a) and "training.pt" not in os.listdir(tmp_path / "cut")
+    steps = [row["step"] for row in csv.DictReader((tmp_path / "cut/log.csv").read_text().splitlines())]
+    assert steps == [str(k) for k in range(1, 7)]
+
+
+def test_parts_and_processes_do_not_change_the_step(files, tmp_path):
+    more = ["--method=ravl", "--steps=3", discovery(files, tmp_path / "found")]
+    assert run(tune_words(files, tmp_path / "one", *more)) == 0 and run(tune_words(files, tmp_path / "parts", *more, "--accumulate=4")) == 0
+    job = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", TRAIN,
+                          *tune_words(files, tmp_path / "two", *more, "--accumulate=2")], capture_output=True, text=True, timeout=100)
+    assert job.returncode == 0, job.stderr
+    one, start = weights(tmp_path / "one"), model.load_encoder("tiny", device="cpu").module.state_dict()
+    for other in ("parts", "two"):
+        assert close(one, weights(tmp_path / other), 2e-4), other
+    assert not close(one, start, 2e-4)
+
+
+@pytest.mark.parametrize("part, moved", [("image", "visual."), ("text", ""), ("projection", "visual.proj")])
+def test_train_chooses_what_changes(files, tmp_path, part, moved):
+    assert run(tune_words(files, tmp_path, f"--train={part}", "--steps=2")) == 0
+    start = model.load_encoder("tiny", device="cpu").module.state_dict()
+    changed = {k for k, v in weights(tmp_path).items() if not torch.equal(v, start[k])} - {"logit_scale"}
+    wanted = {"image": lambda k: k.startswith("visual."), "text": lambda k: not k.startswith("visual."), "projection": lambda k: k in ("visual.proj", "text_projection")}[part]
+    assert changed and all(wanted(k) for k in changed)
+
+
+@pytest.mark.parametrize("method", ["ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aware", "jtt", "subg"])
+def test_every_mitigation_runs_and_differs_from_plain_fine_tuning(files, tuned, tmp_path, method):
+    assert run(tune_words(files, tmp_path / "out", f"--method={method}", discovery(files, tmp_path / "found"))) == 0
+    assert not close(weights(tuned), weights(tmp_path / "out"), 1e-6)
+
+
+def test_sigmoid_loss_and_bfloat16_run(files, tmp_path):
+    assert run(tune_words(files, tmp_path, "--loss=sigmoid", "--dtype=bfloat16", "--steps=2")) == 0
+    assert "logit_bias" in weights(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_term_and_the_last_good_state(files, tmp_path, capsys):
+    refused(capsys, tune_words(files, tmp_path, "--learning_rate=1e30"), "L_CL not finite", "training.pt", "--learning_rate")
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    assert state["step"] >= 1 and not (tmp_path / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("none kept", ("no cluster was kept", "discovery.json")), ("other data", ("made on elsewhere", "run discover.py")), ("other model", ("weights are others",)),
+    ("missing", ("--discovery=PATH",)), ("no such file", ("no such file",)), ("never", ("0 of 32 training images",)), ("always", ("32 have no other",))])
+def test_a_discovery_that_cannot_be_used_is_one_line(files, tmp_path, capsys, kind, words):
+    encoder = model.load_encoder("tiny", device="cpu")
+    if kind == "other model":
+        encoder.fingerprint = "0" * 32
+    word = discovery(files, tmp_path / "found", kind != "none kept", "elsewhere" if kind == "other data" else None, encoder)
+    if kind in ("never", "always"):
+        with np.load(tmp_path / "found/discovery.npz") as file:
+            arrays = dict(file)
+        arrays["medoids"] = np.eye(64, dtype=np.float32)[:2] if kind == "never" else arrays["medoids"][:1]
+        if kind == "never":
+            arrays["mean"], arrays["medoids"][0] = 0 * arrays["mean"], -arrays["mean"] / np.linalg.norm(arrays["mean"])
+        data.write(tmp_path / "found/discovery.npz", data.npz(**{k: v if v.ndim or v.dtype == bool else str(v) for k, v in arrays.items()}))
+    word = {"missing": "--discovery=", "no such file": f"--discovery={tmp_path / 'nowhere'}"}.get(kind, word)
+    refused(capsys, tune_words(files, tmp_path / "out", "--method=ravl", word), *words)
+
+
+def test_missing_captions_one_class_and_too_few_pairs_are_one_line(files, tmp_path, capsys, monkeypatch):
+    real = data.waterbirds
+    def without(*arguments):
+        samples = real(*arguments)
+        samples.captions[3] = " "
+        return samples
+    refused(capsys, tune_words(files, tmp_path, "--pairs=64"), "--pairs", "32 training images")
+    refused(capsys, tune_words(files, tmp_path, "--pairs=7", "--accumulate=2"), "--pairs", "multiple")
+    refused(capsys, tune_words(files, tmp_path, "--model=lite0"), "no text tower")
+    monkeypatch.setattr(data, "waterbirds", without)
+    refused(capsys, tune_words(files, tmp_path, "--captions=own"), "1 of 32 training images have no caption", "--captions=class")
+
+
+def test_a_batch_of_one_class_is_said_and_does_not_stop(files, tmp_path, capsys):
+    assert run(tune_words(files, tmp_path, "--pairs=2", "--steps=12")) == 0
+    assert "one class only" in capsys.readouterr().out

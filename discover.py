@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_embeddings, load_regions, npz,
                   open_image, outlined, page, region_truth, revision, rng, run, say, table, thumb, write, write_json)
-from kernels import cluster_sums, region_pool
-from model import Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, load_map, prompt_embeddings, roi_regions, unit, with_map
+from kernels import cluster_sums
+from model import Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, load_map, prompt_embeddings, region_embeddings, unit
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
 out_dir = "out"          # discovery.json, discovery.npz, discovery.html
@@ -195,7 +195,7 @@ def from_images():
     low, high = span(len(chosen.items))
     pictures, more = load_regions(regions, chosen.items, encoder.frame, skip_bad)
     pictures = pictures[low:high]
-    x, z, bad = embedded_regions(encoder, pictures)
+    z, x, bad = region_embeddings(encoder, pictures, region_encoder, cache=cache_dir, batch=batch_size, threads=threads, dtype=dtype, skip_bad=skip_bad, label="regions")
     good = z.isfinite().all(1)
     count = torch.tensor([len(p.boxes) for p in pictures])
     x, count, kept = x[good.repeat_interleave(count)], count[good], good.nonzero()[:, 0]
@@ -283,32 +283,6 @@ def suspect(encoder, samples, names):
     good = z.isfinite().all(1)
     fitted = fit_probe(unit(z[good]), samples.y[train][good], l2, classes=len(samples.classes))
     return lambda v: fitted.logits(unit(v.float())), [f"classifier: probe fitted on {int(good.sum())} training images, l2 = {l2}"]
-
-
-def embedded_regions(encoder, pictures):
-    """Region and image embeddings, one forward pass for each image (pool, roi) or one for each region (crop): x [N, D], z [n, D]."""
-    count = [len(p.boxes) for p in pictures]
-
-    def compute(images, some):
-        if region_encoder == "roi":
-            z, r = roi_regions(encoder.fast, images, [p.seen() for p in some])
-        else:
-            z, m = with_map(encoder.fast, encoder.kind, images)  # [N, D], [N, h, w, D]
-            h, w = m.shape[1:3]
-            index = torch.arange(len(some)).repeat_interleave(torch.tensor([len(p.boxes) for p in some]))
-            where = torch.cat([p.weights(h, w) if regions.startswith("masks:") else p.seen() * torch.tensor([w, h, w, h]) for p in some]).to(m)
-            r = region_pool(m.float().contiguous(), where.float(), index.to(m.device))
-        parts = r.split([len(p.boxes) for p in some])
-        return torch.cat([v for i, part in enumerate(parts) for v in (z[i:i + 1].to(part), part)])
-
-    if region_encoder == "crop":
-        z, bad = embed(encoder, pictures, cache_dir, batch_size, threads, dtype, skip_bad, "images")
-        crops = [Crop(p.picture, box) for p in pictures for box in p.boxes]
-        return embed(encoder, crops, cache_dir, batch_size, threads, dtype, skip_bad, "crops")[0], z, bad
-    both, bad = embed(encoder, pictures, cache_dir, batch_size, threads, dtype, skip_bad, "regions", compute, region_encoder, [1 + c for c in count])
-    first = torch.tensor([0, *count[:-1]]).cumsum(0) + torch.arange(len(count))
-    rest = torch.ones(len(both), dtype=torch.bool).index_fill_(0, first, False)
-    return both[rest], both[first], bad
 
 
 def outside_mask(picture, path):

@@ -810,7 +810,7 @@ def reached(at, samples):
     encoder = load_encoder(model, str(at / "weights.safetensors"))
     test = samples.keep((samples.split == 2).nonzero()[:, 0])
     pictures, _ = load_regions(regions, test.items, encoder.frame)
-    z, r = region_embeddings(encoder, pictures, cache="", threads=threads, label=f"{at.parent.name} {at.name}")
+    z, r, _ = region_embeddings(encoder, pictures, cache="", threads=threads, label=f"{at.parent.name} {at.name}")
     g = prompt_embeddings(encoder, samples.class_prompts(), "")
     image = torch.arange(len(pictures)).repeat_interleave(torch.tensor([len(p.boxes) for p in pictures]))
     shown = region_truth(pictures, test.shows)[0]

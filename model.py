@@ -1112,32 +1112,32 @@ def paired_bootstrap(a, b, group, draws=2000, seed=0):
 # regions
 
 def region_embeddings(encoder, pictures, how="pool", **more):
-    """Embeddings of images [n, D] and of their regions [sum R, D], not normalised.
+    """Embeddings of images [n, D] and of their regions [sum R, D], not normalised, and [(index, line)] of pictures left out.
 
     pictures: n data.Regions. how: pool (the feature map under the region), crop (the region as an image) or roi (CLIP's
-    ResNets). more: of embed.
+    ResNets); one forward pass for each image, crop one for each region. more: of embed.
     """
-    count = [len(p.boxes) for p in pictures]
+    count, masked = [len(p.boxes) for p in pictures], any(p.mask for p in pictures)
 
     def compute(x, some):
         n = torch.tensor([len(p.boxes) for p in some])
         if how == "roi":
             z, r = roi_regions(encoder.fast, x, [p.seen() for p in some])
         else:
-            z, m = with_map(encoder.fast, encoder.kind, x)
+            z, m = with_map(encoder.fast, encoder.kind, x)  # [N, D], [N, h, w, D]
             h, w = m.shape[1:3]
-            where = torch.cat([p.weights(h, w) if p.mask else p.seen() * torch.tensor([w, h, w, h]) for p in some]).to(m.device)
+            where = torch.cat([p.weights(h, w) if masked else p.seen() * torch.tensor([w, h, w, h]) for p in some]).to(m.device)
             r = region_pool(m.float().contiguous(), where.float(), torch.arange(len(some)).repeat_interleave(n).to(m.device))
         parts = r.split(n.tolist())
         return torch.cat([v for i, part in enumerate(parts) for v in (z[i:i + 1].to(part), part)])
 
     if how == "crop":
-        z, _ = embed(encoder, pictures, **more)
-        return z, embed(encoder, [Crop(p.picture, box) for p in pictures for box in p.boxes], **more)[0]
-    both, _ = embed(encoder, pictures, compute=compute, name=how, rows=[1 + c for c in count], **more)
+        z, bad = embed(encoder, pictures, **more)
+        return z, embed(encoder, [Crop(p.picture, box) for p in pictures for box in p.boxes], **more)[0], bad
+    both, bad = embed(encoder, pictures, compute=compute, name=how, rows=[1 + c for c in count], **more)
     first = torch.tensor([0, *count[:-1]]).cumsum(0) + torch.arange(len(count))
     rest = torch.ones(len(both), dtype=torch.bool).index_fill_(0, first, False)
-    return both[first], both[rest]
+    return both[first], both[rest], bad
 
 
 def assign_regions(r, discovery):

@@ -542,7 +542,7 @@ def discovered(samples, encoder, task):
     pictures, notes = load_regions(found["regions"], task["items"], first.frame)
     if any(p.mask for p in pictures):
         raise Complaint(f"{path}: its regions are masks; the region-aware loss takes boxes or a grid")
-    _, r = region_embeddings(first, pictures, found["region_encoder"], cache=cache_dir, batch=batch_size, threads=threads, dtype=dtype, label="regions")
+    _, r, _ = region_embeddings(first, pictures, found["region_encoder"], cache=cache_dir, batch=batch_size, threads=threads, dtype=dtype, label="regions")
     score = {c["id"]: c.get("score") or 0. for c in found["clusters"]}
     used = torch.tensor(found["kept"][:clusters] if clusters else [c for c in found["kept"] if score[c] >= .5 * score[found["kept"][0]]])
     inside = torch.isin(assign_regions(r, found), used).long().split([len(p.boxes) for p in pictures])

@@ -958,10 +958,10 @@ def test_region_embeddings_are_means_of_cells_and_crops_are_images():
     encoder = model.load_encoder("tiny-conv", "none", device="cpu")
     samples = data.load_data("digits")
     pictures, _ = data.load_regions("grid:1,2", samples.items[:3], encoder.frame)
-    z, r = model.region_embeddings(encoder, pictures, cache="", dtype="float32")
+    z, r, _ = model.region_embeddings(encoder, pictures, cache="", dtype="float32")
     assert r.shape == (15, z.shape[1]) and torch.allclose(r[::5], z, atol=1e-5)
     m = model.with_map(encoder.module, encoder.kind, torch.stack([encoder.transform(p.image()) for p in pictures]))[1]
     w = torch.tensor([1, 1, 1, .5, 0, 0, 0])
     assert torch.allclose(r[1::5], torch.einsum("nhwd,h,w->nd", m, w, w) / w.sum() ** 2, atol=1e-5)
-    z2, c = model.region_embeddings(encoder, pictures, "crop", cache="", dtype="float32")
+    z2, c, _ = model.region_embeddings(encoder, pictures, "crop", cache="", dtype="float32")
     assert torch.allclose(z, z2, atol=1e-5) and torch.allclose(c[::5], z, atol=1e-5) and not torch.allclose(c[1::5], r[1::5], atol=1e-3)

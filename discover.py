@@ -577,7 +577,7 @@ def identify(label, k, found, method):
     (binomial errors; ours). gap_only keeps by the gaps alone, influence_only by the
     influence alone and ranks by it, unweighted leaves out the weight. Returns a dict; ranking: clusters by score, of ties the higher number first.
     """
-    y, C, n = found["y"], len(found["classes"]), len(found["y"])
+    y, C = found["y"], len(found["classes"])
     right = (found["predicted"] == y).double()
     pair = torch.unique(found["image"] * k + label)  # images and the clusters that they have a region in
     image, cluster = pair // k, pair % k

@@ -429,7 +429,7 @@ def measured(found, samples):
 
 def measure(out, samples, p):
     """One outcome -> metrics, classes, groups."""
-    index, C, P = out["index"], len(samples.classes), len(samples.places)
+    index, P = out["index"], len(samples.places)
     y, place = samples.y[index], samples.place[index]
     if (y < 0).all():
         taken = torch.bincount(out["predicted"][0].long(), minlength=len(samples.labels)).tolist()

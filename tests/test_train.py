@@ -561,7 +561,7 @@ def test_fine_tuning_writes_weights_that_load_a_log_and_the_accuracies(files, tu
     samples = data.load_data(f"waterbirds:{files / 'most/set'}")
     test = samples.keep((samples.split == 2).nonzero()[:, 0])
     z, _ = model.embed(encoder, test.items, "")
-    right = (model.unit(z) @ encoder.class_embeddings(samples.classes).T).argmax(1) == test.y
+    right = (model.unit(z) @ model.prompt_embeddings(encoder, samples.class_prompts(), "").T).argmax(1) == test.y
     assert r["after"]["overall"] == pytest.approx(float(right.double().mean()), abs=.1)
 
 

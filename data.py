@@ -758,7 +758,7 @@ def recompose(samples, grounds, copies, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# controlled settings: a planted feature that goes with one class, as strongly as one says (RaVL, arXiv 2411.04097)
+# controlled settings: a planted feature that goes with one class, as strongly as one says (RaVL, NeurIPS 2024)
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 CAPTIONS = "the image shows a {}", "a photo of a {}.", "a picture of a {}"

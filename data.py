@@ -616,6 +616,9 @@ def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", 
             atexit.register(gc.unfreeze)
     finally:
         gc.enable()
+    if not samples.official:
+        n = [int((samples.split == k).sum()) for k in range(3)]
+        samples.notes.append(f"{samples.name}: train, val and test are drawn here, the same each time: {n[0]}, {n[1]} and {n[2]} of its images")
     samples.labels = samples.labels or samples.classes
     if given and name not in ("folder", "csv"):
         if len(given) != len(samples.labels):
@@ -1613,6 +1616,8 @@ def load_embeddings(name, span):
                         f"expected [{shape[0]}] and {len(text)}")
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(text):
         raise Complaint(f"{name}: true_label from {int(y.min())} to {int(y.max())}, text_emb has {len(text)} classes; expected 0 to {len(text) - 1}")
+    if names and len(set(names)) < len(names):
+        raise Complaint(f"{name}: class_names lists {next(c for c in names if names.count(c) > 1)!r} twice; expected different names")
     x = torch.from_numpy(x)
     for what, t in (("reg_emb", x), ("img_emb", z), ("text_emb", text)):
         norm = torch.cat([part.float().norm(dim=1) for part in t.split(1 << 16)])
@@ -1735,7 +1740,7 @@ def load_regions(spec, pictures, frame, skip_bad=False):
             inside = [k for k, b in enumerate(boxes) if min(b[2], f[2]) > max(b[0], f[0]) and min(b[3], f[3]) > max(b[1], f[1])]
             out.append(Regions(picture, tuple(boxes[k] for k in inside), f, mask or "", tuple(values[k] for k in inside)))
         return out, []
-    rows, unseen = coco_boxes(where) if kind == "coco" else csv_boxes(where), 0
+    rows, unseen, unlisted = coco_boxes(where) if kind == "coco" else csv_boxes(where), 0, 0
     out = []
     for picture in pictures:
         (W, H), f = seen(picture)
@@ -1743,6 +1748,7 @@ def load_regions(spec, pictures, frame, skip_bad=False):
         for depth in range(len(parts) if f else 0, 0, -1):
             if (found := rows.get(Path(*parts[-depth:]).as_posix())) is not None:
                 break
+        unlisted += found is None
         for line, x1, y1, x2, y2 in found or ():
             if min(x2, W) <= max(x1, 0) or min(y2, H) <= max(y1, 0):
                 raise Complaint(f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} " + ("has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H} pixels")
@@ -1756,7 +1762,8 @@ def load_regions(spec, pictures, frame, skip_bad=False):
     if not any(r.boxes for r in out):
         raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; its paths must be those of the pictures, or their ends "
                         f"(it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', pictures[0])})")
-    return out, [f"{where}: {unseen} boxes lie in a margin that the model does not see, and are left out"] if unseen else []
+    return out, ([f"{where}: {unseen} boxes lie in a margin that the model does not see, and are left out"] if unseen else []) + (
+        [f"{where}: {unlisted} of {len(pictures)} pictures are not in it: they count as pictures without the feature"] if unlisted else [])
 
 
 def span_of(on):

@@ -79,6 +79,10 @@ def main():
         expect(0 < config[flag] < math.inf, flag, config[flag], "a positive number")
     expect(0 < outside <= 1, "outside", outside, "a share above 0, up to 1")
     expect(seed >= 0, "seed", seed, "a whole number from 0")
+    low, _, high = k.partition(":")
+    expect(not k or low.isdigit() and high.isdigit() and 2 <= int(low) < int(high), "k", k, "LOW:HIGH with 2 <= LOW < HIGH, for instance 20:50 for 20 to 49")
+    for flag in ("ckpt", "masks") if embeddings else ():
+        expect(not config[flag], flag, config[flag], "nothing with --embeddings")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         expect(clustering == "fast", "clustering", clustering, "fast, the only one that works in several processes")
@@ -102,7 +106,8 @@ def main():
     M = rows_of(x, medoids)
     seconds["cluster"], clock = time.time() - clock, time.time()
     results = {name: identify(labels, best, found, name) for name in CLUSTERS}
-    stable = stability(sweep, best, labels, results["ravl"], found)
+    by_method = method if method in CLUSTERS else "ravl"
+    stable = stability(sweep, best, labels, results[by_method], found, by_method)
     seconds["identify"], clock = time.time() - clock, time.time()
     similarity = gathered(closeness(x, M, sweep[best]["labels"].long()))
     order = torch.from_numpy(np.lexsort((-np.arange(n_regions), -similarity.numpy().astype(np.float64))))  # of ties the later first, as published
@@ -111,7 +116,7 @@ def main():
     ranked.update({name: globals()[name](x, found) for name in (LISTS if method == "all" else (method,) if method in LISTS else ())})
     seconds["rank"] = time.time() - clock
     silhouette, rows = clipped_silhouette(x, sweep[best]["labels"].long(), best, mean)
-    negative = negative_pairs(x)
+    negative = negative_pairs(x, mean)
     if rank():
         return
     seconds["total"] = time.time() - started
@@ -121,13 +126,13 @@ def main():
         tree = [dict(id=0, kept=True, reason=f"ranked list of {method}", score=None, chance=None, influence=None, gaps={}, medoid=first[0],
                      regions=first, stability=None)] if first else []
     else:
-        tree = described(results["ravl" if method == "all" else method], medoids, members, stable, found)
+        tree = described(results[by_method], medoids, members, stable, found)
     at_10 = {name: precision(r, found) for name, r in ranked.items()}
     headline = "ravl" if method == "all" else method
     summary = dict(config=config, git=revision(), notes=found["notes"], k=best, silhouette=silhouette, silhouette_rows=rows,
                    silhouettes={str(k): s["silhouette"] for k, s in sweep.items()}, mean_removed=bool(mean.any()), negative_pairs=negative,
                    accuracy=float((found["predicted"] == found["y"]).double().mean()), classes=found["classes"], clusters=tree,
-                   precision_at_10=at_10[headline], base_rate=None if found["target"] is None else float(found["target"].double().mean()),
+                   precision_at_10=at_10[headline], base_rate=precision(range(n_regions), found, n_regions),
                    methods={name: dict(precision_at_10=at_10[name], top=r[:100].tolist()) for name, r in ranked.items()}, seconds=seconds,
                    peak_gib=peak)
     say(console(summary, found))
@@ -153,6 +158,10 @@ def total(t, op="SUM"):
     if dist.is_initialized():
         dist.all_reduce(t, op=getattr(dist.ReduceOp, op))
     return t
+
+
+def own_threads():
+    return threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def gathered(thing):
@@ -185,26 +194,32 @@ def rows_of(x, index):
 
 def from_images():
     """Region embeddings and all that step 2 asks for, from images: (x [N, D] of this process, unit-norm; found, see tell)."""
-    encoder = load_encoder(model, pretrained, quick_gelu, device)
+    place = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available() else device
+    encoder = load_encoder(model, pretrained, quick_gelu, place)
     samples = load_data(data, "", confounder, seed, difficulty, classes, prompts, splits=False)
     names = [s.strip() for s in split.split(",")]
     expect(set(names) <= {"train", "val", "test"}, "split", split, "train, val, test, or several of them with commas")
     wanted = torch.isin(samples.split, torch.tensor([("train", "val", "test").index(s) for s in names]))
-    logits, notes = suspect(encoder, samples, names)
     chosen = samples.keep(wanted.nonzero()[:, 0])
     low, high = span(len(chosen.items))
     pictures, more = load_regions(regions, chosen.items, encoder.frame, skip_bad)
     pictures = pictures[low:high]
-    z, x, bad = region_embeddings(encoder, pictures, region_encoder, cache=cache_dir, batch=batch_size, threads=threads, dtype=dtype, skip_bad=skip_bad, label="regions")
+    mask_files = find_masks([getattr(p, "path", "") for p in chosen.items], masks) if masks else None
+    logits, notes = suspect(encoder, samples, names)
+    z, x, bad = region_embeddings(encoder, pictures, region_encoder, cache=cache_dir, batch=batch_size, threads=own_threads(), dtype=dtype,
+                                  skip_bad=skip_bad, label="regions")
     good = z.isfinite().all(1)
     count = torch.tensor([len(p.boxes) for p in pictures])
     x, count, kept = x[good.repeat_interleave(count)], count[good], good.nonzero()[:, 0]
     target = None
     if masks:
-        found = find_masks([getattr(p, "path", "") for p in chosen.items], masks)
-        target = gathered(torch.cat([outside_mask(pictures[k], found[low + k]) for k in kept.tolist()]) >= outside)
+        share = gathered(torch.cat([torch.zeros(0), *[outside_mask(pictures[k], mask_files[low + k]) for k in kept.tolist()]]))
+        target = torch.where(share.isnan(), torch.nan, (share >= outside).float())
+        if share.isnan().any():
+            with_mask = sum(m is not None for m in mask_files)
+            notes.append(f"--masks: masks for {with_mask} of {len(mask_files)} images; Precision@K and the base rate are of their regions only")
     elif chosen.shows:
-        target = gathered(region_truth([pictures[k] for k in kept.tolist()], [chosen.shows[low + k] for k in kept.tolist()])[1])
+        target = gathered(region_truth([pictures[k] for k in kept.tolist()], [chosen.shows[low + k] for k in kept.tolist()])[1].float())
     box = torch.cat([torch.zeros(0, 4), *[torch.tensor(pictures[k].boxes).view(-1, 4) for k in kept.tolist()]])
     which = gathered(low + kept).tolist()
     return tell(x, z[good], logits, y=gathered(chosen.y[low + kept]), count=gathered(count), box=gathered(box), target=target, name=samples.name,
@@ -215,7 +230,7 @@ def from_images():
 def tell(x, z, logits, **found):
     """Regions x [N, D] and images z [n, D] of this process, and their classifier -> x, made unit-norm in place, and what steps 2 and 3 ask for.
 
-    found, of all processes: y [n], count [n] regions per image, box [N, 4], target bool [N] or None, name, classes, pictures, notes. It gains
+    found, of all processes: y [n], count [n] regions per image, box [N, 4], target [N] (1, 0, nan where it is not known) or None, name, classes, pictures, notes. It gains
     image [N], the number of each region's image; predicted [n]; z [n, D] unit-norm; own [N], the region's score (softmax) for the class that its
     image is taken for; best [n], the region with the largest, the first of equals, -1 without any.
     """
@@ -256,6 +271,8 @@ def tell(x, z, logits, **found):
 def suspect(encoder, samples, names):
     """The classifier: a function from embeddings [N, D] to logits [N, C], and notes."""
     kind = classifier
+    expect(not ckpt or kind in ("auto", "probe"), "ckpt", ckpt, f"none with --classifier={kind}")
+    expect(ckpt or probe == "erm", "probe", probe, "erm, or with it --ckpt=FILE of train.py")
     if kind == "auto":
         kind = "probe" if ckpt else "text" if encoder.tokenizer else "rows" if len(samples.classes) == 1000 else "probe"
     if kind == "text":
@@ -272,6 +289,9 @@ def suspect(encoder, samples, names):
         state = load_checkpoint(ckpt, encoder)
         if probe not in state["probes"] or probe in ("nullspace", "leace", "bap_closed", "bap_synthetic"):
             raise Complaint(f"--probe={probe}: {ckpt} has {', '.join(state['probes'])}; expected one on raw embeddings, or bap")
+        fitted_on = "val" if probe.startswith("val_probe") else "train"
+        if fitted_on in names:
+            raise Complaint(f"--split={split}: the probe {probe} was fitted on the {fitted_on} split, and must be looked at on another")
         if state["classes"] != samples.classes:
             raise Complaint(f"--ckpt={ckpt}: made for the classes {state['classes']}, {samples.name} has {samples.classes}")
         fitted, g = Probe(**state["probes"][probe]), load_map(state) if probe in ("bap", "val_probe_bap") else unit
@@ -279,7 +299,7 @@ def suspect(encoder, samples, names):
     train = (samples.split == 0).nonzero()[:, 0]
     if "train" in names or not len(train):
         raise Complaint(f"--split={split}: a probe is fitted on the training split, and must be looked at on another; use --split=val, or --ckpt")
-    z, _ = embed(encoder, [samples.items[i] for i in train], cache_dir, batch_size, threads, dtype, skip_bad, "training images")
+    z, _ = embed(encoder, [samples.items[i] for i in train], cache_dir, batch_size, own_threads(), dtype, skip_bad, "training images")
     good = z.isfinite().all(1)
     fitted = fit_probe(unit(z[good]), samples.y[train][good], l2, classes=len(samples.classes))
     return lambda v: fitted.logits(unit(v.float())), [f"classifier: probe fitted on {int(good.sum())} training images, l2 = {l2}"]
@@ -309,7 +329,7 @@ def from_file():
     z, y, target, text = read["img_emb"], read["true_label"], read["region_target"], unit(read["text_emb"].double())
     low, high = span(len(y))
     return tell(read["reg_emb"], z[low:high].float(), lambda v: unit(v.double()) @ text.T / temperature, y=y, count=read["num_regions"],
-                box=torch.zeros(int(read["num_regions"].sum()), 4), target=None if target is None else target > .5, name=name, pictures=None,
+                box=torch.zeros(int(read["num_regions"].sum()), 4), target=None if target is None else (target > .5).float(), name=name, pictures=None,
                 classes=read.get("class_names") or [str(c) for c in range(len(text))], notes=read.get("notes", []), fingerprint="", encoder=None)
 
 
@@ -319,8 +339,6 @@ def from_file():
 def k_range(C, n):
     """The values of k: the flag's range, or 2C to 5C - 1; at most 40 of them in fast and exact, evenly spread in ratio."""
     low, _, high = k.partition(":")
-    if k and not (low.isdigit() and high.isdigit() and 2 <= int(low) < int(high)):
-        raise Complaint(f"--k: found {k!r}, expected LOW:HIGH with 2 <= LOW < HIGH, for instance --k=20:50 for 20 to 49")
     ks = range(int(low), int(high)) if k else range(2 * C, 5 * C)
     usable = [v for v in ks if v < n]
     if len(usable) < len(ks) and rank() == 0:
@@ -329,6 +347,8 @@ def k_range(C, n):
         raise Complaint(f"--k: {ks[0]} clusters of {n} regions; give more images, finer --regions, or --k=2:{max(3, n)}")
     if clustering == "ravl" or len(usable) <= 40:
         return usable
+    if rank() == 0:
+        say(f"k: {len(usable)} values from {usable[0]} to {usable[-1]}; 40 of them are tried, evenly spread in ratio")
     return sorted({round(usable[0] * (usable[-1] / usable[0]) ** (i / 39)) for i in range(40)})
 
 
@@ -525,12 +545,12 @@ def given(x, mean):
     return mean + (-along + (along.square() + 1 - mean.square().sum()).sqrt())[:, None] * x if mean.any() else x
 
 
-def negative_pairs(x):
-    """Share of the pairs of regions with a negative cosine, where the published distance is clipped: of all pairs up to 4,000 regions, else
-    of the pairs of 2,000 drawn at random."""
+def negative_pairs(x, mean):
+    """Share of the pairs of regions, as they were given, with a negative cosine, where the published distance is clipped: of all pairs up
+    to 4,000 regions, else of the pairs of 2,000 drawn at random."""
     n = int(total(torch.tensor(len(x))))
     pick = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:n if n <= 4000 else 2000]
-    some = rows_of(x, pick)
+    some = given(rows_of(x, pick), mean)
     return float((some @ some.T < 0).double().sum()) / max(1, len(pick) * (len(pick) - 1))
 
 
@@ -561,7 +581,8 @@ def identify(label, k, found, method):
     n_out, right_out = n_all - n_in, torch.zeros(C, dtype=torch.double).index_add_(0, y, right)[:, None] - right_in
     weight = 2 * torch.minimum(n_in, n_out) / n_all.clamp(min=1)
     acc_in, acc_out = right_in / n_in, right_out / n_out
-    gap = (1. if method == "unweighted" else weight) * (acc_in - acc_out)
+    factor = torch.ones_like(weight) if method == "unweighted" else weight
+    gap = factor * (acc_in - acc_out)
     gap[(n_in == 0) | (n_out == 0)] = torch.nan
     asked = (right[image] == 0) & (found["count"][image] > 1) & (gap[y[image], cluster] < 0)
     looks = (label[found["best"].clamp(min=0)][image] == cluster).double()
@@ -569,12 +590,12 @@ def identify(label, k, found, method):
     influence = torch.where(of > 0, count(asked * looks) / of, -math.inf).amax(0)
     score = gap.abs().nansum(0)
     p = (right_in + right_out) / n_all.clamp(min=1)
-    chance = (weight * (2 / math.pi * p * (1 - p) * (1 / n_in + 1 / n_out)).sqrt())[~gap.isnan()]
+    chance = (factor * (2 / math.pi * p * (1 - p) * (1 / n_in + 1 / n_out)).sqrt())[~gap.isnan()]
     chance = torch.zeros(k, dtype=torch.double).index_add_(0, (~gap.isnan()).nonzero()[:, 1], chance)
     signs = (gap > 0).any(0) & (gap < 0).any(0)
     enough = influence >= influence_least
     kept = signs if method == "gap_only" else enough if method == "influence_only" else signs & enough
-    key = influence if method == "influence_only" else score
+    key, chance = (influence, torch.full((k,), torch.nan)) if method == "influence_only" else (score, chance)
     ranking = np.lexsort((-np.arange(k), -key.numpy())).tolist()
     return dict(gap=gap, weight=weight, acc_in=acc_in, n_in=n_in, acc_out=acc_out, n_out=n_out, influence=influence, score=score, chance=chance,
                 key=key, kept=kept.tolist(), ranking=ranking, signs=signs)
@@ -592,15 +613,15 @@ def why(r, c):
     return "influence undefined: no class that does worse with it has an error to ask" if i == -math.inf else f"influence {i:.2f} below {influence_least}"
 
 
-def stability(sweep, best, labels, result, found):
-    """For each kept cluster the share of all k of the sweep at which a kept cluster shares half of its regions (Jaccard >= 0.5): a finding that
-    hangs on one k is suspect. Ours, not in the paper. {cluster: share}."""
+def stability(sweep, best, labels, result, found, method):
+    """For each kept cluster the share of up to 15 values of k, spread over the sweep, at which a kept cluster shares half of its regions
+    (Jaccard >= 0.5): a finding that hangs on one k is suspect. Ours, not in the paper. {cluster: share}."""
     kept = [c for c in range(best) if result["kept"][c]]
     hits = dict.fromkeys(kept, 0)
     tried = list(sweep)[::max(1, len(sweep) // 12)] if kept else []
     for k in tried:
         other = gathered(sweep[k]["labels"].long())
-        r, size = identify(other, k, found, "ravl"), torch.bincount(other, minlength=k)
+        r, size = identify(other, k, found, method), torch.bincount(other, minlength=k)
         for c in kept:
             shared = torch.bincount(other[labels == c], minlength=k)
             hits[c] += bool((shared[r["kept"]] >= .5 * (size + shared.sum() - shared)[r["kept"]]).any())
@@ -621,8 +642,10 @@ def described(r, medoids, members, stable, found):
 
 
 def precision(regions, found, K=10):
-    """Share of the first K regions that show the planted feature; None without region_target or --masks, or without a list."""
-    return None if not len(regions) or found["target"] is None else float(found["target"][torch.as_tensor(regions[:K])].double().mean())
+    """Share of the first K regions that show the planted feature, of those of which it is known; None if of none."""
+    shown = torch.empty(0) if found["target"] is None else found["target"][torch.as_tensor(regions, dtype=torch.long)]
+    shown = shown[~shown.isnan()][:K]
+    return float(shown.double().mean()) if len(shown) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -718,6 +741,12 @@ def spurious_aware(x, found):
 # ---------------------------------------------------------------------------------------------------------------------
 # what is shown
 
+def verdict(kept):
+    """How many clusters RaVL's rule keeps, and how many of them it would hardly keep by chance: score above twice what chance gives (ours)."""
+    clear = sum(c["chance"] is None or (c["score"] or 0) > 2 * c["chance"] for c in kept)
+    return f"{len(kept)} spurious feature{'s' * (len(kept) > 1)} found by the paper's rule, {clear} with a score above twice that of chance"
+
+
 def console(summary, found):
     """The tables on the console."""
     kept = [c for c in summary["clusters"] if c["kept"]]
@@ -725,11 +754,11 @@ def console(summary, found):
              + (f" ({summary['silhouette_rows']} regions)" if summary["silhouette_rows"] < len(found["image"]) else "")
              + ("; the mean was taken off first" if summary["mean_removed"] else "")
              + f"; {'about ' * (len(found['image']) > 4000)}{summary['negative_pairs']:.1%} of the pairs have a negative cosine, which "
-             + ("counts as it is" if clustering == "fast" else "is clipped")]
+             + ("fast does not clip" if clustering == "fast" else "is clipped")]
     gaps = lambda c, sign: ", ".join(f"{l} {g['gap']:+.2f} ({g['acc_in']:.2f} with, {g['acc_out']:.2f} without)"
                                      for l, g in sorted(c["gaps"].items(), key=lambda g: -sign * (g[1]["gap"] or 0))[:2] if sign * (g["gap"] or 0) > 0)
     if method not in LISTS:
-        lines.append("No spurious feature was found. The nearest candidates:" if not kept else f"{len(kept)} spurious feature{'s' * (len(kept) > 1)} found:")
+        lines.append("No spurious feature was found. The nearest candidates:" if not kept else verdict(kept) + ":")
         shown = kept or sorted(summary["clusters"], key=lambda c: -(c["score"] or 0))[:3]
         lines.append(table(("cluster", "score", "by chance", "influence", "regions", "stability", "P@10",
                             "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"),
@@ -764,7 +793,8 @@ def report(summary, found, similarity, M):
         lead += "" if c["kept"] else f" Not kept: {c['reason']}."
         html, top = f"<p>{escape(lead)}</p>", c["regions"][:10]
         if words is not None:
-            html += "<p>Nearest words: " + escape(", ".join(vocabulary[i] for i in (words @ M[c["id"]]).topk(6).indices)) + "</p>"
+            medoid = M[c["id"]] if summary["mean_removed"] else unit(M[c["id"]] - M.mean(0))
+            html += "<p>Nearest words: " + escape(", ".join(vocabulary[i] for i in (words @ medoid).topk(6).indices)) + "</p>"
         if found["pictures"]:
             label = lambda r: f"{found['classes'][found['y'][found['image'][r]]]}, taken for {found['classes'][found['predicted'][found['image'][r]]]}"
             html += "<h3>Its regions, the most typical first, with their cosine to the medoid</h3><div class=small>" + "".join(
@@ -780,7 +810,7 @@ def report(summary, found, similarity, M):
             chosen = sorted(c["gaps"].items(), key=lambda g: -abs(g[1]["gap"] or 0))[:8]
             html += "<h3>Accuracy of the classifier</h3>" + bars([(f"{l}, {side}", g[f"acc_{key}"], None, f"n={g[f'n_{key}']}") for l, g in chosen
                                                                     for side, key in (("with it", "in"), ("without", "out"))])
-        sections.append((f"{place + 1}. Cluster {c['id']}" + (f", score {c['score']:.2f} (by chance {c['chance']:.2f})" if c["score"] is not None else ""), html))
+        sections.append((f"{place + 1}. Cluster {c['id']}" + (f", score {c['score']:.2f} (by chance {c['chance']:.2f})" if c["chance"] is not None else ""), html))
     rows = [(str(c["id"]), "kept" if c["kept"] else c["reason"], c["score"], c["chance"], c["influence"], len(c["regions"])) for c in summary["clusters"][:60]]
     sections.append(("All clusters", html_table(("cluster", "kept?", "score", "by chance", "influence", "regions"), rows)))
     if len(summary["methods"]) > 1:
@@ -789,7 +819,7 @@ def report(summary, found, similarity, M):
                      + f"\ngit {summary['git']}</pre>"))
     n = len(kept)
     at = "" if summary["precision_at_10"] is None else f" Precision@10 {summary['precision_at_10']:.2f}, {summary['base_rate']:.2f} of all regions show the target."
-    return page("flock: spurious features", (f"{found['name']}, {model if not embeddings else 'given embeddings'}: " + (f"{n} spurious feature{'s' * (n > 1)} found" if n else
+    return page("flock: spurious features", (f"{found['name']}, {model if not embeddings else 'given embeddings'}: " + (verdict(kept) if n else
                 "no spurious feature was found; below the nearest candidates") + f" among {summary['k']} clusters of {len(found['image'])} regions.{at}"), sections)
 
 

@@ -25,13 +25,14 @@ import time
 from datetime import timedelta
 from html import escape
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, load_data, load_regions, near, open_image, page, region_truth, revision, rng, run, say, scatter, table,
+from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, load_data, load_regions, near, open_image, page, pictures, region_truth, revision, rng, run, say, scatter, table,
                   thumb, write, write_json, write_table)
 from model import (additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_encoder, load_map, load_tensors, mean_std,
                    paired_bootstrap, prompt_embeddings, recall_encoder, region_embeddings, remember, save_tensors, unit, wilson)
@@ -116,7 +117,7 @@ def main():
     for note in samples.notes:
         say(note)
 
-    inputs = [digest(samples), hashlib.sha256(Path(ckpt).read_bytes()).hexdigest() if os.path.isfile(ckpt) else "", dtype, split, masks, skip_bad, seed, CODE]
+    inputs = [digest(samples), *(folder_digest(f) for f in (foregrounds, backgrounds) if composites), hashlib.sha256(Path(ckpt).read_bytes()).hexdigest() if os.path.isfile(ckpt) else "", dtype, split, masks, skip_bad, seed, CODE]
 
     results, failed, outcomes = {}, {}, {}
     git = revision()
@@ -209,7 +210,7 @@ def evaluate(name, samples, asked, inputs, shard):
     return found
 
 
-CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f).read_bytes() for f in ("eval.py", "model.py"))).hexdigest()
+CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f).read_bytes() for f in ("eval.py", "model.py", "data.py"))).hexdigest()
 
 
 def open_encoder(name):
@@ -221,9 +222,16 @@ def open_encoder(name):
 def digest(samples):
     """Hash of the pictures, labels and splits."""
     h = hashlib.sha256("\n".join(p.key() for p in samples.items).encode())
+    h.update("\n".join(c.key() if c else "" for c in samples.cut).encode())
     for v in (samples.y, samples.place, samples.split):
         h.update(v.numpy().tobytes())
     return h.hexdigest()
+
+
+def folder_digest(where):
+    """Hash of the names, sizes and times of a folder's pictures."""
+    files = [] if where == "drawn" else [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in pictures(where, "foregrounds or backgrounds")]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def offered(encoder, samples, asked):
@@ -240,6 +248,13 @@ def offered(encoder, samples, asked):
         why.update({p: f"{samples.name}: {p} needs a training split with at least two classes" for p in ("probe", "clip_probe", "dfr", "fewshot")})
     elif int(torch.bincount(samples.y[samples.split == 1], minlength=len(samples.classes)).min()) < 8:
         why["dfr"] = f"{samples.name}: dfr needs at least 8 validation images of each class"
+    else:
+        here = torch.bincount(samples.group()[(samples.split == 1) & (samples.y >= 0)])
+        least = int(here[here > 0].min())
+        if least < 2:
+            why["dfr"] = f"{samples.name}: dfr needs at least 2 validation images of each group (found {least})"
+        elif least < 8 and "dfr" in asked:
+            say(f"WARNING: dfr balances the validation groups down to the smallest, which has {least} images: expect noise")
     if asked == ["auto"]:
         can = [p for p in ("zeroshot", "classifier") if p not in why]
         can += ["probe"] * ("probe" not in why and (samples.official or len(samples.classes) == 2 or not can))
@@ -282,7 +297,10 @@ def classify(p, encoder, samples, z, g, good, twenty, shown):
     if not len(index):
         raise Complaint(f"--split={split}: {samples.name} has no photos there")
     heads = trained(p, samples, z, g, good, index) if trains else [by_rows(p, encoder, samples, g)]
-    out = dict(index=index, predicted=torch.empty(len(heads), len(index), dtype=torch.int32), confidence=torch.empty(len(heads), len(index)))
+    seen = int((samples.split[index] == (1 if p == "dfr" else 0)).sum()) if trains else 0
+    if seen:
+        say(f"WARNING: {p} was trained on {seen} of the {len(index)} photos that it is measured on; see --split")
+    out = dict(index=index, seen=seen, predicted=torch.empty(len(heads), len(index), dtype=torch.int32), confidence=torch.empty(len(heads), len(index)))
     for r, head in enumerate(heads):
         for start, part in zip(range(0, len(index), 1 << 13), index.split(1 << 13)):
             logits, owner = head(z[part])
@@ -444,7 +462,9 @@ def measure(out, samples, p):
         accuracy = mean("accuracy", rows)
         groups.append(dict(rows[0], accuracy=accuracy, interval=list(wilson(accuracy * rows[0]["n"], rows[0]["n"]))))
     metrics = {k: mean(k) for k in ("worst_group", "avg_group_mean", "avg_train_weighted")}
-    metrics.update(worst_group_interval=interval(redraw(groups).min(1)), average=float(correct.double().mean()), ece=ece(out["confidence"].flatten(), correct.flatten()),
+    z = NormalDist().inv_cdf(1 - .025 / len(groups))  # simultaneous over the groups: the bootstrap of a minimum is biased
+    bounds = [[min(ends) for ends in zip(*[wilson(g["accuracy"] * g["n"], g["n"], z) for g in e["groups"]])] for e in each]
+    metrics.update(worst_group_interval=[sum(ends) / len(bounds) for ends in zip(*bounds)], seen_in_training=out.get("seen", 0), average=float(correct.double().mean()), ece=ece(out["confidence"].flatten(), correct.flatten()),
                    n=len(index), skipped=out["skipped"])
     classes = {}
     for c in torch.unique(y).tolist():

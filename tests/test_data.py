@@ -1375,7 +1375,7 @@ def test_boxes_over_an_edge_are_cut_and_those_in_the_margin_counted(tmp_path):
     path = boxes_file(tmp_path / "b.csv", ["0.png,-5,-5,20,10", "0.png,30,0,99,99", "0.png,0,0,10,20", "0.png,31,0,40,5", "1.png,0,0,20,20"])
     (a, b, c), notes = data.load_regions(f"boxes:{path}", some_photos(tmp_path), middle)
     assert a.boxes == ((0, 0, .5, .5),) and b.boxes == ((0, 0, 1, 1),) and c.boxes == ()
-    assert len(notes) == 1 and str(path) in notes[0] and "3 boxes" in notes[0] and "does not see" in notes[0]
+    assert len(notes) == 2 and "1 of 3 pictures are not in it" in notes[1] and str(path) in notes[0] and "3 boxes" in notes[0] and "does not see" in notes[0]
 
 
 @pytest.mark.parametrize("box, words", [("40,0,50,10", ("outside", "40x20")), ("0,20,9,30", ("outside",)), ("-9,0,0,10", ("outside",)), ("5,5,5,9", ("no area",)), ("9,5,5,9", ("no area",))])

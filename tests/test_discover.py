@@ -238,7 +238,7 @@ def test_the_mean_is_taken_off_where_centre_says_so(monkeypatch, setting, cluste
 def test_share_of_pairs_with_a_negative_cosine(n):
     x = torch.from_numpy(rows(3, n, 8, 9., 0., "float32", 2))
     negative = float((x @ x.T < 0).double().sum()) / (n * (n - 1))
-    assert discover.negative_pairs(x) == pytest.approx(negative, abs=1e-9 if n == 150 else .01)
+    assert discover.negative_pairs(x, torch.zeros(x.shape[1])) == pytest.approx(negative, abs=1e-9 if n == 150 else .01)
 
 
 def test_range_of_k(monkeypatch, capsys):
@@ -596,7 +596,7 @@ def test_stability_is_the_share_of_k_at_which_a_kept_cluster_shares_half_of_the_
     n = torch.arange(12)
     sweep = {2: (n >= 6).long(), 3: n // 4, 4: n // 3}
     monkeypatch.setattr(discover, "identify", lambda label, k, found, method: dict(kept=[c == 0 for c in range(k)]))
-    got = discover.stability({k: dict(labels=v) for k, v in sweep.items()}, 2, sweep[2], dict(kept=[True, True]), {})
+    got = discover.stability({k: dict(labels=v) for k, v in sweep.items()}, 2, sweep[2], dict(kept=[True, True]), {}, "ravl")
     # cluster 0 is 0..5: itself; 0..3 of 4 shares 4 of 6; 0..2 shares 3 of 6: all count. Cluster 1 is 6..11: never near a kept one
     assert got == {0: 1., 1: 0.}
     assert discover.stability({6: dict(labels=n // 2)}, 2, sweep[2], dict(kept=[True, False]), {}) == {0: 0.}

@@ -599,7 +599,7 @@ def test_stability_is_the_share_of_k_at_which_a_kept_cluster_shares_half_of_the_
     got = discover.stability({k: dict(labels=v) for k, v in sweep.items()}, 2, sweep[2], dict(kept=[True, True]), {}, "ravl")
     # cluster 0 is 0..5: itself; 0..3 of 4 shares 4 of 6; 0..2 shares 3 of 6: all count. Cluster 1 is 6..11: never near a kept one
     assert got == {0: 1., 1: 0.}
-    assert discover.stability({6: dict(labels=n // 2)}, 2, sweep[2], dict(kept=[True, False]), {}) == {0: 0.}
+    assert discover.stability({6: dict(labels=n // 2)}, 2, sweep[2], dict(kept=[True, False]), {}, "ravl") == {0: 0.}
 
 
 @pytest.mark.parametrize("kind", ["float16", "float64", "fortran", "big endian"])
@@ -1067,6 +1067,27 @@ def test_logits_of_a_checkpoint_s_probe(photos, tiny, trained, monkeypatch, name
     g = unit if name == "erm" else model.Map(state["map"]["mu"], state["map"]["W"], state["power"])
     expected = model.Probe(**state["probes"][name]).logits(g(v).detach())
     assert torch.allclose(logits(v), expected, atol=1e-5) and expected.std() > .01
+
+
+def test_a_probe_is_not_looked_at_on_what_it_was_fitted_on(photos, trained, tmp_path, capsys):
+    refused(capsys, words_of(photos, tmp_path, f"--ckpt={trained}", "--probe=val_probe"), "--split=val", "val_probe was fitted on the val split")
+    refused(capsys, words_of(photos, tmp_path, f"--ckpt={trained}", "--split=train"), "--split=train", "erm was fitted on the train split")
+    refused(capsys, words_of(photos, tmp_path, "--probe=bap"), "--probe", "--ckpt=FILE")
+    refused(capsys, words_of(photos, tmp_path, f"--ckpt={trained}", "--classifier=text"), "--ckpt", "--classifier=text")
+
+
+def test_regions_of_which_nothing_is_known_do_not_count():
+    nan = float("nan")
+    found = dict(target=torch.tensor([nan, 1., nan, 0., 1., nan]))
+    assert discover.precision([0, 1, 2, 3], found) == .5 and discover.precision([0, 1, 2, 4, 3], found, 2) == 1.
+    assert discover.precision([0, 2, 5], found) is None and discover.precision([], found) is None
+    assert discover.precision(range(6), found, 6) == pytest.approx(2 / 3)
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path, capsys):
+    d = data.drawn_regions(400, 16)
+    np.savez(tmp_path / "e.npz", class_names=["a", "a", *"bcdefghi"], **{k: v.numpy() for k, v in d.items()})
+    refused(capsys, [f"--embeddings={tmp_path / 'e.npz'}", f"--out_dir={tmp_path}"], "class_names lists 'a' twice")
 
 
 def test_checkpoint_of_another_kind(photos, trained, tmp_path, capsys):

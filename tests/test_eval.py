@@ -115,10 +115,20 @@ def test_contract_of_a_grouped_set(everything):
         assert part["metrics"]["average"] == pytest.approx(sum(a * n for a, n in zip(accuracy, (6, 5, 4, 7))) / 22)
         assert all(g["interval"][0] <= g["accuracy"] <= g["interval"][1] for g in part["groups"])
         low, high = part["metrics"]["worst_group_interval"]
+        if part not in (m["protocols"]["fewshot_1"], m["protocols"]["fewshot_3"]):
+            bounds = [model.wilson(g["accuracy"] * g["n"], g["n"], 2.4977) for g in part["groups"]]  # simultaneous over four groups
+            assert (low, high) == pytest.approx(tuple(map(min, zip(*bounds))), abs=1e-4)
+        assert part["metrics"]["seen_in_training"] == 0
         assert 0 <= low <= part["metrics"]["worst_group"] + 1e-9 and low <= high <= 1
     assert set(m["classes"]) == {"cat", "dog"} and m["classes"]["cat"]["n"] == 11 and set(m["classes"]["cat"]["places"]) == {"sea", "wood"}
     assert set(m["additivity"]["cells"]) == {"flat", "sphere"} and r["pending"] == [] and r["failed"] == {} and r["config"]["shots"] == "1,3"
     assert sorted(os.listdir(everything)) == ["eval.csv", "eval.html", "eval.json", "groups.csv", "predictions.csv"]
+
+
+def test_photos_that_trained_the_probe_are_counted(files, capsys):
+    assert run(words(files, files / "seen", "--protocol=probe", "--split=train")) == 0
+    said, m = capsys.readouterr().out, results(files / "seen")["models"]["tiny"]["metrics"]
+    assert m["seen_in_training"] == m["n"] > 0 and f"WARNING: probe was trained on {m['n']} of the {m['n']} photos" in said
 
 
 def test_tables_agree_with_the_json(everything):

@@ -201,6 +201,9 @@ def from_images():
     expect(set(names) <= {"train", "val", "test"}, "split", split, "train, val, test, or several of them with commas")
     wanted = torch.isin(samples.split, torch.tensor([("train", "val", "test").index(s) for s in names]))
     chosen = samples.keep(wanted.nonzero()[:, 0])
+    if not chosen.items:
+        counts = ", ".join(f"{n} {int((samples.split == k).sum())}" for k, n in enumerate(("train", "val", "test")))
+        raise Complaint(f"--split={split}: {samples.name} has no images there ({counts}); take another split")
     low, high = span(len(chosen.items))
     pictures, more = load_regions(regions, chosen.items, encoder.frame, skip_bad)
     pictures = pictures[low:high]
@@ -209,7 +212,7 @@ def from_images():
     z, x, bad = region_embeddings(encoder, pictures, region_encoder, cache=cache_dir, batch=batch_size, threads=own_threads(), dtype=dtype,
                                   skip_bad=skip_bad, label="regions")
     good = z.isfinite().all(1)
-    count = torch.tensor([len(p.boxes) for p in pictures])
+    count = torch.tensor([len(p.boxes) for p in pictures], dtype=torch.long)
     x, count, kept = x[good.repeat_interleave(count)], count[good], good.nonzero()[:, 0]
     target = None
     if masks:

@@ -1076,6 +1076,16 @@ def test_a_probe_is_not_looked_at_on_what_it_was_fitted_on(photos, trained, tmp_
     refused(capsys, words_of(photos, tmp_path, f"--ckpt={trained}", "--classifier=text"), "--ckpt", "--classifier=text")
 
 
+def test_a_split_without_images_is_a_line(tmp_path, capsys):
+    names = ("00_dog", "01_bird", "02_wheeled vehicle", "03_reptile", "04_carnivore", "05_insect", "06_musical instrument", "07_primate", "08_fish")
+    for k, (version, name) in enumerate((v, n) for v in ("mixed_same", "mixed_rand") for n in names):
+        folder = tmp_path / "in9" / version / "val" / name
+        folder.mkdir(parents=True)
+        for j in range(5):
+            Image.new("RGB", (64, 64), (12 * k, 40 * j, 99)).save(folder / f"{j}.png")
+    refused(capsys, [f"--data=in9:{tmp_path / 'in9'}", "--model=tiny", "--split=test", f"--cache_dir={tmp_path}", f"--out_dir={tmp_path}"], "--split=test", "no images there")
+
+
 def test_regions_of_which_nothing_is_known_do_not_count():
     nan = float("nan")
     found = dict(target=torch.tensor([nan, 1., nan, 0., 1., nan]))

@@ -54,9 +54,7 @@ class Encoder:
 
     def images(self, x):
         """Images [N, 3, H, W] -> embeddings [N, D], not normalised."""
-        if self.kind == "timm":
-            return self.fast.forward_head(self.fast.forward_features(x), pre_logits=True)
-        return self.fast.encode_image(x)
+        return embeddings(self.fast, self.kind, x)
 
     def maps(self, x):
         """Images [N, 3, H, W] -> feature map [N, h, w, D], each cell in the space of the embedding: see with_map."""
@@ -107,6 +105,11 @@ class Encoder:
 
 def _noise_image(k):
     return Image.fromarray(rng(0, "noise", k).integers(0, 256, (256, 256, 3), "uint8"))
+
+
+def embeddings(module, kind, x):
+    """Images [N, 3, H, W] -> embeddings [N, D], not normalised, of a module whose kind is as Encoder.kind."""
+    return module.forward_head(module.forward_features(x), pre_logits=True) if kind == "timm" else module.encode_image(x)
 
 
 def with_map(module, kind, x):

@@ -16,12 +16,14 @@ BAP is arXiv 2605.11107; its equations are not public, those here and in model.p
 The second half of this file: RaVL's region-aware loss and the mitigations that it is compared with. torchrun spreads it.
 """
 import contextlib
+import copy
 import csv
 import functools
 import io
 import json
 import math
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -32,10 +34,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import (Complaint, Composite, bars, check, composites, draw_view, expect, flags, html_table, layers, load_data, load_discovery, load_regions, page,
+from data import (Complaint, Composite, bars, check, composites, draw_view, expect, flags, html_table, imagenet_names, layers, load_data, load_discovery, load_regions, page,
                   picture_size, place_grounds, recompose, revision, rng, run, say, table, thumb, write, write_json)
 from kernels import pairwise_loss, region_pool
-from model import (Cutter, Map, additive_solve, additivity, assign_regions, cores, cos_sum, dfr, embed, features, fit_probe, group_metrics, leace,
+from model import (Cutter, Encoder, Map, additive_solve, additivity, assign_regions, cores, cos_sum, dfr, embed, embeddings, features, fit_probe, fuse, group_metrics, leace,
                    load_checkpoint, load_encoder, moments, nullspace, paired_bootstrap, prompt_embeddings, region_embeddings, renumber, save_checkpoint, sphere_log, unit,
                    wiener, wiener_of, with_map, worst_group)
 
@@ -75,8 +77,10 @@ bap_map = "closed"       # closed (Wiener filter), linear or mlp, the last two t
 steps = 300              # of that training, and of fine-tuning
 learning_rate = 3e-4
 scale = 20.0             # inverse temperature of the contrast
-# --- fine-tuning (every method but bap) --------------------------------------------------------------------------------
-train = "all"            # what of the model: all, image, text, projection (the last layer of each tower, and the temperature)
+train = "auto"           # bap: map, on the frozen encoder (auto), or the encoder too: last_blocks, image. Fine-tuning: all (auto), image, text,
+                         # projection (the last layer of each tower, and the temperature)
+text_weight = 1.0        # bap, encoder: weight of the term that keeps what texts say of an image
+# --- fine-tuning (every method but bap; the optimiser's part also for bap with --train=last_blocks|image) -----------------
 pairs = 128              # image-caption pairs in a step, of all processes together
 accumulate = 1           # parts that a step is computed in, to the same gradient: less memory, a second forward pass
 loss = "auto"            # infonce, sigmoid (SigLIP); auto: by the model
@@ -107,7 +111,8 @@ ORDER = {  # of the table's rows
     "erm": "probe on the raw embedding", "group_weighted": "the same, groups weighted by the inverse of their size",
     "nullspace": "32 leading background directions projected out", "leace": "LEACE on the same 32 background coordinates",
     "copy_paste": "training foregrounds also on random backgrounds (needs masks)", "bap_closed": "Wiener filter on the raw embedding",
-    "bap_synthetic": "bap without the target's own foregrounds", "bap": "BAP, the recommended map",
+    "bap_synthetic": "bap without the target's own foregrounds", "bap_map": "bap's map on the encoder as it was",
+    "bap_encoder": "the pre-trained encoder without a map", "bap": "BAP, the recommended map",
     "erm_tuned": "penalty tuned on the validation groups", "bap_tuned": "map and penalty tuned on the validation groups",
     "dfr": "last-layer retraining on validation groups", "val_probe": "probe on the balanced validation set", "val_probe_bap": "the same through the map",
     "balanced_train": "training foregrounds on every place: the true ceiling"}
@@ -118,14 +123,16 @@ def main():
     expect(method == "bap" or method in METHODS, "method", method, "bap, " + ", ".join(METHODS))
     if method != "bap":
         return finetune(config)
-    expect(train == "all", "train", train, "all: --method=bap trains a map on the frozen encoder, other methods a part of the model")
+    expect(train in ("auto", "map", "last_blocks", "image"), "train", train, "map, last_blocks or image with --method=bap")
+    expect(join()[1] == 1, "method", method, "one process; torchrun is for the other methods")
     expect(bap_map in ("closed", "linear", "mlp"), "bap_map", bap_map, "closed, linear or mlp")
     expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
     for flag, least in (("instances", 8), ("per_instance", 2), ("own_per", 2), ("own_most", 8), ("batch_size", 1), ("threads", 0),
                         ("seeds", 1), ("steps", 1), ("seed", 0)):
         expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
-    for flag in ("l2", "lam", "learning_rate", "scale"):
+    for flag in ("l2", "lam", "learning_rate", "scale", "clip"):
         expect(0 < config[flag] < float("inf"), flag, config[flag], "a positive number")
+    expect(0 <= text_weight < float("inf"), "text_weight", text_weight, "a number from 0")
     expect(0 <= own <= 1, "own", own, "a number from 0 to 1")
     expect(0 <= power <= 1, "power", power, "a number from 0 to 1")
     out, started = Path(out_dir), time.time()
@@ -145,14 +152,16 @@ def main():
     for line in results["notes"]:
         say(line)
     say(summary(results))
-    save_checkpoint(out / "ckpt.pt", dict(config=config, git=results["git"], fingerprint=encoder.fingerprint, map=last["map"].state_dict(),
+    if train not in ("auto", "map"):
+        save_weights(out, last["encoder"], config)
+    save_checkpoint(out / "ckpt.pt", dict(config=config, git=results["git"], fingerprint=last["encoder"].fingerprint, map=last["map"].state_dict(),
                                           power=last["map"].power, probes={k: p.state() for k, p in last["probes"].items()},
                                           classes=last["samples"].classes, places=last["samples"].places))
     write(out / "report.html", report(results, last))
     write_json(out / "results.json", results)  # last: it is there only if all the rest is
-    for name in ("partial.pt", "training.pt"):
+    for name in ("partial.pt", "training.pt", "map.pt"):
         (out / name).unlink(missing_ok=True)
-    say(f"\n{out}/results.json, report.html and ckpt.pt written, {time.time() - started:.0f} s")
+    say(f"\n{out}/results.json, report.html and ckpt.pt{'' if train in ('auto', 'map') else ', weights.safetensors'} written, {time.time() - started:.0f} s")
 
 
 def unfinished(path, config, encoder):
@@ -175,7 +184,7 @@ def one_run(encoder, figures, grounds, s, out, config):
         nonlocal clock
         seconds[name], clock = time.time() - clock, time.time()
 
-    def embedded(pictures, label):
+    def embedded(pictures, label, encoder=encoder):
         z, bad = embed(encoder, pictures, cache_dir, batch_size, threads, dtype, skip_bad, label)
         for _, line in bad[:20]:
             say(f"skipped {line}")
@@ -185,14 +194,14 @@ def one_run(encoder, figures, grounds, s, out, config):
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
     cells, i, j = composites(figures, grounds, instances, per_instance, s)
-    z, good = embedded(cells, "composites")
-    z, i, j = z[good], i[good], j[good]
+    z, sound = embedded(cells, "composites")
+    z, i, j = z[sound], i[sound], j[sound]
     lap("composites")
 
     # 2. how additive are they?
     additive = additivity(unit(z), i, j, seed=s)
     some = torch.randperm(len(z), generator=torch.Generator().manual_seed(s))[:200]
-    shown = [cells[k] for k in good.nonzero()[:, 0][some].tolist()]
+    shown = [cells[k] for k in sound.nonzero()[:, 0][some].tolist()]
     f, b = (embedded([replace(c, **{without: None}) for c in shown], label)[0]
             for without, label in (("ground", "foregrounds on grey"), ("figure", "backgrounds alone")))
     both = f.isfinite().all(1) & b.isfinite().all(1)
@@ -208,22 +217,33 @@ def one_run(encoder, figures, grounds, s, out, config):
     samples, x = samples.keep(good.nonzero()[:, 0]) if not good.all() else samples, x[good]
     if not good.all():
         check(samples)
-    train, val, test = (samples.split == k for k in range(3))
+    biased, val, test = (samples.split == k for k in range(3))
     lap("target")
     grids, exponent = [(1., z, i)], power or (1. if encoder.signed else .5)
-    cuts = cut_own(encoder, [samples.items[k] for k in train.nonzero()[:, 0]], cells, s) if own else []
+    own_cells, own_j = [], torch.empty(0, dtype=torch.long)
+    cuts = cut_own(encoder, [samples.items[k] for k in biased.nonzero()[:, 0]], cells, s) if own else []
     if cuts:
-        own_cells = [Composite(c, grounds[g.integers(len(grounds))], None, draw_view(g)) for n, c in enumerate(cuts)
-                     for g in (rng(s, "own", n, k) for k in range(own_per))]
+        picks = [(c, int(g.integers(len(grounds))), draw_view(g)) for n, c in enumerate(cuts) for g in (rng(s, "own", n, k) for k in range(own_per))]
+        own_cells = [Composite(c, grounds[b], None, view) for c, b, view in picks]
         v, good = embedded(own_cells, "own foregrounds")
-        grids = [(1 - own, z, i), (own, v[good], torch.arange(len(own_cells))[good] // own_per)]
+        own_cells, own_j = [own_cells[k] for k in good.nonzero()[:, 0]], torch.tensor([b for _, b, _ in picks])[good]
+        grids = [(1 - own, z, i), (own, v[good], (torch.arange(len(picks)) // own_per)[good])]
     lap("own")
 
-    # 4. the maps
+    # 4. the maps, and with --train=last_blocks|image first the encoder
     maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1., z, i)], lam), bap=wiener(grids, lam, exponent))
+    trained, x_bap, zero = encoder, x, None
+    if train not in ("auto", "map"):
+        kept = [cells[k] for k in sound.nonzero()[:, 0]]
+        trained = pretrain(encoder, kept + own_cells, grids, torch.cat([j, own_j]), samples, s, out, config)
+        new = embedded(kept + own_cells, "composites, trained", trained)[0].split([len(z), len(own_cells)])
+        x_bap = embedded(samples.items, "target, trained", trained)[0]
+        grids = [(weight, v, k) for v, (weight, _, k) in zip(new, grids)]
+        maps.update(bap_map=maps["bap"], bap_encoder=unit, bap=wiener(grids, lam, exponent))
+        zero = encoder.reads and dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap)) or None
     if bap_map != "closed":
-        maps["bap"] = contrast(maps["bap"], z, i, j, s, lambda: unfinished(out / "training.pt", config, encoder),
-                              lambda **state: save_checkpoint(out / "training.pt", dict(config=config, fingerprint=encoder.fingerprint, **state)))
+        maps["bap"] = contrast(maps["bap"], grids[0][1], i, j, s, lambda: unfinished(out / "map.pt", config, encoder),
+                              lambda **state: save_checkpoint(out / "map.pt", dict(config=config, fingerprint=encoder.fingerprint, **state)))
     if cuts:
         maps["bap_synthetic"] = wiener([(1., z, i)], lam, exponent)
     lap("pretraining")
@@ -233,12 +253,13 @@ def one_run(encoder, figures, grounds, s, out, config):
     C = len(samples.classes)
     probes, correct = {}, {}
 
-    def probe(name, g, mask=train, extra=None, weight=None):
-        inputs, labels = g(x[mask]), y[mask]
+    def probe(name, g, mask=biased, extra=None, weight=None):
+        z = x_bap if name in ("bap", "bap_encoder", "val_probe_bap") else x
+        inputs, labels = g(z[mask]), y[mask]
         if extra:
             inputs, labels = torch.cat([inputs, g(extra[0])]), torch.cat([labels, extra[1]])
         probes[name] = fit_probe(inputs, labels, l2, weight, C)
-        correct[name] = probes[name].predict(g(x)) == y
+        correct[name] = probes[name].predict(g(z)) == y
 
     probe("erm", unit)
     for name, g in maps.items():
@@ -247,7 +268,7 @@ def one_run(encoder, figures, grounds, s, out, config):
     probe("val_probe_bap", maps["bap"], val)
     counts = samples.counts(0)
     if counts.all():
-        probe("group_weighted", unit, weight=1 / counts[group[train]].double())
+        probe("group_weighted", unit, weight=1 / counts[group[biased]].double())
     if samples.counts(1).all():
         correct["dfr"] = dfr(x, y, group, val, s).predict(x) == y
     for name, choices, copies in (("copy_paste", [grounds], 2),
@@ -258,8 +279,8 @@ def one_run(encoder, figures, grounds, s, out, config):
             probe(name, unit, extra=(more[good], labels[good]))
     if tuned:  # for the worst group of the validation split, which knows the places: beside the headline, never in it
         both = moments(grids, exponent)
-        for name, tries in (("erm_tuned", [unit]), ("bap_tuned", [wiener_of(both, k, exponent) for k in (.3, 1., 3.)])):
-            tries = [fit_probe(g(x[train]), y[train], k, classes=C).predict(g(x)) == y for g in tries for k in (.02, .2, 2.)]
+        for name, v, tries in (("erm_tuned", x, [unit]), ("bap_tuned", x_bap, [wiener_of(both, k, exponent) for k in (.3, 1., 3.)])):
+            tries = [fit_probe(g(v[biased]), y[biased], k, classes=C).predict(g(v)) == y for g in tries for k in (.02, .2, 2.)]
             correct[name] = max(tries, key=lambda c: worst_group(c[val], group[val]))
     lap("probes")
 
@@ -267,8 +288,8 @@ def one_run(encoder, figures, grounds, s, out, config):
     for name in methods:
         low, high = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=s)
         methods[name]["over_erm"] = [low, high]
-    result = dict(additivity=additive, invariance=invariance(maps["bap"], z, i, x, samples, s), methods=methods, seconds=seconds)
-    return result, dict(map=maps["bap"], probes=probes, samples=samples, correct=correct, x=x, cells=cells, cuts=cuts)
+    result = dict(additivity=additive, invariance=invariance(maps["bap"], grids[0][1], i, x_bap, samples, s), methods=methods, seconds=seconds, zero_shot=zero)
+    return result, dict(map=maps["bap"], probes=probes, samples=samples, correct=correct, x=x_bap, cells=cells, cuts=cuts, encoder=trained)
 
 
 def cut_own(encoder, pictures, cells, s):
@@ -288,6 +309,36 @@ def cut_own(encoder, pictures, cells, s):
     say(f"cutter: IoU {cutter.iou:.2f} on held-out composites, a plausible foreground in {share:.0%} of the training images"
         + ("" if trusted else ": not trusted, the target's own foregrounds are not used"))
     return [cutter.cut(p, a) for p, a, good in zip(pictures, alpha, plausible.tolist()) if good] if trusted else []
+
+
+def pretrain(encoder, cells, grids, j, samples, s, out, config):
+    """BAP on the encoder itself (--train=last_blocks|image): a copy of it is trained so that each composite points at the anchor of its
+    foreground, among all anchors. What texts (or the rows of its classifier) say of an image is kept: it becomes what they say of the
+    anchor. Anchors, mu + a_f, are those of the encoder as it was. Our reading. Returns the trained Encoder.
+
+    cells: the composites [N]; grids: as wiener takes them, j: background of each.
+    """
+    z = torch.cat([v for _, v, _ in grids])
+    i = renumber(torch.cat([k + n * len(cells) for n, (_, _, k) in enumerate(grids)]))
+    mu, a, _ = additive_solve(z, i, renumber(j))
+    weight = torch.cat([torch.full((len(v),), w / len(v)) for w, v, _ in grids])
+    task = dict(items=cells, y=i, C=len(a), mu=mu.float().to(encoder.device), anchors=a.float().to(encoder.device), weight=weight, read=readout(encoder, samples), seed=s)
+    state = unfinished(out / "training.pt", config, encoder)
+    student = Encoder(encoder.name, copy.deepcopy(encoder.module), encoder.transform, encoder.kind, encoder.device, None, encoder.tokenizer)
+    fit(student, task, steps, "bap", say, state if state and state["seed"] == s else None,
+        lambda **more: save_checkpoint(out / "training.pt", dict(config=config, git=revision(), fingerprint=encoder.fingerprint, seed=s, **more)), out)
+    return Encoder(encoder.name, student.module, encoder.transform, encoder.kind, encoder.device, fuse(student.module) if encoder.kind == "timm" else None,
+                   encoder.tokenizer, encoder.notes)
+
+
+def readout(encoder, samples):
+    """Embeddings [N, D] -> logits [N, V]: of texts, the target's classes and ImageNet's, or of the rows of an ImageNet classifier; None without."""
+    if encoder.reads:
+        t = prompt_embeddings(encoder, samples.class_prompts() + [[f"a photo of a {name}."] for name in imagenet_names(2)], cache_dir).to(encoder.device)
+        return lambda z: encoder.logit_scale * unit(z) @ t.T
+    if encoder.names:
+        w, b = (v.to(encoder.device) for v in encoder.classifier())
+        return lambda z: z @ w.T + b
 
 
 def contrast(g, z, i, j, s, load, save):
@@ -370,7 +421,7 @@ def average(runs):
         methods[name] = dict(mean(each), seeds=each)
         worst = torch.tensor([m["worst_group"] for m in each])
         methods[name]["spread"] = float(worst.std()) if len(each) > 1 else 0.
-    return dict(additivity=mean([r["additivity"] for r in runs]), invariance=mean([r["invariance"] for r in runs]), methods=methods)
+    return dict(methods=methods, **{name: mean([r[name] for r in runs]) for name in ("additivity", "invariance", "zero_shot")})
 
 
 def summary(results):
@@ -383,7 +434,9 @@ def summary(results):
     rows = [(name, m["worst_group"], m["avg_group_mean"], m["avg_train_weighted"], *[g["accuracy"] for g in m["groups"]],
              f"{m['over_erm'][0]:+.3f} to {m['over_erm'][1]:+.3f}") for name, m in results["methods"].items()]
     spread = f"; means of {seeds} seeds, spread of bap's worst group {results['methods']['bap']['spread']:.3f}" if seeds > 1 else ""
+    zero = results["zero_shot"]
     return "\n".join((
+        *(["\n" + zero_table(zero)] if zero else []),
         "\nHow additive are embeddings of composites? Shares of their variance",
         table(("geometry", *keys), [(k, *[a[k][q] for q in keys]) for k in a]),
         f"cos(z(f, b), z(f) + z(b)): raw {sums['cos_sum']:.3f} (shuffled {sums['cos_sum_shuffled']:.3f}), "
@@ -453,7 +506,7 @@ METHODS = {
 
 def finetune(config):
     """--method=finetune and the mitigations: fits, and writes weights.safetensors, finetune.json and log.csv."""
-    for flag, known in (("train", ("all", "image", "text", "projection")), ("loss", ("auto", "infonce", "sigmoid")), ("captions", ("own", "class")),
+    for flag, known in (("train", ("auto", "all", "image", "text", "projection")), ("loss", ("auto", "infonce", "sigmoid")), ("captions", ("own", "class")),
                         ("repeated", ("once", "each")), ("log_to", ("", "tensorboard", "wandb"))):
         expect(config[flag] in known, flag, config[flag], " or ".join(filter(None, known)))
     for flag, least in (("steps", 1), ("pairs", 2), ("accumulate", 1), ("clusters", 0), ("save_every", 1), ("log_every", 1), ("seed", 0)):
@@ -484,15 +537,24 @@ def finetune(config):
     if rank:
         return
     after = zero_shot(encoder, samples)
-    say(table(("zero-shot, test split", "worst_group", "avg_group_mean", "overall"),
-              [(name, m["worst_group"], m["avg_group_mean"], m["overall"]) for name, m in (("before", before), ("after", after))]))
-    from safetensors.torch import save
-    state = {k: v.detach().cpu().contiguous() for k, v in encoder.module.state_dict().items()}
-    write(out / "weights.safetensors", save(state, dict(config=json.dumps(config), git=str(revision()))))
+    say(zero_table(dict(before=before, after=after)))
+    save_weights(out, encoder, config)
     seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
     write_json(out / "finetune.json", dict(config=config, git=revision(), notes=notes, before=before, after=after, seconds=seconds))
     (out / "training.pt").unlink(missing_ok=True)
     say(f"\n{out}/weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s")
+
+
+def zero_table(both):
+    return table(("zero-shot, test split", "worst_group", "avg_group_mean", "overall"),
+                 [(name, m["worst_group"], m["avg_group_mean"], m["overall"]) for name, m in both.items()])
+
+
+def save_weights(out, encoder, config):
+    """weights.safetensors, for --pretrained."""
+    from safetensors.torch import save
+    state = {k: v.detach().cpu().contiguous() for k, v in encoder.module.state_dict().items()}
+    write(out / "weights.safetensors", save(state, dict(config=json.dumps(config), git=str(revision()))))
 
 
 def join():
@@ -557,10 +619,10 @@ def discovered(samples, encoder, task):
         f"{without} of {n} training images have no region without the discovered feature; L_R and L_A skip them"] * (without > 0)
 
 
-def zero_shot(encoder, samples):
-    """Accuracies of the test split by the classes' texts: group_metrics, and overall."""
+def zero_shot(encoder, samples, x=None):
+    """Accuracies of the test split by the classes' texts: group_metrics, and overall. x: embeddings of all images, if they are there."""
     test = samples.split == 2
-    z, _ = embed(encoder, samples.keep(test.nonzero()[:, 0]).items, "", batch_size, threads, dtype, False, "test images")
+    z = embed(encoder, samples.keep(test.nonzero()[:, 0]).items, "", batch_size, threads, dtype, False, "test images")[0] if x is None else x[test]
     g = prompt_embeddings(encoder, samples.class_prompts(), "")
     correct = (unit(z) @ g.T).argmax(1) == samples.y[test]
     m = group_metrics(correct, samples.y[test], samples.place[test], samples.counts(0), len(samples.places))
@@ -582,13 +644,16 @@ def first_errors(encoder, task, samples, talk):
 class Towers(torch.nn.Module):
     """Both towers in one forward pass, for DDP and torch.compile."""
 
-    def __init__(self, module):
+    def __init__(self, module, kind):
         super().__init__()
-        self.module = module
+        self.module, self.kind = module, kind
 
     def forward(self, x, boxes, texts, prompts):
         """Images [N, 3, H, W], boxes [N, R, 4] in shares of the image, tokens [M, L], [C, L]; each but x may be None -> dict of
-        unit-norm z [N, D], r [N, R, D] (regions, from the same pass), t [M, D], g [C, D], and scale, bias of the logits."""
+        unit-norm z [N, D], r [N, R, D] (regions, from the same pass), t [M, D], g [C, D], and scale, bias of the logits; without
+        texts and prompts only z, not normalised."""
+        if texts is None and prompts is None:
+            return dict(z=embeddings(self.module, self.kind, x).float())
         out = {}
         if boxes is None:
             out["z"] = self.module.encode_image(x)
@@ -616,25 +681,25 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
     rank, world = join()
     module, regions, amp = encoder.module, method == "ravl", dtype == "bfloat16" or dtype == "auto" and encoder.device.startswith("cuda")
     kind = ("sigmoid" if getattr(module, "logit_bias", None) is not None else "infonce") if loss == "auto" else loss
-    if kind == "sigmoid" and getattr(module, "logit_bias", None) is None:
+    if method != "bap" and kind == "sigmoid" and getattr(module, "logit_bias", None) is None:
         module.logit_bias = torch.nn.Parameter(torch.tensor(-10., device=encoder.device))
-    pick_parameters(module, method, kind)
+    pick_parameters(encoder, method, kind)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW([dict(params=[p for p in parameters if p.dim() > 1], weight_decay=weight_decay),
                                    dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.)], learning_rate, (.9, .98))
-    tower = Towers(module)
+    tower = Towers(module, encoder.kind)
     tower = torch.compile(tower) if compile else tower
     ddp = torch.nn.parallel.DistributedDataParallel(tower) if world > 1 else tower
-    tokenise = encoder.tokenizer()
-    texts = list(dict.fromkeys(task["captions"]))
-    row = {text: k for k, text in enumerate(texts)}
-    which, tokens = torch.tensor([row[c] for c in task["captions"]]), tokenise(texts).to(encoder.device)
-    prompts = tokenise(task["prompts"]).to(encoder.device) if method in ("ravl", "vl_erm", "vl_gdro") else None
-    contrast_too = method not in ("vl_erm", "vl_gdro")
+    contrast_too = method not in ("bap", "vl_erm", "vl_gdro")
+    if contrast_too:
+        texts = list(dict.fromkeys(task["captions"]))
+        row = {text: k for k, text in enumerate(texts)}
+        which, tokens = torch.tensor([row[c] for c in task["captions"]]), encoder.tokenizer()(texts).to(encoder.device)
+    prompts = encoder.tokenizer()(task["prompts"]).to(encoder.device) if method in ("ravl", "vl_erm", "vl_gdro") else None
     images, draw = Pictures(task["items"], encoder), sampler(task, method)
     part = pairs // (world * accumulate)
     mine = lambda step: draw(step).view(world, accumulate, part)[rank]  # [accumulate, part]
-    q, first, rows, warned = torch.full((2 * task["C"],), 1 / (2 * task["C"])), 0, [], False
+    q, first, rows, warned = torch.full((2 * task["C"],), 1 / (2 * task["C"])), 0, [], method == "bap"
     if state:
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
@@ -644,7 +709,7 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
     images.ahead(mine(first)) if first < steps else None
 
     def forward(ids, last):
-        u, back = torch.unique(which[ids], return_inverse=True)
+        u, back = torch.unique(which[ids], return_inverse=True) if contrast_too else (None, None)
         with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
             o = ddp(images.get(ids), task["boxes"][ids].to(encoder.device) if regions else None, tokens[u] if contrast_too else None, prompts if last else None)
         return {**o, "t": o["t"][back.to(encoder.device)]} if contrast_too else o
@@ -682,8 +747,9 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
             keep(step)
             raise Complaint(f"step {step}: {' and '.join(bad)} not finite; the state before it is in {out}/training.pt. Lower --learning_rate, or use --dtype=float32")
         optimiser.step()
-        with torch.no_grad():
-            module.logit_scale.clamp_(0, math.log(100))
+        if method != "bap":
+            with torch.no_grad():
+                module.logit_scale.clamp_(0, math.log(100))
         count += pairs
         if (step + 1) % log_every == 0 or step + 1 == steps:
             speed = count / (time.time() - clock)
@@ -694,21 +760,31 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
             if sink:
                 sink(rows)
             clock, count = time.time(), 0
-        if (step + 1) % save_every == 0 and step + 1 < steps:
+        if (step + 1) % save_every == 0 or step + 1 == steps:
             keep(step + 1)
     images.close()
     module.requires_grad_(True)
     return rows
 
 
-def pick_parameters(module, method, kind):
-    """requires_grad by --train; what the method has no use for is frozen, as DDP wants every gradient."""
-    visual = lambda name: name.startswith("visual.")
+def pick_parameters(encoder, method, kind):
+    """requires_grad by --train; what the method has no use for is frozen, as DDP wants every gradient. last_blocks: the last quarter of
+    the image tower's blocks (layers, stages), and what comes after them."""
+    module, part = encoder.module, train if train != "auto" else "all"
+    visual = lambda name: name.startswith("visual.") or encoder.kind == "timm"
     last = ("visual.proj", "visual.head", "visual.attnpool.c_proj", "text_projection", "text.proj", "text.text_projection")
-    chosen = {"all": lambda n: True, "image": visual, "text": lambda n: not visual(n), "projection": lambda n: n.startswith(last)}[train]
+    chosen = {"all": lambda n: True, "image": visual, "text": lambda n: not visual(n), "projection": lambda n: n.startswith(last)}
+    if part == "last_blocks":
+        names = [n for n, _ in module.named_parameters() if visual(n)]
+        number = [int(m[1]) if (m := re.search(r"(?:blocks|layers|stages|features|layer)\.?(\d+)\.", n)) else -1 for n in names]
+        least = max(number) + 1 - max(1, round((max(number) - min(k for k in number if k >= 0) + 1) / 4)) if max(number) >= 0 else 0
+        after = set(names[next((k for k, v in enumerate(number) if v >= least), 0):])
+        chosen[part] = lambda n: n in after or visual(n) and n.startswith(last)
+    head = {id(p) for p in module.get_classifier().parameters()} if encoder.kind == "timm" else set()
     for name, p in module.named_parameters():
         scalar = name in ("logit_scale", "logit_bias")
-        p.requires_grad_(name == "logit_scale" or name == "logit_bias" and kind == "sigmoid" and method not in ("vl_erm", "vl_gdro") or not scalar and chosen(name))
+        p.requires_grad_(method != "bap" and (name == "logit_scale" or name == "logit_bias" and kind == "sigmoid" and method not in ("vl_erm", "vl_gdro"))
+                         or not scalar and id(p) not in head and chosen[part](name))
     if getattr(getattr(module, "visual", None), "pool_type", "") == "avg" and not module.visual.positional_embedding.requires_grad:
         module.visual.class_embedding.requires_grad_(False)
 
@@ -727,6 +803,12 @@ def objective(method, kind, e, ids, task, q):
     """The terms of the loss, name -> (weight, value), of gathered embeddings e (see Towers) of the images ids [B]. q [2 C]: group DRO's
     weights of the groups label x feature, changed in place."""
     y = task["y"][ids].to(e["z"].device)
+    if method == "bap":
+        anchors, read = task["anchors"], task["read"]
+        terms = dict(L_anchor=(1., F.cross_entropy(scale * unit(e["z"] - task["mu"]) @ unit(anchors).T, y)))
+        if text_weight and read:
+            terms["L_text"] = text_weight, F.kl_div(read(e["z"]).log_softmax(1), read(task["mu"] + anchors[y]).log_softmax(1), reduction="batchmean", log_target=True)
+        return terms
     if method in ("vl_erm", "vl_gdro"):
         ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, y, reduction="none")
         if method == "vl_erm":
@@ -790,23 +872,23 @@ def sampler(task, method):
     """step -> rows of the training pairs [pairs], a function of the seed and the step alone."""
     y, f, n = task["y"], task.get("feature"), len(task["y"])
     group = None if f is None else 2 * y + f.long()
-    pool, weight = torch.arange(n), None
+    pool, weight, s = torch.arange(n), None, task.get("seed", seed)
     if method == "upsampled":  # labels stay as frequent as they are
         size, kinds = torch.bincount(group, minlength=2 * task["C"]).double(), torch.stack([torch.bincount(y[f == v], minlength=task["C"]) for v in (False, True)])
         weight = torch.bincount(y)[y] / (kinds > 0).sum(0)[y] / size[group]
     elif method == "vl_gdro":
         weight = 1 / torch.bincount(group).double()[group]
-    elif method == "jtt":
+    elif method in ("jtt", "bap"):
         weight = task["weight"].double()
     elif method == "subg":
         least = int(torch.bincount(group)[torch.unique(group)].min())
-        pick = torch.from_numpy(rng(seed, "subg").permutation(n))
+        pick = torch.from_numpy(rng(s, "subg").permutation(n))
         pool = torch.cat([pick[group[pick] == g][:least] for g in torch.unique(group)])
-    epoch = functools.lru_cache(2)(lambda e: pool[torch.from_numpy(rng(seed, "epoch", e).permutation(len(pool)))])
+    epoch = functools.lru_cache(2)(lambda e: pool[torch.from_numpy(rng(s, "epoch", e).permutation(len(pool)))])
 
     def draw(step):
         if weight is not None:
-            generator = torch.Generator().manual_seed(int(rng(seed, "batch", step).integers(1 << 62)))
+            generator = torch.Generator().manual_seed(int(rng(s, "batch", step).integers(1 << 62)))
             return torch.multinomial(weight, pairs, replacement=True, generator=generator)
         at = torch.arange(step * pairs, (step + 1) * pairs)
         return torch.stack([epoch(e)[k] for e, k in zip((at // len(pool)).tolist(), (at % len(pool)).tolist())])

@@ -255,7 +255,7 @@ def test_interrupted_by_ctrl_c_in_training_it_resumes_to_the_numbers_of_an_unint
             break
     _, problem = job.communicate(timeout=60)
     assert job.returncode == 130 and "Traceback" not in problem and "--resume" in problem
-    assert os.listdir(tmp_path / "cut") == ["training.pt"]
+    assert os.listdir(tmp_path / "cut") == ["map.pt"]
     capsys.readouterr()
     assert run(words(files, tmp_path / "other", *flags)) == 0
     whole = losses(capsys.readouterr().out)

@@ -828,7 +828,7 @@ class Rectangle:
 def controlled(where, seed):
     """Controlled settings, `digits[:STRENGTH:CLASS[:DIR]]`: ten digits, one in each image, in one of four quadrants; a red
     rectangle in another quadrant of half the images of the base set, from which 10,000 are sampled for training so that it
-    goes with one class: Cramer's V of (class, rectangle) is STRENGTH in [0, 1), CLASS the number of the class. Without
+    goes with one class: Cramer's V of (class, rectangle) is STRENGTH in [0, 1], CLASS the number of the class. Without
     them, or at strength 0: no correlation. val and test: 2,000 images each, every digit with and without, 100 each.
 
     DIR: MNIST's IDX files, whole, gz, or in gz parts; drawn digits without it. places: without and with the rectangle.
@@ -863,10 +863,10 @@ def setting(where, classes):
     spurious, _, rest = rest.partition(":")
     try:
         strength, spurious = float(strength or 0), int(spurious or 0)
-        if not (0 <= strength < 1 and 0 <= spurious < classes):
+        if not (0 <= strength <= 1 and 0 <= spurious < classes):
             raise ValueError
     except ValueError:
-        raise Complaint(f"--data: found {where!r}, expected STRENGTH:CLASS with a Cramer's V from 0 to below 1 and a class from 0 to "
+        raise Complaint(f"--data: found {where!r}, expected STRENGTH:CLASS with a Cramer's V from 0 to 1 and a class from 0 to "
                         f"{classes - 1}, for instance digits:0.95:3") from None
     return strength, spurious, rest
 
@@ -1908,6 +1908,27 @@ def scatter(points, xlabel, ylabel, curve=None):
         out.append(f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="{5 if strong else 3.5}" class="{"dot" if strong else "pale"}"><title>{html.escape(name)}: {x:.3f}, {y:.3f}</title></circle>'
                    f'<text x="{X(x) + (-9 if left else 9):.1f}" y="{at:.1f}" text-anchor="{"end" if left else "start"}"{"" if strong else " class=dim"}>{html.escape(name[:34])}</text>')
     return "".join(out) + "</svg>"
+
+
+def lines(curves, xlabel, ylabel):
+    """Curves with bands as an SVG that stands alone. curves: name -> list of (x, dict(mean, low, high))."""
+    colours, points = ("#4f8f86", "#b4703c", "#6a6fae", "#8a8f3a"), [p for curve in curves.values() for p in curve]
+    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+    y0, y1 = math.floor(10 * min(0., *[m["low"] for _, m in points])) / 10, math.ceil(10 * max(m["high"] for _, m in points)) / 10
+    X, Y = (lambda v: 60 + 620 * (v - x0) / (x1 - x0)), (lambda v: 340 - 300 * (v - y0) / (y1 - y0))
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 400" font-family="system-ui,sans-serif" font-size="13" fill="#22302d">'
+           '<rect width="720" height="400" fill="#fbfaf6"/>']
+    text = lambda x, y, what, how="": f'<text x="{x:.0f}" y="{y:.0f}" {how}>{html.escape(what)}</text>'
+    for k in range(round(10 * y0), round(10 * y1) + 1, 1 if y1 - y0 < .8 else 2):
+        out.append(f'<path d="M60 {Y(k / 10):.0f}H680" stroke="#dedbd0"/>' + text(52, Y(k / 10) + 4, f"{k / 10:.1f}", 'text-anchor="end"'))
+    out += [text(X(x), 358, f"{x:g}", 'text-anchor="middle"') for x in sorted({x for x, _ in points})]
+    for k, (name, curve) in enumerate(curves.items()):
+        c = colours[k % len(colours)]
+        band = [(x, m["high"]) for x, m in curve] + [(x, m["low"]) for x, m in reversed(curve)]
+        path = lambda some: "M" + "L".join(f"{X(x):.1f} {Y(y):.1f}" for x, y in some)
+        out.append(f'<path d="{path(band)}Z" fill="{c}" opacity=".15"/><path d="{path([(x, m["mean"]) for x, m in curve])}" stroke="{c}" stroke-width="2.5" fill="none"/>'
+                   + text(76, 28 + 18 * k, name, f'fill="{c}" font-weight="600"'))
+    return "".join(out) + text(370, 386, xlabel, 'text-anchor="middle"') + text(16, 190, ylabel, 'text-anchor="middle" transform="rotate(-90 16 190)"') + "</svg>"
 
 
 def write_table(path, header, rows):

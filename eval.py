@@ -5,6 +5,7 @@
     python eval.py --data=folder:DIR --model=ViT-L-14 --pretrained=openai --prompts=FILE
     torchrun --nproc_per_node=4 eval.py ...                      shards the images; the numbers are the same
     python eval.py --protocol=ravl --settings=5 --mitigate=2     controlled settings: fine-tune, discover, mitigate (end of this file)
+    python eval.py --protocol=contrast                           does a contrastive loss learn the nuisance more than cross-entropy?
 
 1. Embed the images, once: what was computed before is read from the cache, and then no model is even loaded.
 2. Classify them: by prompts (zeroshot), by an ImageNet classifier's own rows (classifier), by probes trained on the training split
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, load_data, load_regions, near, open_image, page, pictures, region_truth, revision, rng, run, say, scatter, table,
+from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, lines, load_data, load_regions, near, open_image, page, pictures, region_truth, revision, rng, run, say, scatter, table,
                   thumb, write, write_json, write_table)
 from model import (additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_encoder, load_map, load_tensors, mean_std,
                    paired_bootstrap, prompt_embeddings, recall_encoder, region_embeddings, remember, save_tensors, unit, wilson)
@@ -61,7 +62,7 @@ batch_size = 8           # small batches are faster on a CPU; raise it on a GPU
 threads = 0              # that decode images and, on a CPU, embed them; 0 for one per core
 # --- protocols -------------------------------------------------------------------------------------------------------
 protocol = "auto"        # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; auto: the first three, where they can be;
-                         # or ravl, with tiny-conv unless --model says otherwise
+                         # or ravl, contrast, with tiny-conv unless --model says otherwise
 l2 = 0.8                 # penalty of probe and fewshot, as in train.py
 shots = "1,4,16"         # fewshot: training images per class
 draws = 5                # fewshot: draws of them, averaged
@@ -82,6 +83,7 @@ pairs = 64               # image-caption pairs in a step
 region_weight = 0.8      # w of RaVL's loss, and
 region_temperature = 0.3  # its temperature: at 0.07 it is content with a small margin, and the image embedding still follows the feature
 regions = "grid:2"
+repeats = 3              # contrast: seeds, each with a spurious class of its own
 # --- system ----------------------------------------------------------------------------------------------------------
 seed = 0
 # --- end -------------------------------------------------------------------------------------------------------------
@@ -105,8 +107,8 @@ def main():
     expect(split in ("auto", "train", "val", "test", "all"), "split", split, "auto, train, val, test or all")
     expect(line in ("published", "models"), "line", line, "published or models")
     expect(all(s.isdecimal() and int(s) for s in shots.split(",")), "shots", shots, "whole numbers from 1, comma-separated")
-    if protocol == "ravl":
-        return controlled_settings(config)
+    if protocol in ("ravl", "contrast"):
+        return (controlled_settings if protocol == "ravl" else contrast_or_not)(config)
     asked = protocol.split(",")
     for p in asked if protocol != "auto" else ():
         expect(p in ORDER, "protocol", p, f"auto, or of {', '.join(ORDER)}; {near(p, ORDER)}")
@@ -848,11 +850,12 @@ def reached(at, samples):
     return out
 
 
-def mean_interval(values):
-    """Mean with its 95 % interval over settings, and their number; what was not found counts as zero."""
+def mean_interval(values, share=True):
+    """Mean with its 95 % interval over settings, within [0, 1] if it is a share, and their number; what was not found counts as zero."""
     x = torch.tensor([v or 0. for v in values], dtype=torch.double)
     half = 1.96 * float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else 0.
-    return dict(mean=float(x.mean()), low=max(0., float(x.mean()) - half), high=min(1., float(x.mean()) + half), n=len(x))
+    least, most = (0., 1.) if share else (-1., 1.)
+    return dict(mean=float(x.mean()), low=max(least, float(x.mean()) - half), high=min(most, float(x.mean()) + half), n=len(x))
 
 
 def summarised(done):
@@ -909,6 +912,44 @@ def setting_page(tree, classes):
         (f"{v['strength']:g}", classes[v["spurious_class"]], "yes" if v["valid"] else "no", v["gap"], v["precision_at_10"].get("ravl")) for v in tree["settings"]])))
     sections.append(("Flags", "<pre>" + escape("\n".join(f"--{k}={v}" for k, v in tree["config"].items())) + f"\ngit {tree['git']}</pre>"))
     return page("flock: controlled settings", f"{s['valid']} of {s['settings']} settings learned the planted feature ({digits}, {model}).", sections)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# contrastive or not: CounterAnimal asks why contrastive models learn the nuisance more than supervised ones
+
+SWEEP = .5, .6, .7, .8, .9, .95, 1.
+ARMS = {"contrastive, captions name class and nuisance": ("finetune", "place"), "contrastive, captions name the class": ("finetune", "class"),
+        "cross-entropy": ("vl_erm", "class")}
+
+
+def contrast_or_not(config):
+    """--protocol=contrast: the same base, data and steps with a contrastive loss and with cross-entropy, the planted feature tied ever more
+    strongly to a class. Drop: accuracy of that class with the feature minus without it, on the uncorrelated test split. Our design.
+    Writes contrast.json, .csv and .svg. A run that is there is not repeated."""
+    global model
+    model = "tiny-conv" if model == "lite0" else model
+    expect(1 <= repeats <= 10, "repeats", repeats, "a whole number from 1 to 10")
+    started, out, where = time.time(), Path(out_dir), digits.partition(":")[2]
+    spec = lambda strength, label: f"digits:{strength:g}:{label}" + (f":{where}" if where else "")
+    base, rows = base_model(spec(0, 0)), []
+    for strength in SWEEP:
+        for k in range(repeats):
+            samples = load_data(spec(strength, k), seed=seed + k)
+            for name, (method, captions) in ARMS.items():
+                words = dict(data=spec(strength, k), pretrained=base, steps=steps, learning_rate=learning_rate, pairs=pairs, seed=seed + k, method=method, captions=captions)
+                at = out / "runs" / hashlib.sha256(json.dumps([words, model]).encode()).hexdigest()[:12]
+                if not (at / "weights.safetensors").is_file():
+                    script_run("train.py", at, **words)
+                found = reached(at, samples)
+                rows.append((strength, k, name, found["groups"][2 * k + 1] - found["groups"][2 * k], found["image_worst_group"], found["image_overall"]))
+        say(f"V {strength:g}: " + "; ".join(f"{name}: drop {mean_interval([r[3] for r in rows if r[0] == strength and r[2] == name], False)['mean']:.3f}" for name in ARMS))
+    header = ("strength", "class", "loss", "drop", "worst_group", "overall")
+    curves = {name: [(v, mean_interval([r[3] for r in rows if r[0] == v and r[2] == name], False)) for v in SWEEP] for name in ARMS}
+    write_table(out / "contrast.csv", header, rows)
+    write(out / "contrast.svg", lines(curves, "Cramer's V of class and nuisance in training", "drop in accuracy without the nuisance"))
+    say("\n" + table(("mean drop over seeds", *[f"V {v:g}" for v in SWEEP]), [(name, *[m["mean"] for _, m in curve]) for name, curve in curves.items()]))
+    write_json(out / "contrast.json", dict(config=config, git=revision(), rows=[dict(zip(header, r)) for r in rows], drop=curves, seconds=time.time() - started))
+    say(f"\n{out}/contrast.json, contrast.csv and contrast.svg written, {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ text_weight = 1.0        # bap, encoder: weight of the term that keeps what text
 pairs = 128              # image-caption pairs in a step, of all processes together
 accumulate = 1           # parts that a step is computed in, to the same gradient: less memory, a second forward pass
 loss = "auto"            # infonce, sigmoid (SigLIP); auto: by the model
-captions = "own"         # own: the data set's; class: the prompt of the image's class, as zero-shot uses it
+captions = "own"         # own: the data set's; class: the prompt of the image's class, as zero-shot uses it; place: and its place
 discovery = ""           # discovery.json of discover.py, or its folder; every method but finetune, vl_erm and jtt needs it
 clusters = 0             # how many of its kept clusters count, the best first; 0: those that score at least half of what the best does
 region_weight = 0.2      # ravl: w in (1 - w) L_CL + w (L_R + L_A)
@@ -506,7 +506,7 @@ METHODS = {
 
 def finetune(config):
     """--method=finetune and the mitigations: fits, and writes weights.safetensors, finetune.json and log.csv."""
-    for flag, known in (("train", ("auto", "all", "image", "text", "projection")), ("loss", ("auto", "infonce", "sigmoid")), ("captions", ("own", "class")),
+    for flag, known in (("train", ("auto", "all", "image", "text", "projection")), ("loss", ("auto", "infonce", "sigmoid")), ("captions", ("own", "class", "place")),
                         ("repeated", ("once", "each")), ("log_to", ("", "tensorboard", "wandb"))):
         expect(config[flag] in known, flag, config[flag], " or ".join(filter(None, known)))
     for flag, least in (("steps", 1), ("pairs", 2), ("accumulate", 1), ("clusters", 0), ("save_every", 1), ("log_every", 1), ("seed", 0)):
@@ -573,6 +573,8 @@ def pairs_of(samples):
     if len(set(y.tolist())) < 2:
         raise Complaint(f"{samples.name}: all {len(y)} training images are of one class; contrast needs two")
     texts = mine.captions if captions == "own" else [samples.class_prompts()[k][0] for k in y.tolist()]
+    if captions == "place":
+        texts = [f"{text.rstrip('.')}, {samples.places[k]}" for text, k in zip(texts, mine.place.tolist())]
     missing = [k for k, text in enumerate(texts or [""] * len(y)) if not (text or "").strip()]
     if missing:
         raise Complaint(f"{samples.name}: {len(missing)} of {len(y)} training images have no caption (the first is number {missing[0]}); "

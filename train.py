@@ -79,7 +79,7 @@ learning_rate = 3e-4
 scale = 20.0             # inverse temperature of the contrast
 train = "auto"           # bap: map, on the frozen encoder (auto), or the encoder too: last_blocks, image. Fine-tuning: all (auto), image, text,
                          # projection (the last layer of each tower, and the temperature)
-text_weight = 1.0        # bap, encoder: weight of the term that keeps what texts say of an image
+text_weight = 0.1        # bap, encoder: weight of the term that keeps what texts say of an image
 # --- fine-tuning (every method but bap; the optimiser's part also for bap with --train=last_blocks|image) -----------------
 pairs = 128              # image-caption pairs in a step, of all processes together
 accumulate = 1           # parts that a step is computed in, to the same gradient: less memory, a second forward pass
@@ -312,9 +312,10 @@ def cut_own(encoder, pictures, cells, s):
 
 
 def pretrain(encoder, cells, grids, j, samples, s, out, config):
-    """BAP on the encoder itself (--train=last_blocks|image): a copy of it is trained so that each composite points at the anchor of its
-    foreground, among all anchors. What texts (or the rows of its classifier) say of an image is kept: it becomes what they say of the
-    anchor. Anchors, mu + a_f, are those of the encoder as it was. Our reading. Returns the trained Encoder.
+    """BAP on the encoder itself (--train=last_blocks|image): a copy of it is trained so that each composite lands on the anchor of its
+    foreground (squared distance, in shares of the anchors' variance). What texts (or the rows of its classifier) say of an image is kept:
+    it becomes what they say of the anchor (KL). Anchors, mu + a_f, are those of the encoder as it was: fixed, so nothing can collapse.
+    Contrast among the anchors was worse (LOG.md). Our reading. Returns the trained Encoder.
 
     cells: the composites [N]; grids: as wiener takes them, j: background of each.
     """
@@ -806,10 +807,10 @@ def objective(method, kind, e, ids, task, q):
     weights of the groups label x feature, changed in place."""
     y = task["y"][ids].to(e["z"].device)
     if method == "bap":
-        anchors, read = task["anchors"], task["read"]
-        terms = dict(L_anchor=(1., F.cross_entropy(scale * unit(e["z"] - task["mu"]) @ unit(anchors).T, y)))
+        target, read = task["mu"] + task["anchors"][y], task["read"]
+        terms = dict(L_anchor=(1., (e["z"] - target).square().sum(1).mean() / task["anchors"].square().sum(1).mean()))
         if text_weight and read:
-            terms["L_text"] = text_weight, F.kl_div(read(e["z"]).log_softmax(1), read(task["mu"] + anchors[y]).log_softmax(1), reduction="batchmean", log_target=True)
+            terms["L_text"] = text_weight, F.kl_div(read(e["z"]).log_softmax(1), read(target).log_softmax(1), reduction="batchmean", log_target=True)
         return terms
     if method in ("vl_erm", "vl_gdro"):
         ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, y, reduction="none")

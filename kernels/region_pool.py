@@ -77,8 +77,8 @@ def covered(boxes, H, W):
     """Share of the cells that have a weight."""
     if boxes.dim() == 3 or not len(boxes):
         return 0.
-    rows, columns = overlaps(boxes, H, W)
-    return float(((rows > 0).sum(1) * (columns > 0).sum(1)).sum() / (len(boxes) * H * W))
+    low, high = boxes[:, :2].floor().clamp(min=0), boxes[:, 2:].ceil().minimum(boxes.new_tensor([W, H]))
+    return float((high - low).clamp(min=0).prod(1).sum() / (len(boxes) * H * W))
 
 
 def dense(cells, boxes, image_index, H, W, out):

@@ -128,11 +128,12 @@ def main():
     expect(bap_map in ("closed", "linear", "mlp"), "bap_map", bap_map, "closed, linear or mlp")
     expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
     for flag, least in (("instances", 8), ("per_instance", 2), ("own_per", 2), ("own_most", 8), ("batch_size", 1), ("threads", 0),
-                        ("seeds", 1), ("steps", 1), ("seed", 0)):
+                        ("seeds", 1), ("steps", 1), ("pairs", 2), ("accumulate", 1), ("save_every", 1), ("log_every", 1), ("seed", 0)):
         expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
     for flag in ("l2", "lam", "learning_rate", "scale", "clip"):
         expect(0 < config[flag] < float("inf"), flag, config[flag], "a positive number")
     expect(0 <= text_weight < float("inf"), "text_weight", text_weight, "a number from 0")
+    expect(pairs % accumulate == 0, "pairs", pairs, f"a multiple of {accumulate} parts")
     expect(0 <= own <= 1, "own", own, "a number from 0 to 1")
     expect(0 <= power <= 1, "power", power, "a number from 0 to 1")
     out, started = Path(out_dir), time.time()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -279,6 +280,79 @@ def test_resume_of_training_with_other_flags_is_refused(files, tmp_path, monkeyp
         assert "--resume" in capsys.readouterr().err
 
 
+# --- BAP on the encoder itself
+
+def fine(files, out, part, *more):
+    return words(files, out, f"--train={part}", "--steps=40", "--pairs=16", "--learning_rate=0.001", "--log_every=10", *more)
+
+
+@pytest.mark.parametrize("part", ["last_blocks", "image"])
+def test_encoder_is_pretrained_toward_the_anchors(files, tmp_path, capsys, part):
+    assert run(fine(files, tmp_path, part)) == 0
+    said = capsys.readouterr().out
+    found = [float(v) for v in re.findall(r"L_anchor ([\d.]+)", said)]
+    assert len(found) == 4 and found[-1] < .8 * found[0] and "zero-shot" in said
+    tree = results(tmp_path)
+    for name in ("bap", "bap_map", "bap_encoder"):
+        check_method(tree["methods"][name], (8, 7, 6, 5))
+    assert all(0 <= tree["zero_shot"][k]["overall"] <= 1 for k in ("before", "after"))
+    first, last = model.load_encoder("tiny"), model.load_encoder("tiny", str(tmp_path / "weights.safetensors"))
+    assert model.load_checkpoint(tmp_path / "ckpt.pt", last)["config"]["train"] == part
+    with pytest.raises(data.Complaint, match="not with the weights"):
+        model.load_checkpoint(tmp_path / "ckpt.pt", first)
+    a, b = first.module.state_dict(), last.module.state_dict()
+    changed = {k for k in a if not torch.equal(a[k], b[k])}
+    late = {k for k in a if k.startswith(("visual.transformer.resblocks.3.", "visual.ln_post", "visual.proj"))}
+    assert changed <= (late if part == "last_blocks" else {k for k in a if k.startswith("visual.")}) and len(changed) > .8 * len(late)
+    z = [model.embed(e, [data.Photo(str(p)) for p in sorted((files / "all/set").glob("*.png"))], "", dtype="float32")[0] for e in (first, last)]
+    assert not torch.allclose(*z, atol=1e-3)
+
+
+def test_pretraining_of_the_encoder_resumes_to_the_same_numbers(files, tmp_path, monkeypatch):
+    assert run(fine(files, tmp_path / "whole", "last_blocks", "--save_every=10")) == 0
+    real, count = model.embeddings, []
+    def interrupted(*arguments):
+        count.append(1)
+        if len(count) == 25:
+            raise KeyboardInterrupt
+        return real(*arguments)
+    monkeypatch.setattr(model, "embeddings", interrupted)  # train.py's own name: the steps, not the cached embeddings
+    assert run(fine(files, tmp_path / "cut", "last_blocks", "--save_every=10")) == 130 and "training.pt" in os.listdir(tmp_path / "cut")
+    assert torch.load(tmp_path / "cut/training.pt", weights_only=True)["step"] in (10, 20)
+    monkeypatch.undo()
+    assert run(fine(files, tmp_path / "cut", "last_blocks", "--save_every=10", "--resume", "--learning_rate=0.01")) == 2
+    assert run(fine(files, tmp_path / "cut", "last_blocks", "--save_every=10", "--resume")) == 0
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole") and "training.pt" not in os.listdir(tmp_path / "cut")
+
+
+def test_loss_of_the_encoder_by_hand(full):
+    space = runpy.run_path(TRAIN)
+    anchors, mu, z = torch.tensor([[1., 0], [-1, 0]]), torch.tensor([1., 1]), torch.tensor([[2., 1], [1, 1], [0, 2]])
+    task = dict(y=torch.tensor([0, 0, 1]), mu=mu, anchors=anchors, read=lambda v: v)
+    terms = space["objective"]("bap", "", dict(z=z), torch.arange(3), task, None)
+    assert terms["L_anchor"][0] == 1 and terms["L_anchor"][1].item() == pytest.approx((0 + 1 + 1) / 3)
+    want = [sum(q * (np.log(q) - np.log(p)) for p, q in zip(softmax(a), softmax(b))) for a, b in (([2, 1], [2, 1]), ([1, 1], [2, 1]), ([0, 2], [0, 1]))]
+    assert terms["L_text"][0] == .1 and terms["L_text"][1].item() == pytest.approx(sum(want) / 3)
+    assert set(space["objective"]("bap", "", dict(z=z), torch.arange(3), {**task, "read": None}, None)) == {"L_anchor"}
+
+
+def softmax(v):
+    e = np.exp(v)
+    return e / e.sum()
+
+
+@pytest.mark.parametrize("name, last, heads", [
+    ("tf_efficientnet_lite0", ("blocks.5.", "blocks.6.", "conv_head", "bn2"), "classifier"), ("resnet10t", ("layer4.",), "fc"), ("test_vit", ("blocks.", "norm."), "head")])
+def test_last_blocks_are_the_last_quarter_and_no_classifier(name, last, heads):
+    import timm
+    space, module = runpy.run_path(TRAIN), timm.create_model(name, pretrained=False)
+    space["pick_parameters"].__globals__["train"] = "last_blocks"
+    space["pick_parameters"](SimpleNamespace(module=module, kind="timm"), "bap", "")
+    chosen = {n for n, p in module.named_parameters() if p.requires_grad}
+    assert chosen and all(n.startswith(last) for n in chosen) and not any(n.startswith(heads) for n in chosen)
+    assert {n.split(".")[0] for n in chosen} == {n.split(".")[0] for n in last} and len(chosen) < len(list(module.parameters()))
+
+
 # --- bad input: exit code 2 and one line
 
 def refused(capsys, argv, *expected):
@@ -294,6 +368,7 @@ def refused(capsys, argv, *expected):
     ("--model=lite1", ("--model=lite1", "lite0")), ("--model=timm:resnet5", ("timm:resnet5", "resnet50")), ("--model=ViT-B-32", ("--pretrained",)),
     ("--pretrained=nowhere.pt", ("nowhere.pt",)), ("--device=gpu", ("--device",)), ("--dtype=half", ("--dtype",)), ("--quick_gelu=perhaps", ("--quick_gelu",)),
     ("--foregrounds=nowhere", ("--foregrounds", "no such folder")), ("--masks=nowhere", ("--masks",)), ("--seed=-1", ("--seed",)), ("--own=2", ("--own",)),
+    ("--train=all", ("--train", "last_blocks")), ("--text_weight=-1", ("--text_weight",)), ("--pairs=1", ("--pairs",)),
     ("--place_backgrounds=a,b,c", ("--place_backgrounds", "3 folders")), ("--masks=nowhere", ("--masks", "no such folder"))])
 def test_bad_flag_is_one_line_and_exit_code_2(files, tmp_path, capsys, word, expected):
     refused(capsys, words(files, tmp_path / "out", word), *expected)

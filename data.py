@@ -1919,7 +1919,8 @@ def lines(curves, xlabel, ylabel):
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 400" font-family="system-ui,sans-serif" font-size="13" fill="#22302d">'
            '<rect width="720" height="400" fill="#fbfaf6"/>']
     text = lambda x, y, what, how="": f'<text x="{x:.0f}" y="{y:.0f}" {how}>{html.escape(what)}</text>'
-    for k in range(round(10 * y0), round(10 * y1) + 1, 1 if y1 - y0 < .8 else 2):
+    step = 1 if y1 - y0 < .8 else 2
+    for k in range(step * math.ceil(round(10 * y0) / step), round(10 * y1) + 1, step):
         out.append(f'<path d="M60 {Y(k / 10):.0f}H680" stroke="#dedbd0"/>' + text(52, Y(k / 10) + 4, f"{k / 10:.1f}", 'text-anchor="end"'))
     out += [text(X(x), 358, f"{x:g}", 'text-anchor="middle"') for x in sorted({x for x, _ in points})]
     for k, (name, curve) in enumerate(curves.items()):

@@ -1175,9 +1175,9 @@ def test_broken_mnist_files_are_one_line(tmp_path, break_it, words):
         data.load_data(f"digits:0.95:3:{tmp_path}")
 
 
-@pytest.mark.parametrize("spec", ["digits:1:3", "digits:0.9:10", "digits:strong:3", "digits:0.9:-1"])
+@pytest.mark.parametrize("spec", ["digits:1.1:3", "digits:0.9:10", "digits:strong:3", "digits:0.9:-1"])
 def test_settings_out_of_range_are_one_line(spec):
-    with complaint("--data", "Cramer's V from 0 to below 1", "0 to 9"):
+    with complaint("--data", "Cramer's V from 0 to 1", "0 to 9"):
         data.load_data(spec)
 
 
@@ -1524,3 +1524,14 @@ def test_load_discovery_of_damaged_files(tmp_path, name, content):
 def test_load_discovery_without_an_array(tmp_path, missing):
     with complaint("not what discover.py writes", missing):
         data.load_discovery(discovery(tmp_path / "out", **{missing: None}))
+
+
+def test_lines_are_an_svg_that_stands_alone_and_puts_points_where_they_belong():
+    from xml.etree import ElementTree
+    flat, steep = [(x, dict(mean=0., low=0., high=0.)) for x in (.5, 1.)], [(.5, dict(mean=0., low=-.05, high=.1)), (1., dict(mean=1., low=.9, high=1.))]
+    tree = ElementTree.fromstring(data.lines({"a < b": flat, "steep": steep}, "x", "y"))
+    said = [e.text for e in tree.iter() if e.tag.endswith("text")]
+    assert {"a < b", "steep", "x", "y", "0.5", "1", "1.0"} <= set(said) and "1.1" not in said
+    strokes = [e.get("d") for e in tree.iter() if e.get("stroke-width")]
+    ends = [[float(v) for v in d.replace("M", "").replace("L", " ").split()] for d in strokes]
+    assert ends[0][0] == ends[1][0] < ends[0][2] == ends[1][2] and ends[0][1] == ends[0][3] == ends[1][1] > ends[1][3]

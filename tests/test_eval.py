@@ -718,6 +718,34 @@ def test_controlled_settings_out_of_range(settings, capsys):
         assert run([*argv, more]) == 2 and more.partition("=")[0] in capsys.readouterr().err
 
 
+def test_contrast_compares_the_losses_over_strengths_and_repeats_nothing(tmp_path, monkeypatch, capsys):
+    ran = []
+    real = subprocess.run
+    def trained(argv, **more):
+        if "git" in argv:
+            return real(argv, **more)
+        words = dict(w.removeprefix("--").split("=", 1) for w in argv[2:])
+        out = Path(words["out_dir"])
+        ran.append(words)
+        strength, label = words["data"].split(":")[1:]
+        groups = [.9] * 20
+        groups[2 * int(label)] -= float(strength) / 2 * (words["method"] == "finetune") * (1 + (words["captions"] == "place"))
+        data.write(out / "weights.safetensors", b"")
+        data.write_json(out / "figures.json", dict(groups=groups, image_worst_group=min(groups), image_overall=.8))
+        return subprocess.CompletedProcess(argv, 0)
+    monkeypatch.setattr(subprocess, "run", trained)
+    argv = ["--protocol=contrast", "--repeats=2", "--pretrained=base.safetensors", f"--out_dir={tmp_path}"]
+    assert run(argv) == 0
+    tree = json.loads((tmp_path / "contrast.json").read_text())
+    assert len(tree["rows"]) == len(ran) == 7 * 2 * 3 and {w["pretrained"] for w in ran} == {"base.safetensors"} and {w["steps"] for w in ran} == {"160"}
+    both, named, ce = ([m["mean"] for _, m in tree["drop"][name]] for name in script.ARMS)
+    assert named == pytest.approx([v / 2 for v in script.SWEEP]) and both == pytest.approx([*script.SWEEP]) and ce == pytest.approx([0] * 7)
+    assert (tmp_path / "contrast.svg").read_text().startswith("<svg") and len((tmp_path / "contrast.csv").read_text().splitlines()) == 43
+    assert "cross-entropy" in capsys.readouterr().out
+    assert run(argv) == 0 and len(ran) == 42
+    assert run([*argv, "--repeats=0"]) == 2 and "--repeats" in capsys.readouterr().err
+
+
 def test_figures_of_a_setting_are_the_accuracies_of_images_and_kept(tmp_path, monkeypatch):
     from safetensors.torch import save
     monkeypatch.setattr(script, "model", "tiny-conv")

@@ -725,6 +725,17 @@ def test_a_discovery_that_cannot_be_used_is_one_line(files, tmp_path, capsys, ki
     refused(capsys, tune_words(files, tmp_path / "out", "--method=ravl", word), *words)
 
 
+def test_captions_name_the_class_or_the_place_too(files, monkeypatch):
+    space, samples = runpy.run_path(TRAIN), data.load_data(f"waterbirds:{files / 'most/set'}")
+    texts = {}
+    for kind in ("class", "place"):
+        space["pairs_of"].__globals__.update(captions=kind, pairs=8)
+        texts[kind] = space["pairs_of"](samples)["captions"]
+    train = samples.split == 0
+    assert texts["place"] == [f"{text.rstrip('.')}, {samples.places[k]}" for text, k in zip(texts["class"], samples.place[train].tolist())]
+    assert len(set(texts["class"])) == 2 and len(set(texts["place"])) == 4
+
+
 def test_missing_captions_one_class_and_too_few_pairs_are_one_line(files, tmp_path, capsys, monkeypatch):
     real = data.waterbirds
     def without(*arguments):

@@ -194,8 +194,7 @@ def rows_of(x, index):
 
 def from_images():
     """Region embeddings and all that step 2 asks for, from images: (x [N, D] of this process, unit-norm; found, see tell)."""
-    place = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available() else device
-    encoder = load_encoder(model, pretrained, quick_gelu, place)
+    encoder = load_encoder(model, pretrained, quick_gelu, device)
     samples = load_data(data, "", confounder, seed, difficulty, classes, prompts, splits=False)
     names = [s.strip() for s in split.split(",")]
     expect(set(names) <= {"train", "val", "test"}, "split", split, "train, val, test, or several of them with commas")

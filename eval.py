@@ -217,8 +217,7 @@ CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f).read_bytes() for f in
 
 def open_encoder(name):
     known, _, weights = name.partition("@")
-    place = f"cuda:{os.environ['LOCAL_RANK']}" if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available() else device
-    return recall_encoder(known, weights, quick_gelu, place, cache_dir)
+    return recall_encoder(known, weights, quick_gelu, device, cache_dir)
 
 
 def digest(samples):

@@ -169,6 +169,13 @@ def roi_regions(module, x, boxes):
     return visual.attnpool(visual.layer4(m)), visual.attnpool(visual.layer4(r))
 
 
+def auto_device(device):
+    """auto -> the GPU, under torchrun the process's own; the CPU without one."""
+    if device != "auto":
+        return device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
 def load_encoder(model, pretrained="", quick_gelu="auto", device="auto"):
     """The encoder that --model and --pretrained name.
 
@@ -176,7 +183,7 @@ def load_encoder(model, pretrained="", quick_gelu="auto", device="auto"):
     for random weights; "" means what the model has by default. quick_gelu: auto, on or off (open_clip models only).
     Raises Complaint for an unknown model or tag, a file that does not fit, weights that cannot be fetched.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = auto_device(device)
     if device not in ("cpu", "mps") and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise Complaint(f"--device: found {device!r}, expected auto, cpu" + (", cuda or mps" if torch.cuda.is_available() else "; this machine has no GPU"))
     if quick_gelu not in ("auto", "on", "off"):
@@ -215,6 +222,7 @@ KNOWN = ("name", "kind", "device", "notes", "fingerprint", "dim", "signed", "pre
 def recall_encoder(model, pretrained="", quick_gelu="auto", device="auto", cache="cache"):
     """load_encoder, but where a former run with this cache has left a note of this encoder, nothing is loaded or imported before it
     is needed. The note is of the same weights: file (size, time) or tag, versions, code; random weights have none."""
+    device = auto_device(device)
     load = lambda: load_encoder(model, pretrained, quick_gelu, device)
     where = pretrained
     if model == "lite0" and pretrained in ("", "imagenet"):
@@ -429,7 +437,7 @@ def fuse(module):
                 conv.weight, conv.bias = nn.utils.fusion.fuse_conv_bn_weights(
                     conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
                 setattr(part, b, getattr(norm, "act", nn.Identity()))
-    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(next(module.parameters()).device)
     try:
         with torch.inference_mode():
             a, b = module.eval().forward_features(x), fused.forward_features(x)

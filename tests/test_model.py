@@ -965,3 +965,13 @@ def test_region_embeddings_are_means_of_cells_and_crops_are_images():
     assert torch.allclose(r[1::5], torch.einsum("nhwd,h,w->nd", m, w, w) / w.sum() ** 2, atol=1e-5)
     z2, c, _ = model.region_embeddings(encoder, pictures, "crop", cache="", dtype="float32")
     assert torch.allclose(z, z2, atol=1e-5) and torch.allclose(c[::5], z, atol=1e-5) and not torch.allclose(c[1::5], r[1::5], atol=1e-3)
+
+
+def test_auto_device_is_the_process_own_gpu_under_torchrun(monkeypatch):
+    assert model.auto_device("cpu") == "cpu" and model.auto_device("mps") == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert model.auto_device("auto") == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert model.auto_device("auto") == "cuda:3" and model.auto_device("cuda:1") == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert model.auto_device("auto") == "cpu"

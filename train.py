@@ -5,7 +5,8 @@
 
 1. Put foregrounds (cut-outs) on backgrounds, embed the composites with a frozen encoder.
 2. Report how additive the embeddings are: z(f, b) = mu + a_f + c_b + e.
-3. Pre-train a map g that sends every composite of a foreground to its anchor mu + a_f, whatever the background.
+3. Pre-train a map g that sends every composite of a foreground to its anchor mu + a_f, whatever the background;
+   with --train=last_blocks|image first the encoder itself, in the same sense.
 4. Train a probe on the biased data through g, and compare it with what else could be done, on the test split.
 
 BAP is arXiv 2605.11107; its equations are not public, those here and in model.py are our reading.
@@ -42,7 +43,7 @@ from model import (Cutter, Encoder, Map, additive_solve, additivity, assign_regi
                    wiener, wiener_of, with_map, worst_group)
 
 # --- I/O ------------------------------------------------------------------------------------------------------------
-out_dir = "out"          # results.json, report.html, ckpt.pt
+out_dir = "out"          # results.json, report.html, ckpt.pt; what was trained of the model: weights.safetensors, log.csv
 cache_dir = "cache"      # embeddings, reused by every run; --cache_dir= for none
 resume = False           # go on where an interrupted run of the same flags stopped
 skip_bad = False         # leave out images that cannot be read, counted and named, instead of stopping
@@ -80,7 +81,7 @@ scale = 20.0             # inverse temperature of the contrast
 train = "auto"           # bap: map, on the frozen encoder (auto), or the encoder too: last_blocks, image. Fine-tuning: all (auto), image, text,
                          # projection (the last layer of each tower, and the temperature)
 text_weight = 0.1        # bap, encoder: weight of the term that keeps what texts say of an image
-# --- fine-tuning (every method but bap; the optimiser's part also for bap with --train=last_blocks|image) -----------------
+# --- fine-tuning (every method but bap; pairs, accumulate and all from warmup on also bap with --train=last_blocks|image) --
 pairs = 128              # image-caption pairs in a step, of all processes together
 accumulate = 1           # parts that a step is computed in, to the same gradient: less memory, a second forward pass
 loss = "auto"            # infonce, sigmoid (SigLIP); auto: by the model

@@ -12,7 +12,7 @@
 
 RaVL is Varma et al., NeurIPS 2024; --clustering=ravl is their published procedure to the letter, fast the same idea in O(n k D).
 """
-import math, os, resource, time
+import math, os, resource, time, zlib
 from html import escape
 from pathlib import Path
 
@@ -654,7 +654,7 @@ def precision(regions, found, K=10):
 # baselines: each a ranked list of regions. How the paper fits them to regions is not public: our reading
 
 def random(x, found):
-    return torch.from_numpy(rng(seed, "random regions").permutation(len(found["image"])))
+    return torch.from_numpy(rng(seed, "random regions", zlib.crc32(found["name"].encode())).permutation(len(found["image"])))
 
 
 def toward(x, direction, found, images):

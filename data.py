@@ -524,8 +524,8 @@ class Samples:
 
 
 # controlled settings: what an image shows whose planted feature is all but the class object; of natural families the classes at most,
-# the individuals of a kind of cut-out at least, the images of each group of val and test
-SCENE, MOST, FEW, LEAST = "scene", 6, 4, 50
+# the individuals of a kind of cut-out at least, the images of each group of val and test, and of training
+SCENE, MOST, FEW, LEAST, IMAGES = "scene", 6, 4, 50, 10_000
 
 DATA = {
     "scenes": "scenes: drawn scenes, no files needed",
@@ -943,7 +943,7 @@ def cutouts(where, seed):
     what, _, wanted = (what or "object").partition("=")
     drawn_first = rest.partition(":") if rest.partition(":")[0] in ("", "drawn") else None
     first, more = (drawn_first[0], [drawn_first[2]]) if drawn_first else root_and_rest(rest)
-    figures, notes = kinds_of(first or "drawn", "foregrounds", [*_BEASTS] + _OTHERS, seed)
+    figures, notes = kinds_of(first or "drawn", "foregrounds", [*_BIRDS, "car"], seed)
     grounds, said = kinds_of(":".join(more) or "drawn", "backgrounds", [*_LANDS, *_WATERS, *_PLACES], seed)
     expect(what in ("object", SCENE), "data", f"cutouts:{where}", "object, object=KIND, scene or scene=KIND as FEATURE")
     known = sorted(grounds) if what == SCENE else list(figures)
@@ -958,7 +958,7 @@ def cutouts(where, seed):
         raise Complaint(f"--data: cutouts:{where}: {mark} is the planted feature, and no class; name another class, or object=KIND")
     classes = [k for k in figures if what == SCENE or k != mark][:MOST]
     strength, spurious, _ = setting(f"{strength}:{spurious}", [plain(c) for c in classes], "cutouts:0.95:0:object")
-    counts = planted(len(classes), 10_000 // len(classes), spurious, strength), *[torch.full((len(classes), 2), LEAST)] * 2  # each [C, 2]
+    counts = planted(len(classes), IMAGES // len(classes), spurious, strength), *[torch.full((len(classes), 2), LEAST)] * 2  # each [C, 2]
     others, items, rows = [k for k in grounds if what == "object" or k != mark], [], []
     for split, y, on in np.ndindex(3, len(classes), 2):
         for k in range(int(counts[split][y, on])):
@@ -1053,7 +1053,7 @@ def coco(where, seed):
     held = min(100, min(map(len, groups.values())) // 3)
     there = torch.tensor([[len(groups[y, on]) - 2 * held for on in (0, 1)] for y in range(len(own))])  # [C, 2] for training
     room = there / (planted(len(own), 10**6, spurious, strength) / 10**6)
-    each = min(10_000 // len(own), int(room.min()))
+    each = min(IMAGES // len(own), int(room.min()))
     counts = planted(len(own), each, spurious, strength).minimum(there)
     items, rows, shows = [], [], []
     for (y, on), found in groups.items():

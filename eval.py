@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, load_data, load_regions, near, open_image, page, pictures, region_truth, revision, rng, run, say, scatter, table,
+from data import (LEAST, Complaint, bars, composites as compose, expect, flags, html_table, layers, load_data, load_regions, near, open_image, page, pictures, region_truth, revision, rng, run, say, scatter, table,
                   thumb, write, write_json, write_table)
 from model import (additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_encoder, load_map, load_tensors, mean_std,
                    paired_bootstrap, prompt_embeddings, recall_encoder, region_embeddings, remember, save_tensors, unit, wilson)
@@ -848,9 +848,9 @@ def reached(at, samples):
         m = group_metrics(right, test.y[index], test.place[index], samples.counts(0), len(samples.places))
         out.update({f"{name}_overall": float(right.double().mean()), f"{name}_worst_group": m["worst_group"]})
         if name == "image":
-            few = [f"{samples.classes[g['y']]}, {samples.places[g['place']]}: {g['n']}" for g in m["groups"] if g["n"] < 50]
+            few = [f"{samples.classes[g['y']]}, {samples.places[g['place']]}: {g['n']}" for g in m["groups"] if g["n"] < LEAST]
             if few or len(m["groups"]) < 2 * len(samples.classes):
-                raise Complaint(f"{samples.name}: test groups with fewer than 50 images ({'; '.join(few) or 'some have none'}); the worst group would be noise")
+                raise Complaint(f"{samples.name}: test groups with fewer than {LEAST} images ({'; '.join(few) or 'some have none'}); the worst group would be noise")
             out["groups"] = [v["accuracy"] for v in m["groups"]]
     write_json(path, out)
     return out

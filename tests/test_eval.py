@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import data
 import eval as script
@@ -744,7 +745,7 @@ def test_a_natural_family_runs_through_the_scripts_with_a_clip_resnet(tmp_path, 
     from test_model import SMALL
     data.write_json(tmp_path / "configs/flock-rn.json", SMALL["flock-rn"])
     open_clip.add_model_config(tmp_path / "configs")
-    out, argv = tmp_path / "out", ["--protocol=ravl", "--family=cutouts", "--feature=scene", "--settings=1", "--model=flock-rn", "--pretrained=none", "--steps=1", "--pairs=4"]
+    out, argv = tmp_path / "out", ["--protocol=ravl", "--family=cutouts", "--feature=scene", "--settings=1", "--model=flock-rn", "--pretrained=none", "--steps=1", "--pairs=4", "--quick_gelu=on"]
     argv += [f"--out_dir={out}", f"--cache_dir={tmp_path / 'cache'}", "--threads=1"]
     at = out / "settings/0.99-0/finetune"
     data.write_json(at / "figures.json", dict(zip(script.FIGURES, (.6, .1, .8, .7)), groups=[.1, .9] * 6))  # it was learned
@@ -754,6 +755,9 @@ def test_a_natural_family_runs_through_the_scripts_with_a_clip_resnet(tmp_path, 
     assert tree["config"]["regions"] == "grid:3" and tree["config"]["learning_rate"] == 3e-4 and tree["config"]["model"] == "flock-rn"
     assert "--data=cutouts:0.99:0:scene:drawn:drawn" in train and "--pretrained=none" in train and "--steps=1" in train and "--pairs=4" in train
     assert f"--pretrained={at / 'weights.safetensors'}" in discover and "--regions=grid:3" in discover
+    assert "--quick_gelu=on" in train and "--quick_gelu=on" in discover
+    with safe_open(at / "weights.safetensors", "pt") as file:
+        assert file.metadata()["quick_gelu"] == "True"
     assert tree["settings"][0]["valid"] and set(tree["settings"][0]["precision_at_10"]) >= {"ravl", "random", "domino"}
     assert 0 < json.loads((out / "settings/0.99-0/discovery/discovery.json").read_text())["base_rate"] < .5  # scenes of half the images, less the objects
     page = (out / "protocol.html").read_text()

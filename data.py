@@ -941,9 +941,9 @@ def cutouts(where, seed):
     """
     strength, spurious, what, rest = (where.split(":", 3) + [""] * 3)[:4]
     what, _, wanted = (what or "object").partition("=")
-    drawn_first = rest.partition(":") if rest.partition(":")[0] in ("", "drawn") else None
-    first, more = (drawn_first[0], [drawn_first[2]]) if drawn_first else root_and_rest(rest)
-    figures, notes = kinds_of(first or "drawn", "foregrounds", [*_BIRDS, "car"], seed)
+    first, _, more = rest.partition(":")
+    first, more = ("drawn", [more]) if first in ("", "drawn") else root_and_rest(rest)
+    figures, notes = kinds_of(first, "foregrounds", [*_BIRDS, "car"], seed)
     grounds, said = kinds_of(":".join(more) or "drawn", "backgrounds", [*_LANDS, *_WATERS, *_PLACES], seed)
     expect(what in ("object", SCENE), "data", f"cutouts:{where}", "object, object=KIND, scene or scene=KIND as FEATURE")
     known = sorted(grounds) if what == SCENE else list(figures)
@@ -951,8 +951,9 @@ def cutouts(where, seed):
     if wanted and plain(wanted) not in at:
         raise Complaint(f"--data: cutouts:{where}: no kind {wanted!r}; {near(wanted, known)}")
     if len(known) < 2 or len(figures) < 2 + (what == "object"):
-        raise Complaint(f"--data: cutouts:{where}: {len(figures)} kinds of cut-outs ({', '.join(figures) or 'none'}) and {len(grounds)} of backgrounds, of at least {FEW} each; expected two "
-                        "classes" + (" and a second object" if what == "object" else ", and two kinds of scenes") + "; a kind is a sub-folder, or the part of the file name before __")
+        raise Complaint(f"--data: cutouts:{where}: {len(figures)} kinds of cut-outs ({', '.join(figures) or 'none'}) and {len(grounds)} of backgrounds, of at least "
+                        f"{FEW} each; expected two classes and " + ("a second object" if what == "object" else "two kinds of scenes")
+                        + "; a kind is a sub-folder, or the part of the file name before __")
     mark = at[plain(wanted)] if wanted else known[-1 if what == "object" else 0]
     if what == "object" and plain(spurious) == plain(mark):
         raise Complaint(f"--data: cutouts:{where}: {mark} is the planted feature, and no class; name another class, or object=KIND")
@@ -982,8 +983,8 @@ def kinds_of(where, flag, names, seed):
     """Cut-outs (flag foregrounds) or backgrounds by kind: {kind: 3 lists of pictures, of train, val and test}, largest kinds first; notes.
     where: a folder, or "drawn" for the generator's kinds `names`."""
     if where == "drawn":
-        size = 160 if flag == "foregrounds" else 224
-        return {kind: [[Drawn(kind, (seed, 1 + split, k), .5, size) for k in range(n)] for split, n in enumerate((40, 20, 20))] for kind in names}, []
+        size, difficulty = (160, 1.) if flag == "foregrounds" else (224, .5)  # easier birds are learned before any feature is
+        return {kind: [[Drawn(kind, (seed, 1 + split, k), difficulty, size) for k in range(n)] for split, n in enumerate((40, 20, 20))] for kind in names}, []
     found = {}
     for path in pictures(where, flag):
         parts = path.relative_to(where).parts
@@ -1000,67 +1001,62 @@ def coco(where, seed):
     """`coco[:STRENGTH:CLASS]:DIR[:a,b,c[:FEATURE]]`: photos with objects of exactly one of the classes a, b, c; the planted feature is an object
     of another category.
 
-    Our reading: what is not named is chosen by counting: the feature for which most classes (MOST at most) have 3 x LEAST images with
-    it and without, then that for which these are most; its classes are those for which the smaller of the two numbers is largest. Images
-    with a crowd of one of these are left out, as are crowds' boxes. Splits are ours and the same for every setting: of each class with and without as many for val and
-    for test, a third of the smallest group and at most 100; training images are drawn from the rest, as many as the asked Cramer's V allows.
+    Our reading: what is not named is chosen by counting: the feature with which most classes, MOST at most, have 3 x LEAST images with it and
+    as many without, then that for which the smallest of these numbers is largest; the classes with the largest. Images with a crowd of any
+    of them are left out. Splits are ours, and the same for all strengths and seeds: val and test have a third of the smallest group, at most
+    100 images, of each class with and without; training images are drawn from the rest, as many as the asked Cramer's V allows.
     """
     head = where.partition(":")[0]
-    with_strength = head == "" or head.replace(".", "", 1).isdigit() and not os.path.isdir(head)
-    strength, spurious, rest = (where.split(":", 2) + ["", ""])[:3] if with_strength else ("", "", where)
+    numbered = not head or head.replace(".", "", 1).isdigit() and not os.path.isdir(head)
+    strength, spurious, rest = (where.split(":", 2) + ["", ""])[:3] if numbered else ("", "", where)
     root, more = root_and_rest(rest)
-    named, wanted, _ = (*more, "", "", "")[:3]
-    root = folder(root, "data coco")
-    photos, names, said = coco_objects(root)
-    if len(more) > 2:
-        raise Complaint(f"--data=coco:{where}: found {':'.join(more)!r} after the folder, expected classes and a feature, a,b,c:d")
+    named, wanted = (*more, "", "")[:2]
+    photos, names, said = coco_objects(folder(root, "data coco"))
     at = {plain(name): k for k, name in enumerate(names)}
-    listed = [c for c in named.split(",") if c]
-    for word in (*listed, *[wanted] * bool(wanted)):
+    for word in filter(None, (*named.split(","), wanted)):
         if plain(word) not in at:
             raise Complaint(f"--data=coco:{where}: no category {word!r} in instances_*.json; {near(word, names)}")
-    listed, wanted = [at[plain(c)] for c in listed], at[plain(wanted)] if wanted else None
-    if len(set(listed)) < len(listed) or len(listed) == 1 or wanted in listed:
-        raise Complaint(f"--data=coco:{where}: found classes {named!r} and feature {names[wanted] if wanted is not None else ''!r}, expected at least two different classes and a feature that is none of them")
+    listed, wanted = [at[plain(c)] for c in named.split(",") if c], at.get(plain(wanted))
+    if len(more) > 2 or len(listed) == 1 or len({*listed, wanted}) <= len(listed):
+        raise Complaint(f"--data=coco:{where}: found {':'.join(more)!r} after the folder, expected at least two different classes and a feature that is none of "
+                        "them, a,b,c:FEATURE")
     has = np.zeros((len(photos), len(names)), np.float32)
     for k, (_, objects, _) in enumerate(photos):
         has[k, list(objects)] = 1
     both = has.T @ has  # [K, K] images with both
     smaller = np.minimum(both, both.diagonal()[:, None] - both)  # [class, feature]: of the images with and without
 
-    def choose(f):
-        """The classes for a feature, and how good they are."""
-        own = listed or [int(c) for c in np.argsort(-smaller[:, f], kind="stable") if c != f and smaller[c, f] >= 3 * LEAST][:MOST]
-        return (len(own), min(smaller[own, f], default=0), -f), own
+    def classes_for(f):
+        return listed or [c for c in np.argsort(-smaller[:, f], kind="stable").tolist() if c != f and smaller[c, f] >= 3 * LEAST][:MOST]
 
-    feature = wanted if wanted is not None else max((k for k in range(len(names)) if k not in listed), key=lambda f: choose(f)[0], default=0)
-    own = choose(feature)[1]
-    while True:
+    feature = wanted if wanted is not None else max((f for f in range(len(names)) if f not in listed), default=0,
+                                                    key=lambda f: (len(classes_for(f)), min(smaller[classes_for(f), f], default=0)))
+    own, thin = classes_for(feature), []
+    for _ in names:  # an image of two classes counts for neither: what is chosen may then be too few
         groups = {(y, on): [] for y in range(len(own)) for on in (0, 1)}
-        chosen = has[:, own].sum(1) == 1
-        for k in chosen.nonzero()[0].tolist():
+        for k in (has[:, own].sum(1) == 1).nonzero()[0].tolist():
             if not photos[k][2] & {*own, feature}:
                 groups[int(has[k, own].argmax()), int(has[k, feature])].append(k)
-        thin = [(y, on) for (y, on), found in groups.items() if len(found) < 3 * LEAST]
-        if listed or not thin or len(own) < 3:
+        thin = [group for group in groups if len(groups[group]) < 3 * LEAST]
+        if listed or not thin or len(own) == 2:
             break
-        own = [c for y, c in enumerate(own) if y != thin[0][0]]
+        del own[thin[0][0]]
     if thin or len(own) < 2:
-        y, on = thin[0] if thin else (0, 0)
-        raise Complaint(f"{root}: " + (f"{len(groups[y, on])} images of {names[own[y]]} {'with' if on else 'without'} {names[feature]} and no other class" if thin else "no two classes")
-                        + f", expected at least {3 * LEAST} in each group: {LEAST} for val, {LEAST} for test, the rest for training; name other classes, coco:...:DIR:a,b,c:FEATURE")
+        found = f"{len(groups[thin[0]])} images of {names[own[thin[0][0]]]} {'with' if thin[0][1] else 'without'} {names[feature]} and no other class" if thin else \
+            "no two classes with enough images"
+        raise Complaint(f"{root}: {found}, expected at least {3 * LEAST} in each group: {LEAST} for val, {LEAST} for test, the rest for training; name other classes, "
+                        "coco:...:DIR:a,b,c:FEATURE")
     strength, spurious, _ = setting(f"{strength}:{spurious}", [names[c] for c in own], "coco:0.95:0:DIR")
     held = min(100, min(map(len, groups.values())) // 3)
     there = torch.tensor([[len(groups[y, on]) - 2 * held for on in (0, 1)] for y in range(len(own))])  # [C, 2] for training
-    room = there / (planted(len(own), 10**6, spurious, strength) / 10**6)
-    each = min(IMAGES // len(own), int(room.min()))
-    counts = planted(len(own), each, spurious, strength).minimum(there)
+    share = planted(len(own), 10**6, spurious, strength) / 10**6
+    counts = planted(len(own), min(IMAGES // len(own), int((there / share).min())), spurious, strength).minimum(there)
     items, rows, shows = [], [], []
     for (y, on), found in groups.items():
-        order = rng(0, "coco", own[y], feature, on).permutation(found)  # no seed: test images of one seed are no training images of another
-        rest = rng(seed, "coco train", y, on).permutation(order[2 * held:])[:int(counts[y, on])]
-        for split, some in enumerate((rest, order[:held], order[held:2 * held])):
-            for k in some.tolist():
+        order = rng(0, "coco", own[y], feature, on).permutation(found)  # no seed: what is tested on with one is not trained on with another
+        some = rng(seed, "coco train", y, on).permutation(order[2 * held:])[:int(counts[y, on])]
+        for split, part in enumerate((some, order[:held], order[held:2 * held])):
+            for k in part.tolist():
                 path, objects, _ = photos[k]
                 items.append(Photo(path))
                 rows.append((y, on, split, rng(seed, "caption", k).integers(len(CAPTIONS))))

@@ -1288,8 +1288,13 @@ def objects(root, groups=dict(dog=(300, 170), cat=(200, 400), bus=(160, 149)), m
     return root
 
 
-def test_coco_chooses_classes_and_feature_and_reaches_the_correlation(tmp_path):
-    s = data.load_data(f"coco:0.9:cat:{objects(tmp_path)}")
+@pytest.fixture(scope="module")
+def small_coco(tmp_path_factory):
+    return objects(tmp_path_factory.mktemp("coco"))
+
+
+def test_coco_chooses_classes_and_feature_and_reaches_the_correlation(small_coco):
+    s = data.load_data(f"coco:0.9:cat:{small_coco}")
     assert set(s.classes) == {"cat", "dog"} and s.places == ["no person", "person"] and any("classes cat, dog, feature person" in n for n in s.notes)
     assert set(s.counts(1).tolist()) == set(s.counts(2).tolist()) == {56} and len({p.path for p in s.items}) == len(s.items)
     train = s.split == 0
@@ -1301,16 +1306,15 @@ def test_coco_chooses_classes_and_feature_and_reaches_the_correlation(tmp_path):
     assert not crowded & {Path(p.path).name for p in s.items}
 
 
-def test_coco_boxes_are_shares_and_test_images_the_same_for_every_seed_and_setting(tmp_path):
-    objects(tmp_path)
-    s = data.load_data(f"coco:0.5:dog:{tmp_path}:dog,cat:person")
+def test_coco_boxes_are_shares_and_test_images_the_same_for_every_seed_and_setting(small_coco):
+    s = data.load_data(f"coco:0.5:dog:{small_coco}:dog,cat:person")
     assert s.classes == ["dog", "cat"]
     for k, (thing, feature) in enumerate(s.shows):
         assert thing[0] == pytest.approx((.05, .2, .25, .8)) and (feature is not None) == bool(s.place[k])
         assert feature is None or feature == (pytest.approx((.3, .2, .5, .8)),)
     assert {len(thing) for thing, _ in s.shows} <= {1, 2}
     of = lambda s, part: {p.path for p, k in zip(s.items, s.split.tolist()) if (k == 0) == (part == 0)}
-    for other in (data.load_data(f"coco:0.5:dog:{tmp_path}:dog,cat:person", seed=1), data.load_data(f"coco:{tmp_path}:dog,cat:person"), data.load_data(f"coco:0.8:1:{tmp_path}:dog,cat:person")):
+    for other in (data.load_data(f"coco:0.5:dog:{small_coco}:dog,cat:person", seed=1), data.load_data(f"coco:{small_coco}:dog,cat:person"), data.load_data(f"coco:0.8:1:{small_coco}:dog,cat:person")):
         assert of(other, 1) == of(s, 1) and not of(other, 0) & of(s, 1) and of(other, 0) != of(s, 0)
 
 
@@ -1318,10 +1322,9 @@ def test_coco_boxes_are_shares_and_test_images_the_same_for_every_seed_and_setti
     ("coco:0.9:0:{}:dog,unicorn:person", ("no category 'unicorn'", "instances")), ("coco:0.9:0:{}:dog,cat:dog", ("'dog,cat:dog'", "none of them")), ("coco:0.9:0:{}:dog", ("at least two",)),
     ("coco:0.9:bus:{}:dog,cat:person", ("dog, cat", "bus")), ("coco:0.9:0:{}:dog,bus:person", ("149 images of bus with person", "at least 150", "50 for test")),
     ("coco:0.9:0:{}:dog,cat:person:more", ("'dog,cat:person:more'",)), ("coco:0.9:0:{}:dog,dog:person", ("different",)), ("coco:0.9:0:{}:cat,person", ("images of", "at least 150"))])
-def test_coco_settings_that_cannot_be_are_one_line(tmp_path, spec, words):
-    objects(tmp_path)
+def test_coco_settings_that_cannot_be_are_one_line(small_coco, spec, words):
     with complaint(*words):
-        data.load_data(spec.format(tmp_path))
+        data.load_data(spec.format(small_coco))
 
 
 def test_coco_with_missing_files_is_said(tmp_path):

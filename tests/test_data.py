@@ -1280,7 +1280,7 @@ def objects(root, groups=dict(dog=(300, 170), cat=(200, 400), bus=(160, 149)), m
     for part in ("train2017", "val2017"):
         mine = [(k, plan) for k, plan in enumerate(plans) if (k % 5 == 0) == (part == "val2017")]
         touch(root / part, *[f"{k:06}.jpg" for k, _ in mine[missing:]])
-        rows = [dict(id=9 * k + j, image_id=k, category_id=names[n], iscrowd=0, bbox=[10 + 50 * j, 20, 40, 60]) for k, (what, _) in mine for j, n in enumerate(what)]
+        rows = [dict(id=9 * k + j, image_id=k, category_id=names[n], iscrowd=0, bbox=[10 + 60 * j, 20, 50, 60]) for k, (what, _) in mine for j, n in enumerate(what)]
         rows += [dict(id=9 * k + 8, image_id=k, category_id=1, iscrowd=1, bbox=[0, 0, 100, 100]) for k, (_, crowd) in mine if crowd]
         (root / "annotations").mkdir(exist_ok=True)
         data.write_json(root / f"annotations/instances_{part}.json", dict(images=[dict(id=k, file_name=f"{k:06}.jpg", width=200, height=100) for k, _ in mine],
@@ -1310,8 +1310,8 @@ def test_coco_boxes_are_shares_and_test_images_the_same_for_every_seed_and_setti
     s = data.load_data(f"coco:0.5:dog:{small_coco}:dog,cat:person")
     assert s.classes == ["dog", "cat"]
     for k, (thing, feature) in enumerate(s.shows):
-        assert thing[0] == pytest.approx((.05, .2, .25, .8)) and (feature is not None) == bool(s.place[k])
-        assert feature is None or feature == (pytest.approx((.3, .2, .5, .8)),)
+        assert thing[0] == pytest.approx((.05, .2, .3, .8)) and (feature is not None) == bool(s.place[k])
+        assert feature is None or feature == (pytest.approx((.35, .2, .6, .8)),)
     assert {len(thing) for thing, _ in s.shows} <= {1, 2}
     of = lambda s, part: {p.path for p, k in zip(s.items, s.split.tolist()) if (k == 0) == (part == 0)}
     for other in (data.load_data(f"coco:0.5:dog:{small_coco}:dog,cat:person", seed=1), data.load_data(f"coco:{small_coco}:dog,cat:person"), data.load_data(f"coco:0.8:1:{small_coco}:dog,cat:person")):

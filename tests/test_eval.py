@@ -740,32 +740,38 @@ def in_process(monkeypatch):
     return commands
 
 
-def test_a_natural_family_runs_through_the_scripts_with_a_clip_resnet(tmp_path, in_process, monkeypatch):
+@pytest.mark.parametrize("kind", ["cutouts", "coco"])
+def test_a_natural_family_runs_through_the_scripts_with_a_clip_resnet(tmp_path, in_process, kind):
     import open_clip
+    from test_data import objects
     from test_model import SMALL
+    flags, spec, words_, groups = (["--family=cutouts", "--feature=scene"], "cutouts:0.99:0:scene:drawn:drawn", "cut-outs, drawn, on drawn, scene; flock-rn", 12)
+    if kind == "coco":
+        spec = f"coco:0.99:0:{objects(tmp_path / 'coco', dict(dog=(9, 9), cat=(9, 9)))}:dog,cat:person"
+        flags, words_, groups = [f"--family={spec.replace(':0.99:0', '')}"], f"{spec.replace(':0.99:0', '')}; flock-rn", 4
     data.write_json(tmp_path / "configs/flock-rn.json", SMALL["flock-rn"])
     open_clip.add_model_config(tmp_path / "configs")
-    out, argv = tmp_path / "out", ["--protocol=ravl", "--family=cutouts", "--feature=scene", "--settings=1", "--model=flock-rn", "--pretrained=none", "--steps=1", "--pairs=4", "--quick_gelu=on"]
+    out, argv = tmp_path / "out", ["--protocol=ravl", *flags, "--settings=1", "--model=flock-rn", "--pretrained=none", "--steps=1", "--pairs=4", "--quick_gelu=on"]
     argv += [f"--out_dir={out}", f"--cache_dir={tmp_path / 'cache'}", "--threads=1"]
     at = out / "settings/0.99-0/finetune"
-    data.write_json(at / "figures.json", dict(zip(script.FIGURES, (.6, .1, .8, .7)), groups=[.1, .9] * 6))  # it was learned
+    data.write_json(at / "figures.json", dict(zip(script.FIGURES, (.6, .1, .8, .7)), groups=[.1, .9] * (groups // 2)))  # it was learned
     assert run(argv) == 0
     tree = json.loads((out / "protocol.json").read_text())
     (train, discover) = in_process[:2]
     assert tree["config"]["regions"] == "grid:3" and tree["config"]["learning_rate"] == 3e-4 and tree["config"]["model"] == "flock-rn"
-    assert "--data=cutouts:0.99:0:scene:drawn:drawn" in train and "--pretrained=none" in train and "--steps=1" in train and "--pairs=4" in train
+    assert f"--data={spec}" in train and "--pretrained=none" in train and "--steps=1" in train and "--pairs=4" in train
     assert f"--pretrained={at / 'weights.safetensors'}" in discover and "--regions=grid:3" in discover
     assert "--quick_gelu=on" in train and "--quick_gelu=on" in discover
     with safe_open(at / "weights.safetensors", "pt") as file:
         assert file.metadata()["quick_gelu"] == "True"
     assert tree["settings"][0]["valid"] and set(tree["settings"][0]["precision_at_10"]) >= {"ravl", "random", "domino"}
-    assert 0 < json.loads((out / "settings/0.99-0/discovery/discovery.json").read_text())["base_rate"] < .5  # scenes of half the images, less the objects
+    assert 0 < json.loads((out / "settings/0.99-0/discovery/discovery.json").read_text())["base_rate"] < .5  # of scenes of half the images, less the objects
     page = (out / "protocol.html").read_text()
-    assert "<h1>flock: controlled settings, cutouts" in page and "cut-outs, drawn, on drawn, scene; flock-rn" in page
+    assert f"<h1>flock: controlled settings, {kind}" in page and words_ in page
     (at / "figures.json").unlink()
     assert run(argv) == 0  # the figures anew, with the encoder and the family's own regions
     figures = json.loads((at / "figures.json").read_text())
-    assert len(figures["groups"]) == 12 and 0 <= figures["region_overall"] <= 1
+    assert len(figures["groups"]) == groups and 0 <= figures["region_overall"] <= 1
 
 
 def test_each_family_has_its_own_defaults_and_data(tmp_path, in_process, monkeypatch, capsys):

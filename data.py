@@ -1050,7 +1050,7 @@ def coco(where, seed):
     held = min(100, min(map(len, groups.values())) // 3)
     there = torch.tensor([[len(groups[y, on]) - 2 * held for on in (0, 1)] for y in range(len(own))])  # [C, 2] for training
     share = planted(len(own), 10**6, spurious, strength) / 10**6
-    counts = planted(len(own), min(IMAGES // len(own), int((there / share).min())), spurious, strength).minimum(there)
+    counts = planted(len(own), min(IMAGES // len(own), int((there / share).min())), spurious, strength)
     items, rows, shows = [], [], []
     for (y, on), found in groups.items():
         order = rng(0, "coco", own[y], feature, on).permutation(found)  # no seed: what is tested on with one is not trained on with another

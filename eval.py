@@ -86,7 +86,7 @@ learning_rate = -1.      # of both
 pairs = -1               # image-caption pairs in a step
 region_weight = 0.8      # w of RaVL's loss, and
 region_temperature = 0.3  # its temperature: at 0.07 it is content with a small margin, and the image embedding still follows the feature
-regions = "auto"         # grid:2 for digits, which lie in quadrants, else grid:3
+regions = "auto"         # grid:2 for digits and cutouts, which lie in quadrants, grid:3 for coco
 # --- system ----------------------------------------------------------------------------------------------------------
 seed = 0
 # --- end -------------------------------------------------------------------------------------------------------------
@@ -741,7 +741,8 @@ def worst(out, samples, p, most=12):
 STRENGTHS = .99, .95, .9, .8, .7
 MITIGATIONS = "finetune", "ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aware", "jtt", "subg"
 NATURAL = dict(model="lite0-clip", base_steps=0, steps=20, learning_rate=3e-4, pairs=32, regions="grid:3")
-FAMILIES = dict(digits=dict(model="tiny-conv", base_steps=130, steps=160, learning_rate=2e-3, pairs=64, regions="grid:2"), cutouts=NATURAL, coco=NATURAL)
+FAMILIES = dict(digits=dict(model="tiny-conv", base_steps=130, steps=160, learning_rate=2e-3, pairs=64, regions="grid:2"),
+                cutouts={**NATURAL, "regions": "grid:2"}, coco=NATURAL)
 FIGURES = "image_overall", "image_worst_group", "region_overall", "region_worst_group"
 
 

@@ -1230,7 +1230,7 @@ def test_a_scene_goes_with_the_class_and_is_what_is_not_the_object(few_images):
     assert s.shows[k] == (s.items[k].at, data.SCENE) and s.shows[0] == (s.items[0].at, None)
 
 
-def animals(root, kinds=(("birds", 10), ("fish", 6), ("cats", 5), ("apes", 3)), flat=False):
+def cut_kinds(root, kinds=(("birds", 10), ("fish", 6), ("cats", 5), ("apes", 3)), flat=False):
     """Folders cut (cut-outs: kind/n.png, or kind__n.png) and scenes (forest and sea, 5 each)."""
     for kind, n in kinds:
         for k in range(n):
@@ -1243,7 +1243,7 @@ def animals(root, kinds=(("birds", 10), ("fish", 6), ("cats", 5), ("apes", 3)), 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_cutouts_of_a_folder_are_classes_by_kind_and_each_split_shows_others(tmp_path, few_images, flat):
-    where = animals(tmp_path, flat=flat)
+    where = cut_kinds(tmp_path, flat=flat)
     s = data.load_data(f"cutouts:0.8:fish:object:{where}")
     assert s.classes == ["birds", "fish"] and s.places[1] == "cats" and "fewer than 4 images of apes" in s.notes[0] and set(s.counts(2).tolist()) == {50}
     shown = [{q.figure.path for q, p in zip(s.items, s.split.tolist()) if p == part} for part in range(3)]
@@ -1264,7 +1264,7 @@ def test_cutouts_that_cannot_be_are_one_line(spec, words):
 
 
 def test_too_few_kinds_are_one_line(tmp_path, few_images):
-    where = animals(tmp_path, (("birds", 9), ("fish", 6), ("cats", 3)))
+    where = cut_kinds(tmp_path, (("birds", 9), ("fish", 6), ("cats", 3)))
     with complaint("2 kinds of cut-outs (birds, fish)", "a second object", "before __"):
         data.load_data(f"cutouts:0.9:0:object:{where}")
     assert data.load_data(f"cutouts:0.9:0:scene:{where}").classes == ["birds", "fish"]

@@ -499,7 +499,7 @@ class Samples:
     captions: list
     cut: list
     notes: list = field(default_factory=list)
-    shows: list = None  # of controlled settings: n (box of the class object, box of the planted feature or None), shares of the image
+    shows: list = None  # of controlled settings: n (class object, planted feature): a box in shares of the image, a tuple of them, None or SCENE
     labels: list = field(default_factory=list)
     prompts: list = field(default_factory=list)
     imagenet: list = field(default_factory=list)
@@ -522,6 +522,10 @@ class Samples:
         return replace(self, items=pick(self.items), y=self.y[index], place=self.place[index], split=self.split[index],
                        captions=pick(self.captions), cut=pick(self.cut), shows=self.shows and pick(self.shows))
 
+
+# controlled settings: what an image shows whose planted feature is all but the class object; of natural families the classes at most,
+# the individuals of a kind of cut-out at least, the images of each group of val and test, and of training
+SCENE, MOST, FEW, LEAST, IMAGES = "scene", 6, 4, 50, 10_000
 
 DATA = {
     "scenes": "scenes: drawn scenes, no files needed",
@@ -578,8 +582,21 @@ Without split folders 3/5, 1/5 and 1/5 of each group are train, val and test; wi
 --classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR.""",
     "digits": """digits[:STRENGTH:CLASS[:DIR]]   a controlled setting: ten digits in quadrants, and a red rectangle that goes with one of them
 STRENGTH is Cramer's V of that class and the rectangle in the training split (0: none), CLASS its number; val and test are balanced.
-The digits are drawn; or DIR holds MNIST's four files in IDX format, whole, .gz or in .partN.gz: train-images-idx3-ubyte, ..."""}
+The digits are drawn; or DIR holds MNIST's four files in IDX format, whole, .gz or in .partN.gz: train-images-idx3-ubyte, ...""",
+    "cutouts": f"""cutouts[:STRENGTH:CLASS[:FEATURE[:FOREGROUNDS[:BACKGROUNDS]]]]   a controlled setting: cut-outs on places, 224 pixels
+STRENGTH and CLASS as in digits; CLASS may be a name. FEATURE goes with it: object (the default; or object=KIND), a cut-out of another kind
+in another quadrant; or scene (or scene=KIND), one kind of background. FOREGROUNDS, BACKGROUNDS: drawn (the default), or folders:
+    FOREGROUNDS/kind/*.png or FOREGROUNDS/kind__name.png     RGBA; at least {FEW} individuals of a kind, as each split shows others
+    BACKGROUNDS/kind/*.jpg, or all in one folder             at least two kinds for scene
+The {MOST} kinds with most cut-outs are the classes, the one with fewest the second object; the first kind of background, by name, the scene.""",
+    "coco": f"""coco[:STRENGTH:CLASS]:DIR[:a,b,c[:FEATURE]]   a controlled setting: photos with objects of one of the classes, and of FEATURE or not
+STRENGTH and CLASS as in digits; CLASS may be a name. Classes and FEATURE: categories of MS COCO, up to {MOST} chosen by counting if not named.
+Download the images and annotations of MS COCO (2014 or 2017, train and val) from cocodataset.org and unpack them:
+    DIR/annotations/instances_train2017.json, instances_val2017.json
+    DIR/train2017/*.jpg, DIR/val2017/*.jpg  (or in DIR/images)
+Each class needs {3 * LEAST} photos with FEATURE and without. Training photos are as many as the asked Cramer's V allows: a note says so."""}
 
+FAMILIES = "digits", "cutouts", "coco"  # of controlled settings
 TEMPLATES = {  # published, or else CLIP's plain one; debias_vl for Waterbirds and CelebA, the CounterAnimal paper's own
     "waterbirds": "This is a picture of a {}.", "scenes": "This is a picture of a {}.", "celeba": "A photo of a celebrity with {}.", "counteranimal": "A photo of {}."}
 
@@ -595,17 +612,17 @@ def load_data(spec, masks="", confounder=1., seed=0, difficulty=.5, classes="", 
     if name in DATA and where == "help":
         say(DATA[name])
         sys.exit(0)
-    if name not in DATA or name != "digits" and bool(where) == (name == "scenes"):
+    if name not in DATA or name not in ("digits", "cutouts") and bool(where) == (name == "scenes"):
         raise Complaint(f"--data: found {spec!r}, expected " + ", ".join(text.split()[0].rstrip(":") for text in DATA.values()) + "; --data=NAME:help says more")
     given, more = read_classes(classes), ()
-    if name not in ("scenes", "csv", "folder", "waterbirds", "digits"):
+    if name not in ("scenes", "csv", "folder", "waterbirds", *FAMILIES):
         where, more = root_and_rest(where)
     load = {"scenes": lambda: drawn_scenes(confounder, seed, difficulty), "waterbirds": lambda: waterbirds(where, masks),
             "folder": lambda: image_folder(where, given), "csv": lambda: csv_groups(where, given),
             "celeba": lambda: celeba(where, *more), "counteranimal": lambda: counteranimal(where, *more, confounder=confounder),
             "nico": lambda: nico(where, *more, confounder=confounder), "cocogender": lambda: cocogender(where, *more, confounder=confounder),
             "in9": lambda: in9(where, *more), "imagenet": lambda: imagenet(where, *more),
-            "digits": lambda: controlled(where, seed)}[name]
+            "digits": lambda: controlled(where, seed), "cutouts": lambda: cutouts(where, seed), "coco": lambda: coco(where, seed)}[name]
     if len(more) > {"counteranimal": 1, "nico": 2, "cocogender": 1}.get(name, 0):
         raise Complaint(f"--data={spec}: found {':'.join(more)!r} after the folder; --data={name}:help says what may stand there")
     gc.disable()  # a million small objects that all stay: looking for garbage among them takes as long as reading them
@@ -770,29 +787,33 @@ QUADRANTS = (0., 0., .5, .5), (.5, 0., 1., .5), (0., .5, .5, 1.), (.5, .5, 1., 1
 
 @dataclass(frozen=True)
 class Quadrants:
-    """A figure in one quadrant and, perhaps, a mark in another; size x size pixels on a ground, black if there is none."""
+    """A figure in one box and, perhaps, a mark in another, each as large as its box (shares of the image) lets it be, mirrored if flips
+    says so; size x size pixels on a view of a ground, black if there is none."""
     figure: object
     mark: object
-    at: int
-    mark_at: int
+    at: tuple
+    mark_at: tuple
     ground: object = None
     size: int = 56
+    view: View = View()
+    flips: tuple = (False, False)
 
     def image(self):
-        canvas = self.ground.image().resize((self.size, self.size)) if self.ground else Image.new("RGB", (self.size, self.size))
-        for thing, at in ((self.figure, self.at), (self.mark, self.mark_at)):
+        frame = self.size, self.size
+        canvas = seen(self.ground.image(), self.view, frame) if self.ground else Image.new("RGB", frame)
+        for thing, box, flip in zip((self.figure, self.mark), (self.at, self.mark_at), self.flips):
             if thing:
-                layer = thing.image()
-                layer.thumbnail((self.size // 2,) * 2)
-                w, h = ((self.size // 2 - n) // 2 for n in layer.size)
-                canvas.paste(layer, (at % 2 * self.size // 2 + w, at // 2 * self.size // 2 + h), layer if layer.mode == "RGBA" else None)
+                left, top, right, bottom = (round(v * self.size) for v in box)
+                layer = ImageOps.contain(ImageOps.mirror(thing.image()) if flip else thing.image(), (right - left, bottom - top))
+                at = (left + right - layer.width) // 2, (top + bottom - layer.height) // 2
+                canvas.paste(layer, at, layer if layer.mode == "RGBA" else None)
         return canvas
 
     def key(self):
-        return f"quadrants {self.size} {self.at} {self.mark_at} " + "|".join(x.key() if x else "-" for x in (self.figure, self.mark, self.ground))
+        return f"quadrants {self.size} {self.at} {self.mark_at} {self.view} {self.flips} " + "|".join(x.key() if x else "-" for x in (self.figure, self.mark, self.ground))
 
     def shows(self):
-        return QUADRANTS[self.at], QUADRANTS[self.mark_at] if self.mark else None
+        return self.at, self.mark_at if self.mark else None
 
 
 @dataclass(frozen=True)
@@ -833,10 +854,10 @@ def controlled(where, seed):
 
     DIR: MNIST's IDX files, whole, gz, or in gz parts; drawn digits without it. places: without and with the rectangle.
     """
-    strength, spurious, folder_ = setting(where, len(DIGITS))
+    strength, spurious, folder_ = setting(where, DIGITS, "digits:0.95:3")
     source = mnist(folder_) if folder_ else None
     counts = (planted(len(DIGITS), 1000, spurious, strength), *[torch.full((len(DIGITS), 2), 100)] * 2)  # each [C, 2]
-    items, rows, captions = [], [], []
+    items, rows = [], []
     for split, cells in enumerate(counts):
         for y in range(len(DIGITS)):
             order = rng(seed, "mnist", split, y).permutation(len(source[split][y])) if source else None
@@ -847,27 +868,31 @@ def controlled(where, seed):
                     g, own = rng(seed, "quadrants", split, y, mark, k), (seed, split, mark, k)
                     at, mark_at = g.permutation(4)[:2].tolist()
                     digit = Digit(y, pixels=source[split][y][order[k + mark * int(cells[y, 0])]].tobytes()) if source else Digit(y, own)
-                    items.append(Quadrants(digit, Rectangle((*own, y)) if mark else None, at, mark_at))
-                    rows.append((y, mark, split))
-                    captions.append(CAPTIONS[g.integers(len(CAPTIONS))].format(DIGITS[y]))
-    y, place, split = torch.tensor(rows).T.contiguous()
+                    items.append(Quadrants(digit, Rectangle((*own, y)) if mark else None, QUADRANTS[at], QUADRANTS[mark_at]))
+                    rows.append((y, mark, split, g.integers(len(CAPTIONS))))
+    return planted_samples(f"digits:{where} seed {seed}", items, rows, spurious, DIGITS, ("plain", "red rectangle"), [i.shows() for i in items])
+
+
+def planted_samples(name, items, rows, spurious, classes, places, shows, notes=(), **more):
+    """Samples of a controlled setting. rows: class, feature, split and caption's template of each of the items."""
+    y, place, split, caption = torch.tensor(rows).T.contiguous()
     train = split == 0
-    note = f"digits: {int(train.sum())} training images, Cramer's V of {DIGITS[spurious]} and the red rectangle {cramers_v(y[train] == spurious, place[train] == 1):.3f}"
-    return Samples(f"digits:{where} seed {seed}", items, y, place, split, [*DIGITS], ["plain", "red rectangle"], captions, [None] * len(items), [note],
-                   [i.shows() for i in items])
+    note = f"{name.partition(':')[0]}: {int(train.sum())} training images, Cramer's V of {classes[spurious]} and the {places[1]} " \
+           f"{cramers_v(y[train] == spurious, place[train] == 1):.3f}"
+    return Samples(name, items, y, place, split, [*classes], [*places], [CAPTIONS[k].format(classes[c]) for c, k in zip(y.tolist(), caption.tolist())],
+                   [None] * len(items), [*notes, note], shows, **more)
 
 
-def setting(where, classes):
-    """'STRENGTH:CLASS:REST' -> (float, int, rest); strength 0 and class 0 where it is empty."""
-    strength, _, rest = where.partition(":")
-    spurious, _, rest = rest.partition(":")
+def setting(where, classes, example):
+    """'STRENGTH:CLASS:REST' -> (float, number of the class, rest); strength 0 and class 0 where it is empty. CLASS: a number, or a name."""
+    strength, spurious, rest = (where.split(":", 2) + ["", ""])[:3]
     try:
-        strength, spurious = float(strength or 0), int(spurious or 0)
-        if not (0 <= strength <= 1 and 0 <= spurious < classes):
+        strength, spurious = float(strength or 0), int({plain(c): k for k, c in enumerate(classes)}.get(plain(spurious), spurious or 0))
+        if not (0 <= strength <= 1 and 0 <= spurious < len(classes)):
             raise ValueError
     except ValueError:
         raise Complaint(f"--data: found {where!r}, expected STRENGTH:CLASS with a Cramer's V from 0 to 1 and a class from 0 to "
-                        f"{classes - 1}, for instance digits:0.95:3") from None
+                        f"{len(classes) - 1} ({', '.join(classes)}), for instance {example}") from None
     return strength, spurious, rest
 
 
@@ -884,13 +909,18 @@ def planted(classes, each, spurious, strength, half=.5):
     return torch.stack([each - with_it, with_it], 1)
 
 
-def region_truth(pictures, shows, share=.5):
+def region_truth(pictures, shows, share=.5, outside=.9):
     """Which regions of pictures (n Regions) show the class object, and which the planted feature: two bool [sum R]. shows: as
-    Samples.shows. A region does if what it shares with the thing's box is at least `share` of the smaller of the two."""
+    Samples.shows. A region does if what it shares with a box of the thing is at least `share` of the smaller of the two; it shows a
+    planted scene if at least `outside` of it is not the class object (our reading, as of discover.py's --outside)."""
     area = lambda b: max(0., b[2] - b[0]) * max(0., b[3] - b[1])
-    hit = lambda a, b: b is not None and area((*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:]))) >= share * min(area(a), area(b)) > 0
+    common = lambda a, b: area((*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:])))
+    boxes = lambda thing: () if thing in (None, SCENE) else thing if isinstance(thing[0], tuple) else (thing,)
+    hit = lambda a, thing: any(common(a, b) >= share * min(area(a), area(b)) > 0 for b in boxes(thing))
+    behind = lambda a, thing: all(common(a, b) <= (1 - outside) * area(a) for b in boxes(thing))
     pairs = [(box, *show) for p, show in zip(pictures, shows) for box in p.boxes]
-    return tuple(torch.tensor([hit(row[0], row[k]) for row in pairs]) for k in (1, 2))
+    return (torch.tensor([hit(box, thing) for box, thing, _ in pairs]),
+            torch.tensor([behind(box, thing) if mark == SCENE else hit(box, mark) for box, thing, mark in pairs]))
 
 
 def cramers_v(a, b):
@@ -898,6 +928,175 @@ def cramers_v(a, b):
     a, b = a.double(), b.double()
     spread = a.var(correction=0) * b.var(correction=0)
     return float(((a * b).mean() - a.mean() * b.mean()).abs() / spread.sqrt()) if spread > 0 else 0.
+
+
+def cutouts(where, seed):
+    """`cutouts[:STRENGTH:CLASS[:FEATURE[:FOREGROUNDS[:BACKGROUNDS]]]]`: cut-outs of one kind, the class, in one quadrant of a photo or drawn
+    place; the planted feature, as often and as strongly as of digits, is a cut-out of another kind in another quadrant, or the scene.
+
+    Our reading: no individual and no background of one split is in another, so a kind needs FEW individuals (3/5, 1/5, 1/5 of them are train,
+    val, test). Kinds with most of them come first; the last is the second object, the first MOST others are classes. Scenes: the first
+    kind of background, by name, against all others. val and test: LEAST images of each class with and without. 224 pixels, objects
+    within the middle 7/8, as many models see no more.
+    """
+    strength, spurious, what, rest = (where.split(":", 3) + [""] * 3)[:4]
+    what, _, wanted = (what or "object").partition("=")
+    first, _, more = rest.partition(":")
+    first, more = ("drawn", [more]) if first in ("", "drawn") else root_and_rest(rest)
+    figures, notes = kinds_of(first, "foregrounds", [*_BIRDS, "car"], seed)
+    grounds, said = kinds_of(":".join(more) or "drawn", "backgrounds", [*_LANDS, *_WATERS, *_PLACES], seed)
+    expect(what in ("object", SCENE), "data", f"cutouts:{where}", "object, object=KIND, scene or scene=KIND as FEATURE")
+    known = sorted(grounds) if what == SCENE else list(figures)
+    at = {plain(k): k for k in known}
+    if wanted and plain(wanted) not in at:
+        raise Complaint(f"--data: cutouts:{where}: no kind {wanted!r}; {near(wanted, known)}")
+    if len(known) < 2 or len(figures) < 2 + (what == "object"):
+        raise Complaint(f"--data: cutouts:{where}: {len(figures)} kinds of cut-outs ({', '.join(figures) or 'none'}) and {len(grounds)} of backgrounds, of at least "
+                        f"{FEW} each; expected two classes and " + ("a second object" if what == "object" else "two kinds of scenes")
+                        + "; a kind is a sub-folder, or the part of the file name before __")
+    mark = at[plain(wanted)] if wanted else known[-1 if what == "object" else 0]
+    if what == "object" and plain(spurious) == plain(mark):
+        raise Complaint(f"--data: cutouts:{where}: {mark} is the planted feature, and no class; name another class, or object=KIND")
+    classes = [k for k in figures if what == SCENE or k != mark][:MOST]
+    strength, spurious, _ = setting(f"{strength}:{spurious}", [plain(c) for c in classes], "cutouts:0.95:0:object")
+    counts = planted(len(classes), IMAGES // len(classes), spurious, strength), *[torch.full((len(classes), 2), LEAST)] * 2  # each [C, 2]
+    others, items, rows = [k for k in grounds if what == "object" or k != mark], [], []
+    for split, y, on in np.ndindex(3, len(classes), 2):
+        for k in range(int(counts[split][y, on])):
+            g = rng(seed, "cutouts", split, y, on, k)
+            one = lambda kinds, kind: kinds[kind][split][g.integers(len(kinds[kind][split]))]
+            boxes = []
+            for q in g.permutation(4)[:2]:
+                side = 7 / 16 * g.uniform(.65, 1)
+                left, top = (1 / 16 + 7 / 8 * v + g.random() * (7 / 16 - side) for v in QUADRANTS[q][:2])
+                boxes.append((left, top, left + side, top + side))
+            ground = one(grounds, mark if what == SCENE and on else others[g.integers(len(others))])
+            items.append(Quadrants(one(figures, classes[y]), one(figures, mark) if what == "object" and on else None, *boxes, ground, 224, draw_view(g, .3, .15),
+                                   tuple((g.random(2) < .5).tolist())))
+            rows.append((y, on, split, g.integers(len(CAPTIONS))))
+    shows = [(i.at, SCENE) if what == SCENE and on else i.shows() for i, (_, on, _, _) in zip(items, rows)]
+    return planted_samples(f"cutouts:{where} seed {seed}", items, rows, spurious, [plain(c) for c in classes],
+                           ("other scenes", plain(mark)) if what == SCENE else ("plain", plain(mark)), shows, notes + said)
+
+
+def kinds_of(where, flag, names, seed):
+    """Cut-outs (flag foregrounds) or backgrounds by kind: {kind: 3 lists of pictures, of train, val and test}, largest kinds first; notes.
+    where: a folder, or "drawn" for the generator's kinds `names`."""
+    if where == "drawn":
+        size, difficulty = (160, 1.) if flag == "foregrounds" else (224, .5)  # easier birds are learned before any feature is
+        return {kind: [[Drawn(kind, (seed, 1 + split, k), difficulty, size) for k in range(n)] for split, n in enumerate((40, 20, 20))] for kind in names}, []
+    found = {}
+    for path in pictures(where, flag):
+        parts = path.relative_to(where).parts
+        found.setdefault(parts[0] if len(parts) > 1 else path.stem.partition("__")[0] if "__" in path.stem else "all", []).append(str(path))
+    few = sorted(kind for kind in found if len(found[kind]) < FEW)
+    out = {}
+    for kind in sorted(set(found) - set(few), key=lambda kind: (-len(found[kind]), kind)):
+        split = make_splits([0] * len(found[kind]))
+        out[kind] = [[(Cutout if flag == "foregrounds" else Background)(p) for p, s in zip(found[kind], split) if s == part] for part in range(3)]
+    return out, [f"{where}: fewer than {FEW} images of {', '.join(few)}; left out"] if few else []
+
+
+def coco(where, seed):
+    """`coco[:STRENGTH:CLASS]:DIR[:a,b,c[:FEATURE]]`: photos with objects of exactly one of the classes a, b, c; the planted feature is an object
+    of another category.
+
+    Our reading: what is not named is chosen by counting: the feature with which most classes, MOST at most, have 3 x LEAST images with it and
+    as many without, then that for which the smallest of these numbers is largest; the classes with the largest. Images with a crowd of any
+    of them are left out. Splits are ours, and the same for all strengths and seeds: val and test have a third of the smallest group, at most
+    100 images, of each class with and without; training images are drawn from the rest, as many as the asked Cramer's V allows.
+    """
+    head = where.partition(":")[0]
+    numbered = not head or head.replace(".", "", 1).isdigit() and not os.path.isdir(head)
+    strength, spurious, rest = (where.split(":", 2) + ["", ""])[:3] if numbered else ("", "", where)
+    root, more = root_and_rest(rest)
+    named, wanted = (*more, "", "")[:2]
+    photos, names, said = coco_objects(folder(root, "data coco"))
+    at = {plain(name): k for k, name in enumerate(names)}
+    for word in filter(None, (*named.split(","), wanted)):
+        if plain(word) not in at:
+            raise Complaint(f"--data=coco:{where}: no category {word!r} in instances_*.json; {near(word, names)}")
+    listed, wanted = [at[plain(c)] for c in named.split(",") if c], at.get(plain(wanted))
+    if len(more) > 2 or len(listed) == 1 or len({*listed, wanted}) <= len(listed):
+        raise Complaint(f"--data=coco:{where}: found {':'.join(more)!r} after the folder, expected at least two different classes and a feature that is none of "
+                        "them, a,b,c:FEATURE")
+    has = np.zeros((len(photos), len(names)), np.float32)
+    for k, (_, objects, _) in enumerate(photos):
+        has[k, list(objects)] = 1
+    both = has.T @ has  # [K, K] images with both
+    smaller = np.minimum(both, both.diagonal()[:, None] - both)  # [class, feature]: of the images with and without
+
+    def classes_for(f):
+        return listed or [c for c in np.argsort(-smaller[:, f], kind="stable").tolist() if c != f and smaller[c, f] >= 3 * LEAST][:MOST]
+
+    feature = wanted if wanted is not None else max((f for f in range(len(names)) if f not in listed), default=0,
+                                                    key=lambda f: (len(classes_for(f)), min(smaller[classes_for(f), f], default=0)))
+    own, thin = classes_for(feature), []
+    for _ in names:  # an image of two classes counts for neither: what is chosen may then be too few
+        groups = {(y, on): [] for y in range(len(own)) for on in (0, 1)}
+        for k in (has[:, own].sum(1) == 1).nonzero()[0].tolist():
+            if not photos[k][2] & {*own, feature}:
+                groups[int(has[k, own].argmax()), int(has[k, feature])].append(k)
+        thin = [group for group in groups if len(groups[group]) < 3 * LEAST]
+        if listed or not thin or len(own) == 2:
+            break
+        del own[thin[0][0]]
+    if thin or len(own) < 2:
+        found = f"{len(groups[thin[0]])} images of {names[own[thin[0][0]]]} {'with' if thin[0][1] else 'without'} {names[feature]} and no other class" if thin else \
+            "no two classes with enough images"
+        raise Complaint(f"{root}: {found}, expected at least {3 * LEAST} in each group: {LEAST} for val, {LEAST} for test, the rest for training; name other classes, "
+                        "coco:...:DIR:a,b,c:FEATURE")
+    strength, spurious, _ = setting(f"{strength}:{spurious}", [names[c] for c in own], "coco:0.95:0:DIR")
+    held = min(100, min(map(len, groups.values())) // 3)
+    there = torch.tensor([[len(groups[y, on]) - 2 * held for on in (0, 1)] for y in range(len(own))])  # [C, 2] for training
+    share = planted(len(own), 10**6, spurious, strength) / 10**6
+    counts = planted(len(own), min(IMAGES // len(own), int((there / share).min())), spurious, strength)
+    items, rows, shows = [], [], []
+    for (y, on), found in groups.items():
+        order = rng(0, "coco", own[y], feature, on).permutation(found)  # no seed: what is tested on with one is not trained on with another
+        some = rng(seed, "coco train", y, on).permutation(order[2 * held:])[:int(counts[y, on])]
+        for split, part in enumerate((some, order[:held], order[held:2 * held])):
+            for k in part.tolist():
+                path, objects, _ = photos[k]
+                items.append(Photo(path))
+                rows.append((y, on, split, rng(seed, "caption", k).integers(len(CAPTIONS))))
+                shows.append((objects[own[y]], objects[feature] if on else None))
+    return planted_samples(f"coco:{where} seed {seed}", items, rows, spurious, [names[c] for c in own], (f"no {names[feature]}", names[feature]), shows,
+                           [*said, f"coco: classes {', '.join(names[c] for c in own)}, feature {names[feature]}"], official=False)
+
+
+def coco_objects(root):
+    """The photos of COCO's instances_*.json that exist: list of (path, {category: boxes in shares of the image}, categories of which there is a
+    crowd); the names of the categories; notes."""
+    notes = root / "annotations" if (root / "annotations").is_dir() else root
+    files = sorted(notes.glob("instances_*.json"))
+    if not files:
+        raise Complaint(f"{notes}: no instances_*.json in it (found {inside(notes)}); get COCO's annotations_trainval and its images")
+    photos, names, lost = [], {}, []
+    for file in files:
+        tree, part, objects, crowds = read_json(file), file.stem.removeprefix("instances_"), {}, {}
+        try:
+            name = {c["id"]: names.setdefault(c["name"], len(names)) for c in tree["categories"]}
+            sizes = {i["id"]: (i["width"], i["height"]) for i in tree["images"]}
+            for a in tree["annotations"]:
+                (x, y, w, h), (W, H), what = a["bbox"], sizes[a["image_id"]], name[a["category_id"]]
+                if a.get("iscrowd"):
+                    crowds.setdefault(a["image_id"], set()).add(what)
+                else:
+                    objects.setdefault(a["image_id"], {}).setdefault(what, []).append((x / W, y / H, (x + w) / W, (y + h) / H))
+            images = first_folder(root, part, f"images/{part}", "images")
+            there = set(os.listdir(images))
+            for i in sorted(tree["images"], key=lambda i: i["id"]):
+                if i["file_name"] in there:
+                    photos.append((str(images / i["file_name"]), {k: tuple(b) for k, b in objects.get(i["id"], {}).items()}, crowds.get(i["id"], set())))
+                else:
+                    lost.append(str(images / i["file_name"]))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as problem:
+            raise Complaint(f"{file}: not a COCO instances file ({type(problem).__name__}: {problem}); expected categories with id, name, images with id, file_name, "
+                            "width, height, annotations with image_id, category_id, bbox") from None
+    if not photos:
+        raise Complaint(f"{root}: none of the {len(lost)} images in {files[0].name} exists" + (f", the first is {lost[0]}" if lost else ""))
+    return photos, list(names), [f"WARNING: {root}: {len(lost)} of {len(lost) + len(photos)} images do not exist, the first is {lost[0]}; they are left out"] if lost else []
 
 
 def mnist(where):
@@ -1683,7 +1882,7 @@ class Regions:
 
 def picture_size(picture):
     """(width, height) of a picture; of a file from its head."""
-    if getattr(picture, "pose", None):
+    if getattr(picture, "pose", None) or isinstance(picture, Quadrants):
         return picture.size, picture.size
     if not isinstance(picture, Photo):
         return picture.image().size

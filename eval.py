@@ -4,7 +4,8 @@
     python eval.py --data=waterbirds:DIR --models=lite0,ViT-B-32@openai,timm:resnet50 --protocol=probe,dfr
     python eval.py --data=folder:DIR --model=ViT-L-14 --pretrained=openai --prompts=FILE
     torchrun --nproc_per_node=4 eval.py ...                      shards the images; the numbers are the same
-    python eval.py --protocol=ravl --settings=5 --mitigate=2     controlled settings: fine-tune, discover, mitigate (end of this file)
+    python eval.py --protocol=ravl --settings=5 --mitigate=2     controlled settings: fine-tune, discover, mitigate (end of this file);
+                                                                 --family=cutouts or coco:DIR for photos
     python eval.py --protocol=contrast                           does a contrastive loss learn the nuisance more than cross-entropy?
 
 1. Embed the images, once: what was computed before is read from the cache, and then no model is even loaded.
@@ -33,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (Complaint, bars, composites as compose, expect, flags, html_table, layers, lines, load_data, load_regions, near, open_image, page, pictures, region_truth, revision, rng, run, say, scatter, table,
+from data import (LEAST, Complaint, bars, composites as compose, expect, flags, html_table, layers, lines, load_data, load_regions, near, open_image, page, pictures, region_truth, revision, rng, run, say, scatter, table,
                   thumb, write, write_json, write_table)
 from model import (additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_encoder, load_map, load_tensors, mean_std,
                    paired_bootstrap, prompt_embeddings, recall_encoder, region_embeddings, remember, save_tensors, unit, wilson)
@@ -62,7 +63,7 @@ batch_size = 8           # small batches are faster on a CPU; raise it on a GPU
 threads = 0              # that decode images and, on a CPU, embed them; 0 for one per core
 # --- protocols -------------------------------------------------------------------------------------------------------
 protocol = "auto"        # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; auto: the first three, where they can be;
-                         # or ravl, contrast, with tiny-conv unless --model says otherwise
+                         # or ravl, contrast, with the family's own model (tiny-conv for digits, else lite0-clip) unless --model says otherwise
 l2 = 0.8                 # penalty of probe and fewshot, as in train.py
 shots = "1,4,16"         # fewshot: training images per class
 draws = 5                # fewshot: draws of them, averaged
@@ -70,19 +71,23 @@ picker = "auto"          # CounterAnimal 1v20: the model that picks each class's
                          # auto: the published one, ViT-B-32@laion400m_e32, if its weights are on this machine, else self
 line = "published"       # effective robustness: over the line through the published models, or through those compared (models)
 composites = 0           # additivity also on composites of so many foregrounds, 0 for none
-foregrounds = "drawn"    # for them: folder of RGBA cut-outs
+foregrounds = "drawn"    # for them, and --family=cutouts: folder of RGBA cut-outs
 backgrounds = "drawn"    # folder of photos
 # --- controlled settings (--protocol=ravl) ---------------------------------------------------------------------------
-digits = "drawn"         # drawn, or mnist:DIR with MNIST's IDX files
+family = "digits"        # digits; cutouts, of --foregrounds on --backgrounds; or coco:DIR[:a,b,c[:FEATURE]]: --data=cutouts:help and coco:help say more
+digits = "drawn"         # digits: drawn, or mnist:DIR with MNIST's IDX files
+feature = "object"       # cutouts: what goes with a class: object or object=KIND, a second cut-out; scene or scene=KIND, the background
 settings = 50            # how many, strongest first: Cramer's V .99 for each class, then .95, .9, .8, .7
 mitigate = -1            # how many of the valid ones also with every mitigation; -1: the smaller of settings and 10
-base_steps = 130         # pre-training of tiny and tiny-conv on uncorrelated digits, stopped early: a base that knows them learns nothing spurious
-steps = 160              # of fine-tuning and of every mitigation
-learning_rate = 2e-3     # of both
-pairs = 64               # image-caption pairs in a step
+base_steps = -1          # pre-training of tiny, tiny-conv and lite0-clip on uncorrelated images, stopped early: a base that knows the classes learns
+                         # nothing spurious. For this and the next three -1 is the family's own: 130, 160, 2e-3, 64 for digits; 0, 20, 3e-4, 32
+                         # for the others, whose image tower knows ImageNet and whose texts follow within these steps
+steps = -1               # of fine-tuning and of every mitigation
+learning_rate = -1.      # of both
+pairs = -1               # image-caption pairs in a step
 region_weight = 0.8      # w of RaVL's loss, and
 region_temperature = 0.3  # its temperature: at 0.07 it is content with a small margin, and the image embedding still follows the feature
-regions = "grid:2"
+regions = "auto"         # grid:2 for digits and cutouts, which lie in quadrants, grid:3 for coco
 repeats = 3              # contrast: seeds, each with a spurious class of its own
 # --- system ----------------------------------------------------------------------------------------------------------
 seed = 0
@@ -212,7 +217,7 @@ def evaluate(name, samples, asked, inputs, shard):
     return found
 
 
-CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f).read_bytes() for f in ("eval.py", "model.py", "data.py"))).hexdigest()
+CODE, TRAINING = (hashlib.sha256(b"".join(Path(__file__).with_name(f).read_bytes() for f in (name, "model.py", "data.py"))).hexdigest() for name in ("eval.py", "train.py"))
 
 
 def open_encoder(name):
@@ -736,22 +741,32 @@ def worst(out, samples, p, most=12):
 
 STRENGTHS = .99, .95, .9, .8, .7
 MITIGATIONS = "finetune", "ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aware", "jtt", "subg"
+NATURAL = dict(model="lite0-clip", base_steps=0, steps=20, learning_rate=3e-4, pairs=32, regions="grid:3")
+FAMILIES = dict(digits=dict(model="tiny-conv", base_steps=130, steps=160, learning_rate=2e-3, pairs=64, regions="grid:2"),
+                cutouts={**NATURAL, "regions": "grid:2"}, coco=NATURAL)
 FIGURES = "image_overall", "image_worst_group", "region_overall", "region_worst_group"
+
+
+def of_family(config):
+    """Puts the family's own values where the flags leave them open. Returns spec(strength, label), the --data of a setting."""
+    kind, _, where = family.partition(":")
+    expect(kind in FAMILIES and (kind == "coco") == bool(where), "family", family, "digits, cutouts or coco:DIR")
+    expect(digits == "drawn" or digits.startswith("mnist:"), "digits", digits, "drawn or mnist:DIR")
+    config.update({k: v for k, v in FAMILIES[kind].items() if config[k] in (-1, "auto", "lite0")})  # lite0, the default of the other protocols, has no text tower
+    globals().update(config)
+    rest = dict(digits=digits.partition(":")[2], cutouts=f"{feature}:{foregrounds}:{backgrounds}", coco=where)[kind]
+    return lambda strength, label: f"{kind}:{strength:g}:{label}" + (f":{rest}" if rest else "")
 
 
 def controlled_settings(config):
     """--protocol=ravl: runs the settings, and writes protocol.json, .csv and .html after each."""
-    global model
-    model = "tiny-conv" if model == "lite0" else model  # the default of the other protocols has no text tower
     expect(1 <= settings <= 50, "settings", settings, "a whole number from 1 to 50")
-    expect(digits == "drawn" or digits.startswith("mnist:"), "digits", digits, "drawn or mnist:DIR")
+    spec = of_family(config)
     started, out = time.time(), Path(out_dir)
     former = json.loads((out / "protocol.json").read_text())["config"] if (out / "protocol.json").is_file() else config
     differ = [k for k in config if k not in ("settings", "mitigate", "threads", "cache_dir", "out_dir") and former.get(k) != config[k]]
     if differ:
         raise Complaint(f"{out / 'protocol.json'}: made with " + ", ".join(f"--{k}={former.get(k)}" for k in differ) + "; give the same flags, or another --out_dir")
-    where = digits.partition(":")[2]
-    spec = lambda strength, label: f"digits:{strength:g}:{label}" + (f":{where}" if where else "")
     classes = load_data(spec(0, 0), seed=seed).classes
     chosen = [(v, c) for v in STRENGTHS for c in range(len(classes))][:settings]
     most = min(settings, 10) if mitigate < 0 else mitigate
@@ -774,7 +789,7 @@ def controlled_settings(config):
 
 def script_run(name, out, **more):
     """Runs train.py or discover.py beside this file, its output into out/log.txt; raises Complaint with its last line."""
-    words = [f"--{k}={v}" for k, v in dict(dict(model=model, out_dir=out, cache_dir=cache_dir, threads=threads, seed=seed), **more).items()]
+    words = [f"--{k}={v}" for k, v in dict(dict(model=model, quick_gelu=quick_gelu, out_dir=out, cache_dir=cache_dir, threads=threads, seed=seed), **more).items()]
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out) / "log.txt", "w") as log:
         job = subprocess.run([sys.executable, str(Path(__file__).with_name(name)), *words], stdout=log, stderr=subprocess.STDOUT)
@@ -787,13 +802,13 @@ def script_run(name, out, **more):
 
 def base_model(spec):
     """Weights of the base model, pre-trained on uncorrelated images of another seed unless --pretrained names some."""
-    if pretrained or model not in ("tiny", "tiny-conv"):
+    if pretrained or not base_steps or model not in ("tiny", "tiny-conv", "lite0-clip"):
         return pretrained
-    words = dict(method="finetune", data=spec, seed=1000 + seed, steps=base_steps, learning_rate=learning_rate, pairs=pairs)
+    words = dict(method="finetune", data=spec, seed=1000 + seed, steps=base_steps, learning_rate=learning_rate, pairs=pairs, code=TRAINING)
     at = Path(cache_dir or out_dir) / f"base-{model}-{hashlib.sha256(json.dumps(words).encode()).hexdigest()[:12]}"
     if not (at / "weights.safetensors").is_file():
         started = time.time()
-        script_run("train.py", at, pretrained="none", **words)
+        script_run("train.py", at, pretrained="imagenet" if model == "lite0-clip" else "none", **{k: v for k, v in words.items() if k != "code"})
         say(f"base model pre-trained in {time.time() - started:.0f} s, kept in {at}")
     return str(at / "weights.safetensors")
 
@@ -828,7 +843,7 @@ def reached(at, samples):
     path = at / "figures.json"
     if path.is_file():
         return json.loads(path.read_text())
-    encoder = load_encoder(model, str(at / "weights.safetensors"))
+    encoder = load_encoder(model, str(at / "weights.safetensors"), quick_gelu)
     test = samples.keep((samples.split == 2).nonzero()[:, 0])
     pictures, _ = load_regions(regions, test.items, encoder.frame)
     z, r, _ = region_embeddings(encoder, pictures, cache="", threads=threads, label=f"{at.parent.name} {at.name}")
@@ -841,9 +856,9 @@ def reached(at, samples):
         m = group_metrics(right, test.y[index], test.place[index], samples.counts(0), len(samples.places))
         out.update({f"{name}_overall": float(right.double().mean()), f"{name}_worst_group": m["worst_group"]})
         if name == "image":
-            few = [f"{samples.classes[g['y']]}, {samples.places[g['place']]}: {g['n']}" for g in m["groups"] if g["n"] < 50]
+            few = [f"{samples.classes[g['y']]}, {samples.places[g['place']]}: {g['n']}" for g in m["groups"] if g["n"] < LEAST]
             if few or len(m["groups"]) < 2 * len(samples.classes):
-                raise Complaint(f"{samples.name}: test groups with fewer than 50 images ({'; '.join(few) or 'some have none'}); the worst group would be noise")
+                raise Complaint(f"{samples.name}: test groups with fewer than {LEAST} images ({'; '.join(few) or 'some have none'}); the worst group would be noise")
             out["groups"] = [v["accuracy"] for v in m["groups"]]
     write_json(path, out)
     return out
@@ -910,7 +925,8 @@ def setting_page(tree, classes):
     sections.append(("Every setting", html_table(("V", "class", "valid", "gap", "RaVL Precision@10"), [
         (f"{v['strength']:g}", classes[v["spurious_class"]], "yes" if v["valid"] else "no", v["gap"], v["precision_at_10"].get("ravl")) for v in tree["settings"]])))
     sections.append(("Flags", "<pre>" + escape("\n".join(f"--{k}={v}" for k, v in tree["config"].items())) + f"\ngit {tree['git']}</pre>"))
-    return page("flock: controlled settings", f"{s['valid']} of {s['settings']} settings learned the planted feature ({digits}, {model}).", sections)
+    of = dict(digits=f"digits, {digits}", cutouts=f"cut-outs, {foregrounds}, on {backgrounds}, {feature}").get(family, family)
+    return page(f"flock: controlled settings, {family.partition(':')[0]}", f"{s['valid']} of {s['settings']} settings learned the planted feature ({of}; {model}).", sections)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -925,11 +941,8 @@ def contrast_or_not(config):
     """--protocol=contrast: the same base, data and steps with a contrastive loss and with cross-entropy, the planted feature tied ever more
     strongly to a class. Drop: accuracy of that class with the feature minus without it, on the uncorrelated test split. Our design.
     Writes contrast.json, .csv and .svg. A run that is there is not repeated."""
-    global model
-    model = "tiny-conv" if model == "lite0" else model
     expect(1 <= repeats <= 10, "repeats", repeats, "a whole number from 1 to 10")
-    started, out, where = time.time(), Path(out_dir), digits.partition(":")[2]
-    spec = lambda strength, label: f"digits:{strength:g}:{label}" + (f":{where}" if where else "")
+    started, out, spec = time.time(), Path(out_dir), of_family(config)
     base, rows = base_model(spec(0, 0)), []
     for strength in SWEEP:
         for k in range(repeats):

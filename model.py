@@ -362,7 +362,7 @@ def _open_clip(model, pretrained, quick_gelu, device):
     if not local and pretrained != "none" and pretrained not in tags:
         raise Complaint(f"--pretrained={pretrained}: neither a file nor a tag of {model}; "
                         + (near(pretrained, tags) if tags else "it has no tags, give a file"))
-    record = {} if local or pretrained == "none" else open_clip.get_pretrained_cfg(model, pretrained)
+    record = _record(pretrained) if local else {} if pretrained == "none" else open_clip.get_pretrained_cfg(model, pretrained)
     config = open_clip.get_model_config(model) or {}
     own, wanted = bool(config.get("quick_gelu")), record.get("quick_gelu")
     quick = {"on": True, "off": False, "auto": own if wanted is None else bool(wanted)}[quick_gelu]
@@ -397,6 +397,19 @@ def quiet():
 
 def _first(problem):
     return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
+
+
+def _record(path):
+    """What train.py says of the weights that it saved, as open_clip of its tags: dict(quick_gelu=bool), or {}."""
+    if not path.endswith(".safetensors"):
+        return {}
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get("quick_gelu")
+    except (SafetensorError, OSError):  # _load_file says what is wrong with it
+        return {}
+    return dict(quick_gelu=said == "True") if said else {}
 
 
 def _refuse_archive(path):

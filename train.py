@@ -554,10 +554,10 @@ def zero_table(both):
 
 
 def save_weights(out, encoder, config):
-    """weights.safetensors, for --pretrained."""
+    """weights.safetensors, for --pretrained; with its activation, which no name says once a tag's weights are a local file."""
     from safetensors.torch import save
     state = {k: v.detach().cpu().contiguous() for k, v in encoder.module.state_dict().items()}
-    write(out / "weights.safetensors", save(state, dict(config=json.dumps(config), git=str(revision()))))
+    write(out / "weights.safetensors", save(state, dict(config=json.dumps(config), git=str(revision()), quick_gelu=str(any(type(m).__name__ == "QuickGELU" for m in encoder.module.modules())))))
 
 
 def join():

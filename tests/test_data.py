@@ -763,7 +763,7 @@ def test_help_of_every_data_set_says_how_it_looks_and_exits_0(name, capsys):
     assert stop.value.code == 0 and capsys.readouterr().out.startswith(name)
 
 
-@pytest.mark.parametrize("name", [n for n in data.DATA if n not in ("scenes", "csv", "digits")])
+@pytest.mark.parametrize("name", [n for n in data.DATA if n not in ("scenes", "csv", "digits", "cutouts")])
 def test_every_data_set_says_what_a_wrong_folder_holds(tmp_path, name):
     (tmp_path / "everything.tar.gz").write_bytes(b"x")
     with complaint("everything.tar.gz: unpack it first"):
@@ -1181,12 +1181,173 @@ def test_settings_out_of_range_are_one_line(spec):
         data.load_data(spec)
 
 
+@pytest.fixture
+def few_images(monkeypatch):
+    """Natural settings with 1,200 training images, to be fast."""
+    monkeypatch.setattr(data, "IMAGES", 1200)
+
+
+def crossing(a, b):
+    """Do two boxes share any area?"""
+    return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
+
+
+def test_cutouts_have_the_correlation_asked_for_and_uncorrelated_test_groups():
+    s = data.load_data("cutouts:0.9:finch")
+    train = s.split == 0
+    phi = np.corrcoef((s.y[train] == 1).numpy(), (s.place[train] == 1).numpy())[0, 1]
+    assert phi == pytest.approx(.9, abs=.01) and f"finch and the car {phi:.3f}" in s.notes[0] and abs(int(train.sum()) - 10_000) < 10
+    assert set(s.counts(1).tolist()) == set(s.counts(2).tolist()) == {50} and "car" not in s.classes and s.places == ["plain", "car"]
+    figures, grounds = ([{(i.kind, i.seed) for k, p in enumerate(s.split.tolist()) if p == part for i in parts(s.items[k]) if i} for part in range(3)]
+                        for parts in (lambda q: (q.figure, q.mark), lambda q: (q.ground,)))
+    for kinds in (figures, grounds):
+        assert not kinds[0] & kinds[1] and not kinds[0] & kinds[2] and not kinds[1] & kinds[2]
+
+
+def test_a_cutout_and_its_second_object_lie_where_the_sample_says_and_never_overlap(few_images):
+    s, again, other = data.load_data("cutouts:0.9:0"), data.load_data("cutouts:0.9:songbird:object:drawn:drawn"), data.load_data("cutouts:0.9:0", seed=1)
+    assert [i.key() for i in s.items[::50]] == [i.key() for i in again.items[::50]] and s.name != other.name and not {i.figure for i in s.items} & {i.figure for i in other.items}
+    for k in range(len(s.items)):
+        q = s.items[k]
+        assert not crossing(q.at, q.mark_at) and all(1 / 16 <= v <= 15 / 16 for v in (*q.at, *q.mark_at)) and (q.mark is not None) == bool(s.place[k])
+    for k in (5, 150, 1_200, 1_799):
+        q, (at, mark_at) = s.items[k], s.shows[k]
+        image = np.asarray(q.image(), int)
+        assert image.shape == (224, 224, 3) and np.array_equal(image, again.items[k].image()) and s.captions[k].rstrip(".").endswith(q.figure.kind)
+        for without, box in ((dict(figure=None), at), (dict(mark=None), mark_at)):
+            changed = np.abs(image - np.asarray(data.replace(q, **without).image(), int)).sum(2) > 0
+            assert changed.any() == (box is not None)
+            if box:
+                low, high = np.argwhere(changed).min(0)[::-1] / 224, (np.argwhere(changed).max(0)[::-1] + 1) / 224
+                assert (low >= np.array(box[:2]) - .005).all() and (high <= np.array(box[2:]) + .005).all() and max(high - low) > .8 * (box[2] - box[0])
+
+
+def test_a_scene_goes_with_the_class_and_is_what_is_not_the_object(few_images):
+    s = data.load_data("cutouts:0.99:owl:scene=sea")
+    assert s.places == ["other scenes", "sea"] and all((i.ground.kind == "sea") == bool(p) and i.mark is None for i, p in zip(s.items, s.place.tolist()))
+    assert len({i.ground.kind for i in s.items}) > 10 and data.cramers_v(s.y[s.split == 0] == 3, s.place[s.split == 0] == 1) == pytest.approx(.99, abs=.01) and s.classes[3] == "owl"
+    k = int((s.place == 1).nonzero()[0])
+    assert s.shows[k] == (s.items[k].at, data.SCENE) and s.shows[0] == (s.items[0].at, None)
+
+
+def cut_kinds(root, kinds=(("birds", 10), ("fish", 6), ("cats", 5), ("apes", 3)), flat=False):
+    """Folders cut (cut-outs: kind/n.png, or kind__n.png) and scenes (forest and sea, 5 each)."""
+    for kind, n in kinds:
+        for k in range(n):
+            cutout(root / (f"cut/{kind}__{k}.png" if flat else f"cut/{kind}/{k}.png"), 60, (10 * k, 200, 40))
+    for kind in ("forest", "sea"):
+        for k in range(5):
+            photo(root / f"scenes/{kind}/{k}.png", k, (40, 30))
+    return f"{root}/cut:{root}/scenes"
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_cutouts_of_a_folder_are_classes_by_kind_and_each_split_shows_others(tmp_path, few_images, flat):
+    where = cut_kinds(tmp_path, flat=flat)
+    s = data.load_data(f"cutouts:0.8:fish:object:{where}")
+    assert s.classes == ["birds", "fish"] and s.places[1] == "cats" and "fewer than 4 images of apes" in s.notes[0] and set(s.counts(2).tolist()) == {50}
+    shown = [{q.figure.path for q, p in zip(s.items, s.split.tolist()) if p == part} for part in range(3)]
+    assert [len(paths) for paths in shown] == [10, 3, 3] and not shown[0] & (shown[1] | shown[2]) and not shown[1] & shown[2]
+    assert s.items[0].image().size == (224, 224) and {q.ground.path.split("/")[-2] for q in s.items} == {"forest", "sea"}
+    other = data.load_data(f"cutouts:0.8:0:scene:{where}")
+    assert other.classes == ["birds", "fish", "cats"] and other.places == ["other scenes", "forest"]
+    assert data.load_data(f"cutouts:0.8:0:object=birds:{where}").classes == ["fish", "cats"]
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("cutouts:0.9:unicorn", ("songbird, finch", "unicorn")), ("cutouts:0.9:car", ("car is the planted feature",)), ("cutouts:0.9:owl:object=owl", ("owl is the planted feature",)),
+    ("cutouts:0.9:0:object=unicorn", ("no kind 'unicorn'",)), ("cutouts:0.9:0:sound", ("--data", "scene=KIND")), ("cutouts:1:0", ("0 to below 1",)), ("cutouts:0.9:6", ("0 to 5",)),
+    ("cutouts:0.9:0:object:/nowhere", ("/nowhere", "no such folder"))])
+def test_cutouts_that_cannot_be_are_one_line(spec, words):
+    with complaint(*words):
+        data.load_data(spec)
+
+
+def test_too_few_kinds_are_one_line(tmp_path, few_images):
+    where = cut_kinds(tmp_path, (("birds", 9), ("fish", 6), ("cats", 3)))
+    with complaint("2 kinds of cut-outs (birds, fish)", "a second object", "before __"):
+        data.load_data(f"cutouts:0.9:0:object:{where}")
+    assert data.load_data(f"cutouts:0.9:0:scene:{where}").classes == ["birds", "fish"]
+    with complaint("1 of backgrounds", "two kinds of scenes"):
+        data.load_data(f"cutouts:0.9:0:scene:{tmp_path}/cut:{tmp_path}/scenes/sea")
+
+
+def objects(root, groups=dict(dog=(300, 170), cat=(200, 400), bus=(160, 149)), missing=0):
+    """A small COCO of groups: class -> photos without and with a person; also photos of dog and cat, of two dogs, of a dog in a crowd."""
+    names = dict(person=1, dog=18, cat=17, bus=6)
+    plans = [([name] + ["person"] * on, 0) for name, counts in groups.items() for on in (0, 1) for _ in range(counts[on])]
+    plans += [(["dog", "cat"], 0)] * 30 + [(["dog"], 1)] * 20 + [(["dog", "dog"], 0)]
+    for part in ("train2017", "val2017"):
+        mine = [(k, plan) for k, plan in enumerate(plans) if (k % 5 == 0) == (part == "val2017")]
+        touch(root / part, *[f"{k:06}.jpg" for k, _ in mine[missing:]])
+        rows = [dict(id=9 * k + j, image_id=k, category_id=names[n], iscrowd=0, bbox=[10 + 60 * j, 20, 50, 60]) for k, (what, _) in mine for j, n in enumerate(what)]
+        rows += [dict(id=9 * k + 8, image_id=k, category_id=1, iscrowd=1, bbox=[0, 0, 100, 100]) for k, (_, crowd) in mine if crowd]
+        (root / "annotations").mkdir(exist_ok=True)
+        data.write_json(root / f"annotations/instances_{part}.json", dict(images=[dict(id=k, file_name=f"{k:06}.jpg", width=200, height=100) for k, _ in mine],
+                        annotations=rows, categories=[dict(id=i, name=n) for n, i in names.items()]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def small_coco(tmp_path_factory):
+    return objects(tmp_path_factory.mktemp("coco"))
+
+
+def test_coco_chooses_classes_and_feature_and_reaches_the_correlation(small_coco):
+    s = data.load_data(f"coco:0.9:cat:{small_coco}")
+    assert set(s.classes) == {"cat", "dog"} and s.places == ["no person", "person"] and any("classes cat, dog, feature person" in n for n in s.notes)
+    assert set(s.counts(1).tolist()) == set(s.counts(2).tolist()) == {56} and len({p.path for p in s.items}) == len(s.items)
+    train = s.split == 0
+    v, n = data.cramers_v(s.y[train] == s.classes.index("cat"), s.place[train] == 1), int(train.sum())
+    assert v == pytest.approx(.9, abs=.03) and any(f"{n} training images, Cramer's V of cat and the person {v:.3f}" in note for note in s.notes)
+    left = dict(dog=(301 - 112, 170 - 112), cat=(200 - 112, 400 - 112))  # for training; dogs without persons are short
+    assert 2 * left["dog"][0] - 8 <= n <= 2 * (left["dog"][0] / .95 + 2)
+    crowded = {f"{k:06}.jpg" for k in range(300 + 170 + 600 + 309, 300 + 170 + 600 + 309 + 50)}
+    assert not crowded & {Path(p.path).name for p in s.items}
+
+
+def test_coco_boxes_are_shares_and_test_images_the_same_for_every_seed_and_setting(small_coco):
+    s = data.load_data(f"coco:0.5:dog:{small_coco}:dog,cat:person")
+    assert s.classes == ["dog", "cat"]
+    for k, (thing, feature) in enumerate(s.shows):
+        assert thing[0] == pytest.approx((.05, .2, .3, .8)) and (feature is not None) == bool(s.place[k])
+        assert feature is None or feature == (pytest.approx((.35, .2, .6, .8)),)
+    assert {len(thing) for thing, _ in s.shows} <= {1, 2}
+    of = lambda s, part: {p.path for p, k in zip(s.items, s.split.tolist()) if (k == 0) == (part == 0)}
+    for other in (data.load_data(f"coco:0.5:dog:{small_coco}:dog,cat:person", seed=1), data.load_data(f"coco:{small_coco}:dog,cat:person"), data.load_data(f"coco:0.8:1:{small_coco}:dog,cat:person")):
+        assert of(other, 1) == of(s, 1) and not of(other, 0) & of(s, 1) and of(other, 0) != of(s, 0)
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("coco:0.9:0:{}:dog,unicorn:person", ("no category 'unicorn'", "instances")), ("coco:0.9:0:{}:dog,cat:dog", ("'dog,cat:dog'", "none of them")), ("coco:0.9:0:{}:dog", ("at least two",)),
+    ("coco:0.9:bus:{}:dog,cat:person", ("dog, cat", "bus")), ("coco:0.9:0:{}:dog,bus:person", ("149 images of bus with person", "at least 150", "50 for test")),
+    ("coco:0.9:0:{}:dog,cat:person:more", ("'dog,cat:person:more'",)), ("coco:0.9:0:{}:dog,dog:person", ("different",)), ("coco:0.9:0:{}:cat,person", ("images of", "at least 150"))])
+def test_coco_settings_that_cannot_be_are_one_line(small_coco, spec, words):
+    with complaint(*words):
+        data.load_data(spec.format(small_coco))
+
+
+def test_coco_with_missing_files_is_said(tmp_path):
+    objects(tmp_path, missing=7)
+    assert any("14 of" in n and "do not exist" in n for n in data.load_data(f"coco:0.5:0:{tmp_path}:dog,cat:person").notes)
+    (tmp_path / "annotations/instances_val2017.json").write_text('{"images": [{"id": 1}], "categories": [], "annotations": []}')
+    with complaint("instances_val2017.json", "not a COCO instances file"):
+        data.load_data(f"coco:0.5:0:{tmp_path}")
+    for file in (tmp_path / "annotations").iterdir():
+        file.unlink()
+    with complaint("no instances_*.json"):
+        data.load_data(f"coco:0.5:0:{tmp_path}")
+
+
 def test_region_truth_is_by_the_smaller_of_region_and_thing():
     frame = (0., 0., 1., 1.)
     picture = data.Regions(None, ((0., 0., .5, .5), (.5, 0., 1., .5), (0., 0., 1., 1.), (.3, 0., .8, .5)), frame)
     figure, mark = data.region_truth([picture, picture], [((0., 0., .5, .5), None), ((.5, 0., 1., .5), (.4, .35, .6, .6))])
     assert figure.tolist() == [True, False, True, False, False, True, True, True]
     assert mark.tolist() == [False] * 4 + [False, False, True, True]
+    figure, mark = data.region_truth([picture, picture], [(((0., 0., .5, .5), (.5, 0., .6, .1)), data.SCENE), ((.45, .45, .9, .9), data.SCENE)])
+    assert figure.tolist() == [True, True, True, True, False, False, True, False]
+    assert mark.tolist() == [False, True, False, False, True, True, False, True]  # at most a tenth of the region is the object
 
 
 def test_backgrounds_from_a_discovery_are_its_best_regions(tmp_path):

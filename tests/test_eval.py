@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import data
 import eval as script
@@ -714,7 +715,7 @@ def test_controlled_settings_of_other_flags_are_refused_and_more_of_them_are_not
 
 def test_controlled_settings_out_of_range(settings, capsys):
     argv, _ = settings
-    for more in ("--settings=0", "--settings=51", "--digits=photos"):
+    for more in ("--settings=0", "--settings=51", "--digits=photos", "--family=photos", "--family=coco", "--family=digits:x"):
         assert run([*argv, more]) == 2 and more.partition("=")[0] in capsys.readouterr().err
 
 
@@ -746,9 +747,108 @@ def test_contrast_compares_the_losses_over_strengths_and_repeats_nothing(tmp_pat
     assert run([*argv, "--repeats=0"]) == 2 and "--repeats" in capsys.readouterr().err
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """The scripts that eval.py starts run in this process, with one image in each group of val and test; the commands that were given."""
+    real, commands = subprocess.run, []
+    def here(words, stdout=None, **more):
+        if words[0] != sys.executable:
+            return real(words, stdout=stdout, **more)
+        commands.append(words)
+        monkeypatch.setattr(sys, "argv", words[1:])
+        try:
+            runpy.run_path(words[1], run_name="__main__")
+        except SystemExit as stop:
+            stdout.write(str(stop.code))
+            return subprocess.CompletedProcess(words, stop.code or 0)
+        return subprocess.CompletedProcess(words, 0)
+    monkeypatch.setattr(subprocess, "run", here)
+    monkeypatch.setattr(data, "LEAST", 1)
+    monkeypatch.setattr(data, "IMAGES", 60)
+    return commands
+
+
+@pytest.mark.parametrize("kind", ["cutouts", "coco"])
+def test_a_natural_family_runs_through_the_scripts_with_a_clip_resnet(tmp_path, in_process, kind):
+    import open_clip
+    from test_data import objects
+    from test_model import SMALL
+    flags, spec, words_, groups = ["--family=cutouts", "--feature=scene"], "cutouts:0.99:0:scene:drawn:drawn", "cut-outs, drawn, on drawn, scene; flock-rn", 12
+    grid = "grid:3" if kind == "coco" else "grid:2"
+    if kind == "coco":
+        spec = f"coco:0.99:0:{objects(tmp_path / 'coco', dict(dog=(9, 9), cat=(9, 9)))}:dog,cat:person"
+        flags, words_, groups = [f"--family={spec.replace(':0.99:0', '')}"], f"{spec.replace(':0.99:0', '')}; flock-rn", 4
+    data.write_json(tmp_path / "configs/flock-rn.json", SMALL["flock-rn"])
+    open_clip.add_model_config(tmp_path / "configs")
+    out, argv = tmp_path / "out", ["--protocol=ravl", *flags, "--settings=1", "--model=flock-rn", "--pretrained=none", "--steps=1", "--pairs=4", "--quick_gelu=on"]
+    argv += [f"--out_dir={out}", f"--cache_dir={tmp_path / 'cache'}", "--threads=1"]
+    at = out / "settings/0.99-0/finetune"
+    data.write_json(at / "figures.json", dict(zip(script.FIGURES, (.6, .1, .8, .7)), groups=[.1, .9] * (groups // 2)))  # it was learned
+    assert run(argv) == 0
+    tree = json.loads((out / "protocol.json").read_text())
+    (train, discover) = in_process[:2]
+    assert tree["config"]["regions"] == grid and tree["config"]["learning_rate"] == 3e-4 and tree["config"]["model"] == "flock-rn"
+    assert f"--data={spec}" in train and "--pretrained=none" in train and "--steps=1" in train and "--pairs=4" in train
+    assert f"--pretrained={at / 'weights.safetensors'}" in discover and f"--regions={grid}" in discover
+    assert "--quick_gelu=on" in train and "--quick_gelu=on" in discover
+    with safe_open(at / "weights.safetensors", "pt") as file:
+        assert file.metadata()["quick_gelu"] == "True"
+    assert tree["settings"][0]["valid"] and set(tree["settings"][0]["precision_at_10"]) >= {"ravl", "random", "domino"}
+    assert 0 < json.loads((out / "settings/0.99-0/discovery/discovery.json").read_text())["base_rate"] < .5  # of scenes of half the images, less the objects
+    page = (out / "protocol.html").read_text()
+    assert f"<h1>flock: controlled settings, {kind}" in page and words_ in page
+    (at / "figures.json").unlink()
+    assert run(argv) == 0  # the figures anew, with the encoder and the family's own regions
+    figures = json.loads((at / "figures.json").read_text())
+    assert len(figures["groups"]) == groups and 0 <= figures["region_overall"] <= 1
+
+
+def test_each_family_has_its_own_defaults_and_data(tmp_path, in_process, monkeypatch, capsys):
+    def stop(words, **more):
+        if words[0] == sys.executable:
+            raise data.Complaint(" ".join(words))
+        return subprocess.CompletedProcess(words, 1)
+    monkeypatch.setattr(subprocess, "run", stop)
+    monkeypatch.setattr(data, "coco", lambda where, seed: data.cutouts("", 0))
+    for more, wanted in ((["--family=cutouts", "--feature=object=owl"], ("--data=cutouts:0.99:0:object=owl:drawn:drawn", "--model=lite0-clip")),
+                         ([f"--family=coco:{tmp_path}:dog,cat:person"], (f"--data=coco:0.99:0:{tmp_path}:dog,cat:person", "--model=lite0-clip")),
+                         ([], ("--data=digits:0:0", "--model=tiny-conv", "--steps=130", "--learning_rate=0.002", "--pairs=64")), (["--base_steps=9"], ("--steps=9",))):
+        assert run(["--protocol=ravl", f"--out_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path}", *more]) == 2
+        shown = capsys.readouterr().err.split()
+        assert set(wanted) <= set(shown), shown
+
+
+@pytest.mark.parametrize("more", [["--family=cutouts", "--feature=object=unicorn"], ["--family=cutouts", "--foregrounds=/nowhere"], ["--family=coco:/nowhere"]])
+def test_a_family_that_cannot_be_is_one_line(tmp_path, more, capsys):
+    assert run(["--protocol=ravl", f"--out_dir={tmp_path / 'out'}", *more]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and more[-1].partition("=")[2].rpartition("=")[2].removeprefix("coco:") in line
+
+
+def test_a_base_model_is_of_the_flags_and_the_code_that_made_it(tmp_path, monkeypatch):
+    made = []
+    def script_run(name, out, **more):
+        made.append((more, out))
+        data.write(out / "weights.safetensors", b"")
+    monkeypatch.setattr(script, "script_run", script_run)
+    for k, v in dict(model="tiny-conv", cache_dir=str(tmp_path), base_steps=130).items():
+        monkeypatch.setattr(script, k, v)
+    assert script.base_model("digits:0:0") == script.base_model("digits:0:0") and len(made) == 1 and "code" not in made[0][0] and made[0][0]["pretrained"] == "none"
+    for name, value in (("base_steps", 7), ("TRAINING", "other code"), ("model", "lite0-clip")):
+        monkeypatch.setattr(script, name, value)
+        script.base_model("digits:0:0")
+    script.base_model("cutouts:0:0")
+    assert len({out for _, out in made}) == len(made) == 5 and made[-1][0]["pretrained"] == "imagenet"
+    for name, value in (("base_steps", 0), ("model", "RN50"), ("pretrained", "openai")):
+        monkeypatch.setattr(script, name, value)
+        assert script.base_model("digits:0:0") == script.pretrained and len(made) == 5
+        monkeypatch.setattr(script, "base_steps", 5)
+
+
 def test_figures_of_a_setting_are_the_accuracies_of_images_and_kept(tmp_path, monkeypatch):
     from safetensors.torch import save
     monkeypatch.setattr(script, "model", "tiny-conv")
+    monkeypatch.setattr(script, "regions", "grid:2")
     module = model.load_encoder("tiny-conv", "none", device="cpu").module
     torch.nn.init.normal_(module.visual.trunk.body[8].bias, std=.1)
     data.write(tmp_path / "weights.safetensors", save({k: v.contiguous() for k, v in module.state_dict().items()}))

@@ -342,6 +342,13 @@ def test_quick_gelu_of_a_local_file_says_what_was_assumed(tmp_path, small, choic
     assert encoder.module.visual.proj.equal(small["flock-vit"].module.visual.proj)
 
 
+@pytest.mark.parametrize("said, choice, expected", [("True", "auto", True), ("False", "auto", False), ("True", "off", False)])
+def test_quick_gelu_of_weights_that_train_saved_is_what_they_were_trained_with(tmp_path, small, said, choice, expected):
+    save_file({k: v.contiguous() for k, v in small["flock-vit"].module.state_dict().items()}, tmp_path / "w.safetensors", dict(quick_gelu=said))
+    encoder = load_encoder("flock-vit", str(tmp_path / "w.safetensors"), quick_gelu=choice, device="cpu")
+    assert quick(encoder) is expected and ("the record of" if choice == "auto" else "--quick_gelu=off") in encoder.notes[0]
+
+
 @pytest.mark.parametrize("name, tag, choice, passed, note", [
     ("ViT-B-32", "openai", "auto", True, "QuickGELU, by the record of openai"), ("ViT-B-32", "openai", "off", None, "GELU, by --quick_gelu=off"),
     ("ViT-B-32-quickgelu", "openai", "auto", None, "QuickGELU, by the record of openai"), ("ViT-B-32-quickgelu", "openai", "off", False, "GELU, by"),

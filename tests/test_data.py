@@ -1256,7 +1256,7 @@ def test_cutouts_of_a_folder_are_classes_by_kind_and_each_split_shows_others(tmp
 
 @pytest.mark.parametrize("spec, words", [
     ("cutouts:0.9:unicorn", ("songbird, finch", "unicorn")), ("cutouts:0.9:car", ("car is the planted feature",)), ("cutouts:0.9:owl:object=owl", ("owl is the planted feature",)),
-    ("cutouts:0.9:0:object=unicorn", ("no kind 'unicorn'",)), ("cutouts:0.9:0:sound", ("--data", "scene=KIND")), ("cutouts:1:0", ("0 to below 1",)), ("cutouts:0.9:6", ("0 to 5",)),
+    ("cutouts:0.9:0:object=unicorn", ("no kind 'unicorn'",)), ("cutouts:0.9:0:sound", ("--data", "scene=KIND")), ("cutouts:1.1:0", ("0 to 1",)), ("cutouts:0.9:6", ("0 to 5",)),
     ("cutouts:0.9:0:object:/nowhere", ("/nowhere", "no such folder"))])
 def test_cutouts_that_cannot_be_are_one_line(spec, words):
     with complaint(*words):

@@ -1,5 +1,6 @@
 """discover.py: clusters, identification and ranking against slow definitions, its files, bad input, several processes, images."""
 import csv
+import functools
 import json
 import os
 import re
@@ -20,8 +21,10 @@ import model
 from kernels.region_pool import region_pool_ref
 from model import unit
 from test_train import birds
+from conftest import run_script
 
 DISCOVER = str(Path(data.__file__).with_name("discover.py"))
+run = functools.partial(run_script, DISCOVER)
 
 # Made by scikit-learn-extra 0.3.0 and scikit-learn: for k in range(2 * C, 5 * C), x = rows(**case),
 #   distance = numpy.clip(1 - x @ x.T, 0, 1); numpy.fill_diagonal(distance, 0)
@@ -40,27 +43,6 @@ def rows(seed, n, D, spread, cone, dtype, C):
 
 def some_rows(name):
     return torch.from_numpy(rows(**PUBLISHED[name]["case"])).float()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def run(argv):
-    """discover.py in this process, as from the command line: its exit code."""
-    before = sys.argv
-    sys.argv = [DISCOVER, *map(str, argv)]
-    try:
-        runpy.run_path(DISCOVER, run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
-    return 0
 
 
 def tree_of(out):

@@ -1,5 +1,6 @@
 """eval.py from its command line and piece by piece: protocols, metrics, cache, comparison of models, shards, bad input."""
 import csv
+import functools
 import json
 import os
 import re
@@ -19,8 +20,10 @@ import data
 import eval as script
 import model
 from model import unit
+from conftest import run_script
 
 EVAL = str(Path(data.__file__).with_name("eval.py"))
+run = functools.partial(run_script, EVAL)
 COLOURS = {"cat": (132, 118, 110), "dog": (118, 120, 128), "sea": (30, 120, 160), "wood": (60, 130, 50)}
 
 
@@ -47,29 +50,8 @@ def files(tmp_path_factory):
     return pets(tmp_path_factory.mktemp("pets") / "set").parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def words(files, out, *more):
     return [f"--data=folder:{files / 'set'}", "--model=tiny", "--dtype=float32", f"--cache_dir={files / 'cache'}", f"--out_dir={out}", *more]
-
-
-def run(argv):
-    """eval.py in this process, as from the command line: its exit code."""
-    before = sys.argv
-    sys.argv = [EVAL, *argv]
-    try:
-        runpy.run_path(EVAL, run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
-    return 0
 
 
 def results(out):

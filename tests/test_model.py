@@ -53,15 +53,6 @@ class Noise:
         return Image.fromarray(np.random.default_rng(self.k).integers(0, 256, (self.size, self.size, 3), "uint8"))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small inputs gain nothing by more threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def lite0():
     return load_encoder("lite0", device="cpu")

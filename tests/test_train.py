@@ -1,6 +1,7 @@
 """train.py from its command line: results, checkpoint and page, bad input, repeatability, interruption."""
 import csv
 import errno
+import functools
 import json
 import os
 import re
@@ -19,8 +20,10 @@ from PIL import Image, ImageDraw
 import data
 import kernels
 import model
+from conftest import run_script
 
 TRAIN = str(Path(data.__file__).with_name("train.py"))
+run = functools.partial(run_script, TRAIN)
 PLACES = (60, 90, 200), (200, 180, 60), (90, 90, 90)
 CLASSES = (30, 200, 60), (220, 40, 40), (240, 240, 240)
 
@@ -74,30 +77,9 @@ def files(tmp_path_factory):
     return root
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def words(files, out, *more, which="all"):
     return [f"--data=waterbirds:{files / which / 'set'}", f"--foregrounds={files / 'cutouts'}", f"--backgrounds={files / 'photos'}", "--model=tiny",
             "--instances=24", "--per_instance=4", "--own_per=2", f"--cache_dir={files / 'cache'}", f"--out_dir={out}", *more]
-
-
-def run(argv):
-    """train.py in this process, as from the command line: its exit code."""
-    before = sys.argv
-    sys.argv = [TRAIN, *argv]
-    try:
-        runpy.run_path(TRAIN, run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = before
-    return 0
 
 
 def results(out):

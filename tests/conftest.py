@@ -1,0 +1,28 @@
+"""What the tests of several files share."""
+import runpy
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small inputs gain nothing by more threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_script(path, argv):
+    """A script in this process, as from the command line: its exit code."""
+    before = sys.argv
+    sys.argv = [str(path), *map(str, argv)]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = before
+    return 0

@@ -87,7 +87,7 @@ accumulate = 1           # parts that a step is computed in, to the same gradien
 loss = "auto"            # infonce, sigmoid (SigLIP); auto: by the model
 captions = "own"         # own: the data set's; class: the prompt of the image's class, as zero-shot uses it; place: and its place
 discovery = ""           # discovery.json of discover.py, or its folder; every method but finetune, vl_erm and jtt needs it
-clusters = 0             # how many of its kept clusters count, the best first; 0: those that score at least half of what the best does
+clusters = 0             # how many of its kept clusters count, the best first; 0: those worth at least half of the best (clusters_used)
 region_weight = 0.2      # ravl: w in (1 - w) L_CL + w (L_R + L_A)
 region_temperature = 0.07  # ravl: of its cosines
 repeated = "once"        # ravl: a label that several images of the batch have counts once in L_R's sum, or each time
@@ -610,8 +610,7 @@ def discovered(samples, encoder, task):
     if any(p.mask for p in pictures):
         raise Complaint(f"{path}: its regions are masks; the region-aware loss takes boxes or a grid")
     _, r, _ = region_embeddings(first, pictures, found["region_encoder"], cache=cache_dir, batch=batch_size, threads=threads, dtype=dtype, label="regions")
-    score = {c["id"]: c.get("score") or 0. for c in found["clusters"]}
-    used = torch.tensor(found["kept"][:clusters] if clusters else [c for c in found["kept"] if score[c] >= .5 * score[found["kept"][0]]])
+    used = torch.tensor(clusters_used(found, clusters))
     inside = torch.isin(assign_regions(r, found), used).long().split([len(p.boxes) for p in pictures])
     own = [replace(p, frame=encoder.frame(*picture_size(p.picture))).seen() for p in pictures]
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
@@ -622,6 +621,17 @@ def discovered(samples, encoder, task):
         raise Complaint(f"{path}: {having} of {n} training images have a region in its {len(used)} clusters, {without} have no other; nothing to learn from")
     return notes + [f"{having} of {n} training images have a region in the {len(used)} clusters discovered"] + [
         f"{without} of {n} training images have no region without the discovered feature; L_R and L_A skip them"] * (without > 0)
+
+
+def clusters_used(found, most=0):
+    """Which kept clusters of a discovery count as the discovered feature, the best first: the first `most`, or, if 0, those that come to
+    at least half of the best one's score x evenness. Evenness, our reading, not in the paper: 1 - (largest - smallest share of a class's images
+    that have a region in the cluster), over the classes present on both sides. A feature that only misleads is as frequent in one class as in
+    another wherever it is not tied to the label, as in the balanced splits that discover.py looks at; the class's own object is not."""
+    share = lambda c: [g["n_in"] / (g["n_in"] + g["n_out"]) for g in (c.get("gaps") or {}).values()] or [0.]
+    worth = {c["id"]: (c.get("score") or 0.) * (1 - max(share(c)) + min(share(c))) for c in found["clusters"] if c["kept"]}
+    ranked = sorted(found["kept"], key=lambda c: -worth[c])
+    return ranked[:most] if most else [c for c in ranked if worth[c] >= .5 * worth[ranked[0]]]
 
 
 def zero_shot(encoder, samples, x=None):

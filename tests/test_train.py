@@ -571,6 +571,22 @@ def test_samplers_draw_what_their_methods_say(script, monkeypatch):
     assert [int((share[group == g] > 0).sum()) for g in range(4)] == [4, 4, 4, 4]
 
 
+def test_clusters_used_are_those_as_frequent_in_each_class_not_the_class_s_own_object(script):
+    gap = lambda *n: {str(k): dict(n_in=a, n_out=b) for k, (a, b) in enumerate(n)}
+    cluster = lambda i, score, kept, *n: dict(id=i, kept=kept, score=score, gaps=gap(*n))
+    found = dict(kept=[3, 0, 2, 1], clusters=[
+        cluster(3, .80, True, (97, 1), (33, 36)),  # nearly every image of a class: its object; worth .39
+        cluster(0, .78, True, (47, 51), (31, 38)),  # .75
+        cluster(2, .70, True, (48, 50), (41, 28)),  # .63
+        cluster(1, .30, True, (48, 52), (33, 36)),  # even, but weak: .30
+        cluster(4, 9., False, (50, 50), (50, 50))])
+    assert script.clusters_used(found) == [0, 2, 3]
+    found["clusters"][0]["gaps"] = gap((97, 1), (20, 49))
+    assert script.clusters_used(found) == [0, 2]
+    assert script.clusters_used(found, 1) == [0] and script.clusters_used(found, 9) == [0, 2, 1, 3]
+    assert script.clusters_used(dict(kept=[7], clusters=[dict(id=7, kept=True, score=None, gaps={})])) == [7]
+
+
 # --- fine-tuning from the command line
 
 def tune_words(files, out, *more):

@@ -746,6 +746,13 @@ def test_missing_captions_one_class_and_too_few_pairs_are_one_line(files, tmp_pa
     monkeypatch.setattr(data, "waterbirds", without)
     refused(capsys, tune_words(files, tmp_path, "--captions=own"), "1 of 32 training images have no caption", "--captions=class")
 
+    def alone(*arguments):  # the check of data sets looks at groups of all splits: here one class trains, both are tested
+        samples = real(*arguments)
+        return samples.keep(((samples.split > 0) | (samples.y == 0)).nonzero()[:, 0])
+    monkeypatch.setattr(data, "waterbirds", alone)
+    monkeypatch.setattr(data, "check", lambda samples, splits=True: samples)
+    refused(capsys, tune_words(files, tmp_path), "training images are of one class")
+
 
 def test_a_batch_of_one_class_is_said_and_does_not_stop(files, tmp_path, capsys):
     assert run(tune_words(files, tmp_path, "--pairs=2", "--steps=12")) == 0

@@ -156,6 +156,7 @@ def main():
     say(summary(results))
     if train not in ("auto", "map"):
         save_weights(out, last["encoder"], config)
+        last["probes"] = {k: last["probes"][v] for k, v in dict(erm="bap_encoder", bap="bap", val_probe_bap="val_probe_bap").items()}  # those of its embeddings
     save_checkpoint(out / "ckpt.pt", dict(config=config, git=results["git"], fingerprint=last["encoder"].fingerprint, map=last["map"].state_dict(),
                                           power=last["map"].power, probes={k: p.state() for k, p in last["probes"].items()},
                                           classes=last["samples"].classes, places=last["samples"].places))

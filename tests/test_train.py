@@ -279,15 +279,20 @@ def test_encoder_is_pretrained_toward_the_anchors(files, tmp_path, capsys, part)
         check_method(tree["methods"][name], (8, 7, 6, 5))
     assert all(0 <= tree["zero_shot"][k]["overall"] <= 1 for k in ("before", "after"))
     first, last = model.load_encoder("tiny"), model.load_encoder("tiny", str(tmp_path / "weights.safetensors"))
-    assert model.load_checkpoint(tmp_path / "ckpt.pt", last)["config"]["train"] == part
+    kept = model.load_checkpoint(tmp_path / "ckpt.pt", last)
+    assert kept["config"]["train"] == part and set(kept["probes"]) == {"erm", "bap", "val_probe_bap"}  # no probe of the encoder as it was
     with pytest.raises(data.Complaint, match="not with the weights"):
         model.load_checkpoint(tmp_path / "ckpt.pt", first)
     a, b = first.module.state_dict(), last.module.state_dict()
     changed = {k for k in a if not torch.equal(a[k], b[k])}
     late = {k for k in a if k.startswith(("visual.transformer.resblocks.3.", "visual.ln_post", "visual.proj"))}
     assert changed <= (late if part == "last_blocks" else {k for k in a if k.startswith("visual.")}) and len(changed) > .8 * len(late)
-    z = [model.embed(e, [data.Photo(str(p)) for p in sorted((files / "all/set").glob("*.png"))], "", dtype="float32")[0] for e in (first, last)]
-    assert not torch.allclose(*z, atol=1e-3)
+    samples = data.load_data(f"waterbirds:{files / 'all/set'}")
+    z, test = model.embed(last, samples.items, str(files / "cache"))[0], samples.split == 2
+    for probe, name, g in (("erm", "bap_encoder", model.unit), ("bap", "bap", model.load_map(kept))):
+        right = model.Probe(**kept["probes"][probe]).predict(g(z)) == samples.y
+        found = model.group_metrics(right[test], samples.y[test], samples.place[test], samples.counts(0), 2)["groups"]
+        assert [v["accuracy"] for v in found] == [v["accuracy"] for v in tree["methods"][name]["groups"]]
 
 
 def test_pretraining_of_the_encoder_resumes_to_the_same_numbers(files, tmp_path, monkeypatch):

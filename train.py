@@ -112,8 +112,8 @@ ORDER = {  # of the table's rows
     "erm": "probe on the raw embedding", "group_weighted": "the same, groups weighted by the inverse of their size",
     "nullspace": "32 leading background directions projected out", "leace": "LEACE on the same 32 background coordinates",
     "copy_paste": "training foregrounds also on random backgrounds (needs masks)", "bap_closed": "Wiener filter on the raw embedding",
-    "bap_synthetic": "bap without the target's own foregrounds", "bap_map": "bap's map on the encoder as it was",
-    "bap_encoder": "the pre-trained encoder without a map", "bap": "BAP, the recommended map",
+    "bap_synthetic": "bap without the target's own foregrounds", "bap_map": "the recommended map on the encoder as it was",
+    "bap_both": "the map on the pre-trained encoder", "bap": "BAP: the recommended map, or the pre-trained encoder",
     "erm_tuned": "penalty tuned on the validation groups", "bap_tuned": "map and penalty tuned on the validation groups",
     "dfr": "last-layer retraining on validation groups", "val_probe": "probe on the balanced validation set", "val_probe_bap": "the same through the map",
     "balanced_train": "training foregrounds on every place: the true ceiling"}
@@ -156,7 +156,7 @@ def main():
     say(summary(results))
     if train not in ("auto", "map"):
         save_weights(out, last["encoder"], config)
-        last["probes"] = {k: last["probes"][v] for k, v in dict(erm="bap_encoder", bap="bap", val_probe_bap="val_probe_bap").items()}  # those of its embeddings
+        last["probes"] = {k: last["probes"][v] for k, v in dict(erm="bap", bap="bap", val_probe_bap="val_probe_bap").items()}  # those of its embeddings
     save_checkpoint(out / "ckpt.pt", dict(config=config, git=results["git"], fingerprint=last["encoder"].fingerprint, map=last["map"].state_dict(),
                                           power=last["map"].power, probes={k: p.state() for k, p in last["probes"].items()},
                                           classes=last["samples"].classes, places=last["samples"].places))
@@ -242,10 +242,12 @@ def one_run(encoder, figures, grounds, s, out, config):
         new = embedded(kept + own_cells, "composites, trained", trained)[0].split([len(z), len(own_cells)])
         x_bap = embedded(samples.items, "target, trained", trained)[0]
         grids = [(weight, v, k) for v, (weight, _, k) in zip(new, grids)]
-        maps.update(bap_map=maps["bap"], bap_encoder=unit, bap=wiener(grids, lam, exponent))
+        D = x_bap.shape[1]
+        maps.update(bap_map=maps["bap"], bap_both=wiener(grids, lam, exponent), bap=Map(torch.zeros(D), torch.eye(D)))  # no map any more
         zero = encoder.reads and dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap)) or None
     if bap_map != "closed":
-        maps["bap"] = contrast(maps["bap"], grids[0][1], i, j, s, lambda: unfinished(out / "map.pt", config, encoder),
+        last = "bap_both" if "bap_both" in maps else "bap"
+        maps[last] = contrast(maps[last], grids[0][1], i, j, s, lambda: unfinished(out / "map.pt", config, encoder),
                               lambda **state: save_checkpoint(out / "map.pt", dict(config=config, fingerprint=encoder.fingerprint, **state)))
     if cuts:
         maps["bap_synthetic"] = wiener([(1., z, i)], lam, exponent)
@@ -257,7 +259,7 @@ def one_run(encoder, figures, grounds, s, out, config):
     probes, correct = {}, {}
 
     def probe(name, g, mask=biased, extra=None, weight=None):
-        z = x_bap if name in ("bap", "bap_encoder", "val_probe_bap") else x
+        z = x_bap if name in ("bap", "bap_both", "val_probe_bap") else x
         inputs, labels = g(z[mask]), y[mask]
         if extra:
             inputs, labels = torch.cat([inputs, g(extra[0])]), torch.cat([labels, extra[1]])

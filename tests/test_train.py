@@ -275,7 +275,7 @@ def test_encoder_is_pretrained_toward_the_anchors(files, tmp_path, capsys, part)
     found = [float(v) for v in re.findall(r"L_anchor ([\d.]+)", said)]
     assert len(found) == 4 and found[-1] < .8 * found[0] and "zero-shot" in said
     tree = results(tmp_path)
-    for name in ("bap", "bap_map", "bap_encoder"):
+    for name in ("bap", "bap_map", "bap_both"):
         check_method(tree["methods"][name], (8, 7, 6, 5))
     assert all(0 <= tree["zero_shot"][k]["overall"] <= 1 for k in ("before", "after"))
     first, last = model.load_encoder("tiny"), model.load_encoder("tiny", str(tmp_path / "weights.safetensors"))
@@ -289,7 +289,7 @@ def test_encoder_is_pretrained_toward_the_anchors(files, tmp_path, capsys, part)
     assert changed <= (late if part == "last_blocks" else {k for k in a if k.startswith("visual.")}) and len(changed) > .8 * len(late)
     samples = data.load_data(f"waterbirds:{files / 'all/set'}")
     z, test = model.embed(last, samples.items, str(files / "cache"))[0], samples.split == 2
-    for probe, name, g in (("erm", "bap_encoder", model.unit), ("bap", "bap", model.load_map(kept))):
+    for probe, name, g in (("erm", "bap", model.unit), ("bap", "bap", model.load_map(kept))):
         right = model.Probe(**kept["probes"][probe]).predict(g(z)) == samples.y
         found = model.group_metrics(right[test], samples.y[test], samples.place[test], samples.counts(0), 2)["groups"]
         assert [v["accuracy"] for v in found] == [v["accuracy"] for v in tree["methods"][name]["groups"]]

@@ -442,7 +442,7 @@ def summary(results):
     spread = f"; means of {seeds} seeds, spread of bap's worst group {results['methods']['bap']['spread']:.3f}" if seeds > 1 else ""
     zero = results["zero_shot"]
     return "\n".join((
-        *(["\n" + zero_table(zero)] if zero else []),
+        *(["\n" + table(*zero_rows(zero))] if zero else []),
         "\nHow additive are embeddings of composites? Shares of their variance",
         table(("geometry", *keys), [(k, *[a[k][q] for q in keys]) for k in a]),
         f"cos(z(f, b), z(f) + z(b)): raw {sums['cos_sum']:.3f} (shuffled {sums['cos_sum_shuffled']:.3f}), "
@@ -481,7 +481,7 @@ def report(results, last):
     erm, bap, v = methods["erm"], methods["bap"], results["invariance"]
     return page("flock: background-invariant anchor pre-training",
                 f"{data}, {model} {pretrained}: worst group {erm['worst_group']:.3f} for a probe on the raw embedding, "
-                f"{bap['worst_group']:.3f} through the map. It used no place labels.", [
+                f"{bap['worst_group']:.3f} with BAP. It used no place labels.", [
         ("Composites to pre-train on", shown + "".join(thumb(Composite(c, None, None).image(), "cut out of the target")
                                                        for c in last["cuts"][:6])),
         ("The biased data", "<p>" + escape("; ".join(samples.notes)) + "</p>" + biased),
@@ -491,6 +491,7 @@ def report(results, last):
         ("Additivity", "<p>Shares of the variance of composites in the fit z(f, b) = mu + a + c + e, flat and after the log map at the intrinsic mean.</p>"
          + html_table(("geometry", *keys), [(k, *[a[k][q] for q in keys]) for k in a])
          + f"<p>cos(z(f, b), z(f on grey) + z(b alone)), means removed: {a['flat']['cos_sum_centred']:.3f}; shuffled {a['flat']['cos_sum_centred_shuffled']:.3f}.</p>"),
+        *([("Zero-shot", html_table(*zero_rows(results["zero_shot"])))] if results["zero_shot"] else []),
         ("Invariance", f"<p>{place_probe(v)}cosine of map outputs within a foreground {v['cos_within']:.3f}, between foregrounds {v['cos_between']:.3f}.</p>"),
         ("Worst errors of bap on test", errors or "<p>none</p>"),
         ("Flags", "<pre>" + escape("\n".join(f"--{k}={v}" for k, v in results["config"].items())) + f"\ngit {results['git']}</pre>")])
@@ -543,7 +544,7 @@ def finetune(config):
     if rank:
         return
     after = zero_shot(encoder, samples)
-    say(zero_table(dict(before=before, after=after)))
+    say(table(*zero_rows(dict(before=before, after=after))))
     save_weights(out, encoder, config)
     seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
     write_json(out / "finetune.json", dict(config=config, git=revision(), notes=notes, before=before, after=after, seconds=seconds))
@@ -551,9 +552,9 @@ def finetune(config):
     say(f"\n{out}/weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s")
 
 
-def zero_table(both):
-    return table(("zero-shot, test split", "worst_group", "avg_group_mean", "overall"),
-                 [(name, m["worst_group"], m["avg_group_mean"], m["overall"]) for name, m in both.items()])
+def zero_rows(both):
+    """Header and rows of the table of zero-shot accuracies before and after."""
+    return ("zero-shot, test split", "worst_group", "avg_group_mean", "overall"), [(name, m["worst_group"], m["avg_group_mean"], m["overall"]) for name, m in both.items()]
 
 
 def save_weights(out, encoder, config):

@@ -278,6 +278,7 @@ def test_encoder_is_pretrained_toward_the_anchors(files, tmp_path, capsys, part)
     for name in ("bap", "bap_map", "bap_both"):
         check_method(tree["methods"][name], (8, 7, 6, 5))
     assert all(0 <= tree["zero_shot"][k]["overall"] <= 1 for k in ("before", "after"))
+    assert "<h2>Zero-shot</h2>" in (tmp_path / "report.html").read_text()
     first, last = model.load_encoder("tiny"), model.load_encoder("tiny", str(tmp_path / "weights.safetensors"))
     kept = model.load_checkpoint(tmp_path / "ckpt.pt", last)
     assert kept["config"]["train"] == part and set(kept["probes"]) == {"erm", "bap", "val_probe_bap"}  # no probe of the encoder as it was

@@ -950,9 +950,9 @@ def cutouts(where, seed):
     at = {plain(k): k for k in known}
     if wanted and plain(wanted) not in at:
         raise Complaint(f"--data: cutouts:{where}: no kind {wanted!r}; {near(wanted, known)}")
-    if len(known) < 2 or len(figures) < 2 + (what == "object"):
+    if len(known) < 2 or not grounds or len(figures) < 2 + (what == "object"):
         raise Complaint(f"--data: cutouts:{where}: {len(figures)} kinds of cut-outs ({', '.join(figures) or 'none'}) and {len(grounds)} of backgrounds, of at least "
-                        f"{FEW} each; expected two classes and " + ("a second object" if what == "object" else "two kinds of scenes")
+                        f"{FEW} each; expected two classes and " + ("a second object on some background" if what == "object" else "two kinds of scenes")
                         + "; a kind is a sub-folder, or the part of the file name before __")
     mark = at[plain(wanted)] if wanted else known[-1 if what == "object" else 0]
     if what == "object" and plain(spurious) == plain(mark):
@@ -1072,7 +1072,7 @@ def coco_objects(root):
     files = sorted(notes.glob("instances_*.json"))
     if not files:
         raise Complaint(f"{notes}: no instances_*.json in it (found {inside(notes)}); get COCO's annotations_trainval and its images")
-    photos, names, lost = [], {}, []
+    photos, names, lost, known = [], {}, [], {}
     for file in files:
         tree, part, objects, crowds = read_json(file), file.stem.removeprefix("instances_"), {}, {}
         try:
@@ -1087,6 +1087,8 @@ def coco_objects(root):
             images = first_folder(root, part, f"images/{part}", "images")
             there = set(os.listdir(images))
             for i in sorted(tree["images"], key=lambda i: i["id"]):
+                if i["file_name"] in there and known.setdefault(i["id"], file) != file:  # of 2014 and 2017: it would be in train and in test
+                    raise Complaint(f"{file}: has photos that {known[i['id']].name} has too (the first is number {i['id']}); keep the files of one year")
                 if i["file_name"] in there:
                     photos.append((str(images / i["file_name"]), {k: tuple(b) for k, b in objects.get(i["id"], {}).items()}, crowds.get(i["id"], set())))
                 else:
@@ -2113,7 +2115,7 @@ def lines(curves, xlabel, ylabel):
     """Curves with bands as an SVG that stands alone. curves: name -> list of (x, dict(mean, low, high))."""
     colours, points = ("#4f8f86", "#b4703c", "#6a6fae", "#8a8f3a"), [p for curve in curves.values() for p in curve]
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    y0, y1 = math.floor(10 * min(0., *[m["low"] for _, m in points])) / 10, math.ceil(10 * max(m["high"] for _, m in points)) / 10
+    y0, y1 = math.floor(10 * min(0., *[m["low"] for _, m in points])) / 10, max(.1, math.ceil(10 * max(m["high"] for _, m in points)) / 10)
     X, Y = (lambda v: 60 + 620 * (v - x0) / (x1 - x0)), (lambda v: 340 - 300 * (v - y0) / (y1 - y0))
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 400" font-family="system-ui,sans-serif" font-size="13" fill="#22302d">'
            '<rect width="720" height="400" fill="#fbfaf6"/>']

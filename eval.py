@@ -789,7 +789,7 @@ def controlled_settings(config):
 
 def script_run(name, out, **more):
     """Runs train.py or discover.py beside this file, its output into out/log.txt; raises Complaint with its last line."""
-    words = [f"--{k}={v}" for k, v in dict(dict(model=model, quick_gelu=quick_gelu, out_dir=out, cache_dir=cache_dir, threads=threads, seed=seed), **more).items()]
+    words = [f"--{k}={v}" for k, v in dict({k: globals()[k] for k in ("model", "quick_gelu", "device", "dtype", "batch_size", "cache_dir", "threads", "seed")}, out_dir=out, **more).items()]
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out) / "log.txt", "w") as log:
         job = subprocess.run([sys.executable, str(Path(__file__).with_name(name)), *words], stdout=log, stderr=subprocess.STDOUT)
@@ -843,7 +843,7 @@ def reached(at, samples):
     path = at / "figures.json"
     if path.is_file():
         return json.loads(path.read_text())
-    encoder = load_encoder(model, str(at / "weights.safetensors"), quick_gelu)
+    encoder = load_encoder(model, str(at / "weights.safetensors"), quick_gelu, device)
     test = samples.keep((samples.split == 2).nonzero()[:, 0])
     pictures, _ = load_regions(regions, test.items, encoder.frame)
     z, r, _ = region_embeddings(encoder, pictures, cache="", threads=threads, label=f"{at.parent.name} {at.name}")
@@ -941,15 +941,16 @@ def contrast_or_not(config):
     """--protocol=contrast: the same base, data and steps with a contrastive loss and with cross-entropy, the planted feature tied ever more
     strongly to a class. On the uncorrelated test split: accuracy of the worst group and of all, and drop, accuracy of that class with the
     feature minus without it. Our design. Writes contrast.json, .csv and .svg (the worst group). A run that is there is not repeated."""
-    expect(1 <= repeats <= 10, "repeats", repeats, "a whole number from 1 to 10")
     started, out, spec = time.time(), Path(out_dir), of_family(config)
+    C = len(load_data(spec(0, 0), seed=seed).classes)
+    expect(1 <= repeats <= C, "repeats", repeats, f"a whole number from 1 to {C}, the number of classes")
     base, rows = base_model(spec(0, 0)), []
     for strength in SWEEP:
         for k in range(repeats):
             samples = load_data(spec(strength, k), seed=seed + k)
             for name, (method, captions) in ARMS.items():
                 words = dict(data=spec(strength, k), pretrained=base, steps=steps, learning_rate=learning_rate, pairs=pairs, seed=seed + k, method=method, captions=captions)
-                at = out / "runs" / hashlib.sha256(json.dumps([words, model]).encode()).hexdigest()[:12]
+                at = out / "runs" / hashlib.sha256(json.dumps([words, model, quick_gelu, TRAINING]).encode()).hexdigest()[:12]
                 if not (at / "weights.safetensors").is_file():
                     script_run("train.py", at, **words)
                 found = reached(at, samples)

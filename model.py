@@ -374,6 +374,9 @@ def _open_clip(model, pretrained, quick_gelu, device):
     try:
         with quiet():  # its QuickGELU warning too: decided and said above
             kwargs = {} if quick == own else dict(quick_gelu=quick)
+            seen = record.get("preprocess") or {}
+            kwargs.update(dict(init_logit_bias=0.) if record.get("bias") else {})
+            kwargs.update({f"image_{k}": seen[k] for k in ("mean", "std", "interpolation", "resize_mode") if seen.get(k)} if local else {})
             module, _, transform = open_clip.create_model_and_transforms(model, pretrained="" if pretrained == "none" else pretrained, **kwargs)
     except Exception as problem:
         what = "does not fit this model" if local else "its weights cannot be fetched"
@@ -400,16 +403,15 @@ def _first(problem):
 
 
 def _record(path):
-    """What train.py says of the weights that it saved, as open_clip of its tags: dict(quick_gelu=bool), or {}."""
+    """What train.py says of the weights that it saved, as open_clip of its tags: dict(quick_gelu, preprocess, and bias: of the logits), or {}."""
     if not path.endswith(".safetensors"):
         return {}
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file:
-            said = (file.metadata() or {}).get("quick_gelu")
-    except (SafetensorError, OSError):  # _load_file says what is wrong with it
+            return json.loads((file.metadata() or {}).get("record", "{}"))
+    except (SafetensorError, OSError, ValueError):  # _load_file says what is wrong with it
         return {}
-    return dict(quick_gelu=said == "True") if said else {}
 
 
 def _refuse_archive(path):
@@ -430,7 +432,10 @@ def _load_file(module, path):
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict(state.get("state_dict", state))
+        state = state.get("state_dict", state)
+        if "logit_bias" in state and getattr(module, "logit_bias", 0) is None:  # fine-tuned by SigLIP's loss
+            module.logit_bias = nn.Parameter(torch.zeros(()))
+        module.load_state_dict(state)
     except Exception as problem:
         raise Complaint(f"--pretrained={path}: does not fit {type(module).__name__} ({_first(problem)})") from None
 

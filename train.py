@@ -78,9 +78,9 @@ bap_map = "closed"       # closed (Wiener filter), linear or mlp, the last two t
 steps = 300              # of that training, and of fine-tuning
 learning_rate = 3e-4
 scale = 20.0             # inverse temperature of the contrast
-train = "auto"           # bap: map, on the frozen encoder (auto), or the encoder too: last_blocks, image. Fine-tuning: all (auto), image, text,
-                         # projection (the last layer of each tower, and the temperature)
-text_weight = 0.1        # bap, encoder: weight of the term that keeps what texts say of an image
+train = "auto"           # bap: map, on the frozen encoder (auto), or the encoder itself: image, last_blocks (the last quarter of its image tower).
+                         # Fine-tuning: all (auto), image, text, projection (the last layer of each tower, and the temperature)
+text_weight = 0.1        # bap, encoder: weight of the term that keeps what texts, or an ImageNet classifier's rows, say of an image
 # --- fine-tuning (every method but bap; pairs, accumulate and all from warmup on also bap with --train=last_blocks|image) --
 pairs = 128              # image-caption pairs in a step, of all processes together
 accumulate = 1           # parts that a step is computed in, to the same gradient: less memory, a second forward pass
@@ -125,7 +125,9 @@ def main():
     if method != "bap":
         return finetune(config)
     expect(train in ("auto", "map", "last_blocks", "image"), "train", train, "map, last_blocks or image with --method=bap")
-    expect(join()[1] == 1, "method", method, "one process; torchrun is for the other methods")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise Complaint("--method=bap: runs in one process; start it without torchrun")
+    expect(log_to in ("", "tensorboard", "wandb"), "log_to", log_to, "tensorboard or wandb")
     expect(bap_map in ("closed", "linear", "mlp"), "bap_map", bap_map, "closed, linear or mlp")
     expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
     for flag, least in (("instances", 8), ("per_instance", 2), ("own_per", 2), ("own_most", 8), ("batch_size", 1), ("threads", 0),
@@ -133,7 +135,8 @@ def main():
         expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
     for flag in ("l2", "lam", "learning_rate", "scale", "clip"):
         expect(0 < config[flag] < float("inf"), flag, config[flag], "a positive number")
-    expect(0 <= text_weight < float("inf"), "text_weight", text_weight, "a number from 0")
+    for flag in ("text_weight", "weight_decay"):
+        expect(0 <= config[flag] < float("inf"), flag, config[flag], "a number from 0")
     expect(pairs % accumulate == 0, "pairs", pairs, f"a multiple of {accumulate} parts")
     expect(0 <= own <= 1, "own", own, "a number from 0 to 1")
     expect(0 <= power <= 1, "power", power, "a number from 0 to 1")
@@ -142,7 +145,7 @@ def main():
 
     encoder = load_encoder(model, pretrained, quick_gelu, device)
     figures, grounds, notes = layers(foregrounds, backgrounds, skip_bad, seed, difficulty)
-    partial = unfinished(out / "partial.pt", config, encoder)
+    partial, *_ = [unfinished(out / name, config, encoder) for name in ("partial.pt", "training.pt", "map.pt")]  # complains now, not in an hour
     runs = partial["runs"][:seeds - 1] if partial else []
     for s in range(seed + len(runs), seed + seeds):
         result, last = one_run(encoder, figures, grounds, s, out, config)
@@ -169,6 +172,8 @@ def main():
 
 def unfinished(path, config, encoder):
     """What an interrupted run of the same flags has left, with --resume; else None."""
+    if not resume:
+        path.unlink(missing_ok=True)  # of another run: it would be in the way of this one's --resume
     state = load_checkpoint(path, encoder) if resume and path.is_file() else None
     if state is None:
         return None
@@ -293,7 +298,7 @@ def one_run(encoder, figures, grounds, s, out, config):
     for name in methods:
         low, high = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=s)
         methods[name]["over_erm"] = [low, high]
-    result = dict(additivity=additive, invariance=invariance(maps["bap"], grids[0][1], i, x_bap, samples, s), methods=methods, seconds=seconds, zero_shot=zero)
+    result = dict(additivity=additive, invariance=invariance(maps["bap"], grids[0][1], i, x, x_bap, samples, s), methods=methods, seconds=seconds, zero_shot=zero)
     return result, dict(map=maps["bap"], probes=probes, samples=samples, correct=correct, x=x_bap, cells=cells, cuts=cuts, encoder=trained)
 
 
@@ -325,7 +330,7 @@ def pretrain(encoder, cells, grids, j, samples, s, out, config):
     cells: the composites [N]; grids: as wiener takes them, j: background of each.
     """
     z = torch.cat([v for _, v, _ in grids])
-    i = renumber(torch.cat([k + n * len(cells) for n, (_, _, k) in enumerate(grids)]))
+    i = renumber(torch.cat([k + n * instances for n, (_, _, k) in enumerate(grids)]))
     mu, a, _ = additive_solve(z, i, renumber(j))
     weight = torch.cat([torch.full((len(v),), w / len(v)) for w, v, _ in grids])
     task = dict(items=cells, y=i, C=len(a), mu=mu.float().to(encoder.device), anchors=a.float().to(encoder.device), weight=weight, read=readout(encoder, samples), seed=s)
@@ -398,9 +403,9 @@ def contrast(g, z, i, j, s, load, save):
     return g.requires_grad_(False)
 
 
-def invariance(g, z, i, x, samples, s):
+def invariance(g, z, i, x, x_bap, samples, s):
     """Is the map's output invariant? Accuracy on test of a probe for the place, trained on val, on the raw embedding and on
-    the map; mean cosine of map outputs of one foreground on two backgrounds, and of two foregrounds."""
+    the map (of the trained encoder's x_bap, where one is trained); mean cosine of map outputs of one foreground on two backgrounds, and of two foregrounds."""
     val, test = samples.split == 1, samples.split == 2
     one = len(torch.unique(samples.place[val])) < 2  # no place to predict
     accuracy = lambda v: None if one else float((fit_probe(v[val], samples.place[val], l2).predict(v[test]) == samples.place[test]).double().mean())
@@ -408,7 +413,7 @@ def invariance(g, z, i, x, samples, s):
     pick = torch.randperm(len(y), generator=generator)[:2000]
     cosine, same = y[pick] @ y[pick].T, i[pick][:, None] == i[pick]
     same_not_self = same & ~torch.eye(len(pick), dtype=torch.bool)
-    return dict(place_probe_raw=accuracy(unit(x)), place_probe_map=accuracy(g(x)),
+    return dict(place_probe_raw=accuracy(unit(x)), place_probe_map=accuracy(g(x_bap)),
                 cos_within=float(cosine[same_not_self].mean()), cos_between=float(cosine[~same].mean()))
 
 
@@ -521,12 +526,15 @@ def finetune(config):
     for flag in ("learning_rate", "region_temperature", "clip", "jtt_weight"):
         expect(0 < config[flag] < math.inf, flag, config[flag], "a positive number")
     expect(0 <= region_weight <= 1, "region_weight", region_weight, "a number from 0 to 1")
+    expect(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "a number from 0")
     rank, world = join()
     expect(pairs % (world * accumulate) == 0, "pairs", pairs, f"a multiple of {world} processes x {accumulate} parts")
     out, started, talk = Path(out_dir), time.time(), say if rank == 0 else lambda line: None
     samples = load_data(data, masks, confounder, seed, difficulty)
     task = pairs_of(samples)
     encoder = load_encoder(model, pretrained, quick_gelu, device)
+    if loss == "sigmoid" and getattr(encoder.module, "logit_bias", None) is None:
+        encoder.module.logit_bias = torch.nn.Parameter(torch.tensor(-10., device=encoder.device))
     task["prompts"] = [texts[0] for texts in samples.class_prompts()]
     encoder.texts(task["prompts"])  # complains if there is no text tower
     notes = encoder.notes + samples.notes
@@ -558,10 +566,11 @@ def zero_rows(both):
 
 
 def save_weights(out, encoder, config):
-    """weights.safetensors, for --pretrained; with its activation, which no name says once a tag's weights are a local file."""
+    """weights.safetensors, for --pretrained; with its activation and preprocessing, which no name says once a tag's weights are a local file."""
     from safetensors.torch import save
     state = {k: v.detach().cpu().contiguous() for k, v in encoder.module.state_dict().items()}
-    write(out / "weights.safetensors", save(state, dict(config=json.dumps(config), git=str(revision()), quick_gelu=str(any(type(m).__name__ == "QuickGELU" for m in encoder.module.modules())))))
+    record = dict(bias=getattr(encoder.module, "logit_bias", None) is not None, quick_gelu=any(type(m).__name__ == "QuickGELU" for m in encoder.module.modules()), preprocess=getattr(getattr(encoder.module, "visual", None), "preprocess_cfg", {}))
+    write(out / "weights.safetensors", save(state, dict(config=json.dumps(config), git=str(revision()), record=json.dumps(record))))
 
 
 def join():
@@ -663,15 +672,15 @@ def first_errors(encoder, task, samples, talk):
 class Towers(torch.nn.Module):
     """Both towers in one forward pass, for DDP and torch.compile."""
 
-    def __init__(self, module, kind):
+    def __init__(self, module, kind, raw=False):
         super().__init__()
-        self.module, self.kind = module, kind
+        self.module, self.kind, self.raw = module, kind, raw
 
     def forward(self, x, boxes, texts, prompts):
         """Images [N, 3, H, W], boxes [N, R, 4] in shares of the image, tokens [M, L], [C, L]; each but x may be None -> dict of
-        unit-norm z [N, D], r [N, R, D] (regions, from the same pass), t [M, D], g [C, D], and scale, bias of the logits; without
-        texts and prompts only z, not normalised."""
-        if texts is None and prompts is None:
+        unit-norm z [N, D], r [N, R, D] (regions, from the same pass), t [M, D], g [C, D], and scale, bias of the logits; if
+        raw only z, not normalised."""
+        if self.raw:
             return dict(z=embeddings(self.module, self.kind, x).float())
         out = {}
         if boxes is None:
@@ -682,8 +691,9 @@ class Towers(torch.nn.Module):
             cells = boxes.flatten(0, 1) * boxes.new_tensor([w, h, w, h])
             out["r"] = region_pool(m.float(), cells, torch.arange(N, device=x.device).repeat_interleave(R)).unflatten(0, (N, R))
         tokens = {name: some for name, some in (("t", texts), ("g", prompts)) if some is not None}
-        both = self.module.encode_text(torch.cat(list(tokens.values())))  # one pass: the gradient of the vocabulary is dense
-        out.update(zip(tokens, both.split([len(some) for some in tokens.values()])))
+        if tokens:
+            both = self.module.encode_text(torch.cat(list(tokens.values())))  # one pass: the gradient of the vocabulary is dense
+            out.update(zip(tokens, both.split([len(some) for some in tokens.values()])))
         out = {k: unit(v.float()) for k, v in out.items()}
         out["scale"] = self.module.logit_scale.exp()
         if getattr(self.module, "logit_bias", None) is not None:
@@ -700,13 +710,11 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
     rank, world = join()
     module, regions, amp = encoder.module, method == "ravl", dtype == "bfloat16" or dtype == "auto" and encoder.device.startswith("cuda")
     kind = ("sigmoid" if getattr(module, "logit_bias", None) is not None else "infonce") if loss == "auto" else loss
-    if method != "bap" and kind == "sigmoid" and getattr(module, "logit_bias", None) is None:
-        module.logit_bias = torch.nn.Parameter(torch.tensor(-10., device=encoder.device))
     pick_parameters(encoder, method, kind)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW([dict(params=[p for p in parameters if p.dim() > 1], weight_decay=weight_decay),
                                    dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.)], learning_rate, (.9, .98))
-    tower = Towers(module, encoder.kind)
+    tower = Towers(module, encoder.kind, method == "bap")
     tower = torch.compile(tower) if compile else tower
     ddp = torch.nn.parallel.DistributedDataParallel(tower) if world > 1 else tower
     contrast_too = method not in ("bap", "vl_erm", "vl_gdro")
@@ -795,11 +803,14 @@ def pick_parameters(encoder, method, kind):
     chosen = {"all": lambda n: True, "image": visual, "text": lambda n: not visual(n), "projection": lambda n: n.startswith(last)}
     if part == "last_blocks":
         names = [n for n, _ in module.named_parameters() if visual(n)]
-        number = [int(m[1]) if (m := re.search(r"(?:blocks|layers|stages|features|layer)\.?(\d+)\.", n)) else -1 for n in names]
-        least = max(number) + 1 - max(1, round((max(number) - min(k for k in number if k >= 0) + 1) / 4)) if max(number) >= 0 else 0
+        number = [int(m[1]) if (m := re.search(r"(?<![a-z])(?:blocks|resblocks|layers|stages|features|layer)\.?(\d+)\.", n)) else -1 for n in names]
+        if max(number) < 0:
+            raise Complaint(f"--train=last_blocks: found no numbered blocks, layers or stages in {encoder.name}; use --train=image")
+        least = max(number) + 1 - max(1, round((max(number) - min(k for k in number if k >= 0) + 1) / 4))
         after = set(names[next((k for k, v in enumerate(number) if v >= least), 0):])
         chosen[part] = lambda n: n in after or visual(n) and n.startswith(last)
-    head = {id(p) for p in module.get_classifier().parameters()} if encoder.kind == "timm" else set()
+    heads = module.get_classifier() if encoder.kind == "timm" else ()  # of distilled ones a tuple
+    head = {id(p) for m in (heads if isinstance(heads, tuple) else (heads,)) for p in m.parameters()}
     for name, p in module.named_parameters():
         scalar = name in ("logit_scale", "logit_bias")
         p.requires_grad_(method != "bap" and (name == "logit_scale" or name == "logit_bias" and kind == "sigmoid" and method not in ("vl_erm", "vl_gdro"))

@@ -1288,6 +1288,15 @@ def objects(root, groups=dict(dog=(300, 170), cat=(200, 400), bus=(160, 149)), m
     return root
 
 
+def test_coco_of_two_years_would_have_a_photo_in_two_splits(tmp_path):
+    objects(tmp_path, dict(dog=(3, 3), cat=(3, 3)))
+    tree = json.loads((tmp_path / "annotations/instances_val2017.json").read_text())
+    touch(tmp_path / "val2014", *[i["file_name"] for i in tree["images"]])
+    data.write_json(tmp_path / "annotations/instances_val2014.json", tree)
+    with complaint("instances_val2017.json", "instances_val2014.json", "one year"):
+        data.load_data(f"coco:0.9:cat:{tmp_path}")
+
+
 @pytest.fixture(scope="module")
 def small_coco(tmp_path_factory):
     return objects(tmp_path_factory.mktemp("coco"))
@@ -1685,6 +1694,10 @@ def test_load_discovery_of_damaged_files(tmp_path, name, content):
 def test_load_discovery_without_an_array(tmp_path, missing):
     with complaint("not what discover.py writes", missing):
         data.load_discovery(discovery(tmp_path / "out", **{missing: None}))
+
+
+def test_lines_of_nothing_but_zeros():
+    assert data.lines({"flat": [(.5, dict(mean=0., low=0., high=0.)), (1., dict(mean=0., low=0., high=0.))]}, "x", "y").endswith("</svg>")
 
 
 def test_lines_are_an_svg_that_stands_alone_and_puts_points_where_they_belong():

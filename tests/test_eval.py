@@ -774,7 +774,7 @@ def test_a_natural_family_runs_through_the_scripts_with_a_clip_resnet(tmp_path, 
     assert f"--pretrained={at / 'weights.safetensors'}" in discover and f"--regions={grid}" in discover
     assert "--quick_gelu=on" in train and "--quick_gelu=on" in discover
     with safe_open(at / "weights.safetensors", "pt") as file:
-        assert file.metadata()["quick_gelu"] == "True"
+        assert json.loads(file.metadata()["record"])["quick_gelu"] is True
     assert tree["settings"][0]["valid"] and set(tree["settings"][0]["precision_at_10"]) >= {"ravl", "random", "domino"}
     assert 0 < json.loads((out / "settings/0.99-0/discovery/discovery.json").read_text())["base_rate"] < .5  # of scenes of half the images, less the objects
     page = (out / "protocol.html").read_text()

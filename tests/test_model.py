@@ -333,11 +333,23 @@ def test_quick_gelu_of_a_local_file_says_what_was_assumed(tmp_path, small, choic
     assert encoder.module.visual.proj.equal(small["flock-vit"].module.visual.proj)
 
 
-@pytest.mark.parametrize("said, choice, expected", [("True", "auto", True), ("False", "auto", False), ("True", "off", False)])
+@pytest.mark.parametrize("said, choice, expected", [(True, "auto", True), (False, "auto", False), (True, "off", False)])
 def test_quick_gelu_of_weights_that_train_saved_is_what_they_were_trained_with(tmp_path, small, said, choice, expected):
-    save_file({k: v.contiguous() for k, v in small["flock-vit"].module.state_dict().items()}, tmp_path / "w.safetensors", dict(quick_gelu=said))
+    save_file({k: v.contiguous() for k, v in small["flock-vit"].module.state_dict().items()}, tmp_path / "w.safetensors",
+              dict(record=json.dumps(dict(quick_gelu=said, preprocess=dict(mean=[.5, .25, .5], std=[.5, .5, .125], resize_mode="squash")))))
     encoder = load_encoder("flock-vit", str(tmp_path / "w.safetensors"), quick_gelu=choice, device="cpu")
     assert quick(encoder) is expected and ("the record of" if choice == "auto" else "--quick_gelu=off") in encoder.notes[0]
+    normal = encoder.transform.transforms[-1]  # and seen as it was seen
+    assert list(normal.mean) == [.5, .25, .5] and list(normal.std) == [.5, .5, .125] and encoder.frame(300, 100) == (0, 0, 1, 1)
+    assert small["flock-vit"].frame(300, 100) != (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["flock-vit", "tiny"])
+def test_weights_with_a_bias_of_the_logits_come_back(tmp_path, small, name):
+    module = small["flock-vit"].module if name == "flock-vit" else load_encoder("tiny", device="cpu").module
+    state = {**{k: v.contiguous() for k, v in module.state_dict().items()}, "logit_bias": torch.tensor(-7.5)}
+    save_file(state, tmp_path / "w.safetensors", dict(record=json.dumps(dict(bias=True))))
+    assert load_encoder(name, str(tmp_path / "w.safetensors"), device="cpu").module.logit_bias.item() == -7.5
 
 
 @pytest.mark.parametrize("name, tag, choice, passed, note", [

@@ -341,6 +341,22 @@ def test_last_blocks_are_the_last_quarter_and_no_classifier(name, last, heads):
     assert {n.split(".")[0] for n in chosen} == {n.split(".")[0] for n in last} and len(chosen) < len(list(module.parameters()))
 
 
+def test_last_blocks_of_a_network_without_any_is_one_line(files, tmp_path, capsys):
+    refused(capsys, fine(files, tmp_path, "last_blocks", "--model=tiny-conv", "--pretrained=none", "--own=0"), "--train=last_blocks", "--train=image")
+
+
+def test_what_another_run_left_is_not_in_the_way(files, tmp_path, monkeypatch):
+    for name in ("training.pt", "map.pt", "partial.pt"):
+        model.save_checkpoint(tmp_path / name, dict(config={}, fingerprint="other"))
+    monkeypatch.setattr(model, "additivity", lambda *arguments, **more: exec("raise KeyboardInterrupt"))
+    assert run(words(files, tmp_path, "--resume")) == 2 and run(words(files, tmp_path)) == 130 and os.listdir(tmp_path) == []
+
+
+def test_bap_is_not_for_torchrun(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, words(files, tmp_path), "--method=bap", "without torchrun")
+
+
 # --- bad input: exit code 2 and one line
 
 def refused(capsys, argv, *expected):
@@ -356,7 +372,7 @@ def refused(capsys, argv, *expected):
     ("--model=lite1", ("--model=lite1", "lite0")), ("--model=timm:resnet5", ("timm:resnet5", "resnet50")), ("--model=ViT-B-32", ("--pretrained",)),
     ("--pretrained=nowhere.pt", ("nowhere.pt",)), ("--device=gpu", ("--device",)), ("--dtype=half", ("--dtype",)), ("--quick_gelu=perhaps", ("--quick_gelu",)),
     ("--foregrounds=nowhere", ("--foregrounds", "no such folder")), ("--masks=nowhere", ("--masks",)), ("--seed=-1", ("--seed",)), ("--own=2", ("--own",)),
-    ("--train=all", ("--train", "last_blocks")), ("--text_weight=-1", ("--text_weight",)), ("--pairs=1", ("--pairs",)),
+    ("--log_to=paper", ("--log_to", "wandb")), ("--weight_decay=-1", ("--weight_decay",)), ("--train=all", ("--train", "last_blocks")), ("--text_weight=-1", ("--text_weight",)), ("--pairs=1", ("--pairs",)),
     ("--place_backgrounds=a,b,c", ("--place_backgrounds", "3 folders")), ("--masks=nowhere", ("--masks", "no such folder"))])
 def test_bad_flag_is_one_line_and_exit_code_2(files, tmp_path, capsys, word, expected):
     refused(capsys, words(files, tmp_path / "out", word), *expected)
@@ -682,6 +698,17 @@ def test_parts_and_processes_do_not_change_the_step(files, tmp_path):
     for other in ("parts", "two"):
         assert close(one, weights(tmp_path / other), 2e-4), other
     assert not close(one, start, 2e-4)
+
+
+def test_parts_do_not_change_the_step_of_a_loss_without_captions(files, tmp_path):
+    for out, parts in (("one", 1), ("parts", 4)):
+        assert run(tune_words(files, tmp_path / out, "--method=vl_erm", "--steps=3", f"--accumulate={parts}")) == 0
+    assert close(weights(tmp_path / "one"), weights(tmp_path / "parts"), 2e-4)
+
+
+def test_a_bias_of_siglip_s_loss_is_trained_saved_and_read_again(files, tmp_path):
+    assert run(tune_words(files, tmp_path, "--method=jtt", "--loss=sigmoid")) == 0
+    assert model.load_encoder("tiny", str(tmp_path / "weights.safetensors"), device="cpu").module.logit_bias.item() != -10
 
 
 @pytest.mark.parametrize("part, moved", [("image", "visual."), ("text", ""), ("projection", "visual.proj")])

@@ -44,7 +44,7 @@ out_dir = "out"          # eval.json, eval.html, eval.csv, groups.csv, predictio
 cache_dir = "cache"      # embeddings and results, reused by every run; --cache_dir= for none
 skip_bad = False         # leave out images that cannot be read, counted and named, instead of stopping
 # --- data ------------------------------------------------------------------------------------------------------------
-data = "scenes"          # scenes, or NAME:DIR with NAME waterbirds, celeba, counteranimal, nico, cocogender, in9, imagenet, folder, csv
+data = "scenes"          # scenes, or NAME:DIR with NAME waterbirds, celeba, counteranimal, nico, cocogender, in9, imagenet, folder, csv, coco; digits, cutouts
 split = "auto"           # photos to measure on: train, val, test, all; auto: test, or all where the splits are ours and not trained on
 classes = ""             # file of class names, one a line
 prompts = ""             # file of templates with {}, or of class<TAB>prompt lines; assets/imagenet_templates.txt is CLIP's ensemble of 80
@@ -52,7 +52,7 @@ masks = ""               # folder of foreground masks: also region metrics
 confounder = 1.0         # scenes and pairs: share of the training images on their class's own place
 difficulty = 0.65        # scenes: how much the background outshouts the foreground, 0 to 1
 # --- models ----------------------------------------------------------------------------------------------------------
-model = "lite0"          # lite0, timm:NAME, tiny, or any open_clip name such as ViT-L-14
+model = "lite0"          # lite0, timm:NAME, any open_clip name such as ViT-L-14, or the small CLIPs lite0-clip, tiny, tiny-conv
 pretrained = ""          # open_clip tag or local file
 models = ""              # several instead, comma-separated, each NAME or NAME@PRETRAINED
 quick_gelu = "auto"      # auto follows the record of the weights; on, off

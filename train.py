@@ -48,7 +48,7 @@ cache_dir = "cache"      # embeddings, reused by every run; --cache_dir= for non
 resume = False           # go on where an interrupted run of the same flags stopped
 skip_bad = False         # leave out images that cannot be read, counted and named, instead of stopping
 # --- the biased data to train the probe on ---------------------------------------------------------------------------
-data = "scenes"          # scenes, or NAME:DIR with NAME waterbirds, celeba, counteranimal, nico, cocogender, in9, imagenet, folder, csv;
+data = "scenes"          # scenes, or NAME:DIR with NAME waterbirds, celeba, counteranimal, nico, cocogender, in9, imagenet, folder, csv, coco; digits, cutouts;
                          # --data=NAME:help says what to download and how it must look
 masks = ""               # folder of foreground masks of the training images (copy_paste, balanced_train)
 place_backgrounds = ""   # folders of backgrounds, one per place, comma-separated (balanced_train)
@@ -60,7 +60,7 @@ backgrounds = "drawn"    # folder of photos, or discovery:PATH: the regions that
 instances = 640          # foregrounds in a pose of their own: each cut-out is used several times
 per_instance = 8         # backgrounds behind each
 # --- encoder ---------------------------------------------------------------------------------------------------------
-model = "lite0"          # lite0, timm:NAME, tiny, or any open_clip name such as ViT-L-14
+model = "lite0"          # lite0, timm:NAME, any open_clip name such as ViT-L-14, or the small CLIPs lite0-clip, tiny, tiny-conv
 pretrained = ""          # open_clip tag or local file
 quick_gelu = "auto"      # auto follows the record of the weights; on, off
 device = "auto"          # auto, cpu, cuda

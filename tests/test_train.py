@@ -348,7 +348,9 @@ def test_last_blocks_of_a_network_without_any_is_one_line(files, tmp_path, capsy
 def test_what_another_run_left_is_not_in_the_way(files, tmp_path, monkeypatch):
     for name in ("training.pt", "map.pt", "partial.pt"):
         model.save_checkpoint(tmp_path / name, dict(config={}, fingerprint="other"))
-    monkeypatch.setattr(model, "additivity", lambda *arguments, **more: exec("raise KeyboardInterrupt"))
+    def interrupted(*arguments, **more):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(model, "additivity", interrupted)
     assert run(words(files, tmp_path, "--resume")) == 2 and run(words(files, tmp_path)) == 130 and os.listdir(tmp_path) == []
 
 

@@ -531,6 +531,7 @@ def finetune(config):
     expect(pairs % (world * accumulate) == 0, "pairs", pairs, f"a multiple of {world} processes x {accumulate} parts")
     out, started, talk = Path(out_dir), time.time(), say if rank == 0 else lambda line: None
     samples = load_data(data, masks, confounder, seed, difficulty)
+    samples = readable(samples, talk) if skip_bad else samples
     task = pairs_of(samples)
     encoder = load_encoder(model, pretrained, quick_gelu, device)
     if loss == "sigmoid" and getattr(encoder.module, "logit_bias", None) is None:
@@ -580,6 +581,25 @@ def join():
         dist.init_process_group("nccl" if torch.cuda.is_available() and device != "cpu" else "gloo")
         torch.set_num_threads(max(1, cores() // world))
     return (dist.get_rank(), world) if world > 1 else (0, 1)
+
+
+def readable(samples, talk):
+    """--skip_bad: the samples whose images can be read, each looked at once; the others are counted and named."""
+    def problem(item):
+        try:
+            item.image()
+        except Complaint as said:
+            return str(said)
+
+    with ThreadPoolExecutor(threads or cores()) as pool:
+        bad = list(pool.map(problem, samples.items))
+    for line in [line for line in bad if line][:20]:
+        talk(f"skipped {line}")
+    good = [k for k, line in enumerate(bad) if not line]
+    if len(good) == len(bad):
+        return samples
+    talk(f"{len(bad) - len(good)} of {len(bad)} images skipped")
+    return check(samples.keep(torch.tensor(good, dtype=torch.long)))
 
 
 def pairs_of(samples):
@@ -772,7 +792,7 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
             bad = [] if norm.isfinite() else ["the gradient"]
         if bad:
             keep(step)
-            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; the state before it is in {out}/training.pt. Lower --learning_rate, or use --dtype=float32")
+            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; the state before it is in {out}/training.pt; start anew with a lower --learning_rate, or with --dtype=float32")
         optimiser.step()
         if method != "bap":
             with torch.no_grad():

@@ -758,6 +758,16 @@ def test_a_discovery_that_cannot_be_used_is_one_line(files, tmp_path, capsys, ki
     refused(capsys, tune_words(files, tmp_path / "out", "--method=ravl", word), *words)
 
 
+def test_fine_tuning_stops_at_a_broken_image_or_skips_it(files, tmp_path, capsys):
+    birds(tmp_path, ((8, 2, 2, 8), (2, 2, 2, 2), (2, 2, 2, 2)))
+    (tmp_path / "set/3.png").write_bytes((tmp_path / "set/3.png").read_bytes()[:500])
+    argv = [*tune_words(files, tmp_path / "out", "--steps=4"), f"--data=waterbirds:{tmp_path / 'set'}"]
+    refused(capsys, argv, "set/3.png", "--skip_bad")
+    assert run([*argv, "--skip_bad=True"]) == 0
+    said = capsys.readouterr().out
+    assert re.search("skipped .*set/3.png", said) and "1 of 36 images skipped" in said
+
+
 def test_captions_name_the_class_or_the_place_too(files, monkeypatch):
     space, samples = runpy.run_path(TRAIN), data.load_data(f"waterbirds:{files / 'most/set'}")
     texts = {}

@@ -51,15 +51,15 @@ def tiles(z, f, b, index, dtype):
 
 def forward_torch(z, f, b, index, dtype):
     zs, zz, ss, sq = out = z.new_empty(4, len(z), dtype=dtype)
+    if index is None:  # |f_i + b_j| of all pairs from one product, a pass over the tiles less; double, as it may cancel
+        f2, b2 = f.double(), b.double()
+        ss.copy_((f2.square().sum(1)[:, None] + b2.square().sum(1) + 2 * f2 @ b2.T).clamp_(min=0).sqrt_().flatten())
     for p, _, _, x, s in tiles(z, f, b, index, dtype):
-        zz[p], ss[p] = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(s, dim=1)
-        sq[p] = torch.linalg.vector_norm(s.sub_(x), dim=1)
+        zz[p], sq[p] = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(x - s, dim=1)
+        if index is not None:
+            ss[p] = torch.linalg.vector_norm(s, dim=1)
+        zs[p] = s.mul_(x).sum(1)
     sq.square_()
-    torch.add(zz.square() - sq, ss.square(), out=zs).div_(2)  # <z, s> by polarisation: a pass less than the product
-    far = ~((zz < 4 * ss) & (ss < 4 * zz))  # there |z|^2 + |s|^2 - |z - s|^2 loses what is asked for
-    for p in far.nonzero()[:, 0].split(max(1, TILE // max(1, z.shape[1]))) if far.any() else ():
-        i, j = (p // len(b), p % len(b)) if index is None else index[:, p]
-        zs[p] = (z[p].to(dtype) * (f[i].to(dtype) + b[j].to(dtype))).sum(1)
     zs /= zz.clamp_(min=EPS) * ss.clamp_(min=EPS)
     return out
 

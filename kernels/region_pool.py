@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import launch
-from kernels.launch import accumulator, jit, tl, use_triton, without_autocast
+from kernels.launch import accumulator, jit, slices, tl, use_triton, without_autocast
 
 
 def region_pool_ref(features, boxes, image_index, grid=None, normalize=False):
@@ -36,81 +36,59 @@ def overlaps(boxes, H, W):
     """[K, 4] x1,y1,x2,y2 in cells -> lengths of overlap with each row [K, H] and each column [K, W] of cells."""
     def overlap(low, high, n):
         cell = torch.arange(n, dtype=boxes.dtype, device=boxes.device)
-        return (torch.minimum(high[:, None], cell + 1) - torch.maximum(low[:, None], cell)).clamp(min=0)
+        before = lambda x: (x[:, None] - cell).clamp_(0, 1)  # how much of each cell lies before x
+        return before(high).sub_(before(low)).clamp_(min=0)
     x1, y1, x2, y2 = boxes.unbind(1)
     return overlap(y1, y2, H), overlap(x1, x2, W)
 
 
-# The PyTorch path. Small boxes leave the weights sparse: each region is a weighted bag of rows of the feature
-# map, and backward each cell is a weighted bag of rows of the gradient. Regions are taken in the order of
-# their images: then a map stays in cache while its regions are summed. Where boxes cover more than a sixth of
-# their maps, forward multiplies whole matrices, zeros and all: [regions, cells] @ [cells, D] for each image.
+# The PyTorch path: each region is a weighted bag of rows of the feature map, and backward each cell is a weighted
+# bag of rows of the gradient. Regions in the order of their images are fastest: a map then stays in cache. (One
+# product of matrices per image, zeros and all, wins little even where boxes are whole maps.)
 
-CHUNK = 1 << 22  # weights held at a time
+CHUNK = 1 << 22  # weights looked at in one go
 
 
-def shares(boxes, H, W, dtype):
-    """Weights of each region, summing to one: boxes [K, 4] or masks [K, H, W] -> [K, H, W]."""
-    def share(w):
-        total = w.sum(-1, keepdim=True)
-        return w / torch.where(total == 0, 1, total)
+def sparse(boxes, image, H, W, dtype):
+    """Boxes [k, 4] or masks [k, H, W], images [k] -> the weights above zero [N], of each region summing to one; their
+    cells in [B*H*W]; where each region's start [k + 1]. Works on the L rows of cells that regions touch."""
+    boxes, k = boxes.to(dtype), torch.arange(len(boxes) + 1, device=boxes.device)
     if boxes.dim() == 3:
-        return share(boxes.to(dtype).flatten(1)).view(boxes.shape)
-    rows, columns = map(share, overlaps(boxes.to(dtype), H, W))
-    return rows[:, :, None] * columns[:, None, :]
-
-
-def sparse(boxes, image_index, H, W, dtype):
-    """Yields (regions, starts, cells, weights) by chunks, in the order of images: regions [k] and where each
-    one's weights start [k]; per weight above zero its cell in [B*H*W]."""
-    P, order = H * W, image_index.argsort(stable=True)
-    for regions in order.split(max(1, CHUNK // max(1, P))) if len(order) else ():
-        w = shares(boxes[regions], H, W, dtype).flatten()
-        at, = w.nonzero(as_tuple=True)
-        row = torch.arange(len(regions) + 1, device=at.device)
-        starts = torch.searchsorted(at, row * P)  # [k + 1]
-        shift = (image_index[regions] - row[:-1]) * P
-        yield regions, starts, at + shift.repeat_interleave(starts.diff()), w.index_select(0, at)
-
-
-def covered(boxes, H, W):
-    """Share of the cells that have a weight."""
-    if boxes.dim() == 3 or not len(boxes):
-        return 0.
-    low, high = boxes[:, :2].floor().clamp(min=0), boxes[:, 2:].ceil().minimum(boxes.new_tensor([W, H]))
-    return float((high - low).clamp(min=0).prod(1).sum() / (len(boxes) * H * W))
-
-
-def dense(cells, boxes, image_index, H, W, out):
-    """forward_torch by one product for each image; all at once where all have the same number of regions."""
-    order, count = image_index.argsort(stable=True), torch.bincount(image_index, minlength=len(cells))
-    w = shares(boxes[order], H, W, cells.dtype).flatten(1)  # [K, H W]
-    if (count == count[0]).all():
-        out[order] = (w.view(len(cells), -1, H * W) @ cells).flatten(0, 1)
+        total, row = boxes.sum((1, 2)), torch.arange(len(boxes) * H, device=boxes.device)  # region * H + row [L]
+        region = row // H
+        w = boxes / torch.where(total == 0, 1, total)[:, None, None]
     else:
-        out[order] = torch.cat([part @ x for part, x in zip(w.split(count.tolist()), cells)])
+        rows, columns = overlaps(boxes, H, W)
+        total = rows.sum(1) * columns.sum(1)
+        rows = (rows / torch.where(total == 0, 1, total)[:, None]).view(-1)
+        row, = rows.nonzero(as_tuple=True)
+        region = row // H
+        w = rows.index_select(0, row)[:, None] * columns.index_select(0, region)
+    w = w.view(-1)  # [L * W]
+    at, = w.nonzero(as_tuple=True)
+    starts = torch.searchsorted(at, torch.searchsorted(row, k * H) * W)
+    first = (row + ((image - k[:-1]) * H).index_select(0, region)) * W  # cell in column 0 [L]
+    cell = (first[:, None] + torch.arange(W, device=row.device)).view(-1).index_select(0, at)
+    return w.index_select(0, at), cell, starts
 
 
 def forward_torch(features, boxes, image_index):
     B, H, W, D = features.shape
-    cells = features.reshape(B * H * W, D).to(accumulator(features.dtype))
-    out = cells.new_empty(len(boxes), D)
-    if covered(boxes, H, W) > 1 / 6:
-        dense(cells.view(B, H * W, D), boxes, image_index, H, W, out)
-        if out.isfinite().all():  # else a cell that no box wants may have got in
-            return out
-    for regions, starts, cell, weight in sparse(boxes, image_index, H, W, cells.dtype):
-        pooled = F.embedding_bag(cell, cells, starts[:-1], mode="sum", per_sample_weights=weight)
-        out.index_copy_(0, regions, pooled)
-    return out
+    cells, out = features.reshape(B * H * W, D).to(accumulator(features.dtype)), []
+    for part in slices(len(boxes), max(1, CHUNK // max(1, H * W))):
+        weight, cell, starts = sparse(boxes[part], image_index[part], H, W, cells.dtype)
+        out.append(F.embedding_bag(cell, cells, starts[:-1], mode="sum", per_sample_weights=weight))
+    return out[0] if len(out) == 1 else torch.cat([cells[:0], *out])
 
 
 def backward_torch(grad, boxes, image_index, B, H, W, dtype):
     out = grad.new_zeros(B * H * W, grad.shape[1])
-    for regions, starts, cell, weight in sparse(boxes, image_index, H, W, grad.dtype):
-        first, last = (int(image_index[regions[k]] + n) * H * W for k, n in ((0, 0), (-1, 1)))  # only these images
+    image, order = image_index.sort(stable=True)
+    for part in slices(len(boxes), max(1, CHUNK // max(1, H * W))):
+        weight, cell, starts = sparse(boxes[order[part]], image[part], H, W, grad.dtype)
+        first, last = int(image[part][0]) * H * W, int(image[part][-1] + 1) * H * W  # only these images
         cell, at = cell.sort(stable=True)
-        region = regions.repeat_interleave(starts.diff()).index_select(0, at)
+        region = order[part].repeat_interleave(starts.diff()).index_select(0, at)
         starts = torch.searchsorted(cell, torch.arange(first, last, device=cell.device))
         out[first:last] += F.embedding_bag(region, grad, starts, mode="sum", per_sample_weights=weight.index_select(0, at))
     return out.view(B, H, W, -1).to(dtype)

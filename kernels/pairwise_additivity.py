@@ -36,30 +36,35 @@ TILE = 1 << 19  # elements
 
 
 def tiles(z, f, b, index, dtype):
-    """Yields (pairs, i, j, z, s): a slice of the pairs, their rows of f and of b, z and f_i + b_j [p, D]."""
+    """Yields (pairs, i, j, z, s, room): a slice of the pairs, their rows of f and of b, z, f_i + b_j and free space [p, D]."""
     f, b, step = f.to(dtype), b.to(dtype), max(1, TILE // max(1, z.shape[1]))
+    space = z.new_empty(2, min(step, len(b) if index is None else len(z)), z.shape[1], dtype=dtype)  # the same for all
     if index is None:
         for i in range(len(f)):
             for j in slices(len(b), step):
                 p = slice(i * len(b) + j.start, i * len(b) + j.stop)
-                yield p, i, j, z[p].to(dtype), f[i] + b[j]
+                s, room = space[:, :j.stop - j.start]
+                yield p, i, j, z[p].to(dtype), torch.add(f[i], b[j], out=s), room
     else:
         for p in slices(len(z), step):
             i, j = index[:, p]
-            yield p, i, j, z[p].to(dtype), f[i] + b[j]
+            s, room = space[:, :p.stop - p.start]
+            yield p, i, j, z[p].to(dtype), torch.add(f[i], b[j], out=s), room
 
 
 def forward_torch(z, f, b, index, dtype):
     zs, zz, ss, sq = out = z.new_empty(4, len(z), dtype=dtype)
+    norm = torch.linalg.vector_norm
     if index is None:  # |f_i + b_j| of all pairs from one product, a pass over the tiles less; double, as it may cancel
         f2, b2 = f.double(), b.double()
         both = f2.square().sum(1)[:, None] + b2.square().sum(1)
         ss.copy_(both.addmm_(f2, b2.T, alpha=2).clamp_(min=0).sqrt_().flatten())
-    for p, _, _, x, s in tiles(z, f, b, index, dtype):
-        zz[p], sq[p] = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(x - s, dim=1)
+    for p, _, _, x, s, room in tiles(z, f, b, index, dtype):
+        norm(x, dim=1, out=zz[p])
+        norm(torch.sub(x, s, out=room), dim=1, out=sq[p])
         if index is not None:
-            ss[p] = torch.linalg.vector_norm(s, dim=1)
-        zs[p] = s.mul_(x).sum(1)
+            norm(s, dim=1, out=ss[p])
+        torch.sum(s.mul_(x), 1, out=zs[p])
     sq.square_()
     zs /= zz.clamp_(min=EPS) * ss.clamp_(min=EPS)
     return out
@@ -68,9 +73,9 @@ def forward_torch(z, f, b, index, dtype):
 def backward_torch(alpha, beta, gamma, z, f, b, index, need_z):
     dz, dtype = torch.empty_like(z) if need_z else z.new_empty(0), alpha.dtype
     df, db = torch.zeros_like(f, dtype=dtype), torch.zeros_like(b, dtype=dtype)
-    for p, i, j, x, s in tiles(z, f, b, index, dtype):
+    for p, i, j, x, s, room in tiles(z, f, b, index, dtype):
         a = alpha[p, None]
-        ds = (a * x).addcmul_(gamma[p, None], s)  # [p, D]
+        ds = torch.mul(a, x, out=room).addcmul_(gamma[p, None], s)  # [p, D]
         if need_z:
             dz[p] = s.mul_(a).addcmul_(beta[p, None], x)
         if index is None:

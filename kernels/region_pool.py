@@ -60,11 +60,11 @@ def sparse(boxes, image, H, W, dtype):
     else:
         rows, columns = overlaps(boxes, H, W)
         total = rows.sum(1) * columns.sum(1)
-        rows = (rows / torch.where(total == 0, 1, total)[:, None]).view(-1)
+        rows = (rows / torch.where(total == 0, 1, total)[:, None]).reshape(-1)
         row, = rows.nonzero(as_tuple=True)
         region = row // H
         w = rows.index_select(0, row)[:, None] * columns.index_select(0, region)
-    w = w.view(-1)  # [L * W]
+    w = w.reshape(-1)  # [L * W]
     at, = w.nonzero(as_tuple=True)
     starts = torch.searchsorted(at, torch.searchsorted(row, k * H) * W)
     first = (row + ((image - k[:-1]) * H).index_select(0, region)) * W  # cell in column 0 [L]

@@ -265,6 +265,10 @@ def test_strided():
     op, ref, (x,), args = CASES["pool patches"]()
     check(lambda x: op(x[:, 1:], *args), lambda x: ref(x[:, 1:], *args),
           [torch.cat([x[:, :1], x], 1)], (), torch.float32)
+    for case in ("pool odd", "pool masks"):  # regions, last axis first
+        op, ref, inputs, (regions, *args) = CASES[case]()
+        turned = regions.movedim(-1, 0).contiguous().movedim(0, -1)
+        check(lambda x: op(x, turned, *args), lambda x: ref(x, turned, *args), inputs, (), torch.float32)
     for case in ("loss odd", "additivity odd", "sums odd", "triples"):
         op, ref, inputs, args = CASES[case]()
         check(lambda *x: op(*(v.mT for v in x), *args), lambda *x: ref(*(v.mT for v in x), *args),

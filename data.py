@@ -151,10 +151,32 @@ def folder(path, flag):
 
 def pictures(path, flag):
     """Sorted image files below a folder; hidden ones are passed over."""
-    found = sorted(p for p in folder(path, flag).rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+    root = folder(path, flag)
+    found = image_files(root)
     if not found:
         raise Complaint(f"--{flag}: {path}: no images in it or below (looked for {' '.join(sorted(EXTENSIONS))})")
-    return found
+    return [root.joinpath(*parts) for parts in found]
+
+
+def image_files(root):
+    """Sorted paths of the images below a folder, each a tuple of its parts; hidden files and folders are passed over, links to
+    folders followed, but for those that lead back to where they come from. Raises Complaint for a link to nothing."""
+    found, folders = [], [((), (os.path.realpath(root),))]
+    while folders:
+        parts, above = folders.pop()
+        with os.scandir(os.path.join(root, *parts)) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    real = os.path.realpath(entry.path)
+                    if real not in above:
+                        folders.append(((*parts, entry.name), (*above, real)))
+                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    if entry.is_symlink() and not os.path.exists(entry.path):
+                        raise Complaint(f"{entry.path}: a link to {os.readlink(entry.path)}, which does not exist; bring it back or remove the link")
+                    found.append((*parts, entry.name))
+    return sorted(found)
 
 
 def open_image(path):
@@ -180,9 +202,18 @@ def open_image(path):
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         a = np.asarray(image, np.float32)
-        image = Image.fromarray((a / (257 if a.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        unit = image.mode == "F" and a.max() <= 1  # floats from 0 to 1
+        image = Image.fromarray((a * 255 if unit else a / 257 if a.max() > 255 else a).clip(0, 255).astype(np.uint8))
     clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     return image.convert("RGBA" if clear else "RGB")
+
+
+def open_mask(path):
+    """A foreground mask -> PIL image, "L", 255 on the foreground. Raises Complaint where it is not white on black."""
+    mask = open_image(path).convert("L")
+    if 0 < mask.getextrema()[1] < 128:
+        raise Complaint(f"{path}: its largest value is {mask.getextrema()[1]}, expected a mask, 255 on the foreground and 0 elsewhere; scale it")
+    return mask
 
 
 def opaque(image):
@@ -247,7 +278,7 @@ class Masked:
     mask: str
 
     def image(self):
-        image, mask = Photo(self.photo).image(), open_image(self.mask).convert("L")
+        image, mask = Photo(self.photo).image(), open_mask(self.mask)
         if mask.size != image.size:
             raise Complaint(f"{self.mask}: {mask.width}x{mask.height} pixels, the photo {self.photo} has {image.width}x{image.height}")
         image.putalpha(mask)
@@ -1188,15 +1219,11 @@ def inside(root):
 
 
 def scan(root):
-    """Sorted paths of the images below a folder, each a tuple of its parts; hidden files and folders are passed over."""
-    found = []
-    for at, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        parts = () if at == str(root) else tuple(os.path.relpath(at, root).split(os.sep))
-        found += [(*parts, f) for f in files if os.path.splitext(f)[1].lower() in EXTENSIONS and not f.startswith(".")]
+    """image_files of a data set."""
+    found = image_files(root)
     if not found:
         raise Complaint(f"--data: {root}: no images in it or below (found {inside(root)})")
-    return sorted(found)
+    return found
 
 
 def root_and_rest(where):
@@ -1257,15 +1284,19 @@ def correlate(samples, own, confounder):
     Further training images on other places go to test where the splits are ours, and are left out else.
     """
     expect(0 < confounder <= 1, "confounder", confounder, "a share above 0, at most 1")
-    drop = []
+    drop, reached = [], True
     for y, place in enumerate(own):
         mine = (samples.y == y) & (samples.split == 0)
         others = (mine & (samples.place != place)).nonzero()[:, 0]
         least = round(int((mine & (samples.place == place)).sum()) * (1 - confounder) / confounder)
+        reached &= len(others) >= least
         drop.append(others[torch.from_numpy(rng(0, "confounder", y).permutation(len(others)))][least:])
     drop = torch.cat(drop)
-    samples.notes.append(f"training split: {confounder:.0%} of each class on its own place ("
-                         + ", ".join(f"{samples.classes[y]} on {samples.places[p]}" for y, p in enumerate(own)) + ")")
+    left = samples.split == 0
+    left[drop] = False
+    shares = [float((samples.place[left & (samples.y == y)] == p).double().mean()) for y, p in enumerate(own)]
+    samples.notes.append(("" if reached else f"WARNING: --confounder={confounder:g} is not reached, there are too few images on other places; ") + "training split: "
+                         + ", ".join(f"{share:.0%} of {samples.classes[y]} on {samples.places[p]}" for y, (p, share) in enumerate(zip(own, shares))))
     if not samples.official:
         samples.split[drop] = 2
         return samples
@@ -1370,8 +1401,11 @@ def whole(path, columns):
 def files_in(root, table, column, names):
     """Names of images relative to root -> (paths that exist, their index LongTensor, notes). A path out of root, one listed
     twice, or none that exists is a Complaint; missing ones are counted in one note."""
+    text = "\n".join(names)
+    if ("./" in text or "//" in text) and ".." not in text:  # ./a.png is a.png
+        names = [os.path.normpath(name) if name and name[0] != "/" else name for name in names]
     distinct = set(names)
-    if ".." in "\n".join(names) or not all(names) or any(n[0] in "/\\" for n in names) or len(distinct) < len(names):
+    if ".." in text or not all(names) or any(n[0] in "/\\" for n in names) or len(distinct) < len(names):
         seen = {}
         for line, name in enumerate(names, 2):
             if not name or name[0] in "/\\" or ".." in Path(name).parts or Path(name).is_absolute():
@@ -1402,8 +1436,12 @@ def image_folder(root, given=()):
     """folder:DIR. given: names of --classes. Splits of our own where there are no folders for them."""
     root = folder(root, "data folder")
     paths, notes = scan(root), []
-    official = all(len(p) > 1 and p[0].lower() in SPLIT_NAMES for p in paths)
-    rest = [p[1:] if official else p for p in paths]
+    top = {p[0] for p in paths if len(p) > 1}
+    splits = {t for t in top if t.lower() in SPLIT_NAMES}
+    official = bool(splits) and splits == top
+    if len(splits) > 1 and not official:
+        raise Complaint(f"--data=folder:{root}: {', '.join(sorted(splits))} are splits, but {min(top - splits)!r} beside them is not; remove or rename it")
+    rest = [p[1:] if official and len(p) > 1 else p for p in paths]
     if all(len(r) == 1 for r in rest):  # no class folders
         if not given:
             raise Complaint(f"--data=folder:{root}: {len(paths)} images and no class folders; give --classes=FILE, the names to choose from, "
@@ -1459,6 +1497,9 @@ def csv_groups(path, given=()):
             raise Complaint(f"{path}:{wrong + 2}: {column}={values[wrong]!r} is not in --classes; {near(values[wrong], names)}")
         return np.array([code[v] for v in values]), names
 
+    empty = next((k for k, v in enumerate(found[label]) if not v.strip()), None)
+    if empty is not None:
+        raise Complaint(f"{path}:{empty + 2}: {label} is empty; give every image its class")
     y, classes = numbered(label, tuple(given))
     place, places = numbered(where, ()) if where else (np.zeros(len(y), np.int64), ["anywhere"])
     group = y * len(places) + place
@@ -1626,11 +1667,11 @@ def cocogender(root, objects="sports,kitchen", confounder=1.):
     kinds = [set(k.split("+")) for k in objects.split(",")]
     if len(kinds) != 2:
         raise Complaint(f"--data: found {objects!r}, expected two kinds of objects, for instance sports,kitchen")
-    rows, lines, left, lost = [], [], 0, []
+    rows, lines, left, lost, known = [], [], 0, [], {}
     for part in parts:
         captions, instances = (read_json(notes / f"{what}_{part}.json") for what in ("captions", "instances"))
         try:
-            left += coco_part(root, part, captions, instances, kinds, rows, lines, lost)
+            left += coco_part(root, part, captions, instances, kinds, rows, lines, lost, known)
         except (KeyError, TypeError) as problem:
             raise Complaint(f"{notes}/captions_{part}.json, instances_{part}.json: no {problem} in it, or in an entry; expected COCO's format") from None
     if not rows:
@@ -1646,8 +1687,9 @@ def cocogender(root, objects="sports,kitchen", confounder=1.):
     return correlate(samples, [0, 1], confounder)
 
 
-def coco_part(root, part, captions, instances, kinds, rows, lines, lost):
-    """Adds to rows (gender, place, split), lines (paths) and lost (paths) what one part of COCO has; returns how many fit no group."""
+def coco_part(root, part, captions, instances, kinds, rows, lines, lost, known):
+    """Adds to rows (gender, place, split), lines (paths), lost (paths) and known (photo's number to part) what one part of COCO has;
+    returns how many fit no group."""
     left = 0
     of = [{c["id"] for c in instances["categories"] if {c["name"], c.get("supercategory")} & kind} for kind in kinds]
     for kind, ids in zip(kinds, of):
@@ -1664,6 +1706,8 @@ def coco_part(root, part, captions, instances, kinds, rows, lines, lost):
     for image in sorted(captions["images"], key=lambda i: i["id"]):
         who = [bool(words.get(image["id"], set()) & w) for w in (MEN, WOMEN)]
         what = [bool(seen.get(image["id"], set()) & ids) for ids in of]
+        if image["file_name"] in there and known.setdefault(image["id"], part) != part:  # of 2014 and 2017: it would be in train and in test
+            raise Complaint(f"{root}: {part} has photos that {known[image['id']]} has too (the first is number {image['id']}); keep the files of one year")
         if sum(who) != 1 or sum(what) != 1:
             left += 1
         elif image["file_name"] not in there:

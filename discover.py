@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_embeddings, load_regions, npz,
-                  open_image, outlined, page, region_truth, revision, rng, run, say, table, thumb, write, write_json)
+                  open_mask, outlined, page, region_truth, revision, rng, run, say, table, thumb, write, write_json)
 from kernels import cluster_sums
 from model import Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, load_map, prompt_embeddings, region_embeddings, unit
 
@@ -311,7 +311,7 @@ def outside_mask(picture, path):
     """Share of each region of a picture that lies outside its foreground mask, [R]; nan without a mask."""
     if path is None:
         return torch.full((len(picture.boxes),), torch.nan)
-    mask = np.asarray(open_image(path).convert("L")) > 127
+    mask = np.asarray(open_mask(path)) > 127
     H, W = mask.shape
     area = lambda x1, y1, x2, y2: mask[round(y1 * H):max(round(y2 * H), round(y1 * H) + 1), round(x1 * W):max(round(x2 * W), round(x1 * W) + 1)]
     return torch.tensor([1 - area(*box).mean() for box in picture.boxes])

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (LEAST, Complaint, bars, composites as compose, expect, flags, html_table, layers, lines, load_data, load_regions, near, open_image, page, pictures, region_truth, revision, rng, run, say, scatter, table,
+from data import (LEAST, Complaint, bars, composites as compose, expect, flags, html_table, layers, lines, load_data, load_regions, near, open_mask, page, pictures, region_truth, revision, rng, run, say, scatter, table,
                   thumb, write, write_json, write_table)
 from model import (additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_encoder, load_map, load_tensors, mean_std,
                    paired_bootstrap, prompt_embeddings, recall_encoder, region_embeddings, remember, save_tensors, unit, wilson)
@@ -383,10 +383,12 @@ def object_regions(encoder, samples, good, embedded, n=3, share=.5):
     r, _ = embedded(encoder, [samples.items[k] for k in index], "regions", compute=pool, name=f"grid {n}", rows=[n * n] * len(index))
     cover = []
     for k in index:
-        mask = open_image(samples.cut[k].figure.mask).convert("L")
+        mask = open_mask(samples.cut[k].figure.mask)
         left, top, right, bottom = (v * side for v, side in zip(encoder.frame(*mask.size), mask.size * 2))
         cover.append(np.asarray(mask.resize((n, n), Image.BOX, (left, top, right, bottom))).ravel() >= 255 * share)
     cover = torch.from_numpy(np.concatenate(cover))
+    if not cover.any():
+        raise Complaint(f"--masks={masks}: no cell of a {n}x{n} grid is at least {share:.0%} object in any photo, so there are no regions to read")
     return r[cover], torch.tensor(index).repeat_interleave(n * n)[cover]
 
 

@@ -38,7 +38,7 @@ class Encoder:
     def __init__(self, name, module, transform, kind, device, fused=None, tokenizer=None, notes=()):
         self.name, self.kind, self.device, self.notes = name, kind, device, list(notes)
         self.module, self.transform, self.tokenizer = module.eval().to(device), transform, tokenizer
-        digest = hashlib.sha256(f"{name} {transform}".encode())
+        digest = hashlib.sha256(f"{name} {transform} {sorted({type(m).__name__ for m in module.modules()})}".encode())  # an activation has no weights
         for key, value in module.state_dict().items():
             digest.update(key.encode() + value.detach().cpu().double().numpy().tobytes())
         self.fingerprint = digest.hexdigest()[:32]

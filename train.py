@@ -635,6 +635,8 @@ def discovered(samples, encoder, task):
         raise Complaint(f"{path}: made on {found['data']}, not on {samples.name}; run discover.py with this --data and --seed")
     if not found["kept"]:
         raise Complaint(f"{path}: no cluster was kept, nothing was found to hold down; try discover.py with other --regions or --k")
+    if any(c["kept"] and c.get("score", 0) is None for c in found["clusters"]):
+        raise Complaint(f"{path}: made with --method={made['method']}, which ranks regions and keeps no cluster; run discover.py with --method=ravl or all")
     first = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], device)
     if first.fingerprint != found["fingerprint"]:
         raise Complaint(f"{path}: made with --model={made['model']} --pretrained={made['pretrained']!r}, whose weights are others now; "

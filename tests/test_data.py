@@ -226,6 +226,21 @@ def test_open_image_16_bit_is_scaled_not_clipped(tmp_path):
     assert image.mode == "RGB" and np.abs(np.asarray(image)[0, :, 0].astype(int) - np.arange(256)).max() <= 1
 
 
+def test_open_image_of_floats_up_to_one(tmp_path):
+    image = save(tmp_path, Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32)[None].repeat(20, 0)), "a.tiff")
+    assert np.abs(np.asarray(image)[0, :, 0].astype(int) - np.arange(256)).max() <= 1
+
+
+def test_mask_that_is_not_white(tmp_path):
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5:9] = 1
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    with complaint("m.png", "largest value is 1", "255"):
+        data.open_mask(tmp_path / "m.png")
+    Image.fromarray(255 * mask).save(tmp_path / "m.png")
+    assert data.open_mask(tmp_path / "m.png").getextrema() == (0, 255)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
 def test_open_image_other_modes_become_rgb(tmp_path, mode):
     image = save(tmp_path, Image.new("RGB", (20, 20), "white").convert(mode))
@@ -469,6 +484,30 @@ def test_folder_class_place_and_strays(tmp_path):
     assert len(warnings(samples)) == 2 and "1 images lie outside" in warnings(samples)[0]
 
 
+def test_folder_splits_are_no_classes_whatever_lies_beside_them(tmp_path):
+    touch(tmp_path, *[f"{s}/{c}/{k}.png" for s in ("train", "test") for c in ("cat", "dog") for k in range(5)], "logo.png")
+    samples = loaded(f"folder:{tmp_path}")
+    assert samples.classes == ["cat", "dog"] and samples.official and len(samples.y) == 20 and "1 images lie outside" in warnings(samples)[0]
+    touch(tmp_path, "extra/cat/a.png")
+    with complaint("test, train are splits", "'extra'"):
+        loaded(f"folder:{tmp_path}")
+    touch(tmp_path / "vehicles", *[f"{c}/{k}.png" for c in ("train", "bus") for k in range(5)])
+    assert loaded(f"folder:{tmp_path}/vehicles").classes == ["bus", "train"]
+
+
+def test_links(tmp_path):
+    touch(tmp_path, *[f"far/{c}/{k}.png" for c in ("cat", "dog") for k in range(5)])
+    (tmp_path / "near").mkdir()
+    for c in ("cat", "dog"):
+        (tmp_path / "near" / c).symlink_to(tmp_path / "far" / c)
+    assert len(data.pictures(tmp_path / "near", "backgrounds")) == 10
+    (tmp_path / "far/cat/loop").symlink_to(tmp_path / "far")
+    assert len(data.pictures(tmp_path / "far", "backgrounds")) == len(loaded(f"folder:{tmp_path}/far").y) == 10
+    (tmp_path / "far/dog/gone.png").symlink_to(tmp_path / "nowhere.png")
+    with complaint("gone.png", "a link to", "nowhere.png"):
+        loaded(f"folder:{tmp_path}/far")
+
+
 def test_folder_unlabelled_needs_names_to_choose_from(tmp_path):
     touch(tmp_path / "images", "a.jpg", "b.jpg")
     with complaint("no class folders", "--classes"):
@@ -543,7 +582,8 @@ def test_csv_of_numbers_without_split_and_place(tmp_path):
 @pytest.mark.parametrize("header, line, words", [("name,y", "a.jpg,0", ("no column 'path'", "name, y")), ("path,z", "a.jpg,0", ("no column 'y'",)),
                                                  ("path,y", "a.jpg,x", ("t.csv:2", "'x'")), ("path,y,split", "a.jpg,0,later", ("t.csv:2", "'later'")),
                                                  ("path,y", "a.jpg", ("t.csv:2", "1 fields")), ("path,y", "../a.jpg,0", ("t.csv:2", "inside")),
-                                                 ("path,y", "gone.jpg,0", ("do not exist", "gone.jpg")), ("path,y", "", ("no rows",))])
+                                                 ("path,y", "gone.jpg,0", ("do not exist", "gone.jpg")), ("path,y", "a.jpg,", ("t.csv:2", "y is empty")),
+                                                 ("path,label", "a.jpg,cat\n./a.jpg,dog", ("t.csv:3", "listed already in line 2")), ("path,y", "", ("no rows",))])
 def test_csv_that_cannot_be_used(tmp_path, header, line, words):
     touch(tmp_path, "a.jpg")
     with complaint("t.csv", *words):
@@ -662,6 +702,7 @@ def test_nico_pair(tmp_path):
     contexts(tmp_path / "train")
     samples = loaded(f"nico:{tmp_path}:car,truck", splits=True)  # on the two contexts with most photos
     assert samples.classes == ["car", "truck"] and samples.places == ["autumn", "water"] and samples.counts(0).tolist() == [6, 0, 0, 6] and samples.counts(1).tolist() == [2] * 4
+    assert any("not reached" in w and "50% of car on autumn" in w for w in warnings(loaded(f"nico:{tmp_path}:car,truck", confounder=.1)))
     named = loaded(f"nico:{tmp_path}:truck,hot air balloon:grass,autumn", splits=True, confounder=.75)
     assert named.classes == ["truck", "hot air balloon"] and named.places == ["grass", "autumn"] and named.counts(0).tolist() == [5, 2, 2, 6]
     for spec, words in ((":car,lorry", ("no class 'lorry'",)), (":car,truck:autumn,moon", ("no context 'moon'",))):
@@ -709,6 +750,16 @@ def test_cocogender_missing_captions_categories_images(tmp_path):
     assert any("1 of 40 images do not exist" in w for w in warnings(loaded(f"cocogender:{tmp_path}")))
     with complaint("'unicorn'", "no category"):
         loaded(f"cocogender:{tmp_path}:unicorn,sports")
+    coco(tmp_path / "years", ("train2014", "val2017"))
+    for what in ("captions", "instances"):  # val2017's photos are in train2014 too
+        for part, step in (("train2014", 0), ("val2017", -100)):
+            path = tmp_path / f"years/annotations/{what}_{part}.json"
+            tree = data.json.loads(path.read_text())
+            for row in (*tree["images"], *tree["annotations"]):
+                row.update({k: row[k] + step for k in ("id", "image_id") if k in row})
+            path.write_text(data.json.dumps(tree))
+    with complaint("train2014", "val2017", "keep the files of one year"):
+        loaded(f"cocogender:{tmp_path}/years")
     captions = tmp_path / "annotations/captions_train2017.json"
     whole = captions.read_text()
     for text, words in ((whole.replace('"caption"', '"text"'), ("captions_train2017.json", "'caption'")), (whole[:50], ("captions_train2017.json", "not JSON")),

@@ -264,6 +264,9 @@ def test_fingerprint_follows_every_weight_and_the_transform(tiny):
     other = model.Encoder("tiny", again.module, again.transform, "open_clip", "cpu")
     assert other.fingerprint != tiny.fingerprint
     assert model.Encoder("tiny", again.module, open_clip.image_transform(56, is_train=False, mean=(.4,) * 3), "open_clip", "cpu").fingerprint != other.fingerprint
+    quick, plain = (load_encoder("ViT-S-32-alt", "none", quick_gelu=which, device="cpu") for which in ("on", "off"))
+    quick.module.load_state_dict(plain.module.state_dict())
+    assert len({model.Encoder("", e.module, plain.transform, "open_clip", "cpu").fingerprint for e in (quick, plain)}) == 2  # the activation has no weights
 
 
 @pytest.mark.parametrize("words, call", [

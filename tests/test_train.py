@@ -740,13 +740,15 @@ def test_a_loss_that_is_not_finite_stops_with_its_term_and_the_last_good_state(f
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("none kept", ("no cluster was kept", "discovery.json")), ("other data", ("made on elsewhere", "run discover.py")), ("other model", ("weights are others",)),
+    ("none kept", ("no cluster was kept", "discovery.json")), ("list", ("--method=random", "no cluster")), ("other data", ("made on elsewhere", "run discover.py")), ("other model", ("weights are others",)),
     ("missing", ("--discovery=PATH",)), ("no such file", ("no such file",)), ("never", ("0 of 32 training images",)), ("always", ("32 have no other",))])
 def test_a_discovery_that_cannot_be_used_is_one_line(files, tmp_path, capsys, kind, words):
     encoder = model.load_encoder("tiny", device="cpu")
     if kind == "other model":
         encoder.fingerprint = "0" * 32
     word = discovery(files, tmp_path / "found", kind != "none kept", "elsewhere" if kind == "other data" else None, encoder)
+    if kind == "list":
+        data.write_json(tmp_path / "found/discovery.json", dict(config=dict(model="tiny", pretrained="", quick_gelu="auto", method="random"), clusters=[dict(id=0, kept=True, score=None)]))
     if kind in ("never", "always"):
         with np.load(tmp_path / "found/discovery.npz") as file:
             arrays = dict(file)

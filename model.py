@@ -322,6 +322,14 @@ class Cells(nn.Module):
     def forward_head(self, m):
         return m.mean((2, 3))
 
+    def forward_intermediates(self, x, indices=3, **_):
+        """The last levels [N, C, h, w], behind each ReLU."""
+        levels = []
+        for layer in self.body:
+            x = layer(x)
+            levels += [x] * isinstance(layer, nn.ReLU)
+        return levels[-indices:]
+
     def forward(self, x):
         return self.forward_head(self.forward_features(x))
 
@@ -700,8 +708,8 @@ class Cutter:
     target; iou: mean intersection over union on every tenth of them, held out. Ours, not in the papers.
     """
 
-    def __init__(self, encoder, scenes, threads=0, cells=60, seed=0):
-        self.encoder = encoder
+    def __init__(self, encoder, scenes, threads=0, cells=60, seed=0, dtype="auto"):
+        self.encoder, self.precision = encoder, encoder.precision if dtype == "auto" else dtype
         g, rows, target, held = torch.Generator().manual_seed(seed), [], [], []
         with ThreadPoolExecutor(threads or cores()) as pool:
             for start in range(0, len(scenes), 16):
@@ -738,7 +746,7 @@ class Cutter:
     @torch.inference_mode()
     def _features(self, x):
         x = x.to(self.encoder.device, memory_format=torch.channels_last)
-        with torch.autocast(self.encoder.device.split(":")[0], torch.bfloat16, enabled=self.encoder.precision == "bfloat16"):
+        with torch.autocast(self.encoder.device.split(":")[0], torch.bfloat16, enabled=self.precision == "bfloat16"):
             return self.encoder.dense(x).float().cpu()
 
     def _target(self, scene):

@@ -122,21 +122,25 @@ ORDER = {  # of the table's rows
 def main():
     config = flags(globals())
     expect(method == "bap" or method in METHODS, "method", method, "bap, " + ", ".join(METHODS))
+    for flag, least in (("batch_size", 1), ("threads", 0), ("seeds", 1), ("seed", 0), ("steps", 1), ("pairs", 2), ("accumulate", 1), ("save_every", 1), ("log_every", 1)):
+        expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
+    for flag in ("learning_rate", "clip"):
+        expect(0 < config[flag] < math.inf, flag, config[flag], "a positive number")
+    for flag in ("difficulty", "warmup"):
+        expect(0 <= config[flag] <= 1, flag, config[flag], "a number from 0 to 1")
+    expect(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "a number from 0")
+    expect(log_to in ("", "tensorboard", "wandb"), "log_to", log_to, "tensorboard or wandb")
     if method != "bap":
         return finetune(config)
     expect(train in ("auto", "map", "last_blocks", "image"), "train", train, "map, last_blocks or image with --method=bap")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise Complaint("--method=bap: runs in one process; start it without torchrun")
-    expect(log_to in ("", "tensorboard", "wandb"), "log_to", log_to, "tensorboard or wandb")
     expect(bap_map in ("closed", "linear", "mlp"), "bap_map", bap_map, "closed, linear or mlp")
-    expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
-    for flag, least in (("instances", 8), ("per_instance", 2), ("own_per", 2), ("own_most", 8), ("batch_size", 1), ("threads", 0),
-                        ("seeds", 1), ("steps", 1), ("pairs", 2), ("accumulate", 1), ("save_every", 1), ("log_every", 1), ("seed", 0)):
+    for flag, least in (("instances", 8), ("per_instance", 2), ("own_per", 2), ("own_most", 8)):
         expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
-    for flag in ("l2", "lam", "learning_rate", "scale", "clip"):
-        expect(0 < config[flag] < float("inf"), flag, config[flag], "a positive number")
-    for flag in ("text_weight", "weight_decay"):
-        expect(0 <= config[flag] < float("inf"), flag, config[flag], "a number from 0")
+    for flag in ("l2", "lam", "scale"):
+        expect(0 < config[flag] < math.inf, flag, config[flag], "a positive number")
+    expect(0 <= text_weight < math.inf, "text_weight", text_weight, "a number from 0")
     expect(pairs % accumulate == 0, "pairs", pairs, f"a multiple of {accumulate} parts")
     expect(0 <= own <= 1, "own", own, "a number from 0 to 1")
     expect(0 <= power <= 1, "power", power, "a number from 0 to 1")
@@ -144,16 +148,21 @@ def main():
     load_data(data, masks, confounder, seed, difficulty)  # complains before any work is done
 
     encoder = load_encoder(model, pretrained, quick_gelu, device)
-    figures, grounds, notes = layers(foregrounds, backgrounds, skip_bad, seed, difficulty)
     partial, *_ = [unfinished(out / name, config, encoder) for name in ("partial.pt", "training.pt", "map.pt")]  # complains now, not in an hour
-    runs = partial["runs"][:seeds - 1] if partial else []
+    runs, material = partial["runs"][:seeds - 1] if partial else [], None
     for s in range(seed + len(runs), seed + seeds):
-        result, last = one_run(encoder, figures, grounds, s, out, config)
+        if material is None or "drawn" in (foregrounds, backgrounds):  # each seed draws its own
+            material = layers(foregrounds, backgrounds, skip_bad, s, difficulty)
+        result, last = one_run(encoder, *material[:2], s, out, config)
         runs.append(result)
         save_checkpoint(out / "partial.pt", dict(config=config, fingerprint=encoder.fingerprint, runs=runs))
 
-    results = dict(config=config, git=revision(), notes=encoder.notes + notes + last["samples"].notes,
+    results = dict(config=config, git=revision(), notes=encoder.notes + material[2] + last["samples"].notes,
                    seconds=dict(total=time.time() - started, **runs[-1]["seconds"]), **average(runs))
+    for name in ORDER:
+        having = sum(name in r["methods"] for r in runs)
+        if 0 < having < seeds:
+            results["notes"].append(f"{name}: only {having} of {seeds} seeds have it, left out")
     for line in results["notes"]:
         say(line)
     say(summary(results))
@@ -309,7 +318,7 @@ def cut_own(encoder, pictures, cells, s):
     50 % of the picture, in less than two thirds of the target's: then what it learned from composites does not carry over.
     """
     some = torch.randperm(len(cells), generator=torch.Generator().manual_seed(s))[:640].tolist()
-    cutter = Cutter(encoder, [cells[k] for k in some], threads, seed=s)
+    cutter = Cutter(encoder, [cells[k] for k in some], threads, seed=s, dtype=dtype)
     chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(s))[:own_most].sort().values.tolist()
     pictures = [pictures[k] for k in chosen]
     alpha, _ = embed(encoder, pictures, cache_dir, batch_size, threads, dtype, False, "cut out", cutter.masks, cutter.name)
@@ -366,7 +375,7 @@ def contrast(g, z, i, j, s, load, save):
     generator = torch.Generator().manual_seed(s)
     if bap_map == "mlp":
         torch.manual_seed(s)
-        g = Map(mu, g.W.data, g.power, hidden=512)
+        g = Map(g.mu, g.W.data, g.power, hidden=512)
     g.requires_grad_(True)
     gain = 1 / (a @ g.W.data).norm(dim=1).mean()
     start, W = g.W.data.clone(), g.W
@@ -418,16 +427,18 @@ def invariance(g, z, i, x, x_bap, samples, s):
 
 
 def average(runs):
-    """Results of all seeds -> their means, spread and, for each method, the seeds' own."""
+    """Results of all seeds -> their means, spread and, for each method that all have, the seeds' own. What one lacks is None."""
     def mean(values):
+        if None in values:
+            return None
         if isinstance(values[0], dict):
             return {k: mean([v[k] for v in values]) for k in values[0]}
         if isinstance(values[0], list):
             return [mean(list(v)) for v in zip(*values)]
-        return None if values[0] is None else sum(values) / len(values) if isinstance(values[0], float) else values[0]
+        return sum(values) / len(values) if isinstance(values[0], float) else values[0]
 
     methods = {}
-    for name in runs[0]["methods"]:
+    for name in [name for name in ORDER if all(name in r["methods"] for r in runs)]:
         each = [r["methods"][name] for r in runs]
         methods[name] = dict(mean(each), seeds=each)
         worst = torch.tensor([m["worst_group"] for m in each])
@@ -519,14 +530,13 @@ METHODS = {
 def finetune(config):
     """--method=finetune and the mitigations: fits, and writes weights.safetensors, finetune.json and log.csv."""
     for flag, known in (("train", ("auto", "all", "image", "text", "projection")), ("loss", ("auto", "infonce", "sigmoid")), ("captions", ("own", "class", "place")),
-                        ("repeated", ("once", "each")), ("log_to", ("", "tensorboard", "wandb"))):
+                        ("repeated", ("once", "each"))):
         expect(config[flag] in known, flag, config[flag], " or ".join(filter(None, known)))
-    for flag, least in (("steps", 1), ("pairs", 2), ("accumulate", 1), ("clusters", 0), ("save_every", 1), ("log_every", 1), ("seed", 0)):
-        expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
-    for flag in ("learning_rate", "region_temperature", "clip", "jtt_weight"):
+    expect(seeds == 1, "seeds", seeds, f"1 with --method={method}: start it once for each --seed, with an --out_dir of its own")
+    expect(clusters >= 0, "clusters", clusters, "a whole number from 0")
+    for flag in ("region_temperature", "jtt_weight"):
         expect(0 < config[flag] < math.inf, flag, config[flag], "a positive number")
     expect(0 <= region_weight <= 1, "region_weight", region_weight, "a number from 0 to 1")
-    expect(0 <= weight_decay < math.inf, "weight_decay", weight_decay, "a number from 0")
     rank, world = join()
     expect(pairs % (world * accumulate) == 0, "pairs", pairs, f"a multiple of {world} processes x {accumulate} parts")
     out, started, talk = Path(out_dir), time.time(), say if rank == 0 else lambda line: None

@@ -217,6 +217,20 @@ def test_seeds_are_averaged_and_one_interrupted_between_them_resumes_to_the_same
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "two") and sorted(os.listdir(tmp_path / "cut")) == ["ckpt.pt", "report.html", "results.json"]
 
 
+def test_what_one_seed_lacks_is_left_out_of_the_means():
+    average = runpy.run_path(TRAIN)["average"]
+    one = lambda worst, r2: dict(methods={n: dict(worst_group=w) for n, w in worst.items()}, additivity=dict(flat=dict(r2=r2)), invariance={}, zero_shot=None)
+    mean = average([one(dict(erm=.2, dfr=.8), .5), one(dict(erm=.4), None)])
+    assert list(mean["methods"]) == ["erm"] and mean["methods"]["erm"]["worst_group"] == pytest.approx(.3) and mean["additivity"]["flat"]["r2"] is None
+
+
+def test_a_seed_is_the_same_alone_and_among_others(files, tmp_path):
+    drawn = "--foregrounds=drawn", "--backgrounds=drawn", "--own=0"
+    assert run(words(files, tmp_path / "alone", *drawn, "--seed=1")) == 0 and run(words(files, tmp_path / "both", *drawn, "--seeds=2")) == 0
+    for name, m in results(tmp_path / "both")["methods"].items():
+        assert m["seeds"][1] == results(tmp_path / "alone")["methods"][name]["seeds"][0]
+
+
 def losses(text):
     return [float(v) for v in re.findall(r"step \d+: loss ([\d.]+)", text)]
 
@@ -343,6 +357,11 @@ def test_last_blocks_are_the_last_quarter_and_no_classifier(name, last, heads):
 
 def test_last_blocks_of_a_network_without_any_is_one_line(files, tmp_path, capsys):
     refused(capsys, fine(files, tmp_path, "last_blocks", "--model=tiny-conv", "--pretrained=none", "--own=0"), "--train=last_blocks", "--train=image")
+
+
+def test_the_smallest_convolutional_clip_cuts_out_foregrounds_too(files, tmp_path, capsys):
+    assert run(words(files, tmp_path, "--model=tiny-conv", "--pretrained=none")) == 0
+    assert "cutter: IoU" in capsys.readouterr().out
 
 
 def test_what_another_run_left_is_not_in_the_way(files, tmp_path, monkeypatch):
@@ -788,6 +807,8 @@ def test_missing_captions_one_class_and_too_few_pairs_are_one_line(files, tmp_pa
         samples.captions[3] = " "
         return samples
     refused(capsys, tune_words(files, tmp_path, "--pairs=64"), "--pairs", "32 training images")
+    for word, expected in (("--seeds=3", "each --seed"), ("--batch_size=0", "from 1"), ("--threads=-1", "from 0"), ("--warmup=-1", "0 to 1"), ("--difficulty=7", "0 to 1")):
+        refused(capsys, tune_words(files, tmp_path, word), word.split("=")[0], expected)
     refused(capsys, tune_words(files, tmp_path, "--pairs=7", "--accumulate=2"), "--pairs", "multiple")
     refused(capsys, tune_words(files, tmp_path, "--model=lite0"), "no text tower")
     monkeypatch.setattr(data, "waterbirds", without)

@@ -1832,8 +1832,9 @@ def load_embeddings(name, span):
             missing = [a for a in need if a not in file.files]
             if missing:
                 raise Complaint(f"{name}: no array {missing[0]!r} (found: {', '.join(file.files)}); expected {', '.join(need)}")
-            count, y, text, z = (torch.from_numpy(np.ascontiguousarray(file[a])) for a in need[1:])
-            target = torch.from_numpy(file["region_target"]) if "region_target" in file.files else None
+            count, y, text, z = (torch.from_numpy(a.astype(np.int64) if a.dtype.kind in "iu" else np.ascontiguousarray(a))
+                                 for a in map(file.__getitem__, need[1:]))
+            target = torch.from_numpy(file["region_target"].astype(np.float32)) if "region_target" in file.files else None
             names = [str(c) for c in file["class_names"]] if "class_names" in file.files else None
             with file.zip.open("reg_emb.npy") as stream:
                 read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(stream)[0]]
@@ -1853,7 +1854,8 @@ def load_embeddings(name, span):
         raise
     except Exception as problem:  # whatever a damaged file makes of itself
         raise Complaint(f"{name}: not an .npz file of plain arrays ({type(problem).__name__}: {problem})") from None
-    if not len(count) == len(y) == len(z) or count.is_floating_point() or y.is_floating_point() or int(count.sum()) != shape[0] or (len(count) and count.min() < 0):
+    if not count.dim() == y.dim() == 1 or not len(count) == len(y) == len(z) or count.is_floating_point() or y.is_floating_point() \
+            or int(count.sum()) != shape[0] or (len(count) and count.min() < 0):
         raise Complaint(f"{name}: num_regions {list(count.shape)} with sum {float(count.sum()):g}, true_label {list(y.shape)}, img_emb {list(z.shape)} and "
                         f"reg_emb {list(shape)}; expected whole numbers [n], [n], with one row of reg_emb for each region")
     if target is not None and target.shape != (shape[0],) or names is not None and len(names) != len(text):

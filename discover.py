@@ -46,7 +46,8 @@ classifier = "auto"      # probe, text or rows (of an ImageNet classifier); auto
 ckpt = ""                # of train.py; without one, probe is fitted on the training split as train.py's erm is
 probe = "erm"            # which of its probes
 classes = ""             # file of class names, one a line
-prompts = ""             # file of templates with {}, one a line; "a photo of a {}." if empty
+prompts = ""             # file of templates with {}, one a line; if empty the data set's own (waterbirds and scenes: "This is a picture of a {}."; celeba
+                         # and counteranimal have theirs), of any other "a photo of a {}."
 temperature = 0.07       # of softmax over cosines with text embeddings
 model = "lite0"          # lite0, timm:NAME, tiny, or any open_clip name such as ViT-L-14
 pretrained = ""          # open_clip tag or local file
@@ -67,10 +68,13 @@ seed = 0
 
 CLUSTERS = ("ravl", "gap_only", "influence_only", "unweighted")  # methods that choose among clusters
 LISTS = ("random", "failures", "george", "domino", "spurious_aware")  # those that rank regions directly
+OF_IMAGES = ("data", "split", "confounder", "difficulty", "masks", "outside", "regions", "region_encoder", "classifier", "ckpt", "probe", "classes", "prompts",
+             "model", "pretrained", "quick_gelu", "device", "dtype")  # flags that say nothing of --embeddings
 STEP = 1 << 16  # regions handled at a time
 
 
 def main():
+    default = dict(globals())
     config = flags(globals())
     for flag, known in (("method", (*CLUSTERS, *LISTS, "all")), ("clustering", ("fast", "exact", "ravl")), ("centre", ("auto", "on", "off")),
                         ("region_encoder", ("pool", "crop", "roi")), ("classifier", ("auto", "probe", "text", "rows"))):
@@ -78,11 +82,14 @@ def main():
     for flag in ("temperature", "l2"):
         expect(0 < config[flag] < math.inf, flag, config[flag], "a positive number")
     expect(0 < outside <= 1, "outside", outside, "a share above 0, up to 1")
-    expect(seed >= 0, "seed", seed, "a whole number from 0")
+    for flag, least in (("batch_size", 1), ("threads", 0), ("seed", 0)):
+        expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
+    expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
+    expect(math.isfinite(influence_least), "influence_least", influence_least, "a finite number")
     low, _, high = k.partition(":")
     expect(not k or low.isdigit() and high.isdigit() and 2 <= int(low) < int(high), "k", k, "LOW:HIGH with 2 <= LOW < HIGH, for instance 20:50 for 20 to 49")
-    for flag in ("ckpt", "masks") if embeddings else ():
-        expect(not config[flag], flag, config[flag], "nothing with --embeddings")
+    for flag in OF_IMAGES if embeddings else ():
+        expect(config[flag] == default[flag], flag, config[flag], "nothing with --embeddings, where it has no effect")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         expect(clustering == "fast", "clustering", clustering, "fast, the only one that works in several processes")
@@ -196,6 +203,8 @@ def from_images():
     """Region embeddings and all that step 2 asks for, from images: (x [N, D] of this process, unit-norm; found, see tell)."""
     encoder = load_encoder(model, pretrained, quick_gelu, device)
     samples = load_data(data, "", confounder, seed, difficulty, classes, prompts, splits=False)
+    if (samples.y < 0).any():
+        raise Complaint(f"{samples.name}: no labels; discovery needs them: a folder for each class")
     names = [s.strip() for s in split.split(",")]
     expect(set(names) <= {"train", "val", "test"}, "split", split, "train, val, test, or several of them with commas")
     wanted = torch.isin(samples.split, torch.tensor([("train", "val", "test").index(s) for s in names]))
@@ -331,7 +340,8 @@ def from_file():
     z, y, target, text = read["img_emb"], read["true_label"], read["region_target"], unit(read["text_emb"].double())
     low, high = span(len(y))
     return tell(read["reg_emb"], z[low:high].float(), lambda v: unit(v.double()) @ text.T / temperature, y=y, count=read["num_regions"],
-                box=torch.zeros(int(read["num_regions"].sum()), 4), target=None if target is None else (target > .5).float(), name=name, pictures=None,
+                box=torch.zeros(int(read["num_regions"].sum()), 4), name=name, pictures=None,
+                target=None if target is None else torch.where(target.isnan(), torch.nan, (target > .5).float()),
                 classes=read.get("class_names") or [str(c) for c in range(len(text))], notes=read.get("notes", []), fingerprint="", encoder=None)
 
 
@@ -620,7 +630,7 @@ def stability(sweep, best, labels, result, found, method):
     (Jaccard >= 0.5): a finding that hangs on one k is suspect. Ours, not in the paper. {cluster: share}."""
     kept = [c for c in range(best) if result["kept"][c]]
     hits = dict.fromkeys(kept, 0)
-    tried = list(sweep)[::max(1, len(sweep) // 12)] if kept else []
+    tried = [list(sweep)[i] for i in np.linspace(0, len(sweep) - 1, min(15, len(sweep))).round().astype(int)] if kept else []
     for k in tried:
         other = gathered(sweep[k]["labels"].long())
         r, size = identify(other, k, found, method), torch.bincount(other, minlength=k)

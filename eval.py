@@ -97,8 +97,9 @@ ORDER = {"zeroshot": "text prompts", "classifier": "ImageNet classifier's own ro
          "clip_probe": "linear probe as CLIP's authors run it, C = 0.316", "dfr": "last-layer retraining on the validation groups",
          "fewshot": "probe on a few images of each class"}
 
-# CounterAnimal's table: common, counter in per cent, over 1000 labels (NeurIPS 2024; PROTOCOLS of this project, section 5)
-PUBLISHED = {"ViT-B-32@laion400m": (67.13, 36.95), "ViT-B-16@laion400m": (73.11, 52.17), "ViT-L-14@openai": (85.38, 70.28),
+# CounterAnimal's table: common, counter in per cent, over 1000 labels (NeurIPS 2024; PROTOCOLS of this project, section 5). A name counts whole:
+# which of timm's tags the paper took is not known here
+PUBLISHED = {"ViT-B-32@laion400m_e32": (67.13, 36.95), "ViT-B-16@laion400m_e32": (73.11, 52.17), "ViT-L-14@openai": (85.38, 70.28),
              "ViT-B-32@openai": (69.13, 45.62), "ViT-H-14-378-quickgelu@dfn5b": (90.23, 83.67), "timm:resnet50": (81.44, 66.07),
              "timm:vit_base_patch16_224": (84.97, 74.98), "timm:convnext_large": (89.12, 81.47)}
 
@@ -112,7 +113,10 @@ def main():
     expect(split in ("auto", "train", "val", "test", "all"), "split", split, "auto, train, val, test or all")
     expect(line in ("published", "models"), "line", line, "published or models")
     expect(all(s.isdecimal() and int(s) for s in shots.split(",")), "shots", shots, "whole numbers from 1, comma-separated")
+    for flag, default in (("model", "lite0"), ("pretrained", "")):
+        expect(not models or config[flag] == default, flag, config[flag], "nothing with --models; give the tag behind @ in --models")
     if protocol in ("ravl", "contrast"):
+        expect(int(os.environ.get("WORLD_SIZE", 1)) == 1, "protocol", protocol, "another in several processes, as each would run all of it; start it without torchrun")
         return (controlled_settings if protocol == "ravl" else contrast_or_not)(config)
     asked = protocol.split(",")
     for p in asked if protocol != "auto" else ():
@@ -133,16 +137,15 @@ def main():
     for name in names:
         try:
             outcomes[name] = evaluate(name, samples, asked, inputs, shard)
+            if not shard[0]:
+                results[name] = measured(outcomes[name], samples)
         except Exception as problem:
             if len(names) == 1 or isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError):
                 raise  # a full disk is no fault of the model
             failed[name] = f"{'' if isinstance(problem, Complaint) else type(problem).__name__ + ': '}{problem}".splitlines()[0]
             say(f"{name}: FAILED, {failed[name]}")
             continue
-        if shard[0]:
-            continue
-        results[name] = measured(outcomes[name], samples)
-        if len(names) > 1:
+        if len(names) > 1 and not shard[0]:
             say(f"{name}: {', '.join(f'{k} {v:.3f}' for k, v in list(results[name]['metrics'].items())[:3] if isinstance(v, float))}")
             write_json(out / "eval.json", frame())
     if shard[0]:
@@ -261,6 +264,11 @@ def offered(encoder, samples, asked):
             why["dfr"] = f"{samples.name}: dfr needs at least 2 validation images of each group (found {least})"
         elif least < 8 and "dfr" in asked:
             say(f"WARNING: dfr balances the validation groups down to the smallest, which has {least} images: expect noise")
+    for k in map(int, shots.split(",") if "fewshot" in asked and "fewshot" not in why else ()):
+        here = torch.bincount(samples.y[(samples.split == 0) & (samples.y >= 0)], minlength=len(samples.classes))
+        if (here < k).any():
+            say(f"WARNING: fewshot_{k}: {int((here < k).sum())} of {len(here)} classes have fewer training images, {samples.classes[here.argmin()]} the fewest, "
+                f"{int(here.min())}; of these classes all are taken")
     if asked == ["auto"]:
         can = [p for p in ("zeroshot", "classifier") if p not in why]
         can += ["probe"] * ("probe" not in why and (samples.official or len(samples.classes) == 2 or not can))
@@ -576,6 +584,13 @@ def line_through(points):
     return y.mean() - slope * x.mean(), slope
 
 
+def line_of(results):
+    """The line that --line asks for, through the published models or those compared, each by its first protocol; None through fewer than three."""
+    points = [(a / 100, b / 100) for a, b in PUBLISHED.values()] if line == "published" else \
+        [(r["metrics"]["common"], r["metrics"]["counter"]) for r in results.values() if r["metrics"].get("drop") is not None]
+    return line_through(points) if len({a for a, _ in points}) >= 3 else None
+
+
 def on_line(line_, common):
     """The counter accuracy that the line expects at a common accuracy."""
     x = math.log(min(max(common, .001), .999) / (1 - min(max(common, .001), .999)))
@@ -587,13 +602,12 @@ def compare(results, outcomes, samples):
     common accuracy, Taori et al. 2020; the line is fitted to logits, our reading), and the difference to the first model."""
     rows = [m for r in results.values() for m in r["protocols"].values()]
     if is_counteranimal(samples):
-        points = [(a / 100, b / 100) for a, b in PUBLISHED.values()] if line == "published" else \
-            [(r["metrics"]["common"], r["metrics"]["counter"]) for r in results.values() if r["metrics"].get("drop") is not None]
-        if len({a for a, _ in points}) < 3:
-            say(f"WARNING: --line=models: {len(points)} models, a line needs three; no effective robustness")
+        fit = line_of(results)
+        if fit is None:
+            say("WARNING: --line=models: a line needs three models with different common accuracies; no effective robustness")
         for m in rows:
-            m["metrics"]["effective_robustness"] = m["metrics"]["counter"] - on_line(line_through(points), m["metrics"]["common"]) \
-                if len({a for a, _ in points}) >= 3 and m["metrics"].get("drop") is not None else None
+            m["metrics"]["effective_robustness"] = m["metrics"]["counter"] - on_line(fit, m["metrics"]["common"]) \
+                if fit is not None and m["metrics"].get("drop") is not None else None
     first, *others = results
     for name in others:
         p = results[name]["protocol"]
@@ -639,9 +653,8 @@ def summary(results, samples):
     spans = [(k, best[k + "_interval"]) for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")]
     lines += [f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}" for k, (low, high) in spans[:1]]
     for name in results:
-        known = next((k for k in PUBLISHED if name.startswith(k)), None) if is_counteranimal(samples) else None
-        if known:
-            lines.append(f"{name}: published {PUBLISHED[known][0]:.2f} common, {PUBLISHED[known][1]:.2f} counter")
+        if is_counteranimal(samples) and name in PUBLISHED:
+            lines.append(f"{name}: published {PUBLISHED[name][0]:.2f} common, {PUBLISHED[name][1]:.2f} counter")
     head, rows = additivities(results)
     if rows:
         lines += ["\nAdditivity of mean embeddings of class x place (cells) or of composites, shares of their variance", table(head, rows)]
@@ -678,7 +691,7 @@ def report(results, outcomes, samples, config, failed, git):
     if counter:
         dots = [(k, a / 100, b / 100, False) for k, (a, b) in PUBLISHED.items()] + dots
     if len(dots) > 1:
-        fit = line_through([d[1:3] for d in dots if not (counter and d[3] and line == "published")]) if counter and len(dots) > 2 else None
+        fit = line_of(results) if counter else None
         curve = [(v / 100, on_line(fit, v / 100)) for v in range(2, 99)] if fit else None
         sections.append(("Accuracy on the line", scatter(dots, x.replace("_", " "), y.replace("_", " "), curve)
                          + ("<p class=dim>Pale: published models, over the same 1000 labels. The line is fitted to logits.</p>" if counter else "")))

@@ -584,6 +584,15 @@ def test_stability_is_the_share_of_k_at_which_a_kept_cluster_shares_half_of_the_
     assert discover.stability({6: dict(labels=n // 2)}, 2, sweep[2], dict(kept=[True, False]), {}, "ravl") == {0: 0.}
 
 
+@pytest.mark.parametrize("n", [1, 2, 14, 15, 16, 23, 40])
+def test_stability_asks_up_to_15_k_from_the_first_to_the_last(monkeypatch, n):
+    tried, sweep = [], {k: dict(labels=torch.arange(50) % k) for k in range(2, 2 + n)}
+    monkeypatch.setattr(discover, "identify", lambda label, k, found, method: tried.append(k) or dict(kept=[True] * k))
+    discover.stability(sweep, 2, sweep[2]["labels"], dict(kept=[True, False]), {}, "ravl")
+    steps = np.diff(tried)
+    assert len(tried) == min(n, 15) and (tried[0], tried[-1]) == (2, 1 + n) and (n == 1 or 0 < steps.min() >= steps.max() - 1)
+
+
 @pytest.mark.parametrize("kind", ["float16", "float64", "fortran", "big endian"])
 def test_other_ways_to_store_the_embeddings(tmp_path, kind):
     a = data.drawn_regions(400, 16)["reg_emb"].numpy()
@@ -593,12 +602,30 @@ def test_other_ways_to_store_the_embeddings(tmp_path, kind):
     assert tree_of(tmp_path)["precision_at_10"] == 1
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int32", "uint64", ">i4"])
+def test_whole_numbers_of_any_type(tmp_path, kind):
+    arrays = plant(tmp_path / "e.npz", 400)
+    plant(tmp_path / "e.npz", 400, **{k: arrays[k].astype(kind) for k in ("num_regions", "true_label", "region_target")})
+    assert run(words(tmp_path / "e.npz", tmp_path)) == 0
+    assert tree_of(tmp_path)["precision_at_10"] == 1
+
+
+def test_a_target_of_nan_is_not_known(tmp_path):
+    target = plant(tmp_path / "e.npz", 400)["region_target"].astype("float32")
+    target[np.flatnonzero(target == 0)[::2]] = np.nan
+    plant(tmp_path / "e.npz", 400, region_target=target)
+    assert run(words(tmp_path / "e.npz", tmp_path)) == 0
+    assert tree_of(tmp_path)["base_rate"] == pytest.approx(np.nanmean(target))
+
+
 # --- bad input: one line, no traceback
 
 BAD = {"no reg_emb": (dict(reg_emb=None), ("no array 'reg_emb'", "num_regions")), "no img_emb": (dict(img_emb=None), ("no array 'img_emb'",)),
        "other D": (dict(text_emb=np.ones((10, 7))), ("reg_emb [400, 16]", "text_emb [10, 7]", "one D")),
        "other n": (dict(true_label=np.zeros(7, int)), ("true_label [7]",)), "sum": (dict(num_regions=np.full(100, 3)), ("sum 300", "reg_emb [400, 16]")),
        "negative count": (dict(num_regions=np.array([-1, 5] * 50) * 2), ("num_regions",)), "float labels": (dict(true_label=np.zeros(100)), ("whole numbers",)),
+       "labels in a column": (dict(true_label=np.zeros((100, 1), int)), ("true_label [100, 1]", "whole numbers [n]")),
+       "counts in a column": (dict(num_regions=np.full((100, 1), 4)), ("num_regions [100, 1]", "whole numbers [n]")),
        "label too high": (dict(true_label=np.arange(100) % 11), ("true_label from 0 to 10", "10 classes", "0 to 9")),
        "label too low": (dict(true_label=np.arange(100) % 5 - 1), ("true_label from -1 to 3",)),
        "target": (dict(region_target=np.zeros(5)), ("region_target [5]", "[400]")), "names": (dict(class_names=np.array(["a", "b"])), ("2 class_names", "400] and 10")),
@@ -635,6 +662,11 @@ def test_file_that_is_no_npz(tmp_path, capsys, content):
 
 @pytest.mark.parametrize("word, expected", [
     ("--methd=ravl", ("--methd", "method")), ("--method=magic", ("--method", "spurious_aware")), ("--clustering=slow", ("--clustering", "fast, exact, ravl")),
+    ("--batch_size=0", ("--batch_size", "from 1")), ("--threads=-1", ("--threads", "from 0")), ("--difficulty=99", ("--difficulty", "from 0 to 1")),
+    *[(f"--influence_least={v}", ("--influence_least",)) for v in ("inf", "-inf", "nan")],
+    *[(f"--{word}", (f"--{word.split('=')[0]}: ", "nothing with --embeddings")) for word in (
+        "data=waterbirds:x", "split=test", "confounder=0.9", "difficulty=0.5", "masks=x", "outside=0.5", "regions=grid:2", "region_encoder=crop", "classifier=text",
+        "ckpt=x", "probe=bap", "classes=x", "prompts=x", "model=tiny", "pretrained=x", "quick_gelu=on", "device=cpu", "dtype=float32")],
     ("--centre=maybe", ("--centre",)), ("--region_encoder=roll", ("--region_encoder",)), ("--classifier=knn", ("--classifier",)), ("--temperature=0", ("--temperature",)),
     ("--l2=inf", ("--l2",)), ("--outside=0", ("--outside",)), ("--outside=1.1", ("--outside",)), ("--seed=-1", ("--seed",)), ("--k=20", ("--k", "LOW:HIGH")),
     ("--k=1:5", ("--k",)), ("--k=9:9", ("--k",)), ("--k=5000:6000", ("--k", "5000 clusters of 400 regions")), ("--embeddings=nowhere.npz", ("nowhere.npz", "no such file")),
@@ -744,6 +776,7 @@ def test_help_prints_the_block_of_defaults(capsys):
     assert run(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n{k}" in shown for k in ("out_dir", "embeddings", "regions", "clustering", "seed")) and "def main" not in shown
+    assert "This is a picture of a {}." in shown  # --prompts: not every set has the same
 
 
 # --- baselines, where the right answer is known
@@ -1109,6 +1142,16 @@ def test_bad_box_names_its_line(photos, tmp_path, capsys, form, box, expected):
     ("--split=vall", ("--split", "train, val, test")), ("--classifier=rows", ("no linear classifier",)), ("--data=waterbirds:nowhere", ("nowhere", "no such folder"))])
 def test_bad_flag_about_images(photos, tmp_path, capsys, word, expected):
     refused(capsys, [*words_of(photos, tmp_path / "o"), word], *expected)
+
+
+def test_images_without_labels_are_a_line(photos, tmp_path, capsys):
+    (tmp_path / "flat").mkdir()
+    for path in paths_of(photos)[:4]:
+        shutil.copy(path, tmp_path / "flat")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    argv = [f"--data=folder:{tmp_path / 'flat'}", f"--classes={tmp_path / 'names.txt'}", "--model=tiny", "--cache_dir=", f"--out_dir={tmp_path / 'o'}"]
+    for split in ("val", "test"):
+        refused(capsys, [*argv, f"--split={split}"], "flat", "no labels", "discovery needs them")
 
 
 def test_a_probe_is_not_looked_at_on_the_images_that_it_was_fitted_on(photos, tmp_path, capsys):

@@ -51,7 +51,8 @@ def files(tmp_path_factory):
 
 
 def words(files, out, *more):
-    return [f"--data=folder:{files / 'set'}", "--model=tiny", "--dtype=float32", f"--cache_dir={files / 'cache'}", f"--out_dir={out}", *more]
+    one = ["--model=tiny"] * (not any(w.startswith("--models=") for w in more))
+    return [f"--data=folder:{files / 'set'}", *one, "--dtype=float32", f"--cache_dir={files / 'cache'}", f"--out_dir={out}", *more]
 
 
 def results(out):
@@ -190,6 +191,12 @@ def test_fewshot_is_the_mean_of_its_draws(files, tmp_path, everything):
     assert out["predicted"].shape == (3, 22) and not torch.equal(out["confidence"][0], out["confidence"][1])
 
 
+def test_more_shots_than_images_are_said(files, tmp_path, capsys):
+    assert run(words(files, tmp_path, "--protocol=fewshot", "--shots=10,99", "--draws=1")) == 0
+    said = capsys.readouterr().out
+    assert "fewshot_99: 2 of 2 classes have fewer training images, cat the fewest, 10;" in said and "fewshot_10:" not in said
+
+
 def test_classifier_rows_over_all_labels_and_among_those_of_a_pair(tmp_path):
     lite0 = model.load_encoder("lite0", device="cpu")
     for k, name in enumerate(("10 brambling/common-grass", "16 bulbul/common-sky", "10 brambling/counter-sky", "16 bulbul/counter-grass")):
@@ -268,6 +275,46 @@ def test_line_goes_through_points_on_a_line_of_logits_and_robustness_is_the_dist
     line = (-.5, 1.2)
     points = [(x, script.on_line(line, x)) for x in (.3, .5, .8, .9)]
     assert script.line_through(points) == pytest.approx(line) and script.on_line(line, .5) == pytest.approx(1 / (1 + np.exp(.5)))
+
+
+def compared(shares):
+    """CounterAnimal's two classes of 10 common and 10 counter photos each, and models that have such (common, counter) shares right."""
+    y, place = torch.arange(40) // 20, torch.arange(40) // 10 % 2
+    samples = data.samples_of("counteranimal:x", [""] * 40, y.tolist(), place.tolist(), [2] * 40, ["a", "b"], ["common", "counter"], imagenet=[[7], [8]])
+    samples.labels, samples.prompts = [str(k) for k in range(1000)], [[str(k)] for k in range(1000)]
+    outcomes = {name: dict(zeroshot=outcome([7 + c if k % 10 < 10 * share[p] else 0 for k, (c, p) in enumerate(zip(y.tolist(), place.tolist()))]))
+                for name, share in shares.items()}
+    return {name: script.measured(o, samples) for name, o in outcomes.items()}, outcomes, samples
+
+
+@pytest.mark.parametrize("line", ["published", "models"])
+def test_the_page_draws_the_line_that_robustness_is_measured_from(monkeypatch, line):
+    monkeypatch.setattr(script, "line", line)
+    monkeypatch.setattr(script, "worst", lambda *_: "")
+    drawn = []
+    monkeypatch.setattr(script, "scatter", lambda dots, x, y, curve: drawn.append(dict(curve)) or "")
+    results, outcomes, samples = compared(dict(a=(.5, .1), b=(.7, .2), c=(.9, .6)))
+    script.compare(results, outcomes, samples)
+    script.report(results, outcomes, samples, {}, {}, None)
+    for r in results.values():
+        m = r["metrics"]
+        assert m["counter"] - m["effective_robustness"] == pytest.approx(drawn[0][round(m["common"], 2)])
+
+
+def test_two_models_make_no_line(monkeypatch, capsys):
+    monkeypatch.setattr(script, "line", "models")
+    results, outcomes, samples = compared(dict(a=(.5, .1), b=(.7, .2)))
+    script.compare(results, outcomes, samples)
+    assert "needs three" in capsys.readouterr().out and results["a"]["metrics"]["effective_robustness"] is None
+
+
+@pytest.mark.parametrize("name, known", [
+    ("timm:resnet50", True), ("timm:vit_base_patch16_224", True), ("ViT-B-32@laion400m_e32", True), ("ViT-L-14@openai", True), ("timm:resnet50d.ra2_in1k", False),
+    ("timm:resnet50.fb_swsl_ig1b_ft_in1k", False), ("timm:convnext_large_mlp.clip_laion2b_augreg", False), ("timm:vit_base_patch16_224_miil.in21k", False),
+    ("timm:resnet50@mine.pt", False), ("ViT-B-32@laion400m_e31", False)])
+def test_published_figures_stand_beside_the_published_model_only(name, known):
+    results, _, samples = compared({name: (.5, .1)})
+    assert (f"{name}: published" in script.summary(results, samples)) == known
 
 
 def test_calibration_error_by_hand():
@@ -430,6 +477,22 @@ def test_models_are_compared_one_that_fails_is_reported_and_the_others_go_on(fil
     text = (tmp_path / "out/eval.html").read_text()
     assert "Accuracy on the line" in text and "nonsense" in text
     assert len({row["model"] for row in table_of(tmp_path / "out/eval.csv")}) == 2
+
+
+def test_a_model_that_cannot_be_measured_is_reported_and_the_others_go_on(files, tmp_path, monkeypatch):
+    real, calls = model.wilson, []
+    def wilson(*arguments):
+        calls.append(arguments)
+        return real(*arguments) if len(calls) > 1 else 1 / 0
+    monkeypatch.setattr(model, "wilson", wilson)
+    assert run(words(files, tmp_path / "out", f"--models=tiny,{weights(tmp_path / 'w.pt', 1)}", "--protocol=zeroshot")) == 0
+    r = results(tmp_path / "out")
+    assert r["failed"] == dict(tiny="ZeroDivisionError: division by zero") and len(r["models"]) == 1 and r["pending"] == []
+
+
+@pytest.mark.parametrize("word", ["--model=tiny", "--pretrained=none"])
+def test_several_models_and_one_are_not_asked_for_together(files, tmp_path, capsys, word):
+    refused(capsys, words(files, tmp_path / "out", "--models=tiny,tiny-conv", word), f"{word.partition('=')[0]}: ", "behind @ in --models")
 
 
 def test_all_models_failing_is_exit_code_2(files, tmp_path, capsys):
@@ -693,6 +756,12 @@ def test_controlled_settings_of_other_flags_are_refused_and_more_of_them_are_not
     assert run([*argv, "--steps=7"]) == 2
     assert "--steps=160" in capsys.readouterr().err
     assert run(argv) == 0 and len(json.loads((out / "protocol.json").read_text())["settings"]) == 3
+
+
+@pytest.mark.parametrize("protocol", ["ravl", "contrast"])
+def test_a_protocol_of_many_runs_is_for_one_process(tmp_path, monkeypatch, capsys, protocol):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, [f"--protocol={protocol}", "--settings=0", "--repeats=0", f"--out_dir={tmp_path}"], "--protocol", "several processes", "without torchrun")
 
 
 def test_controlled_settings_out_of_range(settings, capsys):

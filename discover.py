@@ -69,7 +69,7 @@ seed = 0
 CLUSTERS = ("ravl", "gap_only", "influence_only", "unweighted")  # methods that choose among clusters
 LISTS = ("random", "failures", "george", "domino", "spurious_aware")  # those that rank regions directly
 OF_IMAGES = ("data", "split", "confounder", "difficulty", "masks", "outside", "regions", "region_encoder", "classifier", "ckpt", "probe", "classes", "prompts",
-             "model", "pretrained", "quick_gelu", "device", "dtype")  # flags that say nothing of --embeddings
+             "model", "pretrained", "quick_gelu")  # flags that say nothing of --embeddings
 STEP = 1 << 16  # regions handled at a time
 
 

@@ -666,7 +666,7 @@ def test_file_that_is_no_npz(tmp_path, capsys, content):
     *[(f"--influence_least={v}", ("--influence_least",)) for v in ("inf", "-inf", "nan")],
     *[(f"--{word}", (f"--{word.split('=')[0]}: ", "nothing with --embeddings")) for word in (
         "data=waterbirds:x", "split=test", "confounder=0.9", "difficulty=0.5", "masks=x", "outside=0.5", "regions=grid:2", "region_encoder=crop", "classifier=text",
-        "ckpt=x", "probe=bap", "classes=x", "prompts=x", "model=tiny", "pretrained=x", "quick_gelu=on", "device=cpu", "dtype=float32")],
+        "ckpt=x", "probe=bap", "classes=x", "prompts=x", "model=tiny", "pretrained=x", "quick_gelu=on")],
     ("--centre=maybe", ("--centre",)), ("--region_encoder=roll", ("--region_encoder",)), ("--classifier=knn", ("--classifier",)), ("--temperature=0", ("--temperature",)),
     ("--l2=inf", ("--l2",)), ("--outside=0", ("--outside",)), ("--outside=1.1", ("--outside",)), ("--seed=-1", ("--seed",)), ("--k=20", ("--k", "LOW:HIGH")),
     ("--k=1:5", ("--k",)), ("--k=9:9", ("--k",)), ("--k=5000:6000", ("--k", "5000 clusters of 400 regions")), ("--embeddings=nowhere.npz", ("nowhere.npz", "no such file")),

@@ -769,6 +769,8 @@ def of_family(config):
     expect(digits == "drawn" or digits.startswith("mnist:"), "digits", digits, "drawn or mnist:DIR")
     config.update({k: v for k, v in FAMILIES[kind].items() if config[k] in (-1, "auto", "lite0")})  # lite0, the default of the other protocols, has no text tower
     globals().update(config)
+    if not regions.startswith("masks:"):
+        load_regions(regions, [], None)  # complains now, not after the first fine-tuning
     rest = dict(digits=digits.partition(":")[2], cutouts=f"{feature}:{foregrounds}:{backgrounds}", coco=where)[kind]
     return lambda strength, label: f"{kind}:{strength:g}:{label}" + (f":{rest}" if rest else "")
 

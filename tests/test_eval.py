@@ -766,7 +766,7 @@ def test_a_protocol_of_many_runs_is_for_one_process(tmp_path, monkeypatch, capsy
 
 def test_controlled_settings_out_of_range(settings, capsys):
     argv, _ = settings
-    for more in ("--settings=0", "--settings=51", "--digits=photos", "--family=photos", "--family=coco", "--family=digits:x"):
+    for more in ("--settings=0", "--settings=51", "--digits=photos", "--family=photos", "--family=coco", "--family=digits:x", "--regions=quads"):
         assert run([*argv, more]) == 2 and more.partition("=")[0] in capsys.readouterr().err
 
 

@@ -446,7 +446,8 @@ def layers(foregrounds, backgrounds, skip_bad=False, seed=0, difficulty=.5):
     """The raw material of composites.
 
     foregrounds, backgrounds: folders of RGBA cut-outs and of photos, or "drawn" for the generator's pre-training kinds,
-    which no target of the generator shows; backgrounds also discovery:PATH, the best regions of what discover.py found. Returns (figures, grounds, notes): lists of pictures.
+    which no target of the generator shows; backgrounds also discovery:PATH, the best regions of what discover.py found.
+    Returns (figures, grounds, notes): lists of pictures, and what was left out.
     """
     notes = []
 
@@ -1924,8 +1925,8 @@ class Regions:
         image = open_image(self.mask).convert("L") if self.values else Image.new("L", (8, 8))
         frame = [v * n for v, n in zip(self.frame, image.size * 2)]
         m = np.asarray(image)
-        return torch.zeros(0, h, w) if not self.values else torch.stack([torch.from_numpy(np.array(Image.fromarray(255 * (m == v).astype(np.uint8)).resize((w, h), Image.BOX, frame), np.float32)) / 255
-                            for v in self.values])
+        shrunk = lambda on: np.array(Image.fromarray(255 * on.astype(np.uint8)).resize((w, h), Image.BOX, frame), np.float32) / 255
+        return torch.stack([torch.from_numpy(shrunk(m == v)) for v in self.values]) if self.values else torch.zeros(0, h, w)
 
 
 def picture_size(picture):

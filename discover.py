@@ -145,10 +145,11 @@ def main():
     say(console(summary, found))
     out = Path(out_dir)
     write(out / "discovery.html", report(summary, found, similarity, M))
-    write(out / "discovery.npz", npz(medoids=M.cpu().numpy(), mean=mean.numpy(), kept=np.array([c["id"] for c in tree if c["kept"]], np.int64),
-                                             clipped=clustering == "ravl", fingerprint=found["fingerprint"], regions=regions,
-                                             region_encoder=region_encoder, data=found["name"],
-                                             paths=[str(getattr(p, "path", "")) for p in found["pictures"] or [""] * len(found["y"])], image=found["image"].numpy(), box=found["box"].numpy(), label=labels.numpy()))
+    paths = [str(getattr(p, "path", "")) for p in found["pictures"] or [""] * len(found["y"])]
+    write(out / "discovery.npz", npz(
+        medoids=M.cpu().numpy(), mean=mean.numpy(), kept=np.array([c["id"] for c in tree if c["kept"]], np.int64), clipped=clustering == "ravl",
+        fingerprint=found["fingerprint"], regions=regions, region_encoder=region_encoder, data=found["name"], paths=paths,
+        image=found["image"].numpy(), box=found["box"].numpy(), label=labels.numpy()))
     write_json(out / "discovery.json", summary)
     say(f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s")
 

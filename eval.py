@@ -34,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (LEAST, Complaint, bars, composites as compose, expect, flags, html_table, layers, lines, load_data, load_regions, near, open_mask, page, pictures, region_truth, revision, rng, run, say, scatter, table,
+from data import (LEAST, Complaint, bars, composites as compose, expect, flags, html_table, layers, lines, load_data, load_regions, near,
+                  open_mask, page, pictures, region_truth, revision, rng, run, say, scatter, table,
                   thumb, write, write_json, write_table)
 from model import (additivity, cores, dfr, embed, fit_probe, group_metrics, load_checkpoint, load_encoder, load_map, load_tensors, mean_std,
                    paired_bootstrap, prompt_embeddings, recall_encoder, region_embeddings, remember, save_tensors, unit, wilson)
@@ -128,7 +129,8 @@ def main():
     for note in samples.notes:
         say(note)
 
-    inputs = [digest(samples), *(folder_digest(f) for f in (foregrounds, backgrounds) if composites), hashlib.sha256(Path(ckpt).read_bytes()).hexdigest() if os.path.isfile(ckpt) else "", dtype, split, masks, skip_bad, seed, CODE]
+    inputs = [digest(samples), *(folder_digest(f) for f in (foregrounds, backgrounds) if composites),
+              hashlib.sha256(Path(ckpt).read_bytes()).hexdigest() if os.path.isfile(ckpt) else "", dtype, split, masks, skip_bad, seed, CODE]
 
     results, failed, outcomes = {}, {}, {}
     git = revision()
@@ -480,7 +482,8 @@ def measure(out, samples, p):
     metrics = {k: mean(k) for k in ("worst_group", "avg_group_mean", "avg_train_weighted")}
     z = NormalDist().inv_cdf(1 - .025 / len(groups))  # simultaneous over the groups: the bootstrap of a minimum is biased
     bounds = [[min(ends) for ends in zip(*[wilson(g["accuracy"] * g["n"], g["n"], z) for g in e["groups"]])] for e in each]
-    metrics.update(worst_group_interval=[sum(ends) / len(bounds) for ends in zip(*bounds)], seen_in_training=out.get("seen", 0), average=float(correct.double().mean()), ece=ece(out["confidence"].flatten(), correct.flatten()),
+    metrics.update(worst_group_interval=[sum(ends) / len(bounds) for ends in zip(*bounds)], seen_in_training=out.get("seen", 0),
+                   average=float(correct.double().mean()), ece=ece(out["confidence"].flatten(), correct.flatten()),
                    n=len(index), skipped=out["skipped"])
     classes = {}
     for c in torch.unique(y).tolist():
@@ -806,7 +809,8 @@ def controlled_settings(config):
 
 def script_run(name, out, **more):
     """Runs train.py or discover.py beside this file, its output into out/log.txt; raises Complaint with its last line."""
-    words = [f"--{k}={v}" for k, v in dict({k: globals()[k] for k in ("model", "quick_gelu", "device", "dtype", "batch_size", "cache_dir", "threads", "seed")}, out_dir=out, **more).items()]
+    shared = {k: globals()[k] for k in ("model", "quick_gelu", "device", "dtype", "batch_size", "cache_dir", "threads", "seed")}
+    words = [f"--{k}={v}" for k, v in dict(shared, out_dir=out, **more).items()]
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out) / "log.txt", "w") as log:
         job = subprocess.run([sys.executable, str(Path(__file__).with_name(name)), *words], stdout=log, stderr=subprocess.STDOUT)

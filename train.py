@@ -573,14 +573,17 @@ def finetune(config):
 
 def zero_rows(both):
     """Header and rows of the table of zero-shot accuracies before and after."""
-    return ("zero-shot, test split", "worst_group", "avg_group_mean", "overall"), [(name, m["worst_group"], m["avg_group_mean"], m["overall"]) for name, m in both.items()]
+    columns = "worst_group", "avg_group_mean", "overall"
+    return ("zero-shot, test split", *columns), [(name, *[m[c] for c in columns]) for name, m in both.items()]
 
 
 def save_weights(out, encoder, config):
     """weights.safetensors, for --pretrained; with its activation and preprocessing, which no name says once a tag's weights are a local file."""
     from safetensors.torch import save
     state = {k: v.detach().cpu().contiguous() for k, v in encoder.module.state_dict().items()}
-    record = dict(bias=getattr(encoder.module, "logit_bias", None) is not None, quick_gelu=any(type(m).__name__ == "QuickGELU" for m in encoder.module.modules()), preprocess=getattr(getattr(encoder.module, "visual", None), "preprocess_cfg", {}))
+    record = dict(bias=getattr(encoder.module, "logit_bias", None) is not None,
+                  quick_gelu=any(type(m).__name__ == "QuickGELU" for m in encoder.module.modules()),
+                  preprocess=getattr(getattr(encoder.module, "visual", None), "preprocess_cfg", {}))
     write(out / "weights.safetensors", save(state, dict(config=json.dumps(config), git=str(revision()), record=json.dumps(record))))
 
 
@@ -774,8 +777,9 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
         return {**o, "t": o["t"][back.to(encoder.device)]} if contrast_too else o
 
     for step in range(first, steps):
+        rising = warmup * steps
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * min((step + 1) / max(1, warmup * steps), .5 + .5 * math.cos(math.pi * max(0, step - warmup * steps) / max(1, steps - warmup * steps)))
+            group["lr"] = learning_rate * min((step + 1) / max(1, rising), .5 + .5 * math.cos(math.pi * max(0, step - rising) / max(1, steps - rising)))
         optimiser.zero_grad()
         ids = mine(step)
         if step + 1 < steps:
@@ -804,7 +808,8 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
             bad = [] if norm.isfinite() else ["the gradient"]
         if bad:
             keep(step)
-            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; the state before it is in {out}/training.pt; start anew with a lower --learning_rate, or with --dtype=float32")
+            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; the state before it is in {out}/training.pt; "
+                            "start anew with a lower --learning_rate, or with --dtype=float32")
         optimiser.step()
         if method != "bap":
             with torch.no_grad():

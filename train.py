@@ -105,7 +105,7 @@ tuned = True             # also rows tuned on the validation split's groups, und
 l2 = 0.8                 # penalty of every probe in the table, in units of the mean loss (scikit-learn's C = 1 / (l2 n))
 # --- system ----------------------------------------------------------------------------------------------------------
 seed = 0
-seeds = 1                # runs with seed, seed + 1, ...; reported are means and spread
+seeds = 1                # bap: runs with seed, seed + 1, ...; reported are means and spread
 # --- end -------------------------------------------------------------------------------------------------------------
 
 ORDER = {  # of the table's rows

@@ -702,7 +702,7 @@ def george(x, found):
     right, worst = (found["predicted"] == found["y"]).double(), (math.inf, None, None)
     for l in sorted(set(found["y"].tolist())):
         of = (found["y"] == l).nonzero()[:, 0]
-        if len(of) < 4 or (found["z"][of] - found["z"][of[0]]).abs().max() < 1e-5:  # too few, or all alike
+        if len(of) < 4 or (1 - found["z"][of] @ found["z"][of].mean(0)).max() < 1e-5:  # too few, or all alike
             continue
         low, high = span(len(of))
         groups = kmedoids(found["z"][of[low:high]], range(2, min(10, len(of))), False, seed)

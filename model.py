@@ -50,7 +50,12 @@ class Encoder:
         quick = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.precision, self.agrees = "bfloat16" if quick else "float32", False
         self.logit_scale = module.logit_scale.exp().item() if hasattr(module, "logit_scale") else None
-        self.reads, self.names = tokenizer is not None, kind == "timm" and getattr(module.get_classifier(), "out_features", 0) == 1000
+        head = module.get_classifier() if kind == "timm" else None
+        self.reads, self.names = tokenizer is not None, isinstance(head, nn.Linear) and head.out_features == 1000 and head.bias is not None
+        if self.names:  # some networks put more than this layer behind the embedding
+            with torch.inference_mode():
+                whole = self.fast(blank)
+                self.names = bool((whole - head(z)).abs().max() <= 1e-3 * whole.abs().max())
 
     def images(self, x):
         """Images [N, 3, H, W] -> embeddings [N, D], not normalised."""
@@ -72,9 +77,9 @@ class Encoder:
         """The box of a picture that the transform shows to the network, in shares: left, top, right, bottom."""
         size = {type(t).__name__: t.size for t in self.transform.transforms if hasattr(t, "size")}
         resize, crop = size.get("Resize"), size.get("CenterCrop")
-        if not isinstance(resize, int) or crop is None:  # the whole picture, squeezed
+        if resize is None or crop is None:  # the whole picture, squeezed
             return 0., 0., 1., 1.
-        w, h = (crop[k] / resize * min(width, height) / n / 2 for k, n in ((1, width), (0, height)))
+        w, h = (crop[k] / (resize * n / min(width, height) if isinstance(resize, int) else resize[k]) / 2 for k, n in ((1, width), (0, height)))
         return tuple(min(1., max(0., v)) for v in (.5 - w, .5 - h, .5 + w, .5 + h))
 
     @torch.inference_mode()
@@ -98,8 +103,8 @@ class Encoder:
     def classifier(self):
         """The rows [C, D] and biases [C] of an ImageNet classifier. Complaint if it has none."""
         head = self.module.get_classifier() if self.kind == "timm" else None
-        if not isinstance(head, nn.Linear):
-            raise Complaint(f"--model={self.name}: it has no linear classifier; expected lite0 or timm:NAME")
+        if not self.names:
+            raise Complaint(f"--model={self.name}: it has no linear classifier of ImageNet's 1000 classes on its embeddings; expected lite0 or timm:NAME")
         return head.weight.detach().cpu().float(), head.bias.detach().cpu().float()
 
 
@@ -139,11 +144,11 @@ def with_map(module, kind, x):
 def _trunk_with_map(trunk, x, head):
     """with_map of a timm network: its forward_features, and head on it and on each cell alone."""
     features = trunk.forward_features(x)
-    if features.dim() == 4:
+    if isinstance(features, torch.Tensor) and features.dim() == 4:
         last = getattr(trunk, "output_fmt", "NCHW") == "NHWC" or features.shape[-1] == trunk.num_features != features.shape[1]
         m = features if last else features.permute(0, 2, 3, 1)
         cells = m.flatten(0, 2)[:, None, None] if last else m.flatten(0, 2)[:, :, None, None]
-    elif hasattr(trunk, "num_prefix_tokens") and hasattr(trunk.patch_embed, "grid_size"):
+    elif hasattr(trunk, "num_prefix_tokens") and hasattr(getattr(trunk, "patch_embed", None), "grid_size"):
         m = features[:, trunk.num_prefix_tokens:].unflatten(1, trunk.patch_embed.grid_size)  # [N, P, D] -> [N, h, w, D]
         cells = m.flatten(0, 2)[:, None].expand(-1, trunk.num_prefix_tokens + 1, -1)
     else:
@@ -283,9 +288,12 @@ def _timm(model, pretrained, device):
     except Exception as problem:  # the hub's client raises many kinds
         raise Complaint(f"--model={model}: its weights cannot be fetched ({_first(problem)}); "
                         "give a local file: --pretrained=/path/to/weights.safetensors") from None
+    notes = []
     if pretrained not in ("", "none"):
         _load_file(module, pretrained)
-    return Encoder(model, module, create_transform(**resolve_model_data_config(module)), "timm", device, fuse(module))
+        tag = ".".join(filter(None, (module.pretrained_cfg.get("architecture"), module.pretrained_cfg.get("tag"))))
+        notes = [f"{model}: preprocessing of {tag}, as a local file does not say; timm:NAME.TAG chooses another's"]
+    return Encoder(model, module, create_transform(**resolve_model_data_config(module)), "timm", device, fuse(module), notes=notes)
 
 
 def _tiny(pretrained, device):
@@ -382,7 +390,7 @@ def _open_clip(model, pretrained, quick_gelu, device):
     try:
         with quiet():  # its QuickGELU warning too: decided and said above
             kwargs = {} if quick == own else dict(quick_gelu=quick)
-            seen = record.get("preprocess") or {}
+            seen = record.get("preprocess") or (open_clip.get_pretrained_cfg(model, tags[0]) if local and tags else {})
             kwargs.update(dict(init_logit_bias=0.) if record.get("bias") else {})
             kwargs.update({f"image_{k}": seen[k] for k in ("mean", "std", "interpolation", "resize_mode") if seen.get(k)} if local else {})
             module, _, transform = open_clip.create_model_and_transforms(model, pretrained="" if pretrained == "none" else pretrained, **kwargs)
@@ -390,7 +398,32 @@ def _open_clip(model, pretrained, quick_gelu, device):
         what = "does not fit this model" if local else "its weights cannot be fetched"
         raise Complaint(f"--model={model} --pretrained={pretrained}: {what} ({_first(problem)})"
                         + ("" if local else "; give a local file: --pretrained=/path/to/weights.safetensors")) from None
+    if local and not record.get("preprocess"):
+        cfg = module.visual.preprocess_cfg
+        notes.append(f"{model}: images are scaled to {cfg['size']} ({cfg['resize_mode']}), mean {cfg['mean']}, std {cfg['std']}, as for "
+                     f"{'its tag ' + tags[0] if tags else 'a CLIP by OpenAI'}: a local file does not say")
+        had, has = _positions(pretrained), _positions_of(module.state_dict())
+        if had and had != has:
+            notes.append(f"WARNING: {pretrained}: positions of {had} tokens, {model} has {has}: made for another size of images, and resampled")
     return Encoder(model, module, transform, "open_clip", device, tokenizer=lambda: open_clip.get_tokenizer(model), notes=notes)
+
+
+def _positions_of(state):
+    """Tokens that a state dict (of tensors, or of anything with a shape) has image positions for, 0 if it has none."""
+    return next((v.shape[-2] for k, v in state.items() if k.endswith(("visual.positional_embedding", "visual.trunk.pos_embed"))), 0)
+
+
+def _positions(path):
+    """The same of a file."""
+    if not path.endswith(".safetensors"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # an old file, which cannot be mapped
+            return 0
+        return _positions_of(state.get("state_dict", state))
+    from safetensors import safe_open
+    with safe_open(path, "pt") as file:
+        return next((file.get_slice(k).get_shape()[-2] for k in file.keys() if k.endswith(("visual.positional_embedding", "visual.trunk.pos_embed"))), 0)
 
 
 @contextlib.contextmanager
@@ -771,7 +804,7 @@ class Cutter:
 # ---------------------------------------------------------------------------------------------------------------------
 # the additive algebra: z(f, b) = mu + a_f + c_b + e on an incomplete grid of cells (i, j, z)
 
-def additive_solve(z, i, j, tolerance=1e-7, steps=500):
+def additive_solve(z, i, j, tolerance=1e-7, steps=10_000):
     """Least squares of z [N, D] by mu + a_i + c_j on the cells that exist, by conjugate gradient to convergence.
 
     i, j: [N] foreground and background of each cell, numbered without gaps. Returns mu [D], a [n, D], c [m, D]; a and c
@@ -788,7 +821,7 @@ def additive_solve(z, i, j, tolerance=1e-7, steps=500):
     right = sum_j - torch.sparse.mm(Mt, sum_i / count_i)
     c, r = torch.zeros_like(right), right.clone()
     p, rr = r / count_j, (r * r / count_j).sum()
-    stop = tolerance ** 2 * rr
+    stop = max(tolerance ** 2 * rr, 1e-26 * z.square().sum())  # where backgrounds have no effect of their own, rr is rounding
     for _ in range(steps):
         if rr <= stop or rr == 0:
             break
@@ -994,6 +1027,8 @@ def fit_probe(x, y, l2=.2, weight=None, classes=0):
     x = x.detach()
     mean, deviation = mean_std(x)
     scale, basis = deviation.mean().clamp(min=1e-12), None
+    if not scale.isfinite():
+        raise Complaint(f"a probe needs at least two rows of finite numbers (found {n}, {int(x.isfinite().all(1).sum())} of them finite)")
     if n < x.shape[1]:  # the optimum lies in the span of the rows: exact, and smaller
         x = (x.double() - mean) / scale
         basis = torch.linalg.qr(x.T).Q  # [D, n]

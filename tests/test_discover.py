@@ -831,6 +831,13 @@ def test_george_takes_the_cluster_with_the_lowest_accuracy_of_any_class():
     assert {int(found["image"][r]) for r in ranked} == set(range(40, 80, 2))
 
 
+@pytest.mark.parametrize("spread", [1e-6, 1e-4, 1e-2])
+def test_george_of_images_that_are_nearly_alike(spread):
+    x, found, _, _ = errors()
+    found["z"] = unit(found["z"][:1] + spread * torch.randn(80, found["z"].shape[1], generator=torch.Generator().manual_seed(0)))
+    assert len(discover.george(x, found)) > 0
+
+
 def test_spurious_aware_ranks_the_regions_of_wrong_images_by_their_score_for_the_predicted_class():
     x, found, wanted, has = errors()
     ranked = discover.spurious_aware(x, found).tolist()

@@ -330,10 +330,50 @@ def quick(encoder):
 def test_quick_gelu_of_a_local_file_says_what_was_assumed(tmp_path, small, choice, expected):
     save_file({k: v.contiguous() for k, v in small["flock-vit"].module.state_dict().items()}, tmp_path / "w.safetensors")
     encoder = load_encoder("flock-vit", str(tmp_path / "w.safetensors"), quick_gelu=choice, device="cpu")
-    assert quick(encoder) is expected and len(encoder.notes) == 1
+    assert quick(encoder) is expected and len(encoder.notes) == 2
     assert ("QuickGELU" if expected else "flock-vit: GELU") in encoder.notes[0]
     assert ("local file has no record" if choice == "auto" else f"--quick_gelu={choice}") in encoder.notes[0]
     assert encoder.module.visual.proj.equal(small["flock-vit"].module.visual.proj)
+
+
+def test_a_local_file_is_seen_as_the_models_tag_is_and_that_is_said(tmp_path, small, monkeypatch):
+    state = {k: v.contiguous() for k, v in small["flock-vit"].module.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["webli"])
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: dict(mean=(.5, .5, .5), std=(.5, .25, .5), interpolation="bicubic", resize_mode="squash"))
+    encoder = load_encoder("flock-vit", str(tmp_path / "w.safetensors"), device="cpu")
+    assert encoder.transform.transforms[-1].std == (.5, .25, .5) and encoder.frame(400, 300) == (0, 0, 1, 1)
+    assert any("squash" in n and "its tag webli" in n for n in encoder.notes) and not any("WARNING" in n for n in encoder.notes)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_positions_for_another_size_of_images_are_not_resampled_in_silence(tmp_path, small, suffix):
+    state = {k: v.contiguous() for k, v in small["flock-vit"].module.state_dict().items()}
+    old = state["visual.positional_embedding"]
+    side = round((len(old) - 1) ** .5) + 1
+    state["visual.positional_embedding"] = gaussian(side * side + 1, old.shape[1])
+    path = str(tmp_path / f"w{suffix}")
+    save_file(state, path) if suffix == ".safetensors" else torch.save(dict(state_dict=state), path)
+    notes = load_encoder("flock-vit", path, device="cpu").notes
+    assert any(n.startswith("WARNING") and f"positions of {side * side + 1} tokens" in n and f"has {len(old)}" in n for n in notes)
+
+
+def test_rows_of_a_network_with_more_behind_its_embedding_are_no_classifier():
+    net = timm.create_model("test_resnet", num_classes=1000)
+    transform = open_clip.image_transform(64, is_train=False)
+    assert model.Encoder("plain", net, transform, "timm", "cpu").names
+    whole = type(net).forward
+    net.forward = lambda x: whole(net, x) + torch.linspace(0, 1, 1000)
+    encoder = model.Encoder("more", net, transform, "timm", "cpu")
+    assert not encoder.names
+    with complaint("more", "no linear classifier"):
+        encoder.classifier()
+
+
+def test_frame_of_a_squeeze_and_a_crop():
+    from torchvision import transforms
+    seen = types.SimpleNamespace(transform=transforms.Compose([transforms.Resize((100, 200)), transforms.CenterCrop((80, 100))]))
+    assert model.Encoder.frame(seen, 640, 480) == pytest.approx((.25, .1, .75, .9))
 
 
 @pytest.mark.parametrize("said, choice, expected", [(True, "auto", True), (False, "auto", False), (True, "off", False)])
@@ -582,6 +622,27 @@ def test_additive_solve_fits_a_grid_in_two_unconnected_parts():
     design = torch.cat([torch.ones(len(z), 1), F.one_hot(i, 6), F.one_hot(j, 4)], 1).double()
     mu, a, c = model.additive_solve(z, i, j)
     assert torch.allclose(mu + a[i] + c[j], design @ torch.linalg.lstsq(design, z, driver="gelsd").solution, atol=1e-6)
+
+
+@pytest.mark.parametrize("backgrounds", [lambda i: i * 0, lambda i: (i >= 5).long(), lambda i: i % 3])
+def test_additive_solve_where_each_foreground_has_one_background(backgrounds):
+    i = torch.arange(10).repeat(4)
+    z, j = gaussian(40, 32).double() + 2, backgrounds(i)
+    mu, a, c = model.additive_solve(z, i, j)
+    means = torch.stack([z[i == k].mean(0) for k in range(10)])
+    assert torch.allclose(mu + a[i] + c[j], means[i])
+
+
+def test_additive_solve_converges_on_a_long_chain():
+    i, j = torch.arange(900).repeat_interleave(2)[:-1], torch.arange(900).repeat_interleave(2)[1:]
+    z = gaussian(900, 3).double()[i] + gaussian(900, 3, seed=1).double()[j]
+    mu, a, c = model.additive_solve(z, i, j)
+    assert float((mu + a[i] + c[j] - z).abs().max()) < 1e-6
+
+
+def test_a_probe_of_one_row_is_refused():
+    with complaint("at least two rows", "found 1"):
+        model.fit_probe(gaussian(1, 5), torch.tensor([1]), classes=2)
 
 
 def test_additivity_of_additive_data_is_one_also_for_cells_left_out():

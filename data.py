@@ -3,7 +3,7 @@
 The three scripts share this file and model.py. What is read from outside is checked here, and a `Complaint`
 names the file or flag, what was found and what to do; `run` prints it as one line and exits with code 2.
 """
-import atexit, base64, csv, difflib, errno, functools, gc, gzip, html, io, json, math, os, subprocess, sys, tempfile, warnings, zipfile, zlib
+import atexit, base64, contextlib, csv, difflib, errno, functools, gc, gzip, html, io, json, math, os, signal, subprocess, sys, tempfile, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -74,7 +74,28 @@ def flags(script, argv=None):
             if kind is float and math.isnan(config[key]) or kind is str and not equals:
                 raise Complaint(f"--{key}: found {value!r}, expected --{key}=VALUE")
     script.update(config)
+    if "out_dir" in config:  # complains now, not after the work
+        at = next(p for p in (Path(config["out_dir"]).absolute(), *Path(config["out_dir"]).absolute().parents) if p.exists())
+        if not at.is_dir() or not os.access(at, os.W_OK):
+            raise Complaint(f"--out_dir={config['out_dir']}: {at} {'may not be written to' if at.is_dir() else 'is not a folder'}; choose another folder")
     return config
+
+
+@contextlib.contextmanager
+def until_asked():
+    """Ctrl-C waits for the end of a step: gives a list that is no longer empty then. A second Ctrl-C stops at once."""
+    asked = []
+
+    def ask(*_):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def near(word, known):
@@ -607,7 +628,7 @@ Download ILSVRC2012's validation images from image-net.org and sort them into fo
 --prompts=FILE: templates with {} for the name, one a line, or class<TAB>prompt; several of either are averaged.
 Without split folders 3/5, 1/5 and 1/5 of each group are train, val and test; without a val folder a fifth of train is val.""",
     "csv": """csv:FILE         any table of images and groups, comma- or tab-separated with a header
-    path or filename or img_filename        relative to the table's folder
+    path or filename or img_filename        relative to the table's folder, or all absolute
     y (whole numbers from 0) or label (names)
     split (0, 1, 2 or train, val, test)     may be missing: 3/5, 1/5, 1/5 of each group
     place or group (numbers or names)       may be missing
@@ -1510,7 +1531,11 @@ def csv_groups(path, given=()):
         split = complete_splits(split, group, notes)
     else:
         split = make_splits(group)
-    paths, index, lost = files_in(root, path, file, found[file])
+    names = found[file]
+    if all(map(os.path.isabs, names)):
+        root = os.path.commonpath({os.path.dirname(name) for name in names})
+        names = [name[len(root):].lstrip("/") for name in names]
+    paths, index, lost = files_in(root, path, file, names)
     y, place, split = (torch.from_numpy(v)[index] for v in (y, place, split))
     return samples_of(f"csv:{path}", paths, y, place, split, classes, places, notes + lost, official="split" in found)
 

@@ -67,7 +67,7 @@ protocol = "auto"        # of zeroshot, classifier, probe, clip_probe, dfr, fews
                          # or ravl, contrast, with the family's own model (tiny-conv for digits, else lite0-clip) unless --model says otherwise
 l2 = 0.8                 # penalty of probe and fewshot, as in train.py
 shots = "1,4,16"         # fewshot: training images per class
-draws = 5                # fewshot: draws of them, averaged
+draws = 5                # fewshot: draws of them, averaged; worst_group, too, is the mean of each draw's own
 picker = "auto"          # CounterAnimal 1v20: the model that picks each class's 20 labels: NAME@PRETRAINED, or self for the one measured;
                          # auto: the published one, ViT-B-32@laion400m_e32, if its weights are on this machine, else self
 line = "published"       # effective robustness: over the line through the published models, or through those compared (models)
@@ -96,7 +96,7 @@ seed = 0
 
 ORDER = {"zeroshot": "text prompts", "classifier": "ImageNet classifier's own rows", "probe": "linear probe, class-balanced, on unit embeddings",
          "clip_probe": "linear probe as CLIP's authors run it, C = 0.316", "dfr": "last-layer retraining on the validation groups",
-         "fewshot": "probe on a few images of each class"}
+         "fewshot": "probe on a few images of each class; means over draws, worst_group that of each draw's own"}
 
 # CounterAnimal's table: common, counter in per cent, over 1000 labels (NeurIPS 2024; PROTOCOLS of this project, section 5). A name counts whole:
 # which of timm's tags the paper took is not known here
@@ -649,9 +649,13 @@ def summary(results, samples):
     keys = columns(results, samples)
     name, first = next(iter(results.items()))
     few = first["groups"] if len(first["groups"]) <= 8 and not is_counteranimal(samples) else []
-    header = ("model", "protocol", *keys, *[f"{group_name(samples, g)} (n={g['n']})" for g in few])
-    rows = [(name, p, *[m["metrics"].get(k) for k in keys], *[g["accuracy"] for g in m["groups"][:len(few)]]) for name, p, m in each_outcome(results)]
-    lines = [f"{samples.name}: {first['metrics']['n']} photos", table(header, rows)]
+    alike = len({tuple(g["n"] for g in m["groups"]) for _, _, m in each_outcome(results)}) == 1  # else probes are read on the test split only
+    header = ("model", "protocol", *([] if alike else ["photos"]), *keys, *[group_name(samples, g) + f" (n={g['n']})" * alike for g in few])
+    rows = [(name, p, *([] if alike else [m["metrics"]["n"]]), *[m["metrics"].get(k) for k in keys], *[g["accuracy"] for g in m["groups"][:len(few)]])
+            for name, p, m in each_outcome(results)]
+    lines = [samples.name + f": {first['metrics']['n']} photos" * alike, table(header, rows)]
+    if any(p.startswith("fewshot") for _, p, _ in each_outcome(results)):
+        lines.append("fewshot: means over the draws, worst_group that of each draw's own worst group")
     best = first["metrics"]
     spans = [(k, best[k + "_interval"]) for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")]
     lines += [f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}" for k, (low, high) in spans[:1]]

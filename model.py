@@ -2,7 +2,7 @@
 
 Every equation of BAP (arXiv 2605.11107) here is our reading: the paper's own are not public.
 """
-import collections, contextlib, copy, hashlib, itertools, json, logging, math, os, threading, time, warnings, zipfile
+import collections, contextlib, copy, hashlib, itertools, json, logging, math, os, textwrap, threading, time, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -440,7 +440,8 @@ def quiet():
 
 
 def _first(problem):
-    return (str(problem).strip().splitlines() or [type(problem).__name__])[0][:160]
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [type(problem).__name__]
+    return textwrap.shorten(" ".join(lines[:2]) if lines[0].endswith(":") else lines[0], 300, placeholder=" ...")
 
 
 def _record(path):

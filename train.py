@@ -36,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import (Complaint, Composite, bars, check, composites, draw_view, expect, flags, html_table, imagenet_names, layers, load_data, load_discovery, load_regions, page,
-                  picture_size, place_grounds, recompose, revision, rng, run, say, table, thumb, write, write_json)
+                  picture_size, place_grounds, recompose, revision, rng, run, say, table, thumb, until_asked, write, write_json)
 from kernels import pairwise_loss, region_pool
 from model import (Cutter, Encoder, Map, additive_solve, additivity, assign_regions, cores, cos_sum, dfr, embed, embeddings, features, fit_probe, fuse, group_metrics, leace,
                    load_checkpoint, load_encoder, moments, nullspace, paired_bootstrap, prompt_embeddings, region_embeddings, renumber, save_checkpoint, sphere_log, unit,
@@ -165,7 +165,7 @@ def main():
             results["notes"].append(f"{name}: only {having} of {seeds} seeds have it, left out")
     for line in results["notes"]:
         say(line)
-    say(summary(results))
+    say(summary(results, last["samples"]))
     if train not in ("auto", "map"):
         save_weights(out, last["encoder"], config)
         last["probes"] = {k: last["probes"][v] for k, v in dict(erm="bap", bap="bap", val_probe_bap="val_probe_bap").items()}  # those of its embeddings
@@ -176,7 +176,15 @@ def main():
     write_json(out / "results.json", results)  # last: it is there only if all the rest is
     for name in ("partial.pt", "training.pt", "map.pt"):
         (out / name).unlink(missing_ok=True)
+    others_here(out, ["finetune.json", *(["weights.safetensors", "log.csv"] if train in ("auto", "map") else [])])
     say(f"\n{out}/results.json, report.html and ckpt.pt{'' if train in ('auto', 'map') else ', weights.safetensors'} written, {time.time() - started:.0f} s")
+
+
+def others_here(out, names):
+    """Says which of these files, which this run has not written, lie in its folder."""
+    there = [name for name in names if (out / name).exists()]
+    if there:
+        say(f"{out}: {', '.join(there)}: of another run, not of this one")
 
 
 def unfinished(path, config, encoder):
@@ -261,8 +269,9 @@ def one_run(encoder, figures, grounds, s, out, config):
         zero = encoder.reads and dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap)) or None
     if bap_map != "closed":
         last = "bap_both" if "bap_both" in maps else "bap"
-        maps[last] = contrast(maps[last], grids[0][1], i, j, s, lambda: unfinished(out / "map.pt", config, encoder),
-                              lambda **state: save_checkpoint(out / "map.pt", dict(config=config, fingerprint=encoder.fingerprint, **state)))
+        with until_asked() as asked:
+            maps[last] = contrast(maps[last], grids[0][1], i, j, s, lambda: unfinished(out / "map.pt", config, encoder),
+                                  lambda **state: save_checkpoint(out / "map.pt", dict(config=config, fingerprint=encoder.fingerprint, **state)), asked)
     if cuts:
         maps["bap_synthetic"] = wiener([(1., z, i)], lam, exponent)
     lap("pretraining")
@@ -345,8 +354,9 @@ def pretrain(encoder, cells, grids, j, samples, s, out, config):
     task = dict(items=cells, y=i, C=len(a), mu=mu.float().to(encoder.device), anchors=a.float().to(encoder.device), weight=weight, read=readout(encoder, samples), seed=s)
     state = unfinished(out / "training.pt", config, encoder)
     student = Encoder(encoder.name, copy.deepcopy(encoder.module), encoder.transform, encoder.kind, encoder.device, None, encoder.tokenizer)
-    fit(student, task, steps, "bap", say, state if state and state["seed"] == s else None,
-        lambda **more: save_checkpoint(out / "training.pt", dict(config=config, git=revision(), fingerprint=encoder.fingerprint, seed=s, **more)), out)
+    with until_asked() as asked:
+        fit(student, task, steps, "bap", say, state if state and state["seed"] == s else None, lambda **more: save_checkpoint(
+            out / "training.pt", dict(config=config, git=revision(), fingerprint=encoder.fingerprint, seed=s, **more)), out, asked)
     return Encoder(encoder.name, student.module, encoder.transform, encoder.kind, encoder.device, fuse(student.module) if encoder.kind == "timm" else None,
                    encoder.tokenizer, encoder.notes)
 
@@ -361,7 +371,7 @@ def readout(encoder, samples):
         return lambda z: z @ w.T + b
 
 
-def contrast(g, z, i, j, s, load, save):
+def contrast(g, z, i, j, s, load, save, asked):
     """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor, not at another's.
 
     A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that is not the
@@ -387,8 +397,10 @@ def contrast(g, z, i, j, s, load, save):
         generator.set_state(state["generator"])
         first = state["step"]
     for step in range(first, steps):
-        if step and step % 100 == 0:
+        if step and (step % 100 == 0 or asked):
             save(seed=s, step=step, map=g.state_dict(), optimiser=optimiser.state_dict(), generator=generator.get_state())
+        if asked:
+            raise KeyboardInterrupt
         n = torch.randperm(len(a), generator=generator)[:256]
         m = torch.randperm(len(r), generator=generator)[:256 if bap_map == "linear" else 16]
         y = torch.arange(len(n))
@@ -446,13 +458,13 @@ def average(runs):
     return dict(methods=methods, **{name: mean([r[name] for r in runs]) for name in ("additivity", "invariance", "zero_shot")})
 
 
-def summary(results):
+def summary(results, samples):
     """The tables on the console."""
     a, v = results["additivity"], results["invariance"]
     keys = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
     sums = a["flat"]
     first = results["methods"]["erm"]
-    names = [f"y{g['y']}/p{g['place']} (n={g['n']})" for g in first["groups"]]
+    names = [f"{samples.classes[g['y']]} on {samples.places[g['place']]} (n={g['n']})" for g in first["groups"]]
     rows = [(name, m["worst_group"], m["avg_group_mean"], m["avg_train_weighted"], *[g["accuracy"] for g in m["groups"]],
              f"{m['over_erm'][0]:+.3f} to {m['over_erm'][1]:+.3f}") for name, m in results["methods"].items()]
     spread = f"; means of {seeds} seeds, spread of bap's worst group {results['methods']['bap']['spread']:.3f}" if seeds > 1 else ""
@@ -558,8 +570,9 @@ def finetune(config):
     base = encoder.fingerprint
     if method == "jtt":
         task["weight"] = state["weight"] if state else first_errors(encoder, task, samples, talk)
-    rows = fit(encoder, task, steps, method, talk, state, lambda **more: rank or save_checkpoint(out / "training.pt", dict(
-        config=config, git=revision(), fingerprint=base, weight=task.get("weight"), **more)), out)
+    with until_asked() if world == 1 else contextlib.nullcontext(()) as asked:  # one process of several must not stop alone
+        rows = fit(encoder, task, steps, method, talk, state, lambda **more: rank or save_checkpoint(out / "training.pt", dict(
+            config=config, git=revision(), fingerprint=base, weight=task.get("weight"), **more)), out, asked)
     if rank:
         return
     after = zero_shot(encoder, samples)
@@ -568,6 +581,7 @@ def finetune(config):
     seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
     write_json(out / "finetune.json", dict(config=config, git=revision(), notes=notes, before=before, after=after, seconds=seconds))
     (out / "training.pt").unlink(missing_ok=True)
+    others_here(out, ["results.json", "report.html", "ckpt.pt"])
     say(f"\n{out}/weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s")
 
 
@@ -736,8 +750,8 @@ class Towers(torch.nn.Module):
         return out
 
 
-def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
-    """Trains encoder.module on the task for so many steps. state: of a checkpoint to go on from; save(**state) writes one.
+def fit(encoder, task, steps, method, talk, state=None, save=None, out=None, asked=()):
+    """Trains encoder.module on the task for so many steps. state: of a checkpoint to go on from; save(**state) writes one; asked: see until_asked.
 
     Image embeddings of all parts and processes are gathered before the loss, so that neither changes it: the loss is had from the
     gathered embeddings, its gradient is sent back through each part. Batch norm keeps its statistics. Returns the log's rows.
@@ -824,8 +838,10 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None):
             if sink:
                 sink(rows)
             clock, count = time.time(), 0
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % save_every == 0 or step + 1 == steps or asked:
             keep(step + 1)
+        if asked:
+            raise KeyboardInterrupt
     images.close()
     module.requires_grad_(True)
     return rows

@@ -579,6 +579,14 @@ def test_csv_of_numbers_without_split_and_place(tmp_path):
     assert loaded(f"csv:{tmp_path}/t.csv", classes=str(tmp_path / "n.txt")).classes == ["zero", "one"]
 
 
+def test_csv_of_absolute_paths_may_lie_anywhere(tmp_path):
+    touch(tmp_path, "a/1.jpg", "b/2.jpg")
+    samples = loaded(table_of(tmp_path / "elsewhere/t.csv", "path,label", f"{tmp_path}/a/1.jpg,cat", f"{tmp_path}/b/2.jpg,dog"))
+    assert [Path(i.path) for i in samples.items] == [tmp_path / "a/1.jpg", tmp_path / "b/2.jpg"]
+    with complaint("t.csv:3", "listed already"):
+        loaded(table_of(tmp_path / "t.csv", "path,label", f"{tmp_path}/a/1.jpg,cat", f"{tmp_path}/a/1.jpg,dog"))
+
+
 @pytest.mark.parametrize("header, line, words", [("name,y", "a.jpg,0", ("no column 'path'", "name, y")), ("path,z", "a.jpg,0", ("no column 'y'",)),
                                                  ("path,y", "a.jpg,x", ("t.csv:2", "'x'")), ("path,y,split", "a.jpg,0,later", ("t.csv:2", "'later'")),
                                                  ("path,y", "a.jpg", ("t.csv:2", "1 fields")), ("path,y", "../a.jpg,0", ("t.csv:2", "inside")),

@@ -394,7 +394,8 @@ def refused(capsys, argv, *expected):
     ("--pretrained=nowhere.pt", ("nowhere.pt",)), ("--device=gpu", ("--device",)), ("--dtype=half", ("--dtype",)), ("--quick_gelu=perhaps", ("--quick_gelu",)),
     ("--foregrounds=nowhere", ("--foregrounds", "no such folder")), ("--masks=nowhere", ("--masks",)), ("--seed=-1", ("--seed",)), ("--own=2", ("--own",)),
     ("--log_to=paper", ("--log_to", "wandb")), ("--weight_decay=-1", ("--weight_decay",)), ("--train=all", ("--train", "last_blocks")), ("--text_weight=-1", ("--text_weight",)), ("--pairs=1", ("--pairs",)),
-    ("--place_backgrounds=a,b,c", ("--place_backgrounds", "3 folders")), ("--masks=nowhere", ("--masks", "no such folder"))])
+    ("--place_backgrounds=a,b,c", ("--place_backgrounds", "3 folders")), ("--masks=nowhere", ("--masks", "no such folder")),
+    (f"--out_dir={__file__}/out", ("--out_dir", "not a folder"))])
 def test_bad_flag_is_one_line_and_exit_code_2(files, tmp_path, capsys, word, expected):
     refused(capsys, words(files, tmp_path / "out", word), *expected)
     assert not (tmp_path / "out/results.json").exists()
@@ -707,6 +708,36 @@ def test_interrupted_fine_tuning_resumes_to_the_same_weights_bit_for_bit(files, 
     assert all(torch.equal(a[k], b[k]) for k in a) and "training.pt" not in os.listdir(tmp_path / "cut")
     steps = [row["step"] for row in csv.DictReader((tmp_path / "cut/log.csv").read_text().splitlines())]
     assert steps == [str(k) for k in range(1, 7)]
+
+
+def ctrl_c(real, at):
+    """real, which presses Ctrl-C on its call number at."""
+    calls = []
+    def pressed(*arguments):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+    return pressed
+
+
+def test_ctrl_c_keeps_the_step_it_comes_in(files, tmp_path, monkeypatch):
+    assert run(tune_words(files, tmp_path / "whole")) == 0
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", ctrl_c(torch.nn.utils.clip_grad_norm_, 3))
+    assert run(tune_words(files, tmp_path / "cut")) == 130 and torch.load(tmp_path / "cut/training.pt", weights_only=True)["step"] == 3
+    assert run(tune_words(files, tmp_path / "cut", "--resume")) == 0
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    monkeypatch.setattr(kernels, "pairwise_loss", ctrl_c(kernels.pairwise_loss, 7))
+    assert run(words(files, tmp_path / "map", "--bap_map=linear", "--steps=20")) == 130
+    assert torch.load(tmp_path / "map/map.pt", weights_only=True)["step"] == 7
+
+
+def test_what_another_method_left_in_the_folder_is_said(files, tmp_path, capsys):
+    for name in ("weights.safetensors", "report.html"):
+        (tmp_path / name).write_text("old")
+    assert run(words(files, tmp_path)) == 0
+    assert "weights.safetensors: of another run" in capsys.readouterr().out
 
 
 def test_parts_and_processes_do_not_change_the_step(files, tmp_path):

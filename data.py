@@ -90,6 +90,7 @@ def until_asked():
         if asked:
             raise KeyboardInterrupt
         asked.append(True)
+        say("stopping at the end of this step; Ctrl-C once more stops at once")
 
     before = signal.signal(signal.SIGINT, ask)
     try:

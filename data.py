@@ -75,7 +75,7 @@ def flags(script, argv=None):
                 raise Complaint(f"--{key}: found {value!r}, expected --{key}=VALUE")
     script.update(config)
     if "out_dir" in config:  # complains now, not after the work
-        at = next(p for p in (Path(config["out_dir"]).absolute(), *Path(config["out_dir"]).absolute().parents) if p.exists())
+        at = next(p for p in (Path(config["out_dir"]).absolute(), *Path(config["out_dir"]).absolute().parents) if os.path.exists(p))
         if not at.is_dir() or not os.access(at, os.W_OK):
             raise Complaint(f"--out_dir={config['out_dir']}: {at} {'may not be written to' if at.is_dir() else 'is not a folder'}; choose another folder")
     return config

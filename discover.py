@@ -74,7 +74,7 @@ STEP = 1 << 16  # regions handled at a time
 
 
 def main():
-    default = dict(globals())
+    default = {flag: globals()[flag] for flag in OF_IMAGES}
     config = flags(globals())
     for flag, known in (("method", (*CLUSTERS, *LISTS, "all")), ("clustering", ("fast", "exact", "ravl")), ("centre", ("auto", "on", "off")),
                         ("region_encoder", ("pool", "crop", "roi")), ("classifier", ("auto", "probe", "text", "rows"))):

@@ -650,9 +650,9 @@ def summary(results, samples):
     name, first = next(iter(results.items()))
     few = first["groups"] if len(first["groups"]) <= 8 and not is_counteranimal(samples) else []
     alike = len({tuple(g["n"] for g in m["groups"]) for _, _, m in each_outcome(results)}) == 1  # else probes are read on the test split only
-    header = ("model", "protocol", *([] if alike else ["photos"]), *keys, *[group_name(samples, g) + f" (n={g['n']})" * alike for g in few])
-    rows = [(name, p, *([] if alike else [m["metrics"]["n"]]), *[m["metrics"].get(k) for k in keys], *[g["accuracy"] for g in m["groups"][:len(few)]])
-            for name, p, m in each_outcome(results)]
+    keys = keys if alike else ["n", *keys]
+    header = ("model", "protocol", *keys, *[group_name(samples, g) + f" (n={g['n']})" * alike for g in few])
+    rows = [(name, p, *[m["metrics"].get(k) for k in keys], *[g["accuracy"] for g in m["groups"][:len(few)]]) for name, p, m in each_outcome(results)]
     lines = [samples.name + f": {first['metrics']['n']} photos" * alike, table(header, rows)]
     if any(p.startswith("fewshot") for _, p, _ in each_outcome(results)):
         lines.append("fewshot: means over the draws, worst_group that of each draw's own worst group")

@@ -102,9 +102,9 @@ class Encoder:
 
     def classifier(self):
         """The rows [C, D] and biases [C] of an ImageNet classifier. Complaint if it has none."""
-        head = self.module.get_classifier() if self.kind == "timm" else None
         if not self.names:
             raise Complaint(f"--model={self.name}: it has no linear classifier of ImageNet's 1000 classes on its embeddings; expected lite0 or timm:NAME")
+        head = self.module.get_classifier()
         return head.weight.detach().cpu().float(), head.bias.detach().cpu().float()
 
 
@@ -402,28 +402,25 @@ def _open_clip(model, pretrained, quick_gelu, device):
         cfg = module.visual.preprocess_cfg
         notes.append(f"{model}: images are scaled to {cfg['size']} ({cfg['resize_mode']}), mean {cfg['mean']}, std {cfg['std']}, as for "
                      f"{'its tag ' + tags[0] if tags else 'a CLIP by OpenAI'}: a local file does not say")
-        had, has = _positions(pretrained), _positions_of(module.state_dict())
+        had, has = _positions(pretrained), _positions(module.state_dict())
         if had and had != has:
             notes.append(f"WARNING: {pretrained}: positions of {had} tokens, {model} has {has}: made for another size of images, and resampled")
     return Encoder(model, module, transform, "open_clip", device, tokenizer=lambda: open_clip.get_tokenizer(model), notes=notes)
 
 
-def _positions_of(state):
-    """Tokens that a state dict (of tensors, or of anything with a shape) has image positions for, 0 if it has none."""
-    return next((v.shape[-2] for k, v in state.items() if k.endswith(("visual.positional_embedding", "visual.trunk.pos_embed"))), 0)
-
-
-def _positions(path):
-    """The same of a file."""
-    if not path.endswith(".safetensors"):
+def _positions(state):
+    """For how many tokens of an image a state dict, or the file of one, has positions; 0 if it has none, or is an old file that cannot be mapped."""
+    if isinstance(state, str) and state.endswith(".safetensors"):
+        from safetensors import safe_open
+        with safe_open(state, "pt") as file:
+            state = {k: torch.empty(file.get_slice(k).get_shape(), device="meta") for k in file.keys()}
+    elif isinstance(state, str):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # an old file, which cannot be mapped
+            state = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
             return 0
-        return _positions_of(state.get("state_dict", state))
-    from safetensors import safe_open
-    with safe_open(path, "pt") as file:
-        return next((file.get_slice(k).get_shape()[-2] for k in file.keys() if k.endswith(("visual.positional_embedding", "visual.trunk.pos_embed"))), 0)
+        state = state.get("state_dict", state)
+    return next((v.shape[-2] for k, v in state.items() if k.endswith(("visual.positional_embedding", "visual.trunk.pos_embed"))), 0)
 
 
 @contextlib.contextmanager

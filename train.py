@@ -790,8 +790,8 @@ def fit(encoder, task, steps, method, talk, state=None, save=None, out=None, ask
             o = ddp(images.get(ids), task["boxes"][ids].to(encoder.device) if regions else None, tokens[u] if contrast_too else None, prompts if last else None)
         return {**o, "t": o["t"][back.to(encoder.device)]} if contrast_too else o
 
+    rising = warmup * steps
     for step in range(first, steps):
-        rising = warmup * steps
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * min((step + 1) / max(1, rising), .5 + .5 * math.cos(math.pi * max(0, step - rising) / max(1, steps - rising)))
         optimiser.zero_grad()

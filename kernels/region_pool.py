@@ -44,7 +44,7 @@ def overlaps(boxes, H, W):
 
 # The PyTorch path: each region is a weighted bag of rows of the feature map, and backward each cell is a weighted
 # bag of rows of the gradient. Regions in the order of their images are fastest: a map then stays in cache. (One
-# product of matrices per image, zeros and all, wins little even where boxes are whole maps.)
+# product of matrices per image, zeros and all, is faster only where regions cover most of their maps; see LOG.md.)
 
 CHUNK = 1 << 22  # weights looked at in one go
 

@@ -96,7 +96,7 @@ seed = 0
 
 ORDER = {"zeroshot": "text prompts", "classifier": "ImageNet classifier's own rows", "probe": "linear probe, class-balanced, on unit embeddings",
          "clip_probe": "linear probe as CLIP's authors run it, C = 0.316", "dfr": "last-layer retraining on the validation groups",
-         "fewshot": "probe on a few images of each class; means over draws, worst_group that of each draw's own"}
+         "fewshot": "probe on a few images of each class"}
 
 # CounterAnimal's table: common, counter in per cent, over 1000 labels (NeurIPS 2024; PROTOCOLS of this project, section 5). A name counts whole:
 # which of timm's tags the paper took is not known here
@@ -631,13 +631,17 @@ def describe(samples):
 # tables and the page
 
 def columns(results, samples):
-    """The metrics to show, in order: names of numbers that some row has."""
+    """The metrics to show, in order: names of numbers that some row has; n first where rows differ in it, as probes are read on the test split only."""
     wanted = ("bg_gap", *samples.places, "worst_group", "avg_group_mean", "avg_train_weighted", "average", "region_overall", "region_worst_group", "confidence", "ece")
     if is_counteranimal(samples):
         wanted = ("common", "counter", "drop", "effective_robustness", "common_plain", "counter_plain", "common_1v20", "counter_1v20", "drop_1v20", "worst_group", "ece")
     elif len(samples.places) < 2:
         wanted = ("average", "avg_group_mean", "worst_group", "confidence", "ece")
-    return [k for k in wanted if any(m["metrics"].get(k) is not None for _, _, m in each_outcome(results))]
+    rows = [m["metrics"] for _, _, m in each_outcome(results)]
+    return ["n"] * (len({m["n"] for m in rows}) > 1) + [k for k in wanted if any(m.get(k) is not None for m in rows)]
+
+
+FEWSHOT = "fewshot: means over the draws; worst_group, too, is the mean of each draw's own"
 
 
 def group_name(samples, g):
@@ -649,13 +653,12 @@ def summary(results, samples):
     keys = columns(results, samples)
     name, first = next(iter(results.items()))
     few = first["groups"] if len(first["groups"]) <= 8 and not is_counteranimal(samples) else []
-    alike = len({tuple(g["n"] for g in m["groups"]) for _, _, m in each_outcome(results)}) == 1  # else probes are read on the test split only
-    keys = keys if alike else ["n", *keys]
+    alike = "n" not in keys
     header = ("model", "protocol", *keys, *[group_name(samples, g) + f" (n={g['n']})" * alike for g in few])
     rows = [(name, p, *[m["metrics"].get(k) for k in keys], *[g["accuracy"] for g in m["groups"][:len(few)]]) for name, p, m in each_outcome(results)]
     lines = [samples.name + f": {first['metrics']['n']} photos" * alike, table(header, rows)]
     if any(p.startswith("fewshot") for _, p, _ in each_outcome(results)):
-        lines.append("fewshot: means over the draws, worst_group that of each draw's own worst group")
+        lines.append(FEWSHOT)
     best = first["metrics"]
     spans = [(k, best[k + "_interval"]) for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")]
     lines += [f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}" for k, (low, high) in spans[:1]]
@@ -692,6 +695,7 @@ def report(results, outcomes, samples, config, failed, git):
     head, counter = results[first], is_counteranimal(samples)
     sections = [("Results", html_table(("model", "protocol", *[k.replace("_", " ") for k in keys]),
                                        [(name, p, *[m["metrics"].get(k) for k in keys]) for name, p, m in each_outcome(results)])
+                 + (f"<p class=dim>{FEWSHOT}.</p>" if any(p.startswith("fewshot") for _, p, _ in each_outcome(results)) else "")
                  + "".join(f"<p>FAILED {escape(name)}: {escape(problem)}</p>" for name, problem in failed.items()))]
     x, y = ("common", "counter") if counter else ("avg_group_mean", "worst_group")
     dots = [(name, r["metrics"][x], r["metrics"][y], True) for name, r in results.items() if r["metrics"].get(y) is not None]

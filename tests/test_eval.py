@@ -184,6 +184,13 @@ def test_dfr_averages_its_retrains_biases_too():
     assert (model.dfr(x, y, y * 2, torch.ones(400, dtype=torch.bool), 0).predict(x) == y).double().mean() > .85
 
 
+def test_rows_on_different_photos_say_how_many():
+    samples = data.Samples("x", [], torch.empty(0), torch.empty(0), torch.empty(0), ["a", "b"], ["anywhere"], [], [])
+    row = lambda n: dict(metrics=dict(n=n, average=.5), groups=[])
+    both = lambda *ns: dict(m=dict(protocols={str(k): row(n) for k, n in enumerate(ns)}))
+    assert script.columns(both(12, 12), samples) == ["average"] and script.columns(both(60, 12), samples) == ["n", "average"]
+
+
 def test_fewshot_is_the_mean_of_its_draws(files, tmp_path, everything):
     one = results(everything)["models"]["tiny"]["protocols"]["fewshot_3"]["groups"]
     assert all(abs(g["accuracy"] * g["n"] * 3 - round(g["accuracy"] * g["n"] * 3)) < 1e-9 for g in one)

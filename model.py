@@ -1,4 +1,5 @@
-"""What more than one script computes: encoders and their cache, the additive fit, maps, probes, metrics of groups, regions.
+"""What more than one script computes: encoders and their cache, the additive fit, maps, probes, metrics of
+groups, regions.
 
 Every equation of BAP (arXiv 2605.11107) here is our reading: the paper's own are not public.
 """
@@ -9,6 +10,7 @@ import copy
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -30,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
+from tqdm import tqdm
 
 from data import ASSETS, Complaint, Crop, Ground, expect, near, one_line, reading, say, scan, write
 from kernels import pairwise_additivity, region_pool
@@ -44,16 +47,17 @@ TINY = dict(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the encoder: a network, and the state of embedding with it
 
 
 class Encoder:
     """An image encoder, and all that embedding with it needs: device, dtype, batch, threads, cache.
 
-    name: as in --model. kind: "timm" or "open_clip". build: () -> its module, weights loaded. transform: PIL RGB -> float
-    [3, H, W]. recipe: what besides the weights decides an embedding (preprocessing, activation). digest: of the weights'
-    file, "" where they change (then nothing is cached). tokenizer: () -> a tokenizer; None without a text tower.
+    name: as in --model. kind: "timm" or "open_clip". build: () -> its module, weights loaded. transform:
+    PIL RGB -> float [3, H, W]. recipe: what besides the weights decides an embedding (preprocessing,
+    activation). digest: of the weights' file, "" where they change (then nothing is cached). tokenizer: ()
+    -> a tokenizer; None without a text tower.
 
     The weights are loaded when something has to be computed, not before: what is in the cache needs none.
     """
@@ -65,22 +69,19 @@ class Encoder:
 
     def embeds_with(self, device="auto", dtype="auto", batch=8, threads=0, cache="", skip_bad=False):
         """Sets how pictures are embedded (see load_encoder), and returns the encoder."""
-        self.device, self.dtype, self.batch, self.cache, self.skip_bad = (
-            auto_device(device),
-            dtype,
-            batch,
-            cache,
-            skip_bad,
-        )
+        self.device, self.dtype, self.batch = auto_device(device), dtype, batch
         self.threads = threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.cache, self.skip_bad = cache, skip_bad
         return self
 
     @property
     def fingerprint(self):
         """Hash of weights and recipe: what embeddings and checkpoints were made with, on any machine."""
-        return sha256(json.dumps([self.name.partition(":")[0], self.recipe, self.digest], sort_keys=True))[
-            :32
-        ]
+        return sha256(json.dumps([self.recipe, self.digest], sort_keys=True))[:32]
+
+    @property
+    def on_gpu(self):
+        return self.device.startswith("cuda")
 
     @functools.cached_property
     def module(self):
@@ -88,173 +89,149 @@ class Encoder:
 
     @functools.cached_property
     def fast(self):
-        """The module as it embeds fastest: channels last, batch norms of timm's networks folded into convolutions."""
+        """The module as it embeds fastest: channels last, batch norms of timm's networks folded into
+        convolutions."""
         module = fused(self.module) if self.kind == "timm" else self.module
         return module.eval().to(self.device, memory_format=torch.channels_last)
 
     def with_module(self, module, digest=""):
-        """The same encoder with another module, and the digest of its weights once they do not change any more."""
+        """The same encoder with another module, and the digest of its weights once they do not change any
+        more."""
         twin = copy.copy(self)
         for name in ("fast", "facts"):
             twin.__dict__.pop(name, None)
-        twin.module, twin.digest, twin.cache = (
-            module.eval().to(self.device),
-            digest,
-            self.cache if digest else "",
-        )
+        twin.module, twin.digest = module.eval().to(self.device), digest
+        twin.cache = self.cache if digest else ""
         return twin
 
     @functools.cached_property
     def facts(self):
-        """What is known of it only by its weights, from the cache or by loading them: dim; precision, bfloat16 where the
-        processor computes in it and gives the same embeddings; logit_scale; rows, whether it classifies ImageNet."""
-        quick = (
-            torch.cuda.is_bf16_supported() if self.on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-        path = (
-            self.cache and Path(self.cache) / f"encoder-{self.fingerprint}-{'bf16' if quick else 'fp32'}.json"
-        )
-        if path and path.is_file():
+        """What is known of it only by its weights, from the cache or by loading them: dim; precision,
+        bfloat16 where the processor computes in it and gives the same embeddings; logit_scale; rows,
+        whether it classifies ImageNet."""
+        able = torch.cuda.is_bf16_supported() if self.on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        path = Path(self.cache) / f"encoder-{self.fingerprint}{'-bf16' if able else ''}.json"
+        if self.cache and path.is_file():
             with contextlib.suppress(ValueError):  # damaged: found out anew
                 return json.loads(path.read_text())
-        some = [self.transform(Ground(str(ASSETS.joinpath("backgrounds", *p))).image()) for p in EIGHT()]
-        x = torch.stack(some).to(self.device, memory_format=torch.channels_last)
-        z, facts = self.run(x, "float32"), dict(precision="float32")
-        if quick:
-            with contextlib.suppress(Exception):  # whatever a network raises that cannot compute in it
-                if F.cosine_similarity(z, self.run(x, "bfloat16")).median() > 0.98:
-                    facts["precision"] = "bfloat16"
+        some = scan(ASSETS / "backgrounds", "assets")[:8]
+        x = [self.transform(Ground(str(ASSETS.joinpath("backgrounds", *parts))).image()) for parts in some]
+        x = torch.stack(x).to(self.device, memory_format=torch.channels_last)
+        z, facts = self.run(x, "float32"), dict(precision="float32", rows=False)
+        with contextlib.suppress(Exception):  # whatever a network raises that cannot compute in bfloat16
+            if able and F.cosine_similarity(z, self.run(x, "bfloat16")).median() > 0.98:
+                facts["precision"] = "bfloat16"
         scale, head = getattr(self.module, "logit_scale", None), self.head()
-        facts.update(dim=z.shape[1], logit_scale=scale and scale.exp().item(), rows=False)
+        facts.update(dim=z.shape[1], logit_scale=scale and scale.exp().item())
         if head:  # some networks put more than this layer behind the embedding
             with torch.inference_mode():
-                whole = self.fast(x)
-                facts["rows"] = bool((whole - head(z)).abs().max() <= 1e-3 * whole.abs().max())
-        if path:
+                logits = self.fast(x)
+                facts["rows"] = bool((logits - head(z)).abs().max() <= 1e-3 * logits.abs().max())
+        if self.cache:
             write(path, json.dumps(facts))
         return facts
 
     @property
-    def on_gpu(self):
-        return self.device.startswith("cuda")
+    def precision(self):
+        return self.facts["precision"] if self.dtype == "auto" else self.dtype
 
     def head(self):
         """The linear classifier of ImageNet's 1000 classes, None if it has none."""
         head = self.module.get_classifier() if self.kind == "timm" else None
-        return (
-            head
-            if isinstance(head, nn.Linear) and head.out_features == 1000 and head.bias is not None
-            else None
-        )
+        linear = isinstance(head, nn.Linear) and head.out_features == 1000 and head.bias is not None
+        return head if linear else None
 
     @torch.inference_mode()
     def run(self, x, precision, compute=None, pictures=None):
-        """compute(x, pictures), or the embeddings of images x [N, 3, H, W], in a precision -> float32 [., D]."""
+        """compute(x, pictures), or the embeddings of images x [N, 3, H, W], in a precision -> float32 [.,
+        D]."""
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16"):
             return (compute(x, pictures) if compute else embeddings(self.fast, self.kind, x)).float()
 
     def embed(self, pictures, label="images", compute=None, part="", rows=None):
         """Embeddings of pictures (data.Picture): float32 [n, D] on the encoder's device, not normalised.
 
-        compute: what to compute of images [N, 3, H, W] and their pictures instead; part is its name in the cache's key, rows
-        how many rows it gives for each picture, list [n]. The rows of a picture that cannot be read are NaN if skip_bad,
-        else Complaint. The cache holds a file for each CHUNK pictures, named by the hash of encoder, dtype and the pictures'
-        keys; a damaged one is computed anew, and that is said. Under torchrun each process computes its share of the files,
-        and rank 0 reads them all (None on the others). No batch has pictures of two files, so that the numbers are the same
-        for any number of processes and threads.
+        compute: what to compute of images [N, 3, H, W] and their pictures instead; part is its name in
+        the cache's key, rows how many rows it gives for each picture, list [n]. The rows of a picture
+        that cannot be read are NaN if skip_bad, else Complaint. The cache holds a file for each CHUNK
+        pictures, named by the hash of encoder, dtype and the pictures' keys; a damaged one is computed
+        anew, and that is said. Under torchrun each process computes its share of the files, and rank 0
+        reads them all (None on the others); without a cache rank 0 does it alone. No batch has pictures
+        of two files, so that the numbers are the same for any number of processes and threads.
         """
-        rank, world = ranks()
-        expect(
-            self.cache or world == 1,
-            "cache_dir",
-            "",
-            "a folder that all processes share, where there are several",
-        )
-        precision = self.facts["precision"] if self.dtype == "auto" else self.dtype
+        rank, world = ranks() if self.cache else (0, 1)
+        if ranks()[0] and world == 1:
+            return None
         rows = rows or [1] * len(pictures)
         chunks = [range(k, min(k + CHUNK, len(pictures))) for k in range(0, len(pictures), CHUNK)]
-        paths = [self.cache_path(precision + part, [pictures[k].key() for k in chunk]) for chunk in chunks]
+        keys = [[pictures[k].key() for k in chunk] for chunk in chunks]
+        paths = [self.cache_path(self.precision + part, key) for key in keys]
         size = [sum(rows[k] for k in chunk) for chunk in chunks]
         found = {c: read_cache(paths[c], size[c]) for c in range(rank, len(chunks), world)}
         todo = [c for c, z in found.items() if z is None or (not self.skip_bad and z.isnan().any())]
         count, started = sum(len(chunks[c]) for c in todo), time.time()
-        if todo:
-            stream = self.stream(pictures, rows, [chunks[c] for c in todo], precision, compute, label, count)
+        with tqdm(total=count, unit=" images", desc=label, disable=bool(rank) or None, leave=False) as bar:
+            stream = self.stream(pictures, rows, [chunks[c] for c in todo], compute, bar)
             for c, z in zip(todo, stream, strict=True):
                 found[c] = z
                 write_cache(paths[c], z)
-            seconds = time.time() - started
-            said = f"{count} embedded in {seconds:.1f} s, {count / seconds:.0f} images/s, {precision}"
-            cached = sum(len(chunks[c]) for c in found) - count
-            say(f"{label}: {said}" + (f"; {cached} from the cache" if cached else ""))
-        elif chunks:
-            say(f"{label}: {len(pictures)} from the cache")
+        cached, seconds = sum(len(chunks[c]) for c in found) - count, time.time() - started
+        said = f"{count} embedded in {seconds:.1f} s, {count / seconds:.0f} images/s, {self.precision}"
+        if pictures:
+            say(f"{label}: " + "; ".join([said] * (count > 0) + [f"{cached} from the cache"] * (cached > 0)))
         if world > 1:
             dist.barrier()
             if rank:
                 return None
-            found.update({c: read_cache(paths[c], size[c]) for c in range(len(chunks)) if c not in found})
-        z = torch.cat([found[c] for c in range(len(chunks))]) if chunks else torch.empty(0, self.facts["dim"])
+        z = [found[c] if c in found else read_cache(paths[c], size[c]) for c in range(len(chunks))]
+        z = torch.cat(z) if z else torch.empty(0, self.facts["dim"])
         say_unreadable(pictures, rows, z, label)
         return z.to(self.device)
 
-    def stream(self, pictures, rows, chunks, precision, compute, label, count):
+    def stream(self, pictures, rows, chunks, compute, bar):
         """Yields the embeddings of each chunk (range of pictures) in order: float32 [rows, D] on the CPU.
 
-        On a CPU each thread decodes a batch and runs the network on it by itself, on one core: nobody waits for anybody, and
-        the numbers do not depend on how many threads there are. On a GPU threads decode, and this one feeds it.
+        On a CPU each thread decodes a batch and runs the network on it by itself, on one core: nobody
+        waits for anybody, and the numbers do not depend on how many threads there are. On a GPU threads
+        decode, and this one feeds it.
         """
-        from tqdm import tqdm
 
-        def decode(k):
-            try:
-                return self.transform(pictures[k].image())
-            except Complaint:
-                if not self.skip_bad:
-                    raise
-                return None
+        def decode(batch):
+            images = {}
+            for k in batch:
+                try:
+                    images[k] = self.transform(pictures[k].image())
+                except Complaint:
+                    if not self.skip_bad:
+                        raise
+            return batch, images
 
-        def forward(good, x):
-            x = x.to(self.device, memory_format=torch.channels_last)
-            z = self.run(x, precision, compute, [pictures[k] for k in good]).cpu()
+        def forward(batch, images):
+            z, n = torch.empty(0, self.facts["dim"]), [rows[k] for k in batch]
+            if images:
+                x = torch.stack(list(images.values())).to(self.device, memory_format=torch.channels_last)
+                z = self.run(x, self.precision, compute, [pictures[k] for k in images]).cpu()
             if not z.isfinite().all():
-                owner = good[int((~z.isfinite().all(1)).nonzero()[0]) if len(z) == len(good) else 0]
-                cure = "check the weights of the encoder" + (
-                    ", or use --dtype=float32" if precision != "float32" else ""
-                )
-                raise Complaint(f"{pictures[owner].key().split('|')[0]}: its embedding is not finite; {cure}")
-            return good, z
+                name = pictures[next(iter(images))].key().split("|")[0]
+                cure = "check the weights of the encoder, or use --dtype=float32"
+                raise Complaint(f"{name} or one after it: its embedding is not finite; {cure}")
+            out = torch.full((sum(n), z.shape[1]), torch.nan)
+            out[repeat_by(torch.tensor([k in images for k in batch]), n)] = z
+            return out
 
-        def work(batch):
-            images = {k: decode(k) for k in batch}
-            good = [k for k in batch if images[k] is not None]
-            if not good:
-                return good, None
-            x = torch.stack([images[k] for k in good])
-            if self.on_gpu:
-                return good, x
+        def both(batch):
             torch.set_num_threads(1)  # of this thread
-            return forward(good, x)
+            return forward(*decode(batch))
 
-        batches = [chunk[k : k + self.batch] for chunk in chunks for k in range(0, len(chunk), self.batch)]
-        with tqdm(
-            total=count, unit=" images", desc=label, disable=None if ranks()[0] == 0 else True, leave=False
-        ) as bar:
-            results = ahead(work, batches, self.threads)
-            for chunk in chunks:
-                first = np.cumsum([0, *[rows[k] for k in chunk]])
-                out = None
-                for _ in range(0, len(chunk), self.batch):
-                    good, z = next(results)
-                    if self.on_gpu and good:
-                        good, z = forward(good, z)
-                    if out is None:
-                        width = self.facts["dim"] if z is None else z.shape[1]
-                        out = torch.full((int(first[-1]), width), torch.nan)
-                    for k, part in zip(good, z.split([rows[k] for k in good]) if good else (), strict=True):
-                        out[first[k - chunk[0]] : first[k - chunk[0] + 1]] = part
-                    bar.update(self.batch)
-                yield out
+        batches = [[chunk[k : k + self.batch] for k in range(0, len(chunk), self.batch)] for chunk in chunks]
+        results = ahead(decode if self.on_gpu else both, itertools.chain(*batches), self.threads)
+        for chunk in batches:
+            parts = []
+            for batch in chunk:
+                done = next(results)
+                parts.append(forward(*done) if self.on_gpu else done)
+                bar.update(len(batch))
+            yield torch.cat(parts)
 
     def cache_path(self, part, keys):
         """The cache's file for a list of keys; None if nothing is cached."""
@@ -273,37 +250,42 @@ class Encoder:
     @torch.inference_mode()
     def texts(self, prompts):
         """List of n strings -> unit-norm text embeddings [n, D]. Complaint if it has no text tower."""
+        flag = f"--model={self.name}"
         if self.tokenizer is None:
-            raise Complaint(
-                f"--model={self.name}: it has no text tower; expected a CLIP, for instance --model=ViT-B-32"
-            )
+            raise Complaint(f"{flag}: it has no text tower; expected a CLIP, for instance --model=ViT-B-32")
         try:
             tokenize = self.tokenizer()
         except Exception as problem:  # SigLIP's needs a package or the network
             cure = "models with a tokenizer of the hub need: pip install transformers sentencepiece"
-            raise Complaint(
-                f"--model={self.name}: its tokenizer cannot be loaded ({one_line(problem)}); {cure}"
-            ) from None
+            raise Complaint(f"{flag}: its tokenizer cannot be loaded ({one_line(problem)}); {cure}") from None
         parts = [tokenize(list(prompts[k : k + 256])).to(self.device) for k in range(0, len(prompts), 256)]
         return torch.cat([unit(self.module.encode_text(tokens).float()) for tokens in parts])
 
     def prompts(self, prompts):
-        """For each label a list of texts -> [C, D] unit-norm: their unit embeddings averaged and normalised again."""
-        texts, sizes = [text for texts in prompts for text in texts], [len(texts) for texts in prompts]
-        mean = lambda: unit(torch.stack([t.mean(0) for t in self.texts(texts).split(sizes)]))  # noqa: E731
+        """For each label a list of texts -> [C, D] unit-norm: their unit embeddings averaged and normalised
+        again."""
+
+        def mean():
+            t = self.texts([text for texts in prompts for text in texts])
+            return unit(torch.stack([part.mean(0) for part in t.split([len(texts) for texts in prompts])]))
+
         return self.kept("texts", [json.dumps(prompts)], len(prompts), mean)
 
     def classifier(self):
         """The rows [C, D] and biases [C] of its ImageNet classifier. Complaint if it has none."""
+        what = "it has no linear classifier of ImageNet's 1000 classes on its embeddings"
         if not self.facts["rows"]:
-            what = "no linear classifier of ImageNet's 1000 classes on its embeddings"
-            raise Complaint(f"--model={self.name}: it has {what}; expected lite0 or timm:NAME")
-        both = lambda: torch.cat([self.head().weight, self.head().bias[:, None]], 1).detach()  # noqa: E731
+            raise Complaint(f"--model={self.name}: {what}; expected lite0 or timm:NAME")
+
+        def both():
+            return torch.cat([self.head().weight, self.head().bias[:, None]], 1).detach()
+
         rows = self.kept("rows", [], 1000, both)
         return rows[:, :-1], rows[:, -1]
 
     def frame(self, width, height):
-        """The box of a picture that the transform shows to the network, in shares: left, top, right, bottom."""
+        """The box of a picture that the transform shows to the network, in shares: left, top, right,
+        bottom."""
         size = {type(t).__name__: t.size for t in self.transform.transforms if hasattr(t, "size")}
         resize, crop = size.get("Resize"), size.get("CenterCrop")
         if resize is None or crop is None:  # the whole picture, squeezed
@@ -313,10 +295,6 @@ class Encoder:
             sides = resize[::-1]
         w, h = (crop[k] / side / 2 for k, side in zip((1, 0), sides, strict=True))
         return tuple(min(1.0, max(0.0, v)) for v in (0.5 - w, 0.5 - h, 0.5 + w, 0.5 + h))
-
-
-def EIGHT():
-    return scan(ASSETS / "backgrounds", "assets")[:8]
 
 
 def ahead(work, items, threads):
@@ -378,8 +356,17 @@ def join(device="auto"):
     return ranks()
 
 
+def from_first(value):
+    """The value of rank 0, on all processes."""
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(box := [value], 0)
+        value = box[0]
+    return value
+
+
 def auto_device(device):
-    """auto -> the GPU, under torchrun the process's own; the CPU without one. Complaint for a GPU that is not there."""
+    """auto -> the GPU, under torchrun the process's own; the CPU without one. Complaint for a GPU that is
+    not there."""
     gpu = torch.cuda.is_available()
     if device in ("auto", "cuda") and gpu:
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -435,18 +422,19 @@ def write_cache(path, z):
         write(path, save({"z": z.contiguous()}, {"sha256": sha256(z.numpy().tobytes())}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # which encoders there are
 
 
 def load_encoder(model, pretrained="", quick_gelu="auto", **how):
     """The encoder that --model and --pretrained name.
 
-    model: a name in FAMILIES, timm:NAME, or an open_clip name. pretrained: a tag, a local file (.pt, .safetensors), or "none"
-    for random weights; "" means what the model has by default. quick_gelu: auto, on or off (open_clip models only). how: of
-    embedding: device, dtype (float32, bfloat16, or auto: see Encoder.facts), batch, threads (that decode and, on a CPU, run
-    the network; 0 for one per core), cache (a folder, "" for none), skip_bad. Raises Complaint for an unknown model or tag,
-    a file that does not fit, weights that cannot be fetched.
+    model: a name in FAMILIES, timm:NAME, or an open_clip name. pretrained: a tag, a local file (.pt,
+    .safetensors), or "none" for random weights; "" means what the model has by default. quick_gelu:
+    auto, on or off (open_clip models only). how: of embedding: device, dtype (float32, bfloat16, or
+    auto: see Encoder.facts), batch, threads (that decode and, on a CPU, run the network; 0 for one per
+    core), cache (a folder, "" for none), skip_bad. Raises Complaint for an unknown model or tag, a file
+    that does not fit, weights that cannot be fetched.
     """
     family = FAMILIES.get(model, timm_model if model.startswith("timm:") else clip_model)
     auto_device(how.get("device", "auto"))  # complains now
@@ -454,7 +442,8 @@ def load_encoder(model, pretrained="", quick_gelu="auto", **how):
 
 
 def lite0(model, pretrained, quick_gelu, cache):
-    """EfficientNet-Lite0, TensorFlow's conventions: 'same' padding, (pixel - 127) / 128, bicubic, 0.875 centre crop."""
+    """EfficientNet-Lite0, TensorFlow's conventions: 'same' padding, (pixel - 127) / 128, bicubic, 0.875
+    centre crop."""
 
     def build():
         import timm
@@ -495,8 +484,9 @@ def lite0_transform():
 
 
 def small_clip(model, pretrained, quick_gelu, cache):
-    """Three CLIPs for a CPU, whose small text transformer starts from scratch. tiny: 56x56 images in 8x8 patches. tiny-conv:
-    Cells instead. lite0-clip: lite0 as image tower; its weights are loaded unless --pretrained is none or a file."""
+    """Three CLIPs for a CPU, whose small text transformer starts from scratch. tiny: 56x56 images in 8x8
+    patches. tiny-conv: Cells instead. lite0-clip: lite0 as image tower; its weights are loaded unless
+    --pretrained is none or a file."""
     import open_clip
 
     def build():
@@ -533,10 +523,11 @@ def small_clip(model, pretrained, quick_gelu, cache):
 
 
 class Cells(nn.Module):
-    """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, each of which sees 32x32 pixels around
-    it. Attention, and deep convolutional networks on small images, carry a feature into the cells beside it, and what is then
-    said of a region is not about that region. With biases from zero black stays nothing, so images differ from the start; and
-    no cell can outshout the others (its norm is bounded), else what is learned of regions says little of their mean."""
+    """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, each of which sees
+    32x32 pixels around it. Attention, and deep convolutional networks on small images, carry a feature
+    into the cells beside it, and what is then said of a region is not about that region. With biases
+    from zero black stays nothing, so images differ from the start; and no cell can outshout the others
+    (its norm is bounded), else what is learned of regions says little of their mean."""
 
     num_features = 96
 
@@ -682,7 +673,8 @@ def clip_model(model, pretrained, quick_gelu, cache):
 
 
 def weights_digest(pretrained, cache):
-    """The digest of a local file of weights, or the name of what is no file; Complaint for a file that is not there."""
+    """The digest of a local file of weights, or the name of what is no file; Complaint for a file that is
+    not there."""
     if pretrained in ("none", "imagenet") or pretrained == "":
         return f"{pretrained or 'default'} {torch.__version__}"  # random weights, or what a small model starts from
     if not os.path.isfile(pretrained):
@@ -691,7 +683,8 @@ def weights_digest(pretrained, cache):
 
 
 def weights_record(path):
-    """What train.py says of the weights that it saved, as open_clip of its tags: quick_gelu, preprocess, bias; or {}."""
+    """What train.py says of the weights that it saved, as open_clip of its tags: quick_gelu, preprocess,
+    bias; or {}."""
     if not path.endswith(".safetensors"):
         return {}
     from safetensors import safe_open
@@ -702,7 +695,8 @@ def weights_record(path):
 
 
 def weights_bytes(encoder, module, **metadata):
-    """A file of weights that --pretrained takes, with the activation and preprocessing that no name says of a local file."""
+    """A file of weights that --pretrained takes, with the activation and preprocessing that no name says of
+    a local file."""
     from safetensors.torch import save
 
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
@@ -723,7 +717,8 @@ def load_file(module, path):
 
 
 def load_clip_file(module, path):
-    """The same for open_clip's models, whose loader knows older layouts and resamples positions; that is said."""
+    """The same for open_clip's models, whose loader knows older layouts and resamples positions; that is
+    said."""
     from open_clip.factory import load_checkpoint
 
     with reading(
@@ -784,10 +779,11 @@ def quiet():
 
 
 def fused(module):
-    """A copy with each batch norm folded into the convolution before it, or the module itself if that changes the output.
+    """A copy with each batch norm folded into the convolution before it, or the module itself if that
+    changes the output.
 
-    timm's networks are walked in the order of their parts; whether that is the order of execution is checked on noise.
-    Twice as fast on a CPU.
+    timm's networks are walked in the order of their parts; whether that is the order of execution is
+    checked on noise. Twice as fast on a CPU.
     """
     twin = copy.deepcopy(module).eval()
     for part in list(twin.modules()):
@@ -820,7 +816,7 @@ def fused(module):
         return module
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # embeddings of images and of regions in them
 
 
@@ -836,11 +832,13 @@ def embeddings(module, kind, x):
 
 
 def with_map(module, kind, x):
-    """Images [N, 3, H, W] -> image embeddings [N, D] and the feature map [N, h, w, D], in one forward pass, differentiable.
+    """Images [N, 3, H, W] -> image embeddings [N, D] and the feature map [N, h, w, D], in one forward pass,
+    differentiable.
 
-    kind: as Encoder.kind. A cell is what the network's own head (pooling, norm, projection) makes of that cell alone, class and
-    other extra tokens left out; attention over one cell is its value. So regions, means of cells, lie in the space of the
-    image embeddings; where the head is a mean, the whole map's mean is the image embedding. Our reading.
+    kind: as Encoder.kind. A cell is what the network's own head (pooling, norm, projection) makes of
+    that cell alone, class and other extra tokens left out; attention over one cell is its value. So
+    regions, means of cells, lie in the space of the image embeddings; where the head is a mean, the
+    whole map's mean is the image embedding. Our reading.
     """
     if kind == "timm":
         return trunk_with_map(module, x, lambda cells: module.forward_head(cells, pre_logits=True))
@@ -884,11 +882,12 @@ def trunk_with_map(trunk, x, head):
 
 
 def roi_regions(module, x, boxes):
-    """Region embeddings of CLIP's ResNets as RaVL's authors take them: the map of layer 3 -> roi_align to the grid that layer 4
-    and the attention pool expect (14x14 at 224 pixels, aligned) -> layer 4 -> attention pool.
+    """Region embeddings of CLIP's ResNets as RaVL's authors take them: the map of layer 3 -> roi_align to
+    the grid that layer 4 and the attention pool expect (14x14 at 224 pixels, aligned) -> layer 4 ->
+    attention pool.
 
-    x: images [N, 3, H, W]; boxes: list of N [R_i, 4] in shares of the image. Returns embeddings of images [N, D] and of
-    regions [sum R_i, D].
+    x: images [N, 3, H, W]; boxes: list of N [R_i, 4] in shares of the image. Returns embeddings of
+    images [N, D] and of regions [sum R_i, D].
     """
     from torchvision.ops import roi_align
 
@@ -906,10 +905,12 @@ def roi_regions(module, x, boxes):
 
 
 def region_embeddings(encoder, pictures, how="pool", label="regions"):
-    """Embeddings of images [n, D] and of their regions [sum R, D], not normalised; NaN where a picture cannot be read.
+    """Embeddings of images [n, D] and of their regions [sum R, D], not normalised; NaN where a picture
+    cannot be read.
 
-    pictures: n data.Regions. how: pool (the feature map under the region), crop (the region as an image) or roi (CLIP's
-    ResNets); one forward pass for each image, crop one for each region. (None, None) on ranks above 0.
+    pictures: n data.Regions. how: pool (the feature map under the region), crop (the region as an image)
+    or roi (CLIP's ResNets); one forward pass for each image, crop one for each region. (None, None) on
+    ranks above 0.
     """
     count, masked = [len(p.boxes) for p in pictures], any(p.mask for p in pictures)
 
@@ -937,15 +938,17 @@ def region_embeddings(encoder, pictures, how="pool", label="regions"):
     return both[is_image], both[~is_image]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the additive algebra: z(f, b) = mu + a_f + c_b + e on an incomplete grid of cells (i, j, z)
 
 
 def additive_solve(z, i, j, tolerance=1e-7, steps=10_000):
-    """Least squares of z [N, D] by mu + a_i + c_j on the cells that exist, by conjugate gradient to convergence.
+    """Least squares of z [N, D] by mu + a_i + c_j on the cells that exist, by conjugate gradient to
+    convergence.
 
-    i, j: [N] foreground and background of each cell, numbered without gaps. Returns mu [D], a [n, D], c [m, D], double; a and
-    c each sum to zero. Where the grid falls into unconnected parts the split between them is not unique (fits are).
+    i, j: [N] foreground and background of each cell, numbered without gaps. Returns mu [D], a [n, D], c
+    [m, D], double; a and c each sum to zero. Where the grid falls into unconnected parts the split
+    between them is not unique (fits are).
     """
     z, n, m = z.double(), int(i.max()) + 1, int(j.max()) + 1
     ones = torch.ones_like(z[:, 0])
@@ -983,7 +986,8 @@ def sums(z, k, n):
 
 
 def sphere_log(z, steps=50):
-    """Unit vectors [N, D] -> their log map at the intrinsic (Frechet) mean: tangent vectors [N, D], |v| = angle."""
+    """Unit vectors [N, D] -> their log map at the intrinsic (Frechet) mean: tangent vectors [N, D], |v| =
+    angle."""
     z = unit(z.double())
     base = unit(z.mean(0))
     for _ in range(steps):
@@ -1007,11 +1011,13 @@ def renumber(k):
 
 
 def additivity(z, i, j, heldout=0.1, seed=0):
-    """How additive unit-norm embeddings z [N, D] of cells (i, j) are, in two geometries (our reading of BAP, claim 1).
+    """How additive unit-norm embeddings z [N, D] of cells (i, j) are, in two geometries (our reading of
+    BAP, claim 1).
 
-    Returns {"flat": {...}, "sphere": {...}} with r2 = 1 - |e|^2 / |z - mean|^2; r2_heldout, of cells left out of the fit
-    whose foreground and background it has seen; and the shares of |z - mean|^2: foreground, background, residual and
-    cross (2 <a, c>, not zero on an incomplete grid). sphere: the same after the log map at the intrinsic mean.
+    Returns {"flat": {...}, "sphere": {...}} with r2 = 1 - |e|^2 / |z - mean|^2; r2_heldout, of cells
+    left out of the fit whose foreground and background it has seen; and the shares of |z - mean|^2:
+    foreground, background, residual and cross (2 <a, c>, not zero on an incomplete grid). sphere: the
+    same after the log map at the intrinsic mean.
     """
     i, j = renumber(i), renumber(j)
     test = torch.rand(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device) < heldout
@@ -1039,8 +1045,9 @@ def shares(x, i, j, test):
 def cos_sum(z, f, b, seed=0):
     """cos(z(f, b), z(f alone on mean grey) + z(b alone)), embeddings z, f, b [N, D] of the same cells.
 
-    Returns means over cells: cos_sum (raw, inflated by the mean that all embeddings share), cos_sum_centred (each set less
-    its mean), and the same for shuffled pairs: cos_sum_shuffled, cos_sum_centred_shuffled.
+    Returns means over cells: cos_sum (raw, inflated by the mean that all embeddings share),
+    cos_sum_centred (each set less its mean), and the same for shuffled pairs: cos_sum_shuffled,
+    cos_sum_centred_shuffled.
     """
     here = torch.arange(len(z), device=z.device)
     other = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
@@ -1065,11 +1072,12 @@ class Map(nn.Module):
 
 
 def features(z, power=1.0):
-    """Embeddings [N, D] -> sign(z) |z|^power, unit-norm. power 0.5 tames the few large channels that a ReLU leaves."""
+    """Embeddings [N, D] -> sign(z) |z|^power, unit-norm. power 0.5 tames the few large channels that a ReLU
+    leaves."""
     return unit(z if power == 1 else z.sign() * z.abs() ** power)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # probes
 
 
@@ -1091,8 +1099,8 @@ class Probe:
 
 
 class Blocks:
-    """The rows of x [N, D] to walk over: (slice, change(rows in double)). What fits into 0.5 GB is changed once and kept; more
-    is changed in blocks at every walk, so that a million rows need no second copy."""
+    """The rows of x [N, D] to walk over: (slice, change(rows in double)). What fits into 0.5 GB is changed
+    once and kept; more is changed in blocks at every walk, so that a million rows need no second copy."""
 
     def __init__(self, x, change=None):
         self.x, self.change = x, change or (lambda v: v)
@@ -1114,11 +1122,13 @@ def mean_std(x, correction=1):
 
 
 def fit_probe(x, y, l2=0.2, weight=None, classes=0):
-    """The one probe: centred by the mean, divided by the mean standard deviation, L2 logistic regression, exact optimum.
+    """The one probe: centred by the mean, divided by the mean standard deviation, L2 logistic regression,
+    exact optimum.
 
-    Minimises sum_n w_n CE_n / sum_n w_n + l2/2 |W|^2, the bias free, by LBFGS in double. x: [N, D]; y: [N]; weight: [N],
-    class-balanced if None (each class the same total). l2 in units of the mean loss: scikit-learn's C is 1 / (l2 N). With
-    two classes one weight vector carries the difference, as in scikit-learn.
+    Minimises sum_n w_n CE_n / sum_n w_n + l2/2 |W|^2, the bias free, by LBFGS in double. x: [N, D]; y:
+    [N]; weight: [N], class-balanced if None (each class the same total). l2 in units of the mean loss:
+    scikit-learn's C is 1 / (l2 N). With two classes one weight vector carries the difference, as in
+    scikit-learn.
     """
     C = classes or int(y.max()) + 1
     if weight is None:
@@ -1181,7 +1191,8 @@ def two_sided(probe):
 def fit_l1_probe(x, y, C=0.1, steps=1000):
     """L1 logistic regression on standardised x, proximal gradient with momentum (FISTA), for DFR.
 
-    Minimises C sum_n CE_n + |W|_1 with the bias free, two classes or more (softmax), C in scikit-learn's units.
+    Minimises C sum_n CE_n + |W|_1 with the bias free, two classes or more (softmax), C in scikit-learn's
+    units.
     """
     K, (mean, scale) = int(y.max()) + 1, mean_std(x, 0)
     scale = scale.clamp(min=1e-12)
@@ -1208,8 +1219,9 @@ def fit_l1_probe(x, y, C=0.1, steps=1000):
 
 
 def dfr(x, y, group, seed, strengths=(1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01), retrains=20):
-    """Deep feature reweighting (Kirichenko et al. 2022): L1 logistic regression on group-balanced halves of the validation
-    set, C tuned for the worst group of the other half, then the mean of retrains on balanced subsets of all of it.
+    """Deep feature reweighting (Kirichenko et al. 2022): L1 logistic regression on group-balanced halves of
+    the validation set, C tuned for the worst group of the other half, then the mean of retrains on
+    balanced subsets of all of it.
 
     x: [N, D], y, group: [N], of the validation set. Returns Probe.
     """
@@ -1234,7 +1246,7 @@ def dfr(x, y, group, seed, strengths=(1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01), ret
     return Probe(0.0, 1.0, weight, bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # metrics of groups
 
 
@@ -1251,8 +1263,9 @@ def wilson(k, n, confidence=0.95):
 def group_metrics(correct, samples, index):
     """Accuracies over the groups, class x place, that are present among the samples at index [N].
 
-    correct: bool [N], or shares of draws. Returns worst_group, avg_group_mean (unweighted), avg_train_weighted (by images per
-    group in train, as WILDS and group_DRO have it), overall, and groups: a list of y, place, n, accuracy, interval (Wilson, 95 %).
+    correct: bool [N], or shares of draws. Returns worst_group, avg_group_mean (unweighted),
+    avg_train_weighted (by images per group in train, as WILDS and group_DRO have it), overall, and
+    groups: a list of y, place, n, accuracy, interval (Wilson, 95 %).
     """
     correct, index = correct.double().cpu(), index.cpu()
     P, group, train = len(samples.places), samples.group()[index], samples.counts(0).tolist()
@@ -1280,7 +1293,8 @@ def worst_group(correct, group):
 
 
 def paired_bootstrap(a, b, group, draws=2000, seed=0):
-    """95 % interval of worst group(a) - worst group(b), the same test images drawn anew within each group. a, b: bool [N]."""
+    """95 % interval of worst group(a) - worst group(b), the same test images drawn anew within each group.
+    a, b: bool [N]."""
     g, means, kind = np.random.default_rng(seed), [], (2 * a + b.long()).cpu()
     for k in torch.unique(
         group
@@ -1293,7 +1307,7 @@ def paired_bootstrap(a, b, group, draws=2000, seed=0):
     return float(low), float(high)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # checkpoints
 
 
@@ -1305,7 +1319,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, encoder=None):
-    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder than the one given."""
+    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder than the one
+    given."""
     with reading(path, "a checkpoint of flock", "train anew"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         made, config = state["fingerprint"], state["config"]

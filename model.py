@@ -1,5 +1,4 @@
-"""What more than one script computes: encoders and their cache, the additive fit, maps, probes, metrics of
-groups, regions.
+"""What more than one script computes: encoders, regions, the additive fit, probes, metrics of groups.
 
 Every equation of BAP (arXiv 2605.11107) here is our reading: the paper's own are not public.
 """
@@ -284,8 +283,7 @@ class Encoder:
         return rows[:, :-1], rows[:, -1]
 
     def frame(self, width, height):
-        """The box of a picture that the transform shows to the network, in shares: left, top, right,
-        bottom."""
+        """What the transform shows of a picture to the network: left, top, right, bottom, in shares."""
         size = {type(t).__name__: t.size for t in self.transform.transforms if hasattr(t, "size")}
         resize, crop = size.get("Resize"), size.get("CenterCrop")
         if resize is None or crop is None:  # the whole picture, squeezed
@@ -322,9 +320,7 @@ def say_unreadable(pictures, rows, z, label):
     for k in index[:20]:
         try:
             pictures[k].image()
-            say(
-                f"skipped {pictures[k].key().split('|')[0]}: could not be read before; empty the cache if it was mended"
-            )
+            say(f"skipped picture {k}: could not be read before; empty the cache if it was mended")
         except Complaint as problem:
             say(f"skipped {problem}")
     say(f"{label}: {len(index)} of {len(pictures)} skipped")
@@ -365,8 +361,7 @@ def from_first(value):
 
 
 def auto_device(device):
-    """auto -> the GPU, under torchrun the process's own; the CPU without one. Complaint for a GPU that is
-    not there."""
+    """auto -> the GPU, under torchrun the process's own, or the CPU. Complaint for a GPU that isn't there."""
     gpu = torch.cuda.is_available()
     if device in ("auto", "cuda") and gpu:
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -385,17 +380,14 @@ def file_digest(path, cache):
     if re.fullmatch("[0-9a-f]{64}", os.path.basename(real)):
         return os.path.basename(real)
     at = os.stat(real)
-    note = (
-        cache
-        and Path(cache) / f"sha256-{sha256(f'{real} {at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}')[:32]}"
-    )
-    if note and note.is_file() and re.fullmatch("[0-9a-f]{64}", note.read_text()):
+    note = Path(cache) / f"sha256-{sha256(f'{real} {at.st_size} {at.st_mtime_ns} {at.st_ctime_ns}')[:32]}"
+    if cache and note.is_file() and re.fullmatch("[0-9a-f]{64}", note.read_text()):
         return note.read_text()
     digest = hashlib.sha256()
     with open(real, "rb") as file:
         while block := file.read(1 << 24):
             digest.update(block)
-    if note:
+    if cache:
         write(note, digest.hexdigest())
     return digest.hexdigest()
 
@@ -442,8 +434,7 @@ def load_encoder(model, pretrained="", quick_gelu="auto", **how):
 
 
 def lite0(model, pretrained, quick_gelu, cache):
-    """EfficientNet-Lite0, TensorFlow's conventions: 'same' padding, (pixel - 127) / 128, bicubic, 0.875
-    centre crop."""
+    """EfficientNet-Lite0 as TensorFlow has it: 'same' padding, (pixel - 127) / 128, bicubic, crop of 0.875."""
 
     def build():
         import timm
@@ -452,9 +443,8 @@ def lite0(model, pretrained, quick_gelu, cache):
         module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         if pretrained in ("", "imagenet"):
             state = torch.load(lite0_file(), map_location="cpu", weights_only=True)
-            module.load_state_dict(
-                dict(zip(module.state_dict(), state.values(), strict=True))
-            )  # the same order
+            names = module.state_dict()  # other names in the same order
+            module.load_state_dict(dict(zip(names, state.values(), strict=True)))
         elif pretrained != "none":
             load_file(module, pretrained)
         return module
@@ -478,72 +468,59 @@ def lite0_file():
 def lite0_transform():
     from timm.data import create_transform
 
-    return create_transform(
-        224, interpolation="bicubic", crop_pct=0.875, mean=(127 / 255,) * 3, std=(128 / 255,) * 3
-    )
+    mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+    return create_transform(224, interpolation="bicubic", crop_pct=0.875, mean=mean, std=std)
 
 
 def small_clip(model, pretrained, quick_gelu, cache):
-    """Three CLIPs for a CPU, whose small text transformer starts from scratch. tiny: 56x56 images in 8x8
-    patches. tiny-conv: Cells instead. lite0-clip: lite0 as image tower; its weights are loaded unless
-    --pretrained is none or a file."""
+    """CLIPs for a CPU, whose small text transformer starts from scratch. tiny: 56x56 images in patches of 8x8;
+    tiny-conv: Cells; lite0-clip: lite0 as image tower, with its weights unless --pretrained says otherwise."""
     import open_clip
+    from open_clip.timm_model import TimmModel
+
+    dim, size = (256, 224) if model == "lite0-clip" else (64, 56)
 
     def build():
-        from open_clip.timm_model import TimmModel
-
         torch.manual_seed(0)
-        dim = 256 if model == "lite0-clip" else 64
         module = open_clip.CLIP(**{**TINY, "embed_dim": dim})
         if model != "tiny":
             with quiet():
-                module.visual = TimmModel("tf_efficientnet_lite0", dim, 56 if model == "tiny-conv" else 224)
+                visual = module.visual = TimmModel("tf_efficientnet_lite0", dim, size)
         if model == "tiny-conv":
-            module.visual.trunk, module.visual.head.proj = (
-                Cells(),
-                nn.Linear(Cells.num_features, dim, bias=False),
-            )
+            visual.trunk, visual.head.proj = Cells(), nn.Linear(Cells.num_features, dim, bias=False)
         elif model == "lite0-clip" and pretrained in ("", "imagenet"):
             state = lite0("lite0", "", "auto", "").build().state_dict()
-            module.visual.trunk.load_state_dict(
-                {k: v for k, v in state.items() if not k.startswith("classifier")}
-            )
+            visual.trunk.load_state_dict({k: state[k] for k in visual.trunk.state_dict()})
         if pretrained not in ("", "none", "imagenet"):
             load_file(module, pretrained)
         return module
 
-    transform = lite0_transform()
-    if model == "tiny":
-        transform = open_clip.image_transform(56, is_train=False)
-    elif model == "tiny-conv":
-        transform = open_clip.image_transform(56, is_train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
-    tokenizer = lambda: open_clip.get_tokenizer("ViT-B-32", context_length=TINY["text_cfg"]["context_length"])  # noqa: E731
+    def tokenizer():
+        return open_clip.get_tokenizer("ViT-B-32", context_length=TINY["text_cfg"]["context_length"])
+
+    black = dict(mean=(0.0,) * 3, std=(1.0,) * 3) if model == "tiny-conv" else {}
+    small = open_clip.image_transform(56, is_train=False, **black)
+    transform = lite0_transform() if model == "lite0-clip" else small
     digest = weights_digest(pretrained or "imagenet", cache)
     return Encoder(model, "open_clip", build, transform, model, digest, tokenizer)
 
 
 class Cells(nn.Module):
-    """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, each of which sees
-    32x32 pixels around it. Attention, and deep convolutional networks on small images, carry a feature
-    into the cells beside it, and what is then said of a region is not about that region. With biases
-    from zero black stays nothing, so images differ from the start; and no cell can outshout the others
-    (its norm is bounded), else what is learned of regions says little of their mean."""
+    """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, each of which sees 32x32
+    around it. Attention, and deep convolutions on small images, carry a feature into the cells beside it, and
+    what is then said of a region is not about that region. With biases from zero black stays nothing, so images
+    differ from the start; and no cell can outshout the others (its norm is bounded)."""
 
     num_features = 96
 
     def __init__(self, a=24, b=48, c=96):
         super().__init__()
-        convs = [
-            nn.Conv2d(3, a, 4, 2, 1),
-            nn.Conv2d(a, b, 3, 2, 1),
-            nn.Conv2d(b, c, 3, 2, 1),
-            nn.Conv2d(c, c, 3, 1, 1),
-        ]
-        last = nn.Conv2d(c, c, 1)
-        self.body = nn.Sequential(*[layer for conv in convs for layer in (conv, nn.ReLU())], last)
-        for conv in (*convs, last):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+        layers = []
+        for sizes in ((3, a, 4, 2, 1), (a, b, 3, 2, 1), (b, c, 3, 2, 1), (c, c, 3, 1, 1), (c, c, 1)):
+            layers += [nn.Conv2d(*sizes), nn.ReLU()]
+            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
+            nn.init.zeros_(layers[-2].bias)
+        self.body = nn.Sequential(*layers[:-1])
 
     def forward_features(self, x):
         m = self.body(x)
@@ -577,12 +554,10 @@ def timm_model(model, pretrained, quick_gelu, cache):
         raise Complaint(f"--model={model}: timm has no such model; {near(name, timm.list_models())}")
     record = timm.get_pretrained_cfg(name)
     config = resolve_data_config({}, pretrained_cfg=record.to_dict() if record else {}, verbose=False)
-    notes = []
+    recipe, notes = [name.split(".")[0], sorted(config.items())], []
     if pretrained not in ("", "none"):
         tag = ".".join(filter(None, (record.architecture, record.tag))) if record else name
-        notes = [
-            f"{model}: preprocessing of {tag}, as a local file does not say; timm:NAME.TAG chooses another's"
-        ]
+        notes = [f"{model}: preprocessing of {tag}, as a local file says none; timm:NAME.TAG has another"]
     digest = hub_digest(record, model) if pretrained == "" else weights_digest(pretrained, cache)
 
     def build():
@@ -593,16 +568,7 @@ def timm_model(model, pretrained, quick_gelu, cache):
             load_file(module, pretrained)
         return module
 
-    return Encoder(
-        model,
-        "timm",
-        build,
-        create_transform(**config),
-        [name.split(".")[0], sorted(config.items())],
-        digest,
-        None,
-        notes,
-    )
+    return Encoder(model, "timm", build, create_transform(**config), recipe, digest, None, notes)
 
 
 def hub_digest(record, model):
@@ -636,9 +602,7 @@ def clip_model(model, pretrained, quick_gelu, cache):
     if quick_gelu == "auto" and wanted is None:
         source = f"the config of {model}, as there is no record; --quick_gelu=on|off decides otherwise"
     notes = [f"{model}: {'QuickGELU' if quick else 'GELU'}, by {source}"]
-    said = (
-        record.get("preprocess") or record
-    )  # a file of train.py says how pictures were seen; others go like a tag
+    said = record.get("preprocess") or record  # a file of train.py says how pictures were seen
     if local and not record.get("preprocess"):
         said = open_clip.get_pretrained_cfg(model, tags[0]) if tags else {}
         like = f"its tag {tags[0]}" if tags else "a CLIP by OpenAI"
@@ -652,13 +616,10 @@ def clip_model(model, pretrained, quick_gelu, cache):
         if record.get("bias"):
             more["init_logit_bias"] = 0.0
         name = "" if pretrained == "none" or local else pretrained
-        with (
-            fetching(f"--model={model} --pretrained={pretrained}"),
-            quiet(),
-        ):  # its QuickGELU warning: decided above
+        with fetching(f"--model={model} --pretrained={pretrained}"), quiet():
             module = open_clip.create_model(model, pretrained=name, force_preprocess_cfg=seen, **more)
         if local:
-            load_clip_file(module, pretrained)
+            load_file(module, pretrained, clip=True)
         return module
 
     digest = weights_digest(pretrained, cache)
@@ -667,24 +628,21 @@ def clip_model(model, pretrained, quick_gelu, cache):
             digest = file_digest(open_clip.download_pretrained(record), cache)
     recipe = [model, quick, sorted(seen.items())]
     transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
-    return Encoder(
-        model, "open_clip", build, transform, recipe, digest, lambda: open_clip.get_tokenizer(model), notes
-    )
+    tokenizer = functools.partial(open_clip.get_tokenizer, model)
+    return Encoder(model, "open_clip", build, transform, recipe, digest, tokenizer, notes)
 
 
 def weights_digest(pretrained, cache):
-    """The digest of a local file of weights, or the name of what is no file; Complaint for a file that is
-    not there."""
-    if pretrained in ("none", "imagenet") or pretrained == "":
-        return f"{pretrained or 'default'} {torch.__version__}"  # random weights, or what a small model starts from
+    """The digest of a local file of weights; of random ones their name. Complaint for a file that isn't there."""
+    if pretrained in ("none", "imagenet"):
+        return f"{pretrained} {torch.__version__}"
     if not os.path.isfile(pretrained):
         raise Complaint(f"--pretrained={pretrained}: no such file")
     return file_digest(pretrained, cache)
 
 
 def weights_record(path):
-    """What train.py says of the weights that it saved, as open_clip of its tags: quick_gelu, preprocess,
-    bias; or {}."""
+    """What train.py says of weights that it saved, as open_clip of tags: quick_gelu, preprocess, bias; or {}."""
     if not path.endswith(".safetensors"):
         return {}
     from safetensors import safe_open
@@ -695,8 +653,7 @@ def weights_record(path):
 
 
 def weights_bytes(encoder, module, **metadata):
-    """A file of weights that --pretrained takes, with the activation and preprocessing that no name says of
-    a local file."""
+    """A file of weights for --pretrained, with the activation and preprocessing that a local file needs."""
     from safetensors.torch import save
 
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
@@ -708,37 +665,28 @@ def weights_bytes(encoder, module, **metadata):
     return save(state, {"record": json.dumps(record), **{k: json.dumps(v) for k, v in metadata.items()}})
 
 
-def load_file(module, path):
-    """Strictly loads a state dict from .safetensors or a weights-only .pt."""
-    with reading(
-        f"--pretrained={path}", f"weights that fit {type(module).__name__}", "give others, or another --model"
-    ):
-        module.load_state_dict(state_of(path, module))
+def load_file(module, path, clip=False):
+    """Strictly loads a state dict from .safetensors or a weights-only .pt. clip: by open_clip's loader, which
+    knows older layouts and resamples positions; that is said."""
+    from open_clip.factory import load_checkpoint as load_clip
 
-
-def load_clip_file(module, path):
-    """The same for open_clip's models, whose loader knows older layouts and resamples positions; that is
-    said."""
-    from open_clip.factory import load_checkpoint
-
-    with reading(
-        f"--pretrained={path}", f"weights that fit {type(module).__name__}", "give others, or another --model"
-    ):
-        keys = "visual.positional_embedding", "visual.trunk.pos_embed"
+    what = f"weights that fit {type(module).__name__}"
+    with reading(f"--pretrained={path}", what, "give others, or another --model"):
         had, has = state_of(path, module), module.state_dict()
-        for key in keys:
+        if not clip:
+            module.load_state_dict(had)
+            return
+        for key in ("visual.positional_embedding", "visual.trunk.pos_embed"):
             if key in had and had[key].shape[-2] != has[key].shape[-2]:
                 made = f"positions of {had[key].shape[-2]} tokens, {has[key].shape[-2]} are needed"
                 say(f"WARNING: {path}: {made}: made for another size of images, and resampled")
         with quiet():
-            load_checkpoint(module, path, strict=True)
+            load_clip(module, path, strict=True)
 
 
 def state_of(path, module):
     """The state dict in a file of weights."""
-    if zipfile.is_zipfile(path) and any(
-        n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()
-    ):
+    if zipfile.is_zipfile(path) and "constants.pkl" in " ".join(zipfile.ZipFile(path).namelist()):
         cure = "use --pretrained=openai, or save torch.jit.load(FILE).state_dict() with safetensors"
         raise Complaint(f"{path}: a TorchScript archive, which holds code (OpenAI's original format); {cure}")
     if path.endswith(".safetensors"):
@@ -779,35 +727,24 @@ def quiet():
 
 
 def fused(module):
-    """A copy with each batch norm folded into the convolution before it, or the module itself if that
-    changes the output.
+    """A copy with each batch norm folded into the convolution before it: twice as fast on a CPU.
 
-    timm's networks are walked in the order of their parts; whether that is the order of execution is
-    checked on noise. Twice as fast on a CPU.
+    timm's networks are walked in the order of their parts; whether that is the order of execution is checked on
+    noise, and the module itself comes back if it is not.
     """
     twin = copy.deepcopy(module).eval()
     for part in list(twin.modules()):
-        names = [n for n, _ in part.named_children()]
-        for a, b in zip(names, names[1:], strict=False):
+        names = [name for name, _ in part.named_children()]
+        for a, b in itertools.pairwise(names):
             conv, norm = getattr(part, a), getattr(part, b)
-            if (
-                isinstance(conv, nn.Conv2d)
-                and isinstance(norm, nn.BatchNorm2d)
-                and conv.out_channels == norm.num_features
-            ):
-                conv.weight, conv.bias = nn.utils.fusion.fuse_conv_bn_weights(
-                    conv.weight,
-                    conv.bias,
-                    norm.running_mean,
-                    norm.running_var,
-                    norm.eps,
-                    norm.weight,
-                    norm.bias,
-                )
-                setattr(part, b, getattr(norm, "act", nn.Identity()))
-    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(
-        next(module.parameters()).device
-    )
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                if conv.out_channels == norm.num_features:
+                    bare = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                    fold = nn.utils.fusion.fuse_conv_bn_weights
+                    conv.weight, conv.bias = fold(conv.weight, conv.bias, *bare)
+                    setattr(part, b, getattr(norm, "act", nn.Identity()))
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(module.parameters()).device)
     try:
         with torch.inference_mode():
             a, b = module.forward_features(x), twin.forward_features(x)
@@ -831,6 +768,9 @@ def embeddings(module, kind, x):
     return module.encode_image(x)
 
 
+WITH_MAP = "a network with a feature map that flock can read: a ResNet or a ViT"
+
+
 def with_map(module, kind, x):
     """Images [N, 3, H, W] -> image embeddings [N, D] and the feature map [N, h, w, D], in one forward pass,
     differentiable.
@@ -848,10 +788,7 @@ def with_map(module, kind, x):
     if hasattr(visual, "attnpool"):  # CLIP's ResNets
         m, pool = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(x))))), visual.attnpool
         return pool(m), pool.c_proj(pool.v_proj(rearrange(m, "n d h w -> n h w d")))
-    if not hasattr(visual, "_pool"):
-        raise Complaint(
-            f"--model: {type(visual).__name__} has no feature map that flock can read; expected a ResNet or a ViT"
-        )
+    expect(hasattr(visual, "_pool"), "model", type(visual).__name__, WITH_MAP)
     out = visual.forward_intermediates(x, indices=1)
     m = out["image_intermediates"][0]  # [N, W, h, w]
     cells = repeat(m, "n d h w -> (n h w) t d", t=2)  # a class token and one patch, both the cell
@@ -864,10 +801,8 @@ def trunk_with_map(trunk, x, head):
     """with_map of a timm network: its forward_features, and head on it and on each cell alone."""
     features = trunk.forward_features(x)
     if isinstance(features, torch.Tensor) and features.dim() == 4:
-        last = (
-            getattr(trunk, "output_fmt", "NCHW") == "NHWC"
-            or features.shape[-1] == trunk.num_features != features.shape[1]
-        )
+        last = features.shape[-1] == trunk.num_features != features.shape[1]
+        last |= getattr(trunk, "output_fmt", "NCHW") == "NHWC"
         m = features if last else rearrange(features, "n d h w -> n h w d")
         cells = rearrange(m, "n h w d -> (n h w) 1 1 d" if last else "n h w d -> (n h w) d 1 1")
     elif hasattr(trunk, "num_prefix_tokens") and hasattr(getattr(trunk, "patch_embed", None), "grid_size"):
@@ -875,9 +810,7 @@ def trunk_with_map(trunk, x, head):
         m = rearrange(features[:, trunk.num_prefix_tokens :], "n (h w) d -> n h w d", h=h, w=w)
         cells = repeat(m, "n h w d -> (n h w) t d", t=trunk.num_prefix_tokens + 1)
     else:
-        raise Complaint(
-            f"--model: {type(trunk).__name__} has no feature map that flock can read; expected a ResNet or a ViT"
-        )
+        expect(False, "model", type(trunk).__name__, WITH_MAP)
     return head(features), rearrange(head(cells), "(n h w) d -> n h w d", h=m.shape[1], w=m.shape[2])
 
 
@@ -892,10 +825,10 @@ def roi_regions(module, x, boxes):
     from torchvision.ops import roi_align
 
     visual = getattr(module, "visual", None)
-    if not hasattr(visual, "attnpool"):
-        raise Complaint(
-            "--region_encoder=roi: for CLIP's ResNets only (RN50, RN101, ...); expected pool or crop"
-        )
+    is_clip = hasattr(visual, "attnpool")
+    expect(
+        is_clip, "region_encoder", "roi", "pool or crop, as it is none of CLIP's ResNets (RN50, RN101, ...)"
+    )
     m = visual.layer3(visual.layer2(visual.layer1(visual.stem(x))))  # [N, C, h, w]
     h, w = m.shape[2:]
     side = 2 * round((len(visual.attnpool.positional_embedding) - 1) ** 0.5)
@@ -954,18 +887,13 @@ def additive_solve(z, i, j, tolerance=1e-7, steps=10_000):
     ones = torch.ones_like(z[:, 0])
     M = torch.sparse_coo_tensor(torch.stack([i, j]), ones, (n, m), check_invariants=False).coalesce()
     Mt = M.t().coalesce()
-    count_i, count_j = (
-        torch.bincount(i, minlength=n)[:, None].double(),
-        torch.bincount(j, minlength=m)[:, None].double(),
-    )
+    count_i, count_j = (torch.bincount(k)[:, None].double() for k in (i, j))  # [n, 1], [m, 1]
     mean = z.mean(0)
     sum_i, sum_j = sums(z - mean, i, n), sums(z - mean, j, m)
     right = sum_j - torch.sparse.mm(Mt, sum_i / count_i)  # of the Schur complement's system for c, [m, D]
     c, r = torch.zeros_like(right), right.clone()
     p, rr = r / count_j, (r * r / count_j).sum()
-    stop = max(
-        tolerance**2 * rr, 1e-26 * z.square().sum()
-    )  # where backgrounds have no effect, rr is rounding
+    stop = max(tolerance**2 * rr, 1e-26 * z.square().sum())  # without effects of backgrounds rr is rounding
     for _ in range(steps):
         if rr <= stop or rr == 0:
             break
@@ -986,8 +914,7 @@ def sums(z, k, n):
 
 
 def sphere_log(z, steps=50):
-    """Unit vectors [N, D] -> their log map at the intrinsic (Frechet) mean: tangent vectors [N, D], |v| =
-    angle."""
+    """Unit vectors [N, D] -> their log map at the intrinsic (Frechet) mean: tangent vectors [N, D]."""
     z = unit(z.double())
     base = unit(z.mean(0))
     for _ in range(steps):
@@ -1072,8 +999,7 @@ class Map(nn.Module):
 
 
 def features(z, power=1.0):
-    """Embeddings [N, D] -> sign(z) |z|^power, unit-norm. power 0.5 tames the few large channels that a ReLU
-    leaves."""
+    """Embeddings [N, D] -> sign(z) |z|^power, unit-norm. 0.5 tames the few large channels that a ReLU leaves."""
     return unit(z if power == 1 else z.sign() * z.abs() ** power)
 
 
@@ -1122,8 +1048,7 @@ def mean_std(x, correction=1):
 
 
 def fit_probe(x, y, l2=0.2, weight=None, classes=0):
-    """The one probe: centred by the mean, divided by the mean standard deviation, L2 logistic regression,
-    exact optimum.
+    """The one probe: L2 logistic regression on x less its mean, over its mean deviation; the exact optimum.
 
     Minimises sum_n w_n CE_n / sum_n w_n + l2/2 |W|^2, the bias free, by LBFGS in double. x: [N, D]; y:
     [N]; weight: [N], class-balanced if None (each class the same total). l2 in units of the mean loss:
@@ -1138,18 +1063,16 @@ def fit_probe(x, y, l2=0.2, weight=None, classes=0):
     scale, basis = deviation.mean().clamp(min=1e-12), None
     if not scale.isfinite():
         finite = int(x.isfinite().all(1).sum())
-        raise Complaint(
-            f"a probe needs at least two rows of finite numbers (found {len(y)}, {finite} of them finite)"
-        )
+        found = f"found {len(y)}, {finite} of them finite"
+        raise Complaint(f"a probe needs at least two rows of finite numbers ({found})")
     if len(y) < x.shape[1]:  # the optimum lies in the span of the rows: exact, and smaller
         x = (x.double() - mean) / scale
         basis = torch.linalg.qr(x.T).Q  # [D, n]
         blocks = Blocks(x @ basis)
     else:
         blocks = Blocks(x, lambda v: (v - mean) / scale)
-    theta = torch.zeros(
-        min(x.shape) + 1, 1 if C == 2 else C, dtype=torch.double, device=x.device, requires_grad=True
-    )
+    size = min(x.shape) + 1, 1 if C == 2 else C
+    theta = torch.zeros(size, dtype=torch.double, device=x.device, requires_grad=True)
     sign = (2 * y - 1).double()
 
     def loss():
@@ -1167,14 +1090,8 @@ def fit_probe(x, y, l2=0.2, weight=None, classes=0):
             total = total.detach() + part.detach()
         return total
 
-    optimiser = torch.optim.LBFGS(
-        [theta],
-        max_iter=1000,
-        history_size=20,
-        tolerance_grad=1e-8,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
+    stop = dict(max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-12)
+    optimiser = torch.optim.LBFGS([theta], history_size=20, line_search_fn="strong_wolfe", **stop)
     optimiser.step(loss)
     W, b = theta.detach()[:-1], theta.detach()[-1]
     return two_sided(Probe(mean, scale, W if basis is None else basis @ W, b))
@@ -1275,16 +1192,9 @@ def group_metrics(correct, samples, index):
         k, n = float(inside.sum()), len(inside)
         groups.append(dict(y=g // P, place=g % P, n=n, accuracy=k / n, interval=list(wilson(k, n))))
     accuracy, weights = [g["accuracy"] for g in groups], [train[g["y"] * P + g["place"]] for g in groups]
-    weighted = (
-        sum(a * w for a, w in zip(accuracy, weights, strict=True)) / sum(weights) if sum(weights) else None
-    )
-    return dict(
-        worst_group=min(accuracy),
-        avg_group_mean=sum(accuracy) / len(accuracy),
-        avg_train_weighted=weighted,
-        overall=float(correct.mean()),
-        groups=groups,
-    )
+    weighted = float(np.average(accuracy, weights=weights)) if sum(weights) else None
+    averages = dict(avg_group_mean=sum(accuracy) / len(accuracy), avg_train_weighted=weighted)
+    return dict(worst_group=min(accuracy), **averages, overall=float(correct.mean()), groups=groups)
 
 
 def worst_group(correct, group):
@@ -1293,12 +1203,11 @@ def worst_group(correct, group):
 
 
 def paired_bootstrap(a, b, group, draws=2000, seed=0):
-    """95 % interval of worst group(a) - worst group(b), the same test images drawn anew within each group.
-    a, b: bool [N]."""
+    """95 % interval of worst group(a) - worst group(b), a, b: bool [N]; test images drawn anew in each group."""
     g, means, kind = np.random.default_rng(seed), [], (2 * a + b.long()).cpu()
     for k in torch.unique(
         group
-    ).tolist():  # to draw n pairs anew is to draw how often each kind of pair comes
+    ).tolist():  # drawing n pairs anew is drawing how often each kind of pair comes
         n = torch.bincount(kind[group.cpu() == k], minlength=4).numpy()  # neither, only b, only a, both
         drawn = g.multinomial(n.sum(), n / n.sum(), draws) / n.sum()  # [draws, 4]
         means.append([drawn[:, 2] + drawn[:, 3], drawn[:, 1] + drawn[:, 3]])
@@ -1319,8 +1228,7 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, encoder=None):
-    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder than the one
-    given."""
+    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder than the given."""
     with reading(path, "a checkpoint of flock", "train anew"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         made, config = state["fingerprint"], state["config"]

@@ -73,85 +73,76 @@ from data import (
 from data import thumb, write, write_json
 from kernels import pairwise_loss, region_pool
 from model import Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe, from_first
+from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks, renumber
 from model import (
-    group_metrics,
-    join,
-    load_checkpoint,
-    load_encoder,
-    paired_bootstrap,
-    ranks,
     region_embeddings,
+    repeat_by,
+    save_checkpoint,
+    sha256,
+    sphere_log,
+    unit,
+    weights_bytes,
+    with_map,
 )
-from model import renumber, repeat_by, save_checkpoint, sha256, sphere_log, unit, weights_bytes, with_map
 
-# --- I/O ------------------------------------------------------------------------------------------------------------
-out_dir = (
-    "out"  # results.json, report.html, ckpt.pt; what was trained of the model: weights.safetensors, log.csv
-)
-cache_dir = "cache"  # embeddings, reused by every run; --cache_dir= for none
-resume = False  # go on where an interrupted run of the same flags stopped
-skip_bad = False  # leave out images that cannot be read, counted and named, instead of stopping
-# --- the biased data to train the probe on --------------------------------------------------------------------------
-data = "scenes"  # scenes, or NAME:DIR; --data=NAME:help says what to download and how it must look. NAME: waterbirds,
-# celeba, counteranimal, nico, cocogender, in9, imagenet, folder, csv; controlled settings: digits, cutouts, coco
-classes = ""  # only these, as in car,truck; or a file of names, one a line
-places = ""  # only these; with as many as --classes the k-th is the k-th class's own
-masks = ""  # folder of foreground masks of the training images (copy_paste, balanced_train)
-place_backgrounds = ""  # folders of backgrounds, one per place, comma-separated (balanced_train)
-confounder = 1.0  # scenes and pairs: share of the training images on their class's own place
-strength = 0.0  # controlled settings: Cramer's V of a class and the planted feature,
-spurious = "0"  # that class, by number or name,
-feature = ""  # and that feature, where there is a choice
-# --- the composites to pre-train on ---------------------------------------------------------------------------------
+# fmt: off
+# --- I/O ----------------------------------------------------------------------------------------------------
+out_dir = "out"           # results.json, report.html, ckpt.pt; if the encoder is trained weights.safetensors, log.csv
+cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
+resume = False            # go on where an interrupted run of the same flags stopped
+skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
+# --- the biased data to train the probe on ------------------------------------------------------------------
+data = "scenes"           # scenes, or NAME:DIR with NAME waterbirds, celeba, counteranimal, nico, cocogender, in9,
+                          # imagenet, folder, csv; controlled settings: digits, cutouts, coco; --data=NAME:help
+classes = ""              # only these, as in car,truck; or a file of names, one a line
+places = ""               # only these; with as many as --classes the k-th is the k-th class's own
+masks = ""                # folder of foreground masks of the training images (copy_paste, balanced_train)
+place_backgrounds = ""    # folders of backgrounds, one per place, comma-separated (balanced_train)
+confounder = 1.0          # scenes and pairs: share of the training images on their class's own place
+strength = 0.0            # controlled settings: Cramer's V of a class and the planted feature,
+spurious = "0"            # that class, by number or name,
+feature = ""              # and that feature, where there is a choice
+# --- the composites to pre-train on -------------------------------------------------------------------------
 foregrounds = "assets/foregrounds"  # folder of RGBA cut-outs
-backgrounds = (
-    "assets/backgrounds"  # folder of photos, or discovery:PATH: regions of the target that discover.py found
-)
-instances = 640  # foregrounds in a pose of their own: each cut-out is used several times
-per_instance = 8  # backgrounds behind each
-# --- encoder --------------------------------------------------------------------------------------------------------
-model = "lite0"  # lite0, timm:NAME, any open_clip name such as ViT-L-14, or small CLIPs: lite0-clip, tiny, tiny-conv
-pretrained = ""  # open_clip tag or local file
-quick_gelu = "auto"  # auto follows the record of the weights; on, off
-device = "auto"  # auto, cpu, cuda
-dtype = "auto"  # of the forward pass: auto, float32, bfloat16
-batch_size = 8  # small batches are faster on a CPU; raise it on a GPU
-threads = 0  # that decode images and, on a CPU, embed them; 0 for one per core
-# --- method ---------------------------------------------------------------------------------------------------------
-method = "bap"  # bap; or finetune, ravl, upsampled, vl_erm, vl_gdro, spurious_aware, jtt, subg: see METHODS
-own = (
-    0.5  # bap: weight of the target's own training foregrounds, cut out by what composites taught; 0 for none
-)
-lam = 1.0  # bap: the Wiener filter's ridge, in units of the mean variance
-bap_map = "closed"  # bap: closed (Wiener filter), or linear, trained by contrast against the anchors
-train = "auto"  # bap: map, on the frozen encoder (auto), or the encoder itself: image, last_blocks (the last quarter).
-# Fine-tuning: all (auto), image, text, projection (the last layer of each tower, and the temperature)
-text_weight = (
-    0.1  # bap, encoder: weight of the term that keeps what texts, or a classifier's rows, say of an image
-)
-steps = 300  # of every training
+backgrounds = "assets/backgrounds"  # folder of photos, or discovery:PATH: the regions that discover.py found
+instances = 640           # foregrounds in a pose of their own: each cut-out is used several times
+per_instance = 8          # backgrounds behind each
+# --- encoder ------------------------------------------------------------------------------------------------
+model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), or small: lite0-clip, tiny, tiny-conv
+pretrained = ""           # open_clip tag or local file
+quick_gelu = "auto"       # auto follows the record of the weights; on, off
+device = "auto"           # auto, cpu, cuda
+dtype = "auto"            # of the forward pass: auto, float32, bfloat16
+batch_size = 8            # small batches are faster on a CPU; raise it on a GPU
+threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
+# --- method -------------------------------------------------------------------------------------------------
+method = "bap"            # bap; or fine-tuning: finetune, ravl, upsampled, ... (see METHODS)
+own = 0.5                 # bap: weight of the target's own training foregrounds, cut out by what composites taught
+lam = 1.0                 # bap: the Wiener filter's ridge, in units of the mean variance
+bap_map = "closed"        # bap: closed (Wiener filter), or linear, trained by contrast against the anchors
+train = "auto"            # bap: map (auto), or the encoder itself: image, last_blocks (the last quarter).
+                          # Fine-tuning: all (auto), image, text, projection (each tower's last layer)
+text_weight = 0.1         # bap, encoder: weight of what texts, or a classifier's rows, say of an image
+steps = 300               # of every training
 learning_rate = 3e-4
-l2 = 0.8  # penalty of every probe in the table, in units of the mean loss (scikit-learn's C = 1 / (l2 n))
-# --- fine-tuning: every method but bap; pairs, compile, checkpointing also bap with --train=last_blocks|image --------
-pairs = 128  # image-caption pairs in a step, of all processes together
-loss = "auto"  # infonce, sigmoid (SigLIP); auto: by the model
-captions = "own"  # own: the data set's; class: the prompt of the image's class, as in zero-shot; place: and its place
-discovery = (
-    ""  # discovery.json of discover.py, or its folder; every method but finetune, vl_erm and jtt needs it
-)
-clusters = (
-    0  # how many of its kept clusters count, the best first; 0: those worth half of the best (clusters_used)
-)
-region_weight = 0.2  # ravl: w in (1 - w) L_CL + w (L_R + L_A)
-region_temperature = 0.07  # ravl: of its cosines
-compile = False  # torch.compile
-checkpointing = False  # of gradients: less memory for large batches, more time
-save_every = 100  # steps between checkpoints for --resume
-wandb = False  # also log to Weights & Biases, if installed
-# --- system ---------------------------------------------------------------------------------------------------------
+l2 = 0.8                  # penalty of every probe, in units of the mean loss (scikit-learn's C = 1 / (l2 n))
+# --- fine-tuning: every method but bap; pairs, compile, checkpointing also where bap trains the encoder -------
+pairs = 128               # image-caption pairs in a step, of all processes together
+loss = "auto"             # infonce, sigmoid (SigLIP); auto: by the model
+captions = "own"          # own: the data set's; class: the class's prompt, as in zero-shot; place: and its place
+discovery = ""            # discovery.json of discover.py, or its folder; see METHODS which need it
+clusters = 0              # how many of its kept clusters count, the best first; 0: see clusters_used
+region_weight = 0.2       # ravl: w in (1 - w) L_CL + w (L_R + L_A)
+region_temperature = 0.07 # ravl: of its cosines
+compile = False           # torch.compile
+checkpointing = False     # of gradients: less memory for large batches, more time
+save_every = 100          # steps between checkpoints for --resume
+wandb = False             # also log to Weights & Biases, if installed
+# --- system -------------------------------------------------------------------------------------------------
 seed = 0
-seeds = 1  # bap: runs with seed, seed + 1, ...; reported are means and spread
-# --- end ------------------------------------------------------------------------------------------------------------
+seeds = 1                 # bap: runs with seed, seed + 1, ...; reported are means and spread
+# --- end ----------------------------------------------------------------------------------------------------
+# fmt: on
 
 ROWS = {  # of the table, in this order
     "erm": "probe on the raw embedding",
@@ -169,21 +160,10 @@ ROWS = {  # of the table, in this order
     "val_probe_bap": "the same through the map",
     "balanced_train": "training foregrounds on every place: the true ceiling",
 }
-OWN_MOST, OWN_PER = (
-    1000,
-    5,
-)  # bap: of the target's own foregrounds at most so many, on so many backgrounds each
-LOG_EVERY, WARMUP, WEIGHT_DECAY, CLIP = (
-    20,
-    0.1,
-    0.1,
-    1.0,
-)  # steps; share of the steps; AdamW's; norm of the gradient
-PARTIAL = (
-    "partial.pt",
-    "training.pt",
-    "map.pt",
-)  # bap: what --resume goes on from: seeds, the encoder, the map
+OWN_MOST, OWN_PER = 1000, 5  # of the target's own foregrounds at most so many, on so many backgrounds each
+LOG_EVERY, WARMUP = 20, 0.1  # steps between lines; share of the steps
+WEIGHT_DECAY, CLIP = 0.1, 1.0  # AdamW's; norm of the gradient
+PARTIAL = ("partial.pt", "training.pt")  # bap: what --resume goes on from: seeds, the encoder
 JTT_WEIGHT = 20.0  # of the images that a first quarter of the steps leaves wrong
 ROOM = 4 << 30  # bytes of decoded training images in memory
 
@@ -315,7 +295,7 @@ def bap(s, encoder, figures, grounds, samples, out, config):
             zero = dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
     if bap_map == "linear":
         name = "bap_both" if "bap_both" in maps else "bap"
-        maps[name] = contrast(maps[name], grids[0][1], i, j, s, out / PARTIAL[2], encoder, config)
+        maps[name] = contrast(maps[name], grids[0][1], i, j, s, steps, learning_rate)
     lap("pretraining")
 
     # 5. probes, all with the same penalty, trained on the biased data, read on the test split
@@ -473,58 +453,39 @@ def leace(z, i, j, k=32):
     )
 
 
-def contrast(g, z, i, j, s, path, encoder, config):
-    """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor,
-    not at another's.
+def contrast(g, z, i, j, s, steps, learning_rate):
+    """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor.
 
-    A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that
-    is not the foreground in a real composite k: background, interaction, noise. A linear map commutes
-    with the sum, so all pairs are had from the projected parts (kernels/pairwise_loss.py). Starts at the
-    closed form. path: its checkpoint.
+    A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that is not
+    the foreground in a real composite k: background, interaction, noise. A linear map commutes with the sum, so
+    all pairs are had from the projected parts (kernels/pairwise_loss.py). Starts at the closed form.
     """
     x, i = features(z, g.power), renumber(i)
     mu, a, _ = additive_solve(x, i, renumber(j))
     a, r = a.float(), (x - mu - a[i]).float()  # [n, D], [N, D]
     generator, W = torch.Generator().manual_seed(s), g.W.requires_grad_(True)
     start, gain = W.detach().clone(), 1 / (a @ W.detach()).norm(dim=1).mean()
-    optimiser = torch.optim.AdamW([W], config["learning_rate"] * float(start.std()), weight_decay=0.0)
-    first, steps, state = 0, config["steps"], unfinished(path, config, encoder)
-    if state and state["seed"] == s:
-        g.load_state_dict(state["map"])
-        optimiser.load_state_dict(state["optimiser"])
-        generator.set_state(state["generator"])
-        first = state["step"]
-    head = dict(config=config, fingerprint=encoder.fingerprint, seed=s)
-    with until_asked() as asked:
-        for step in range(first, steps):
-            if step and (step % 100 == 0 or asked):
-                now = dict(
-                    step=step,
-                    map=g.state_dict(),
-                    optimiser=optimiser.state_dict(),
-                    generator=generator.get_state(),
-                )
-                save_checkpoint(path, head | now)
-            if asked:
-                raise KeyboardInterrupt
-            n, m = (torch.randperm(len(v), generator=generator)[:256].to(v.device) for v in (a, r))
-            optimiser.param_groups[0]["lr"] = (
-                config["learning_rate"] * float(start.std()) * (1 - step / steps)
-            )
-            f, b = a[n] @ W, r[m] @ W
-            value = pairwise_loss(
-                f, b, unit(f), torch.arange(len(n), device=f.device), 20.0
-            )  # inverse temperature
-            value = value + 100 * (gain * (W - start)).square().sum() / len(W)
-            optimiser.zero_grad()
-            value.backward()
-            if not value.isfinite():
-                raise Complaint(
-                    f"--bap_map=linear: the loss is not finite in step {step}; lower --learning_rate"
-                )
-            optimiser.step()
-            if step % 50 == 0 or step == steps - 1:
-                say(f"step {step}: loss {value.item():.4f}")
+    optimiser = torch.optim.AdamW([W], learning_rate * float(start.std()), weight_decay=0.0)
+    slower = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
+    for step in range(steps):
+        n, m = (torch.randperm(len(v), generator=generator)[:256].to(v.device) for v in (a, r))
+        f, b = a[n] @ W, r[m] @ W
+        value = pairwise_loss(
+            f, b, unit(f), torch.arange(len(n), device=f.device), 20.0
+        )  # inverse temperature
+        value = value + 100 * (gain * (W - start)).square().sum() / len(W)
+        optimiser.zero_grad()
+        value.backward()
+        expect(
+            value.isfinite(),
+            "bap_map",
+            f"linear: a loss of {value.item()} in step {step}",
+            "a lower --learning_rate",
+        )
+        optimiser.step()
+        slower.step()
+        if step % 50 == 0 or step == steps - 1:
+            say(f"step {step}: loss {value.item():.4f}")
     W.requires_grad_(False)
     return g
 

@@ -1,7 +1,7 @@
-"""All that comes in and goes out: flags, files, pictures, data sets as rows, composites, regions, tables and pages.
+"""All that comes in and goes out: flags, files, pictures, data sets as rows, regions, tables and pages.
 
-The three scripts share this file and model.py. What is read from outside is checked here, and a `Complaint` names the
-file or flag, what was found and what to do; `run` prints it as one line and exits with code 2.
+The three scripts share this file and model.py. What is read from outside is checked here, and a
+`Complaint` names the file or flag, what was found and what to do; `run` prints it as one line.
 """
 
 import base64
@@ -27,6 +27,7 @@ from collections import Counter, namedtuple
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ GREY = (124, 116, 104)  # the mean colour of ImageNet
 SPLITS = ("train", "val", "test")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow would start Ghostscript for an EPS
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+SKIP = "replace it, or leave such files out with --skip_bad"
 
 
 class Complaint(Exception):
@@ -44,24 +46,21 @@ class Complaint(Exception):
 
 
 def run(main, again="the same command with --resume"):
-    """main(), with one line and exit code 2 for what the user can mend, and 130 for Ctrl-C; again: what goes on then."""
-    script = Path(sys.argv[0]).name
+    """main(); what the user can mend is one line and exit code 2, Ctrl-C is 130. again: what goes on then."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
-    line, code = None, 0
     try:
-        main()
+        return main()
     except Complaint as problem:
-        line, code = f"{script}: {problem}", 2
+        line, code = str(problem), 2
     except OSError as problem:  # a full disk, a folder that may not be written, a file that went away
-        line, code = f"{script}: {problem.filename or 'file system'}: {problem.strerror or problem}", 2
+        line, code = f"{problem.filename or 'file system'}: {problem.strerror or problem}", 2
     except KeyboardInterrupt:
-        line, code = f"\n{script}: interrupted; {again} goes on from here", 130
-    if line and os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
-    if code:
-        sys.exit(code)
+        line, code = f"interrupted; {again} goes on from here", 130
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {' '.join(line.splitlines())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def say(text):
@@ -70,13 +69,13 @@ def say(text):
         print(text, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # flags
 
 LIMITS = {  # of flags that several scripts have; of others see the scripts' calls of flags()
     "batch_size": "[1, inf)",
     "threads": "[0, inf)",
-    "seed": "[0, inf)",
+    "seed": "[0, 1e15)",
     "l2": "(0, inf)",
     "strength": "[0, 1]",
     "confounder": "(0, 1]",
@@ -88,10 +87,10 @@ LIMITS = {  # of flags that several scripts have; of others see the scripts' cal
 def flags(script, argv=None, **limits):
     """Overrides the defaults on a script's first screen by --key=value, in place, and returns them all.
 
-    script: the script's globals(); every lower-case bool, int, float or str in it is a flag, and its value the default.
-    argv: list of words, sys.argv[1:] if None. limits: for a flag the words that it may be, or an interval "[0, 1)".
+    script: the script's globals(); its lower-case bool, int, float and str are the flags and their defaults.
+    argv: list of words, sys.argv[1:] if None. limits: of a flag the words it may be, or an interval "[0, 1)".
     A bool may stand without a value; --help prints the first screen and exits. Returns dict flag -> value.
-    Raises Complaint for an unknown flag, a value of the wrong type or out of its limits, a folder that can't be written.
+    Raises Complaint for an unknown flag, a wrong value, an --out_dir that cannot be written.
     """
     config = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
     for word in sys.argv[1:] if argv is None else argv:
@@ -112,7 +111,10 @@ def flags(script, argv=None, **limits):
         elif key in config:
             expect(config[key] in limit, key, config[key], " or ".join(word for word in limit if word))
     if "out_dir" in config:  # complains now, not after the work
-        check_writable(Path(config["out_dir"]).absolute(), config["out_dir"])
+        path = Path(config["out_dir"]).absolute()
+        there = next(p for p in (path, *path.parents) if p.exists())
+        usable = there.is_dir() and os.access(there, os.W_OK)
+        expect(usable, "out_dir", config["out_dir"], f"a folder that may be written to, {there} is not")
     script.update(config)
     return config
 
@@ -121,7 +123,7 @@ def read_flag(key, value, kind):
     """The value of a flag of a kind (bool, int, float, str) from its text, None for --key alone."""
     if kind is bool:
         words = {None: True, "true": True, "1": True, "false": False, "0": False}
-        word = value if value is None else value.lower()
+        word = value and value.lower()
         expect(word in words, key, value, "True or False")
         return words[word]
     expect(value is not None, key, "no value", f"--{key}=VALUE")
@@ -141,14 +143,6 @@ def in_interval(value, interval):
     return above and below
 
 
-def check_writable(path, found):
-    """Raises Complaint where an output folder cannot be made or written."""
-    there = next(p for p in (path, *path.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "may not be written to" if there.is_dir() else "is not a folder"
-        raise Complaint(f"--out_dir={found}: {there} {what}; choose another folder")
-
-
 def near(word, known):
     """'did you mean ...' for a mistyped word, or the list of what there is."""
     known = [str(k) for k in known]
@@ -166,15 +160,20 @@ def expect(holds, flag, found, wanted):
 
 def revision():
     """The git revision of this checkout, with + if files differ from it; None outside one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    words = [
+        "git",
+        "-C",
+        str(ASSETS.parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--exclude=*",
+        "--dirty=+",
+    ]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         return None
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def rng(seed, purpose, *index):
@@ -182,7 +181,7 @@ def rng(seed, purpose, *index):
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *index])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # files
 
 
@@ -233,9 +232,7 @@ def reading(path, what, cure="mend it, or fetch it again"):
         raise
     except FileNotFoundError:
         raise Complaint(f"{path}: no such file; expected {what}") from None
-    except (
-        Exception
-    ) as problem:  # KeyError, TypeError, RecursionError, MemoryError, zlib.error, ...: all say damage
+    except Exception as problem:  # KeyError, RecursionError, MemoryError, zlib.error, ...: all say damage
         found = f"{type(problem).__name__}: {one_line(problem)}"
         if os.path.isfile(path) and not os.path.getsize(path):
             found = "an empty file"
@@ -265,10 +262,10 @@ def read_lines(path, flag):
     return lines
 
 
-def read_table(path, needed=(), hint=""):
+def read_table(path, needed=()):
     """A table with a header, comma-, semicolon- or tab-separated -> dict column -> tuple of strings.
 
-    needed: columns that must be there, hint says why. Fast enough for millions of rows.
+    needed: columns that must be there. Fast enough for millions of rows.
     """
     with reading(path, "a table in UTF-8"), open(path, newline="", encoding="utf-8-sig") as file:
         head = file.readline()
@@ -278,24 +275,24 @@ def read_table(path, needed=(), hint=""):
     header, rows = (rows[0], rows[1:]) if len(rows) > 1 else ([], [])
     for column in needed:
         if column not in header:
-            raise Complaint(f"{path}: no column {column!r} (found: {', '.join(header) or 'no rows'}); {hint}")
+            there = ", ".join(header) or "no rows"
+            raise Complaint(f"{path}: no column {column!r} (found: {there}); expected {','.join(needed)}")
     odd = next((k for k, row in enumerate(rows) if len(row) != len(header)), None)
     if odd is not None:
         start = delimiter.join(rows[odd])[:60]
-        raise Complaint(
-            f"{path}:{odd + 2}: {len(rows[odd])} fields ({start!r}), expected {len(header)} as in its first line"
-        )
+        raise Complaint(f"{path}:{odd + 2}: {len(rows[odd])} fields ({start!r}), expected {len(header)}")
     return dict(zip(header, zip(*rows, strict=True), strict=True))
 
 
-def whole(path, column, values, high=math.inf):
-    """A column of strings -> list of int; Complaint names the first line that is no whole number from 0 below high."""
+def whole(path, column, values, high=0):
+    """A column of strings -> list of whole numbers from 0 below high, or the number of values; or Complaint."""
+    high = high or max(3, len(values))
     numbers = {v: int(v) if v.strip().isdecimal() and len(v) < 19 else -1 for v in set(values)}
-    for line, value in enumerate(values, 2):
-        if not 0 <= numbers[value] < high:
-            wanted = "0 (train), 1 (val) or 2 (test)" if high == 3 else "a whole number from 0"
-            raise Complaint(f"{path}:{line}: {column}={value!r}, expected {wanted}")
-    return [numbers[v] for v in values]
+    if not all(0 <= number < high for number in numbers.values()):
+        line = next(k for k, v in enumerate(values) if not 0 <= numbers[v] < high)
+        wanted = f"a whole number from 0 to {high - 1}"
+        raise Complaint(f"{path}:{line + 2}: {column}={values[line][:60]!r}, expected {wanted}")
+    return list(map(numbers.__getitem__, values))
 
 
 def folder(path, flag):
@@ -312,22 +309,19 @@ def first_folder(root, *names):
 
 def inside(root):
     """What a folder holds, for an error message; archives first, which have to be unpacked."""
-    names = sorted(p.name for p in Path(root).iterdir())
-    packed = [
-        n
-        for n in names
-        if n.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet"))
-    ]
-    if packed:
-        return f"{', '.join(packed[:3])}: unpack it first"
-    return ", ".join(names[:5]) or "nothing"
+    names, archives = (
+        sorted(os.listdir(root)),
+        (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet"),
+    )
+    packed = [name for name in names if name.lower().endswith(archives)]
+    return f"{', '.join(packed[:3])}: unpack it first" if packed else ", ".join(names[:5]) or "nothing"
 
 
 def scan(root, flag="data"):
     """Sorted image files below a folder, each a tuple of its parts; Complaint if there are none.
 
-    Hidden files and folders are passed over, links to folders followed, but for those that lead back to where they come
-    from. Raises Complaint for a link to nothing.
+    Hidden files and folders are passed over, links to folders followed, but for those that lead back to
+    where they come from. Raises Complaint for a link to nothing.
     """
     found, folders = [], [((), (os.path.realpath(folder(root, flag)),))]
     while folders:
@@ -343,29 +337,25 @@ def scan(root, flag="data"):
                 if entry.is_symlink() and not os.path.exists(entry.path):
                     gone = os.readlink(entry.path)
                     raise Complaint(
-                        f"{entry.path}: a link to {gone}, which does not exist; bring it back or remove it"
+                        f"{entry.path}: a link to {gone}, which does not exist; mend or remove it"
                     )
                 found.append((*parts, entry.name))
     if not found:
-        known = " ".join(sorted(EXTENSIONS))
-        raise Complaint(
-            f"--{flag}: {root}: no images in it or below (found {inside(root)}; looked for {known})"
-        )
+        raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)})")
     return sorted(found)
 
 
 def open_image(path):
     """An image file -> PIL image, 8-bit RGB, or RGBA if it has transparency.
 
-    EXIF rotation is applied; CMYK, grey and palette images are converted, 16-bit ones scaled; of an animation the first
-    frame counts. Raises Complaint if it is missing, empty, truncated, not an image, or below 8x8 pixels.
+    EXIF rotation is applied; CMYK, grey and palette images are converted, 16-bit ones scaled; of an animation
+    the first frame counts. Raises Complaint if it is missing, damaged, not an image, or below 8x8 pixels.
     """
-    cure = "replace it, or leave such files out with --skip_bad"
-    with reading(path, "a picture", cure), warnings.catch_warnings():
+    with reading(path, "a picture", SKIP), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(path, formats=FORMATS)
         if min(image.size) < 8:
-            raise Complaint(f"{path}: {image.width}x{image.height} pixels, expected at least 8x8; {cure}")
+            raise Complaint(f"{path}: {image.width}x{image.height} pixels, expected at least 8x8; {SKIP}")
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -380,13 +370,11 @@ def open_image(path):
 
 
 def open_mask(path):
-    """A foreground mask -> PIL image, "L", 255 on the foreground. Raises Complaint where it is not white on black."""
+    """A foreground mask -> PIL image, "L", 255 on the foreground. Complaint where it is not white on black."""
     mask = open_image(path).convert("L")
     brightest = mask.getextrema()[1]
     if 0 < brightest < 128:
-        raise Complaint(
-            f"{path}: its largest value is {brightest}, expected a mask, 255 on the foreground; scale it"
-        )
+        raise Complaint(f"{path}: its largest value is {brightest}, expected 255 on the foreground; scale it")
     return mask
 
 
@@ -397,18 +385,17 @@ def opaque(image):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # pictures
 
 
 class Picture:
-    """What can be embedded: image() -> PIL, and key(), the cache's name for it and for all that it depends on."""
+    """What can be embedded: image() -> PIL, and key(), the cache's name for it and all that it depends on."""
 
     def key(self):
         parts = [getattr(self, f.name) for f in fields(self)]
-        return " ".join(
-            [type(self).__name__, *[p.key() if isinstance(p, Picture) else repr(p) for p in parts]]
-        )
+        keys = [part.key() if isinstance(part, Picture) else repr(part) for part in parts]
+        return " ".join([type(self).__name__, *keys])
 
 
 @dataclass(frozen=True)
@@ -425,34 +412,34 @@ class Photo(Picture):
 
 @dataclass(frozen=True)
 class Ground(Photo):
-    """A photo as a background, kept in memory at no more than 512 pixels."""
+    """A photo as a background."""
 
-    @functools.lru_cache(2048)  # noqa: B019 - the pictures of a run, shared by thousands of composites
     def image(self):
-        return shrunk(opaque(open_image(self.path)))
+        return layer(self.path, cut=False)
 
 
 @dataclass(frozen=True)
 class Cutout(Photo):
-    """A foreground with its alpha, cropped to what is visible, kept in memory at no more than 512 pixels."""
+    """A foreground with its alpha, cropped to what is visible."""
 
-    @functools.lru_cache(2048)  # noqa: B019
     def image(self):
-        image = open_image(self.path)
+        return layer(self.path, cut=True)
+
+
+@functools.lru_cache(2048)
+def layer(path, cut):
+    """The picture of a Ground or Cutout, kept at no more than 512 pixels: thousands of composites share it."""
+    image = open_image(path) if cut else opaque(open_image(path))
+    if cut:
         cure = "cut it out, move it away, or use --skip_bad"
         if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255:
+            raise Complaint(f"{path}: no transparency, expected alpha 0 around the foreground; {cure}")
+        box = image.getchannel("A").point([0] * 9 + [255] * 247).getbbox() or (0, 0, 0, 0)
+        if min(box[2] - box[0], box[3] - box[1]) < 8:
             raise Complaint(
-                f"{self.path}: no transparency, expected a cut-out (alpha 0 around the foreground); {cure}"
+                f"{path}: nothing visible in it, expected a cut-out of 8x8 pixels or more; {cure}"
             )
-        visible = image.getchannel("A").point([0] * 9 + [255] * 247).getbbox() or (0, 0, 0, 0)
-        if min(visible[2] - visible[0], visible[3] - visible[1]) < 8:
-            raise Complaint(
-                f"{self.path}: nothing visible in it, expected a cut-out of at least 8x8 pixels; {cure}"
-            )
-        return shrunk(image.crop(visible))
-
-
-def shrunk(image):
+        image = image.crop(box)
     image.thumbnail((512, 512), Image.BICUBIC, reducing_gap=2)
     return image
 
@@ -467,28 +454,24 @@ class Masked(Picture):
     def image(self):
         image, mask = self.photo.image(), open_mask(self.mask.path)
         if mask.size != image.size:
-            sizes = f"{mask.width}x{mask.height} pixels, the photo {self.photo.path} has {image.width}x{image.height}"
-            raise Complaint(f"{self.mask.path}: {sizes}; expected a mask of the same size")
+            (w, h), (W, H) = mask.size, image.size
+            raise Complaint(f"{self.mask.path}: {w}x{h} pixels, the photo {self.photo.path} has {W}x{H}")
         image.putalpha(mask)
         return image
 
 
 @dataclass(frozen=True)
 class Pose:
-    """How a foreground stands in a composite; one draw of it is one foreground instance.
+    """How a foreground stands in a composite; one draw of it is one foreground instance."""
 
-    area: of its bounding box, share of the frame. x, y: place in what room is left, in [0, 1]. flip: mirrored.
-    stretch: aspect ratio times this. hue: turned by this share of a circle. colour, light: saturation and value times this.
-    """
-
-    area: float
-    x: float = 0.5
+    area: float  # of its bounding box, share of the frame
+    x: float = 0.5  # place in what room is left, in [0, 1]
     y: float = 0.5
     flip: bool = False
-    stretch: float = 1.0
-    hue: float = 0.0
-    colour: float = 1.0
-    light: float = 1.0
+    stretch: float = 1.0  # aspect ratio times this
+    hue: float = 0.0  # turned by this share of a circle
+    colour: float = 1.0  # saturation times this
+    light: float = 1.0  # value times this
 
 
 def draw_pose(g, recolour=True, area=(0.06, 0.4)):
@@ -502,15 +485,14 @@ def draw_pose(g, recolour=True, area=(0.06, 0.4)):
 
 @dataclass(frozen=True)
 class View:
-    """What of a background is seen, and in which light. x, y, w, h: a box, shares of width and height. flip: mirrored.
-    light, colour, contrast: brightness, saturation and contrast times this."""
+    """What of a background is seen, and in which light."""
 
-    x: float = 0.0
+    x: float = 0.0  # left, top, width, height of a box, in shares
     y: float = 0.0
     w: float = 1.0
     h: float = 1.0
     flip: bool = False
-    light: float = 1.0
+    light: float = 1.0  # brightness, saturation and contrast times these
     colour: float = 1.0
     contrast: float = 1.0
 
@@ -526,8 +508,8 @@ def draw_view(g, crop=0.5, light=0.3):
 
 @dataclass(frozen=True)
 class Composite(Picture):
-    """A foreground in a pose on a background. pose None: in the foreground's own frame; ground None: on mean grey;
-    figure None: the background alone."""
+    """A foreground in a pose on a background. pose None: in the foreground's own frame; ground None: on mean
+    grey; figure None: the background alone."""
 
     figure: Picture | None
     ground: Picture | None
@@ -609,10 +591,8 @@ def decoded(picture):
 
 
 def layers(paths, kind, flag, skip_bad=False):
-    """The raw material of composites from a folder: list of kind (Cutout or Ground), and notes of what was left out.
-
-    Raises Complaint for a picture that cannot be used, unless skip_bad, and for fewer than 8.
-    """
+    """The raw material of composites from a folder: list of kind (Cutout or Ground), and notes of what was
+    left out. Raises Complaint for a picture that cannot be used, unless skip_bad, and for fewer than 8."""
     items, notes = [], []
     for parts in scan(paths, flag):
         item = kind(os.path.join(paths, *parts))
@@ -623,18 +603,15 @@ def layers(paths, kind, flag, skip_bad=False):
             if not skip_bad:
                 raise
             notes.append(f"skipped {problem}")
-    if len(items) < 8:
-        raise Complaint(
-            f"--{flag}: {paths}: {len(items)} usable images, expected at least 8; the more, the better"
-        )
+    expect(len(items) >= 8, flag, str(paths), f"at least 8 usable images in it, there are {len(items)}")
     return items, notes
 
 
 def composites(figures, grounds, instances, per, seed, recolour=True):
     """An incomplete grid of composites: foreground instances (a figure in a pose of its own) x backgrounds.
 
-    instances: how many, spread evenly over the figures. per: backgrounds for each. Returns (list of Composite [N],
-    instance i [N], background j [N]) with i in [0, instances), j an index into grounds.
+    instances: how many, spread evenly over the figures. per: backgrounds for each. Returns (list of Composite
+    [N], instance i [N], background j [N]) with i in [0, instances), j an index into grounds.
     """
     items, i, j = [], [], []
     for a in range(instances):
@@ -647,22 +624,10 @@ def composites(figures, grounds, instances, per, seed, recolour=True):
     return items, torch.tensor(i), torch.tensor(j)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # data sets: each is a generator of rows, and its docstring is what --data=NAME:help prints
 
-Row = namedtuple("Row", "picture y place split caption cut shows", defaults=(None,) * 6)
-Row.__doc__ = """One image of a data set, with all names as the set has them.
-
-picture: path of a file, or a Picture. y: class, None if unlabelled. place: None if the set has none. split: train, val or
-test; None or shares of them, (3/5, 1/5, 1/5), where the splits are made here. caption: None for the usual one.
-cut: the foreground, a Composite without a ground, where there is a mask. shows: of controlled settings the boxes of the
-class object and of the planted feature, in shares of the image: a box, a tuple of them, None or SCENE."""
-
 SCENE = "scene"  # what an image shows whose planted feature is all but the class object
-SHARES = (0.6, 0.2, 0.2)  # of train, val and test where the splits are made here
-DIGITS = "zero one two three four five six seven eight nine".split()
-CAPTIONS = ("the image shows a {}", "a photo of a {}.", "a picture of a {}")  # of controlled settings
-QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)
 SPLIT_NAMES = {
     "train": 0,
     "training": 0,
@@ -673,33 +638,64 @@ SPLIT_NAMES = {
     "test": 2,
     "testing": 2,
 }
-SPLIT_NAMES.update({"0": 0, "1": 1, "2": 2})
+
+
+class Row(NamedTuple):
+    """One image of a data set, with all names as the set has them."""
+
+    picture: object  # the path of a file, or a Picture
+    y: str | None  # its class; None: unlabelled
+    place: str | None = None  # None: the set has none
+    split: int | None = None  # 0 train, 1 val, 2 test; None: splits are made here, for all rows
+    caption: str = ""  # "": the usual one
+    cut: Composite | None = None  # the foreground, without a ground, where there is a mask
+    shows: tuple | None = (
+        None  # of controlled settings: boxes of the class object and of the planted feature, in
+    )
+    # shares of the image: each is a box, a tuple of them, None or SCENE
+
+
+@dataclass
+class Facts:
+    """What the flags ask of a data set, and what the set says of itself beside its rows."""
+
+    chosen: list = field(default_factory=list)  # --classes=a,b
+    renamed: list = field(default_factory=list)  # --classes=FILE
+    wanted: list = field(default_factory=list)  # --places=p,q
+    seed: int = 0
+    confounder: float = 1.0
+    strength: float = 0.0
+    spurious: str = "0"
+    feature: str = ""
+    notes: list = field(default_factory=list)  # lines to print
+    classes: list = field(default_factory=list)  # in their order, if it is not the alphabet's; also places
+    places: list = field(default_factory=list)
+    labels: list = field(default_factory=list)  # what a model chooses from, if not the classes
+    imagenet: list = field(default_factory=list)  # of each class the ImageNet labels
+    own: dict = field(default_factory=dict)  # of each class the place that it goes with in training
+    official: bool = True  # whether splits are the set's own
+    published: dict = field(default_factory=dict)  # counts; see compare
 
 
 @dataclass
 class Samples:
-    """A labelled data set. items: n pictures. y, place, split: LongTensor [n], split 0 train, 1 val, 2 test; y -1: unlabelled.
-
-    cut, shows: as of Row. notes: lines to print. labels: the names that a model chooses from. prompts: a list of texts
-    for each of the labels. imagenet: for each class its ImageNet labels, 0 to 999; empty if the classes are not
-    ImageNet's. official: False where the splits are made here, by a rule, and not the set's own.
-    """
+    """A labelled data set of n pictures."""
 
     name: str
     items: list
-    y: torch.Tensor
-    place: torch.Tensor
-    split: torch.Tensor
+    y: torch.Tensor  # [n] class, -1: unlabelled
+    place: torch.Tensor  # [n]
+    split: torch.Tensor  # [n] 0 train, 1 val, 2 test
     classes: list
     places: list
     captions: list
-    cut: list
+    cut: list  # cut, shows: n, as of Row
     shows: list
-    notes: list = field(default_factory=list)
-    labels: list = field(default_factory=list)
-    prompts: list = field(default_factory=list)
-    imagenet: list = field(default_factory=list)
-    official: bool = True
+    notes: list = field(default_factory=list)  # lines to print
+    labels: list = field(default_factory=list)  # the names that a model chooses from
+    prompts: list = field(default_factory=list)  # a list of texts for each of the labels
+    imagenet: list = field(default_factory=list)  # for each class its ImageNet labels, 0 to 999; or empty
+    official: bool = True  # False where the splits are made here, by a rule
 
     def group(self):
         """Group of each image, y * places + place [n]."""
@@ -719,113 +715,117 @@ class Samples:
     def keep(self, index):
         """The samples at an index [k], or where a mask [n] is true."""
         index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
-        lists = {
-            name: [getattr(self, name)[k] for k in index.tolist()]
-            for name in ("items", "captions", "cut", "shows")
-        }
+        lists = {k: getattr(self, k) for k in ("items", "captions", "cut", "shows")}
+        lists = {k: [values[i] for i in index.tolist()] for k, values in lists.items()}
         return replace(self, y=self.y[index], place=self.place[index], split=self.split[index], **lists)
 
 
 def load_data(spec, classes="", places="", prompts="", masks="", splits=True, seed=0, **planted_by):
-    """The data set that --data names, as Samples; NAME:help prints what to download and how it must look, and exits.
+    """The data set that --data names, as Samples; NAME:help prints how it must look, and exits.
 
-    classes: a file of names, one a line, or a,b: only these of the set's. places: p,q, only these; where as many are named
-    as classes, the k-th is the k-th class's own. prompts: a file of templates or of class<TAB>prompt lines. masks: a
-    folder of foreground masks. splits: whether the set is to be trained on, and needs labels and images of every class in
-    each split. planted_by: confounder, the share of the training images on their class's own place; strength (Cramer's V),
-    spurious (a class) and feature of controlled settings. Raises Complaint for anything that is not as it should be.
+    classes: a file of names, one a line, or a,b: only these of the set's. places: p,q, only these; where as
+    many are named as classes, the k-th is the k-th class's own. prompts: a file of templates or of
+    class<TAB>prompt lines. masks: a folder of foreground masks. splits: whether the set is to be trained on,
+    and needs labels and images of every class in each split. planted_by: confounder, the share of training
+    images on their class's own place; strength (Cramer's V), spurious (a class) and feature of controlled
+    settings. Raises Complaint for anything that is not as it should be.
     """
     name, _, root = spec.partition(":")
-    if name in SETS and root == "help":
+    if name not in SETS or not (root or SETS[name].alone):
+        there = ", ".join(SETS)
+        raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {there}; NAME:help says more")
+    if root == "help":
         say(inspect.getdoc(SETS[name].rows))
         sys.exit(0)
-    alone = name in SETS and SETS[name].alone
-    if name not in SETS or not (root or alone):
-        raise Complaint(
-            f"--data: found {spec!r}, expected NAME:DIR with NAME one of {', '.join(SETS)}; NAME:help says more"
-        )
-    listed = [c.strip() for c in classes.split(",")] if classes and not os.path.isfile(classes) else []
-    facts = SimpleNamespace(
-        notes=[], classes=[], places=[], labels=[], imagenet=[], official=None, published={}, own={},
-        chosen=listed, renamed=read_classes(classes) if classes and not listed else [],
-        wanted=[p.strip() for p in places.split(",")] if places else [], masks=masks, seed=seed,
-        **{"confounder": 1.0, "strength": 0.0, "spurious": "0", "feature": "", **planted_by},
-    )  # fmt: skip
-    gc.disable()  # a million small objects that all stay: looking for garbage among them takes as long as reading them
+    renamed = read_classes(classes) if os.path.isfile(classes) else []
+    chosen = [] if renamed else names_in(classes, "classes", 2)
+    facts = Facts(chosen, renamed, names_in(places, "places", 1), seed, **planted_by)
+    gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:
         samples = samples_of(spec, SETS[name].rows(Path(root) if root else None, facts), facts)
     finally:
         gc.enable()
-    samples.labels = facts.labels or samples.classes
-    if facts.renamed and facts.classes is not facts.renamed:
-        rename(samples, facts.renamed, classes)
+    if renamed and facts.classes is not renamed:
+        if len(renamed) != len(samples.labels):
+            there = f"{len(samples.labels)} ({', '.join(samples.labels[:5])}, ...)"
+            raise Complaint(f"--classes={classes}: {len(renamed)} names, {name} has {there}")
+        samples.classes = renamed if samples.labels is samples.classes else samples.classes
+        samples.labels = renamed
+    if masks:
+        photos = [getattr(item, "path", "") for item in samples.items]
+        cuts = [
+            m and Masked(p, Photo(m)) for p, m in zip(samples.items, find_masks(photos, masks), strict=True)
+        ]
+        samples.cut = [cut and Composite(cut, None, None) for cut in cuts]
     template = SETS[name].template
+    samples.prompts = [[template.replace("{}", label)] for label in samples.labels]
     if prompts:
         samples.prompts = read_prompts(prompts, samples.labels)
-    else:
-        samples.prompts = [[template.replace("{}", label)] for label in samples.labels]
     return check(samples, splits)
 
 
-def samples_of(name, rows, facts):
-    """Samples from a generator of Rows: numbers names, leaves out what does not exist, makes splits, compares counts.
+def names_in(text, flag, least):
+    """a,b -> ["a", "b"]; Complaint where they are not at least so many, and different."""
+    names = [name.strip() for name in text.split(",") if text]
+    good = not text or least <= len(names) == len({plain(name) for name in names} - {""})
+    expect(good, flag, text, "a file, or different names, a,b")
+    return names
 
-    facts: what a set says of itself beside its rows (see load_data); classes, places: names in their order, if it has one.
-    """
-    rows = list(rows)
-    if facts.chosen and not facts.own:
-        rows = only(rows, "y", facts.chosen, "classes")
+
+def samples_of(name, rows, facts):
+    """Samples of a generator of Rows: numbers names, makes splits, leaves out what does not exist."""
+    rows, short = list(rows), name.partition(":")[0]
+    if facts.chosen:
+        rows, chosen = only(rows, "y", facts.chosen, "classes")
+        facts.imagenet = facts.imagenet and [facts.imagenet[facts.classes.index(c)] for c in chosen]
+        facts.classes = chosen
     if facts.wanted:
-        rows = only(rows, "place", facts.wanted, "places")
-    absent = missing([row.picture for row in rows])
+        rows, facts.places = only(rows, "place", facts.wanted, "places")
+    if not rows:
+        raise Complaint(f"--data={name}: no images; --data={short}:help says how it must look")
+    picture, y, place, split, captions, cut, shows = map(list, zip(*rows, strict=True))
+    y, classes = numbered(y, facts.classes, "class")
+    place, places = numbered(place, facts.places, "place")
+    place, places = place.clamp(min=0), places or ["anywhere"]
+    usual = [[f"a {c} on {p}" if len(places) > 1 else f"a {c}" for p in places] for c in classes]
+    if not all(captions):
+        captions = [usual[a][b] if a >= 0 else "" for a, b in zip(y.tolist(), place.tolist(), strict=True)]
+    official, group = facts.official and None not in split, y * len(places) + place
+    split = make_splits(group) if None in split else completed(torch.tensor(split), group, facts.notes)
+    items = [Photo(p) if isinstance(p, str) else p for p in picture]
+    samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
+    samples.labels, samples.imagenet, samples.official = facts.labels or classes, facts.imagenet, official
+    absent = missing(picture)
     if absent:
-        line = f"{name}: {len(absent)} of its {len(rows)} images do not exist, the first is {rows[absent[0]].picture}"
+        line = (
+            f"{name}: {len(absent)} of its {len(rows)} images do not exist, the first is {picture[absent[0]]}"
+        )
         if len(absent) == len(rows):
             raise Complaint(f"{line}; complete the folder")
         facts.notes.append(f"WARNING: {line}; they are left out")
-        absent = set(absent)
-        rows = [row for k, row in enumerate(rows) if k not in absent]
-    if not rows:
-        raise Complaint(
-            f"--data={name}: no images; --data={name.partition(':')[0]}:help says how it must look"
-        )
-    picture, y, place, split, caption, cut, shows = (list(column) for column in zip(*rows, strict=True))
-    y, classes = numbered(y, facts.classes or facts.chosen, "class")
-    place, places = numbered(place, facts.places or facts.wanted, "place")
-    place = place.clamp(min=0)
-    places = places or ["anywhere"]
-    usual = [[f"a {c} on {p}" if len(places) > 1 else f"a {c}" for p in places] for c in classes]
-    captions = [
-        c or (usual[a][b] if a >= 0 else "")
-        for c, a, b in zip(caption, y.tolist(), place.tolist(), strict=True)
-    ]
-    items = [Photo(p) if isinstance(p, str) else p for p in picture]
-    official = all(s in SPLIT_NAMES for s in set(split)) if facts.official is None else facts.official
-    split = splits_of(split, y * len(places) + place, facts.notes)
-    samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
-    samples.imagenet, samples.official = facts.imagenet, official
-    if facts.masks:
-        samples.cut = cuts(samples.items, facts.masks)
+        there = torch.ones(len(rows), dtype=torch.bool)
+        there[absent] = False
+        samples = samples.keep(there)
     if facts.published:
         compare(samples, facts.published)
+    if len(facts.wanted) == len(classes):
+        facts.own = dict(zip(classes, places, strict=True))
+    if facts.own:
+        samples = correlate(samples, facts.own, facts.confounder)
     if not official:
-        n = torch.bincount(split, minlength=3).tolist()
-        samples.notes.append(
-            f"{name}: train, val and test are drawn here, the same each time: {n[0]}, {n[1]}, {n[2]} images"
-        )
-    own = facts.own or (dict(zip(classes, places)) if len(facts.wanted) == len(classes) else {})  # noqa: B905
-    return correlate(samples, own, facts.confounder) if own else samples
+        n = ", ".join(map(str, torch.bincount(samples.split, minlength=3).tolist()))
+        facts.notes.append(f"{name}: train, val and test are drawn here, the same each time: {n} images")
+    return samples
 
 
 def only(rows, column, names, flag):
-    """The rows whose class (or place) is one of the names."""
-    there = {str(getattr(row, column)) for row in rows}
-    known = {plain(n): n for n in there}
+    """The rows whose class (or place) is one of the names; and these names, as the set spells them."""
+    known = {plain(name): name for name in {getattr(row, column) for row in rows} - {None}}
     for name in names:
         if plain(name) not in known:
-            raise Complaint(f"--{flag}: no {name!r} in this data set; {near(name, there)}")
-    names = {known[plain(name)] for name in names}
-    return [row for row in rows if str(getattr(row, column)) in names]
+            raise Complaint(f"--{flag}: no {name!r} in this data set; {near(name, known.values())}")
+    names = [known[plain(name)] for name in names]
+    return [row for row in rows if getattr(row, column) in names], names
 
 
 def missing(pictures):
@@ -833,65 +833,36 @@ def missing(pictures):
     there, out = {}, []
     for k, path in enumerate(pictures):
         if isinstance(path, str):
-            at, name = os.path.split(path)
+            at, _, name = path.rpartition("/")
             if at not in there:
-                there[at] = set(os.listdir(at)) if os.path.isdir(at) else set()
+                there[at] = set(os.listdir(at or "/")) if os.path.isdir(at or "/") else set()
             if name not in there[at]:
                 out.append(k)
     return out
 
 
 def numbered(names, known, what):
-    """Names, None where there is none -> (LongTensor [n] with -1 for None, distinct names in order).
-
-    known: the names in their order; else whole numbers by size, and words by the alphabet.
-    """
+    """Names, None where there is none -> (LongTensor [n], -1 for None; the names in order: known, or the
+    alphabet's)."""
     distinct = set(names) - {None}
-    if not known:
-        known = sorted(
-            distinct, key=lambda name: (int(name) if str(name).isdecimal() else math.inf, str(name))
-        )
-    at = {plain(name): k for k, name in enumerate(known)}
-    for name in sorted(distinct, key=str):
+    known, at = list(known or sorted(distinct)), {}
+    for k, name in enumerate(known):
+        if at.setdefault(plain(name), k) < k:
+            raise Complaint(f"--data: two {what} names that are the same, {name!r}; rename one")
+    for name in sorted(distinct):
         if plain(name) not in at:
-            raise Complaint(
-                f"--classes: no name {name!r}, which is a {what} of this data set; {near(name, known)}"
-            )
+            raise Complaint(f"--classes: no name {name!r}, a {what} of this data set; {near(name, known)}")
     number = {name: at[plain(name)] for name in distinct} | {None: -1}
-    return torch.tensor([number[name] for name in names], dtype=torch.long), [str(name) for name in known]
+    return torch.from_numpy(np.fromiter(map(number.__getitem__, names), np.int64, len(names))), known
 
 
 def plain(name):
     """A name as it is compared: without case, underscores as spaces."""
-    return " ".join(str(name).replace("_", " ").casefold().split())
+    return " ".join(name.replace("_", " ").casefold().split())
 
 
-def splits_of(split, group, notes):
-    """Splits [n] from names, and where there are none, or shares, drawn in each group [n], the same for the same files.
-
-    Without val a fifth of the train images of each group becomes val, without test val becomes test; notes say so.
-    """
-    drawn = [s if isinstance(s, tuple) else SHARES if s is None else None for s in split]
-    out = torch.tensor([SPLIT_NAMES.get(s, 0) if isinstance(s, str) else 0 for s in split])
-    if any(drawn):
-        for shares in {s for s in drawn if s}:
-            index = torch.tensor([k for k, s in enumerate(drawn) if s == shares])
-            out[index] = make_splits(group[index], shares)
-        return out
-    n = torch.bincount(out, minlength=3).tolist()
-    if n[0] and n[1] and not n[2]:
-        notes.append("no test split: val is used as test")
-        out[out == 1] = 2
-        n[1] = 0
-    if n[0] and not n[1]:
-        notes.append("no val split: a fifth of the training images of each group is used as val")
-        train = (out == 0).nonzero()[:, 0]
-        out[train] = make_splits(group[train], (0.8, 0.2, 0.0))
-    return out
-
-
-def make_splits(group, shares=SHARES):
-    """Splits [n] by a rule: of each group [n] the shares for train, val and test."""
+def make_splits(group, shares=(0.6, 0.2, 0.2)):
+    """Splits [n] by a rule, the same for the same files: of each group [n] the shares for train, val, test."""
     group, split = np.asarray(group), np.zeros(len(group), np.int64)
     order = np.argsort(group, kind="stable")
     for members in np.split(order, np.unique(group[order], return_index=True)[1][1:]):
@@ -901,28 +872,38 @@ def make_splits(group, shares=SHARES):
     return torch.from_numpy(split)
 
 
+def completed(split, group, notes):
+    """Splits [n] where none is missing: without test val is test, without val a fifth of each group's train."""
+    n = torch.bincount(split, minlength=3).tolist()
+    if n[0] and n[1] and not n[2]:
+        notes.append("no test split: val is used as test")
+        split[split == 1] = 2
+    if n[0] and not (n[1] and n[2]):
+        notes.append("no val split: a fifth of the training images of each group is used as val")
+        train = (split == 0).nonzero()[:, 0]
+        split[train] = make_splits(group[train], (0.8, 0.2, 0.0))
+    return split
+
+
 def correlate(samples, own, confounder):
     """The samples with a biased training split: of each class the share confounder stands on its own place.
 
-    own: {class: place}. Further training images on other places go to test where the splits are ours, and are left out else.
+    own: {class: place}. Further training images on other places go to test where splits are ours, else out.
     """
-    extra = torch.zeros(len(samples.y), dtype=torch.bool)
-    said, reached = [], True
+    extra, said, short = torch.zeros(len(samples.y), dtype=torch.bool), [], False
     for y, name in enumerate(samples.classes):
-        place = samples.places.index(own[name])
-        mine = (samples.y == y) & (samples.split == 0)
-        home, away = (
-            (mine & (samples.place == place)).sum().item(),
-            (mine & (samples.place != place)).nonzero()[:, 0],
+        expect(
+            own[name] in samples.places, "places", ",".join(samples.places), f"{own[name]}, of {name}, too"
         )
+        train, on = (samples.y == y) & (samples.split == 0), samples.place == samples.places.index(own[name])
+        home, away = int((train & on).sum()), (train & ~on).nonzero()[:, 0]
         allowed = round(home * (1 - confounder) / confounder)
-        reached &= len(away) >= allowed
         extra[away[torch.from_numpy(rng(0, "confounder", y).permutation(len(away)))][allowed:]] = True
         said.append(f"{home / max(1, home + min(allowed, len(away))):.0%} of {name} on {own[name]}")
-    if not reached:
-        samples.notes.append(
-            f"WARNING: --confounder={confounder:g} is not reached, there are too few images on other places"
-        )
+        short |= len(away) < allowed
+    if short:
+        line = f"WARNING: --confounder={confounder:g} is not reached: too few images on other places"
+        samples.notes.append(line)
     samples.notes.append("training split: " + ", ".join(said))
     if samples.official:
         return samples.keep(~extra)
@@ -931,54 +912,36 @@ def correlate(samples, own, confounder):
 
 
 def compare(samples, published):
-    """Notes whether the counts are the published ones: of classes, images, images of each place, or groups of each split."""
-    counts = dict(
-        classes=len(samples.classes),
-        images=len(samples.items),
-        places=torch.bincount(samples.place, minlength=len(samples.places)).tolist(),
-        groups=[samples.counts(s).tolist() for s in range(3)],
-    )
-    for what, expected in published.items():
-        line = f"{what}: the published number, {expected}"
-        if counts[what] != expected:
-            line = f"WARNING: {what}: found {counts[what]}, published {expected}: incomplete or of another making"
-        samples.notes.append(f"{samples.name.partition(':')[0]}: {line}")
-
-
-def rename(samples, names, path):
-    """Puts the names of --classes=FILE in place of the labels that a model chooses from."""
-    if len(names) != len(samples.labels):
-        there = f"{len(samples.labels)} ({', '.join(samples.labels[:5])}, ...)"
-        raise Complaint(f"--classes={path}: {len(names)} names, {samples.name} has {there}")
-    if samples.labels is samples.classes:
-        samples.classes = names
-    samples.labels = names
+    """Notes whether counts are as published: classes, images, images of each place, groups of each split."""
+    counts = dict(classes=len(samples.classes), images=len(samples.items))
+    counts["places"] = torch.bincount(samples.place, minlength=len(samples.places)).tolist()
+    counts["groups"] = [samples.counts(s).tolist() for s in range(3)]
+    counts, line = {k: counts[k] for k in published}, f"{samples.name}: the published counts"
+    if counts != published:
+        line = (
+            f"WARNING: {samples.name}: found {counts}, published {published}: incomplete or of another making"
+        )
+    samples.notes.append(line)
 
 
 def check(samples, splits=True):
-    """Samples with at least two labels; with splits also images of every class in every split. Raises Complaint otherwise."""
-    names = [plain(c) for c in samples.classes]
-    twice = next((c for k, c in enumerate(samples.classes) if names[k] in names[:k]), None)
-    if twice is not None:
-        raise Complaint(f"{samples.name}: two classes with the same name, {twice!r}; rename one")
-    if max(len(names), len(samples.labels)) < 2:
-        raise Complaint(
-            f"{samples.name}: one class only, {', '.join(samples.classes)!r}; expected at least two"
-        )
+    """Samples with two labels or more; with splits, images of every class in every split; or Complaint."""
+    name, n = samples.name, len(samples.classes)
+    if (n if splits else max(n, len(samples.labels))) < 2:
+        raise Complaint(f"{name}: one class only, {', '.join(samples.classes)!r}; expected at least two")
     if not splits:
         return samples
     if samples.y.max() < 0:
-        raise Complaint(f"{samples.name}: no labels; training needs them: a folder for each class")
+        raise Complaint(f"{name}: no labels; training needs them: a folder for each class")
     for s, split in enumerate(SPLITS):
-        found = torch.bincount(samples.y[(samples.split == s) & (samples.y >= 0)], minlength=len(names))
-        if not found.sum():
-            raise Complaint(
-                f"{samples.name}: no images in split {s} ({split}); expected train 0, val 1 and test 2"
-            )
-        if not found.all():
-            absent = samples.classes[int(found.argmin())]
-            raise Complaint(f"{samples.name}: split {s} ({split}) has no image of class {absent}")
-    grid = samples.counts(0).view(len(names), -1) > 0  # [classes, places]
+        counts = samples.counts(s).view(n, -1).sum(1)
+        if not counts.all():
+            what = f" of class {samples.classes[int(counts.argmin())]}" if counts.any() else ""
+            raise Complaint(f"{name}: split {s} ({split}) has no images{what}; train, val and test need them")
+    places = torch.bincount(samples.place, minlength=len(samples.places))
+    if not places.all():
+        raise Complaint(f"{name}: no images of place {samples.places[int(places.argmin())]}; leave it out")
+    grid = samples.counts(0).view(n, -1) > 0  # [classes, places]
     empty = [f"{samples.classes[y]} on {samples.places[p]}" for y, p in (~grid).nonzero().tolist()]
     if empty:
         correlated = ": 100 % correlated" if (grid.sum(1) == 1).all() else ""
@@ -988,70 +951,56 @@ def check(samples, splits=True):
 
 def read_classes(path):
     """--classes=FILE -> names in order."""
-    names = [name for _, name in read_lines(path, "classes")]
-    for k, name in enumerate(names):
-        if plain(name) in map(plain, names[:k]):
-            raise Complaint(f"--classes={path}: two classes with the same name, {name!r}; name each once")
-    return names
+    lines = {}
+    for number, name in read_lines(path, "classes"):
+        if lines.setdefault(plain(name), (number, name))[0] < number:
+            raise Complaint(f"--classes={path}:{number}: two classes with the same name, {name!r}")
+    return [name for _, name in lines.values()]
 
 
 def read_prompts(path, labels):
-    """--prompts=FILE -> for each label a list of texts: its own lines class<TAB>prompt, or else every template with {}."""
-    templates, own, known = [], {}, {plain(label): label for label in labels}
+    """--prompts=FILE -> for each label a list of texts: its lines class<TAB>prompt, or else the templates."""
+    templates, own, known = [], {}, {plain(label) for label in labels}
     for number, line in read_lines(path, "prompts"):
         name, tab, prompt = line.partition("\t")
         if tab and plain(name) not in known:
             raise Complaint(f"--prompts={path}:{number}: no class {name!r}; {near(name, labels)}")
         if not tab and "{}" not in line:
             raise Complaint(
-                f"--prompts={path}:{number}: found {line!r}, expected a template with {{}} or class<TAB>prompt"
+                f"--prompts={path}:{number}: {line!r}, expected one with {{}}, or class<TAB>prompt"
             )
-        if tab:
-            own.setdefault(plain(name), []).append(prompt.strip())
-        else:
-            templates.append(line)
+        texts = own.setdefault(plain(name), []) if tab else templates
+        texts.append(prompt.strip() if tab else line)
     bare = [label for label in labels if plain(label) not in own]
     if bare and not templates:
-        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
         raise Complaint(
-            f"--prompts={path}: no prompt for class {bare[0]!r}{more}; add class<TAB>prompt, or a template"
+            f"--prompts={path}: no prompt for class {bare[0]!r}; add class<TAB>prompt, or a template"
         )
-    return [own.get(plain(label)) or [t.replace("{}", label) for t in templates] for label in labels]
+    texts = [own.get(plain(label), templates) for label in labels]
+    return [[t.replace("{}", label) for t in mine] for label, mine in zip(labels, texts, strict=True)]
 
 
 def inside_root(root, table, column, names):
     """Paths of a table's images; Complaint for a name that leads out of root, or that is listed twice."""
     seen, root = {}, os.path.join(root, "")
     for line, name in enumerate(names, 2):
-        if name[:2] == "./" or "//" in name or "/./" in name:
+        if "./" in name or "//" in name:
             name = os.path.normpath(name)  # ./a.png is a.png
-        if not name or name[0] in "/\\" or ".." in name and ".." in Path(name).parts:
+        if not name or name[0] in "/\\" or name == ".." or name[:3] == "../":
             raise Complaint(f"{table}:{line}: {column} {name!r}, expected a path inside {root}")
         if name in seen:
-            raise Complaint(
-                f"{table}:{line}: {column} {name!r} is listed already in line {seen[name]}; list each once"
-            )
+            raise Complaint(f"{table}:{line}: {column} {name!r} is listed already in line {seen[name]}")
         seen[name] = line
     return [root + name for name in seen]
-
-
-def cuts(items, masks):
-    """For each photo its foreground, by its mask: list of Composite without a ground, None where there is no mask."""
-    found = find_masks([getattr(item, "path", "") for item in items], masks)
-    return [m and Composite(Masked(item, Photo(m)), None, None) for item, m in zip(items, found, strict=True)]
 
 
 def find_masks(paths, masks):
     """For each image the mask NAME.png below the folder masks, or None.
 
-    NAME: the end of the image's path, as long as possible, or that up to its last '_'. A photo is nobody's mask.
+    NAME: the end of the image's path, as long as possible, or that up to its last '_'. A photo is no mask.
     """
-    masks = folder(masks, "masks")
-    if not any(paths):
-        raise Complaint(
-            f"--masks: {masks}: these images are drawn, and have no files that masks could be named after"
-        )
-    photos = {os.path.realpath(path) for path in paths}
+    masks, photos = folder(masks, "masks"), {os.path.realpath(path) for path in paths}
+    expect(any(paths), "masks", str(masks), "images in files: those of this data set are drawn")
 
     def candidates(path):
         parts = Path(os.path.splitext(path)[0]).parts
@@ -1070,105 +1019,101 @@ def find_masks(paths, masks):
 
 
 def scenes(root, facts):
-    """scenes[:DIR]      the embedded default: birds on places, no files needed; or a folder of your own, composed anew
+    """scenes[:DIR]      the embedded default: birds on places; or a folder of your own, composed anew
     DIR/train/landbird/*.webp, DIR/train/waterbird/*.webp      cut-outs (RGBA) of two classes, so for val and test
     DIR/train/land/*.webp, DIR/train/water/*.webp              backgrounds
     In train the share --confounder of each class stands on its own place; val and test are balanced."""
     root, classes, places = root or ASSETS / "scenes", ("landbird", "waterbird"), ("land", "water")
-    for s, (split, n) in enumerate(zip(SPLITS, (600, 200, 600), strict=True)):
-        at = {
-            name: [str(root / split / name / p[-1]) for p in scan(root / split / name)]
-            for name in (*classes, *places)
-        }
+    for s, n in enumerate((600, 200, 600)):
+        at = {name: root / SPLITS[s] / name for name in (*classes, *places)}
+        at = {name: [os.path.join(where, *parts) for parts in scan(where)] for name, where in at.items()}
         for k in range(n):
-            g, y = rng(facts.seed, "scene", s, k), k % 2
-            place = k // 2 % 2
-            if split == "train":
-                place = y if (k // 2 + 0.5) / (n / 2) < facts.confounder else 1 - y
-            figure, ground = (at[name][g.integers(len(at[name]))] for name in (classes[y], places[place]))
+            g, y, home = rng(facts.seed, "scene", s, k), k % 2, (k // 2 + 0.5) / (n / 2) < facts.confounder
+            place = (y if home else 1 - y) if s == 0 else k // 2 % 2
+            figure, ground = (draw_one(at[name], g) for name in (classes[y], places[place]))
             item = Composite(Cutout(figure), Ground(ground), draw_pose(g, False), draw_view(g, 0.2, 0.1))
             what, where = (Path(path).stem.partition("__")[0] for path in (figure, ground))
             caption = f"a picture of a {classes[y]} ({what}) with {where} behind it"
-            yield Row(item, classes[y], places[place], split, caption, replace(item, ground=None))
+            yield Row(item, classes[y], places[place], s, caption, replace(item, ground=None))
+
+
+def draw_one(items, g):
+    return items[g.integers(len(items))]
 
 
 def waterbirds(root, facts):
     """waterbirds:DIR
-    Download waterbird_complete95_forest2water2.tar.gz, linked from the README of the repository kohpangwei/group_DRO (the
-    100 % set, waterbird_1.0_forest2water2, from spetryk/GALS), and unpack it. Any folder of this layout will do, with any
-    number of classes and places:
+    Download waterbird_complete95_forest2water2.tar.gz, linked from the README of the repository
+    kohpangwei/group_DRO (the 100 % set, waterbird_1.0_forest2water2, from spetryk/GALS), and unpack it.
+    Any folder of this layout will do, with any number of classes and places:
     DIR/metadata.csv     columns img_id,img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
     DIR/001.Black_footed_Albatross/....jpg     as img_filename says"""
     columns = ("img_id", "img_filename", "y", "split", "place", "place_filename")
     table = folder(root, "data waterbirds") / "metadata.csv"
     if not table.is_file():
-        raise Complaint(
-            f"{root}: no metadata.csv in it (found {inside(root)}); --data=waterbirds:help says how it looks"
-        )
-    found = read_table(table, columns, f"Waterbirds needs {','.join(columns)}")
+        raise Complaint(f"{root}: no metadata.csv in it (found {inside(root)}); see --data=waterbirds:help")
+    found = read_table(table, columns)
     facts.notes += [f"{table}: column {c!r} is not used" for c in found if c not in columns and c]
-    y, place = (whole(table, c, found[c]) for c in ("y", "place"))
+    y, place = (whole(table, column, found[column]) for column in ("y", "place"))
     split = whole(table, "split", found["split"], 3)
     birds = "bird" in root.name.lower()
     facts.classes = names_of(y, ["landbird", "waterbird"] if birds else [])
     facts.places = names_of(place, ["land", "water"] if birds else [])
+    facts.notes += official_waterbirds(root.name, *map(np.array, (y, place, split)))
     paths = inside_root(root, table, "img_filename", found["img_filename"])
-    facts.notes += official_waterbirds(root, np.array([y, place, split]))
     for path, a, b, s in zip(paths, y, place, split, strict=True):
-        yield Row(path, facts.classes[a], facts.places[b], SPLITS[s])
+        yield Row(path, facts.classes[a], facts.places[b], s)
 
 
-def names_of(numbers, known):
+def names_of(numbers, known=()):
     """The known names, where there are as many as numbers; else the numbers themselves."""
     return known if max(numbers) + 1 == len(known) else [str(k) for k in range(max(numbers) + 1)]
 
 
-def official_waterbirds(root, columns):
-    """Notes: whether the counts of y, place, split [3, n] are those of the official sets (PROTOCOLS 1)."""
-    y, place, split = columns
+def official_waterbirds(name, y, place, split):
+    """Notes: whether the counts of groups [n] are those of the official sets (PROTOCOLS 1)."""
     counts = [np.bincount((2 * y + place)[split == s], minlength=4).tolist() for s in range(3)]
-    held_out = counts[1:] == [[467, 466, 133, 133], [2255, 2255, 642, 642]]
-    if held_out and counts[0] == [3498, 184, 56, 1057]:
-        return [f"{root.name}: the counts of the official Waterbirds, 95 %"]
-    if held_out:
-        makings = {4795: "generated at 100 %", 4555: "the 95 % set without its minority groups"}
-        making = makings.get(sum(counts[0]), "of another making")
-        return [f"{root.name}: official val and test; train {sum(counts[0])} images: {making}"]
-    if "waterbird_complete" in root.name or "forest2water2" in root.name:
-        return [
-            f"{root.name}: not the official counts (found {counts}); the set is incomplete or of another making"
-        ]
+    if counts[1:] == [[467, 466, 133, 133], [2255, 2255, 642, 642]]:
+        if counts[0] == [3498, 184, 56, 1057]:
+            return [f"{name}: the counts of the official Waterbirds, 95 %"]
+        n, makings = (
+            sum(counts[0]),
+            {4795: "generated at 100 %", 4555: "the 95 % set without its minority groups"},
+        )
+        return [f"{name}: official val and test; train {n} images: {makings.get(n, 'of another making')}"]
+    if "waterbird_complete" in name or "forest2water2" in name:
+        return [f"WARNING: {name}: not the official counts (found {counts}): incomplete or of another making"]
     return []
 
 
 def celeba(root, facts):
     """celeba:DIR       is the hair blond (Blond_Hair)? Groups: hair x Male
-    Download from the site of the Multimedia Laboratory of CUHK ("CelebA"; also on Kaggle, as csv files), and unpack:
+    Download from the site of the Multimedia Laboratory of CUHK ("CelebA"; also on Kaggle, as csv files):
     DIR/list_attr_celeba.txt or .csv        (or in DIR/Anno)
     DIR/list_eval_partition.txt or .csv     (or in DIR/Eval)
     DIR/img_align_celeba/000001.jpg ...     (or in DIR/Img)"""
     root = folder(root, "data celeba")
-    (attributes, rows), (partition, parts) = (
-        celeba_table(root, name) for name in ("list_attr_celeba", "list_eval_partition")
-    )
+    attributes, rows = celeba_table(root, "list_attr_celeba")
+    partition, parts = celeba_table(root, "list_eval_partition")
     facts.classes, facts.places = ["dark hair", "blond hair"], ["female", "male"]
-    facts.published = dict(
-        groups=[[71629, 66874, 22880, 1387], [8535, 8276, 2874, 182], [9767, 7535, 2480, 180]]
-    )  # dark female, dark male, blond female, blond male
+    train, val = [71629, 66874, 22880, 1387], [8535, 8276, 2874, 182]
+    facts.published = dict(groups=[train, val, [9767, 7535, 2480, 180]])
+    with reading(attributes, "CelebA's table of 40 attributes"):
+        rows = rows[1:] if len(rows[0]) == 1 else rows  # the official file begins with the number of rows
+        header = ["image_id", *[name for name in rows[0] if name != "image_id"]]
+        blond, male = header.index("Blond_Hair"), header.index("Male")
+        for row in rows[1:]:
+            if len(row) != len(header):
+                raise ValueError(f"{row[0]} has {len(row) - 1} attributes, not {len(header) - 1}")
+        labels = [(row[blond] == "1", row[male] == "1") for row in rows[1:]]
+    with reading(partition, "CelebA's table of splits, for the same images"):
+        split = {row[0]: int(row[1]) for row in parts if row[-1] in ("0", "1", "2")}
+        split = [split[row[0]] for row in rows[1:]]
     images = first_folder(
         root, "img_align_celeba/img_align_celeba", "img_align_celeba", "Img/img_align_celeba"
     )
-    with reading(attributes, "CelebA's table of 40 attributes"):
-        rows = rows[1:] if len(rows[0]) == 1 else rows  # the official file begins with the number of rows
-        header = [name for name in rows[0] if name != "image_id"]
-        blond, male = header.index("Blond_Hair") + 1, header.index("Male") + 1
-        labels = {row[0]: (row[blond] == "1", row[male] == "1") for row in rows[1:]}
-    with reading(partition, "CelebA's table of splits, for the same images"):
-        split = {row[0]: SPLITS[int(row[1])] for row in parts if row[-1] in ("0", "1", "2")}
-        split = [split[name] for name in labels]
-    for path, s, (y, place) in zip(
-        inside_root(images, attributes, "image_id", labels), split, labels.values(), strict=True
-    ):
+    paths = inside_root(images, attributes, "image_id", [row[0] for row in rows[1:]])
+    for path, s, (y, place) in zip(paths, split, labels, strict=True):
         caption = f"a photo of a {facts.places[place]} celebrity with {facts.classes[y]}"
         yield Row(path, facts.classes[y], facts.places[place], s, caption)
 
@@ -1178,245 +1123,221 @@ def celeba_table(root, name):
     found = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
     path = next((p for p in found if p.is_file()), None)
     if path is None:
-        raise Complaint(
-            f"{root}: no {name}.txt or .csv in it (found {inside(root)}); --data=celeba:help says how it looks"
-        )
+        raise Complaint(f"{root}: no {name}.txt or .csv in it (found {inside(root)}); see --data=celeba:help")
     return path, [line.replace(",", " ").split() for _, line in read_lines(path, "data")]
 
 
 def counteranimal(root, facts):
     """counteranimal:DIR       45 ImageNet classes, common and counter backgrounds, over all 1000 labels
-    Two of them as a binary task, groups: class x background: --classes=brambling,bulbul; or ptarmigan,prairie chicken.
-    Download LAION-final.zip of the CounterAnimal project (NeurIPS 2024, tmlr-group) and unpack it; DIR is it or above it:
-    DIR/9 ostrich/common-ground/*.jpg       (or easy-ground)
+    Two as a binary task, groups: class x background: --classes=brambling,bulbul; or ptarmigan,prairie chicken.
+    Download LAION-final.zip of the CounterAnimal project (NeurIPS 2024, tmlr-group) and unpack it:
+    DIR/9 ostrich/common-ground/*.jpg       (or easy-ground; or in DIR/LAION-final)
     DIR/9 ostrich/counter-water/*.jpg       (or hard-water)
     DIR/imagenet_names.txt                  idx<TAB>full name; without it timm's names are used
-    Its splits are ours: of the common photos 3/5 train, 1/5 val, 1/5 test; of the counter photos 1/5 val, 4/5 test."""
-    outer = folder(root, "data counteranimal")
-    is_class = lambda p: p.is_dir() and p.name.split(" ")[0].isdecimal() and " " in p.name  # noqa: E731
+    Splits are ours: of common photos 3/5 train, 1/5 val, 1/5 test; of counter photos 1/5 val, 4/5 test."""
+    outer, rows, skipped = folder(root, "data counteranimal"), [], set()
     inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
-    root = next((p for p in inner if p.is_dir() and any(map(is_class, p.iterdir()))), None)
+    root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
     if root is None:
-        raise Complaint(
-            f"{outer}: no class folders such as '9 ostrich' in it (found {inside(outer)}); see counteranimal:help"
-        )
-    rows, skipped = [], set()
+        there = inside(outer)
+        raise Complaint(f"{outer}: no class folders as '9 ostrich' (found {there}); see counteranimal:help")
     for parts in scan(root):
         number, _, name = parts[0].partition(" ")
         kind = parts[1].lower() if len(parts) > 2 else ""
         head, _, background = kind.partition("-")
-        common = any(word in head for word in ("common", "easy"))
-        if (
-            not (common or any(word in head for word in ("counter", "hard")))
-            or not number.isdecimal()
-            or int(number) > 999
-        ):
+        common, counter = (any(w in head for w in ws) for ws in (("common", "easy"), ("counter", "hard")))
+        if (common or counter) and number.isdecimal() and int(number) < 1000:
+            rows.append((int(number), name, common, background or kind, os.path.join(root, *parts)))
+        else:
             skipped.add("/".join(parts[:2]))
-            continue
-        rows.append((int(number), name, common, background or kind, os.path.join(root, *parts)))
     if skipped:
-        first = sorted(skipped)[0]
-        facts.notes.append(
-            f"WARNING: {root}: {len(skipped)} files or folders are neither common nor counter, as {first}; left out"
-        )
-    numbers = {name: number for number, name, *_ in sorted(rows)}
-    names = imagenet_names(next((p / "imagenet_names.txt" for p in (root, outer)), None), facts.notes)
-    pair = [name for name in numbers if plain(name) in map(plain, facts.chosen)]
-    if len(pair) == 2:
-        homes = [[row[3] for row in rows if row[1] == name and row[2]] for name in pair]
-        if not all(homes):
-            raise Complaint(f"{root}: no common photos of {' or '.join(pair)}")
-        facts.own = {
-            name: max(sorted(set(home)), key=home.count) for name, home in zip(pair, homes, strict=True)
-        }
-        facts.labels, rows = [names[numbers[name]] for name in pair], [row for row in rows if row[1] in pair]
+        line = f"{len(skipped)} files or folders are neither common nor counter, as {min(skipped)}; left out"
+        facts.notes.append(f"WARNING: {root}: {line}")
+    if not rows:
+        raise Complaint(f"{root}: no photos in common-... and counter-... folders; see counteranimal:help")
+    number = {name: number for number, name, *_ in sorted(rows)}
+    named, spelled = imagenet_names((root, outer), facts.notes), {plain(name): name for name in number}
+    pair = [spelled[plain(name)] for name in facts.chosen if plain(name) in spelled]
+    facts.classes, facts.official, facts.labels = pair or list(number), False, named
+    facts.imagenet = [[number[name]] for name in facts.classes]
+    if pair:
+        facts.labels, rows = [named[number[name]] for name in pair], [row for row in rows if row[1] in pair]
     else:
-        facts.labels, facts.published, facts.places = (
-            names,
-            dict(classes=45, places=[7174, 5926]),
-            ["common", "counter"],
-        )
-    facts.classes, facts.official = pair or list(numbers), False
-    facts.imagenet = [[numbers[name]] for name in facts.classes]
-    for _, name, common, background, path in rows:
-        shares = SHARES if common else (0.2, 0.2, 0.6) if pair else (0.0, 0.2, 0.8)
-        yield Row(path, name, background if pair else ("common" if common else "counter"), shares)
+        facts.places, facts.published = ["common", "counter"], dict(classes=45, places=[7174, 5926])
+    common = np.array([row[2] for row in rows], bool)
+    group = np.array([2 * facts.classes.index(row[1]) for row in rows], int) + ~common
+    split = torch.where(
+        torch.from_numpy(common), make_splits(group), make_splits(group, (0.2 * bool(pair), 0.2, 0.8))
+    )
+    for name in pair:
+        home = sorted(row[3] for row in rows if row[1] == name and row[2])
+        expect(home, "classes", name, "one with common photos")
+        facts.own[name] = Counter(home).most_common(1)[0][0]
+    for (_, name, common, background, path), s in zip(rows, split.tolist(), strict=True):
+        yield Row(path, name, background if pair else "common" if common else "counter", s)
 
 
-def imagenet_names(path, notes):
-    """CounterAnimal's imagenet_names.txt -> the 1000 full names; timm's where it is missing or short."""
-    if path and path.is_file():
+def imagenet_names(folders, notes):
+    """The 1000 full names of CounterAnimal's imagenet_names.txt; timm's where it is missing or short."""
+    path = next((p / "imagenet_names.txt" for p in folders if (p / "imagenet_names.txt").is_file()), None)
+    if path:
         listed = dict(line.split("\t")[:2] for _, line in read_lines(path, "data") if "\t" in line)
         if set(listed) >= {str(k) for k in range(1000)}:
             return [listed[str(k)].strip() for k in range(1000)]
-        notes.append(
-            f"WARNING: {path}: {len(listed)} names, expected idx<TAB>name for 0 to 999; timm's are used"
-        )
+        line = f"{len(listed)} names, expected idx<TAB>name for 0 to 999; timm's are used"
+        notes.append(f"WARNING: {path}: {line}")
     return synsets()[1]
 
 
 @functools.lru_cache
 def synsets():
-    """ImageNet's 1000 classes in order: WordNet ids, all names of each synset, short names as CLIP's authors use them."""
+    """ImageNet's 1000 classes in order: WordNet ids, all names of each synset, CLIP's short names."""
     import open_clip
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
-    return (
-        info.label_names(),
-        [info.index_to_description(k) for k in range(1000)],
-        list(open_clip.IMAGENET_CLASSNAMES),
-    )
+    full = [info.index_to_description(k) for k in range(1000)]
+    return info.label_names(), full, list(open_clip.IMAGENET_CLASSNAMES)
 
 
 def nico(root, facts):
     """nico:DIR       NICO++, groups: class x context; splits ours, 3/5, 1/5, 1/5 of each group
-    Two classes on two contexts: --classes=car,truck --places=autumn,rock (car on autumn, truck on rock in training; without
-    --places the two contexts on which their smallest group is largest).
-    Download NICO++ (xxgege/NICO-plus; its track 1) and unpack it; DIR holds the contexts (or a folder train that does):
+    --classes=car,truck --places=autumn,rock: car on autumn, truck on rock in training; without --places the two
+    contexts on which the smallest group is largest.
+    Download NICO++ (xxgege/NICO-plus; its track 1) and unpack it; DIR (or a folder train in it) holds
     DIR/autumn/car/*.jpg"""
     outer = folder(root, "data nico")
-    around = {"train", "test", "val", "NICO_DG", "public_dg_0416", "track_1"}  # but "train" is a class, too
-    if {p.name for p in outer.iterdir() if p.is_dir()} <= around:
+    root, around = outer, {"train", "test", "val", "NICO_DG", "public_dg_0416", "track_1"}
+    if {p.name for p in outer.iterdir() if p.is_dir()} <= around:  # but "train" is a class, too
         root = first_folder(outer, "train", "NICO_DG", "public_dg_0416/train", "track_1/public_dg_0416/train")
     paths = [p for p in scan(root) if len(p) > 2]
     if not paths:
-        raise Complaint(
-            f"{root}: no images in context/class/ folders (found {inside(root)}); --data=nico:help says more"
-        )
+        raise Complaint(f"{root}: no images in context/class/ folders (found {inside(root)}); see nico:help")
     first, second = ({plain(p[k]) for p in paths} for k in (0, 1))
     known = {"autumn", "dim", "grass", "outdoor", "rock", "water", *map(plain, facts.wanted)}
-    swapped = (
-        known & second and not known & first or facts.chosen and plain(facts.chosen[0]) in first - second
-    )
+    swapped = known & second and not known & first or {plain(c) for c in facts.chosen} & (first - second)
     if swapped:  # the older NICO
-        facts.notes.append(
-            f"WARNING: {root}: class/context folders, NICO++ has context/class; read as class/context"
-        )
+        facts.notes.append(f"WARNING: {root}: class/context folders, NICO++ has context/class; read so")
     y, place = (0, 1) if swapped else (1, 0)
     if not facts.chosen:
         facts.published = dict(classes=60, images=88866)
-    elif len(facts.chosen) == 2 and not facts.wanted:
-        facts.wanted = best_places([(plain(p[y]), p[place]) for p in paths], [plain(c) for c in facts.chosen])
+    elif not facts.wanted:
+        classes, places = [plain(c) for c in facts.chosen], sorted({p[place] for p in paths})
+        count = Counter((plain(p[y]), p[place]) for p in paths)
+        smallest = {p: min(count[c, p] for c in classes) for p in places}
+        expect(len(places) >= len(classes), "data", ", ".join(places), "a place for each of the classes")
+        limit = sorted(smallest.values())[-len(classes)]
+        facts.wanted = [p for p in places if smallest[p] >= limit][: len(classes)]
     for p in paths:
         yield Row(os.path.join(root, *p), p[y], p[place])
 
 
-def best_places(pairs, classes):
-    """The two places on which the smallest of the four groups of two classes is largest. pairs: (class, place) of images."""
-    count, names = Counter(pairs), sorted({place for _, place in pairs})
-    if len(names) < 2:
-        raise Complaint(f"--classes={','.join(classes)}: one place only, {names[0]}; a pair needs two")
-    smallest = {p: min(count[c, p] for c in classes) for p in names}
-    return sorted(names, key=lambda p: -smallest[p])[:2]
+MEN = "man men boy boys male males gentleman gentlemen guy guys father fathers dad son sons brother brothers"
+MEN = {*MEN.split(), *"husband groom he him his himself".split()}
+WOMEN = (
+    "woman women girl girls female females lady ladies mother mothers mom daughter daughters sister sisters"
+)
+WOMEN = {*WOMEN.split(), *"wife bride she her hers herself".split()}
 
 
 def cocogender(root, facts):
-    """cocogender:DIR       man or woman? Groups: gender x (sports | kitchen); --places=a,b+c for other categories of COCO
-    Download the images and annotations of MS COCO (2014 or 2017, train and val) from cocodataset.org and unpack them:
+    """cocogender:DIR       man or woman? Groups: gender x (sports | kitchen); or --places=a,b+c of COCO
+    Download images and annotations of MS COCO (2014 or 2017, train and val) from cocodataset.org, and unpack:
     DIR/annotations/captions_train2017.json, instances_train2017.json, ..._val2017.json
     DIR/train2017/*.jpg, DIR/val2017/*.jpg
-    The rule (ours: the papers' split is not public). Gender: some caption has a word for a man (woman) and none has one
-    for a woman (man). Place: the image has objects of the one kind (category or supercategory) and none of the other.
-    Images that fit neither are left out. Photos of val are test; of those of train a fifth is val. In the training split
-    the share --confounder of the men has sports, of the women kitchen objects."""
-    places = facts.wanted or ["sports", "kitchen"]
-    expect(len(places) == 2, "places", ",".join(places), "two kinds of objects, for instance sports,kitchen")
-    facts.classes, facts.places, facts.wanted = ["man", "woman"], places, []
-    facts.own = dict(zip(facts.classes, places, strict=True))
-    left, parts = 0, coco_files(root, "captions")
-    for part, captions in parts.items():
-        people = {}
+    The rule (ours: the papers' split is not public). Gender: some caption has a word for a man (woman) and
+    none has one for a woman (man). Place: it has objects of the one kind (categories or supercategories) and
+    none of the other. Other images are left out. Photos of val are test; of those of train a fifth is val. In
+    the training split the share --confounder of men has sports, of women kitchen objects."""
+    facts.classes, facts.places, facts.wanted = ["man", "woman"], facts.wanted or ["sports", "kitchen"], []
+    expect(len(facts.places) == 2, "places", ",".join(facts.places), "two kinds of objects")
+    facts.own, people, left = dict(zip(facts.classes, facts.places, strict=True)), {}, 0
+    (photos, categories), kinds = coco_photos(root), [set(place.split("+")) for place in facts.places]
+    odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
+    expect(not odd, "places", odd, f"categories of COCO or supercategories; {near(odd, categories)}")
+    parts = {photo.part: photo.at.with_name(f"captions_{photo.part}.json") for photo in photos}
+    for captions in parts.values():
         with reading(captions, "COCO's captions: annotations with image_id and caption"):
             for a in read_json(captions, "JSON")["annotations"]:
                 words = set("".join(c if c.isalpha() else " " for c in a["caption"].lower()).split())
                 people.setdefault(a["image_id"], set()).update(
-                    k for k, w in enumerate((MEN, WOMEN)) if words & w
+                    y for y, w in enumerate((MEN, WOMEN)) if words & w
                 )
-        for photo in coco_photos(root, part, coco_files(root, "instances").get(part, captions)):
-            who = people.get(photo.id, set())
-            what = [k for k, p in enumerate(places) if photo.kinds & set(p.split("+"))]
-            if len(who) != 1 or len(what) != 1:
-                left += 1
-                continue
-            y, place = facts.classes[min(who)], places[what[0]]
-            split = ("test" if "val" in part else "train") if len(parts) > 1 else None
+    for photo in photos:
+        who, what = people.get(photo.id, ()), [k for k, kind in enumerate(kinds) if photo.kinds & kind]
+        if len(who) == len(what) == 1:
+            y, place = facts.classes[min(who)], facts.places[what[0]]
+            split = 2 * ("val" in photo.part) if len(parts) > 1 else None
             yield Row(photo.path, y, place, split, f"a {y} with {place} objects")
-    facts.notes.append(f"COCO gender: {left} images do not fit the rule")
+        else:
+            left += 1
+    facts.notes.append(f"COCO gender: {len(photos) - left} images fit the rule, {left} do not")
 
 
-MEN = "man men boy boys male males gentleman gentlemen guy guys father fathers dad son sons brother brothers husband"
-MEN = {*MEN.split(), *"groom he him his himself".split()}
-WOMEN = "woman women girl girls female females lady ladies mother mothers mom daughter daughters sister sisters wife"
-WOMEN = {*WOMEN.split(), *"bride she her hers herself".split()}
-
-
-def coco_files(root, what):
-    """{part: annotations/what_PART.json} of a COCO folder, for instance {"train2017": ...}."""
-    at = first_folder(folder(root, "data"), "annotations")
-    found = {p.stem.removeprefix(f"{what}_"): p for p in sorted(at.glob(f"{what}_*.json"))}
-    if not found:
+def coco_photos(root):
+    """The photos of COCO's instances_*.json, by part and id: part (train2017), at (the file), id, path, objects
+    {category: boxes in shares}, crowds (categories), kinds (names of categories and supercategories of its
+    objects). And {category: supercategory}."""
+    at = first_folder(folder(root, "data coco"), "annotations")
+    files, everything, categories = sorted(at.glob("instances_*.json")), {}, {}
+    if not files:
         raise Complaint(
-            f"{at}: no {what}_*.json in it (found {inside(at)}); get COCO's annotations_trainval and images"
+            f"{at}: no instances_*.json in it (found {inside(at)}); get COCO's annotations_trainval"
         )
-    years = {part[-4:] for part in found}
-    if len(years) > 1:  # the same photos would be in train and in test
-        raise Complaint(
-            f"{at}: files of {' and '.join(sorted(years))}, which share photos; keep those of one year"
-        )
-    return found
+    for file in files:
+        part, photos = file.stem.removeprefix("instances_"), {}
+        images = first_folder(root, part, f"images/{part}", "images")
+        with reading(
+            file, "COCO's instances: categories, images with width and height, annotations with bbox"
+        ):
+            tree = read_json(file, "JSON")
+            names = {c["id"]: (c["name"], c.get("supercategory")) for c in tree["categories"]}
+            for i in tree["images"]:
+                path, size = os.path.join(images, os.path.basename(i["file_name"])), (i["width"], i["height"])
+                things = dict(size=size * 2, objects={}, crowds=set(), kinds=set())
+                photos[i["id"]] = SimpleNamespace(part=part, at=file, id=i["id"], path=path, **things)
+            for a in tree["annotations"]:
+                photo, name = photos[a["image_id"]], names[a["category_id"]]
+                photo.kinds.update(name)
+                if a.get("iscrowd"):
+                    photo.crowds.add(name[0])
+                else:
+                    box = tuple(v / n for v, n in zip(corners(a), photo.size, strict=True))
+                    photo.objects.setdefault(name[0], []).append(box)
+            for k in photos.keys() & everything.keys():  # of 2014 and 2017: it would be in train and in test
+                raise Complaint(
+                    f"{file}: photo {k} is in {everything[k].at.name} too; keep the files of one year"
+                )
+            categories.update(names.values())
+            everything.update(sorted(photos.items()))
+    return list(everything.values()), categories
 
 
-def coco_photos(root, part, path):
-    """The photos of one instances file of COCO in the order of their ids: id, path, objects {category: boxes in shares},
-    crowds (categories), kinds (names of categories and supercategories of its objects)."""
-    images = first_folder(root, part, f"images/{part}", "images")
-    photos = {}
-    with reading(path, "COCO's instances: categories, images with width and height, annotations with bbox"):
-        tree = read_json(path, "JSON")
-        category = {c["id"]: (c["name"], c.get("supercategory")) for c in tree["categories"]}
-        for i in tree["images"]:
-            at = os.path.join(images, os.path.basename(i["file_name"]))
-            size = (float(i.get("width", 1)), float(i.get("height", 1))) * 2
-            photos[i["id"]] = SimpleNamespace(
-                id=i["id"], path=at, size=size, objects={}, crowds=set(), kinds=set()
-            )
-        for a in tree["annotations"]:
-            photo, name = photos[a["image_id"]], category[a["category_id"]]
-            photo.kinds.update(name)
-            if a.get("iscrowd"):
-                photo.crowds.add(name[0])
-                continue
-            x, y, w, h = a["bbox"]
-            box = tuple(v / n for v, n in zip((x, y, x + w, y + h), photo.size, strict=True))
-            photo.objects.setdefault(name[0], []).append(box)
-        return [photos[k] for k in sorted(photos)]
+def corners(annotation):
+    """bbox x, y, width, height of one of COCO's annotations -> x1, y1, x2, y2; ValueError if they are none."""
+    x, y, w, h = map(float, annotation["bbox"])
+    if not all(map(math.isfinite, (x, y, w, h))):
+        raise ValueError(f"bbox {annotation['bbox']}")
+    return x, y, x + w, y + h
 
 
 def in9(root, facts):
-    """in9:DIR       ImageNet-9, the backgrounds challenge: nine classes, the variations as places; BG-Gap = mixed_same - mixed_rand
-    Download backgrounds_challenge_data.tar.gz from the releases of MadryLab/backgrounds_challenge and unpack it:
+    """in9:DIR       ImageNet-9, the backgrounds challenge: nine classes, the variations as places
+    BG-Gap = mixed_same - mixed_rand.
+    Download backgrounds_challenge_data.tar.gz, of MadryLab/backgrounds_challenge's releases, and unpack it:
     DIR/mixed_same/val/00_dog/*.JPEG, DIR/mixed_rand/..., DIR/original/..., (or in DIR/bg_challenge)
     DIR/in_to_in9.json     from the same repository, needed for ImageNet classifiers only"""
     outer = folder(root, "data in9")
-    root = first_folder(outer, "bg_challenge")
-    kinds = (
-        "original",
-        "mixed_same",
-        "mixed_rand",
-        "mixed_next",
-        "only_fg",
-        "no_fg",
-        "only_bg_b",
-        "only_bg_t",
-    )
+    root, folders = first_folder(outer, "bg_challenge"), set()
+    kinds = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b only_bg_t".split()
     facts.places, facts.official = [kind for kind in kinds if (root / kind).is_dir()], False
     if not facts.places:
-        raise Complaint(
-            f"{root}: none of {', '.join(kinds[:3])} ... in it (found {inside(root)}); --data=in9:help says more"
-        )
+        raise Complaint(f"{root}: no original, mixed_same ... in it (found {inside(root)}); see in9:help")
     facts.published = dict(classes=9, places=[4050] * len(facts.places))
-    folders = set()
+
+    def name(at):
+        return at[3:].replace("_", " ") if at[:2].isdecimal() and at[2:3] == "_" else at
+
     for kind in facts.places:
         at = first_folder(root / kind, "val")
         for parts in scan(at):
@@ -1425,36 +1346,36 @@ def in9(root, facts):
                 photo = "_".join(
                     parts[1].rsplit(".", 1)[0].split("_")[:2]
                 )  # n02085936_10130, the foreground's
-                share = zlib.crc32(photo.encode()) % 1000 / 1000  # all variations of a photo lie in one split
-                split = SPLITS[int(share >= 0.6) + int(share >= 0.8)]
-                name = parts[0][3:].replace("_", " ") if parts[0][:2].isdecimal() else parts[0]
-                yield Row(os.path.join(at, *parts), name, kind, split)
-    facts.classes = [f[3:].replace("_", " ") if f[:2].isdecimal() else f for f in sorted(folders)]
+                share = zlib.crc32(photo.encode(errors="surrogateescape")) % 1000 / 1000
+                split = int(share >= 0.6) + int(share >= 0.8)  # all variations of a photo lie in one split
+                yield Row(os.path.join(at, *parts), name(parts[0]), kind, split)
+    facts.classes = [name(at) for at in sorted(folders)]
     mapping = next((p / "in_to_in9.json" for p in (root, outer) if (p / "in_to_in9.json").is_file()), None)
     if mapping:
         what = 'a map {"ImageNet label": class 0 to 8, or -1, ...}'
         with reading(mapping, what):
             pairs = [(int(k), int(v)) for k, v in read_json(mapping, what).items()]
-            facts.imagenet = [[k for k, v in pairs if v == c] for c in range(len(folders))]
+        facts.imagenet = [[k for k, v in pairs if v == c] for c in range(len(folders))]
 
 
 def imagenet(root, facts):
     """imagenet:DIR       ImageNet's 1000 classes
     Download ILSVRC2012's validation images from image-net.org and sort them into folders of their classes:
-    DIR/n01440764/*.JPEG    or files n01440764_*.JPEG; or 1000 files or 1000 folders that sort in the order of classes"""
+    DIR/n01440764/*.JPEG    or files n01440764_*.JPEG; or 1000 files or folders that sort as the classes do"""
     root = first_folder(folder(root, "data imagenet"), "val")
     paths, (ids, _, short) = scan(root), synsets()
     label = [p[0] if len(p) > 1 else p[0].split("_")[0].split(".")[0] for p in paths]
-    found, number = sorted(set(label)), {w: k for k, w in enumerate(ids)}
-    if not set(found) <= set(number):
-        if len(found) != 1000 or len({len(p) for p in paths}) > 1 or len(paths[0]) > 2:
+    number = {w: k for k, w in enumerate(ids)}
+    if not set(label) <= set(number):
+        label = [p[0] for p in paths]
+        number = {name: k for k, name in enumerate(sorted(set(label)))}
+        if len(number) != 1000 or len({len(p) > 1 for p in paths}) > 1:
+            what = f"{len(paths)} images, the first is {'/'.join(paths[0])}"
             raise Complaint(
-                f"{root}: {len(paths)} images, {len(found)} folders or names, the first is {'/'.join(paths[0])}; "
-                "expected folders n01440764 ..., or 1000 of them, or 1000 files, in the order of classes"
+                f"{root}: {what}; expected folders n01440764 ..., or 1000 in the order of classes"
             )
-        number = {name: k for k, name in enumerate(found)}
-    if len(found) < 1000:
-        facts.notes.append(f"WARNING: {root}: {len(found)} of 1000 classes")
+    if len(set(label)) < 1000:
+        facts.notes.append(f"WARNING: {root}: {len(set(label))} of 1000 classes")
     facts.classes = [f"{n} ({w})" if short.count(n) > 1 else n for n, w in zip(short, ids, strict=True)]
     facts.labels, facts.imagenet = short, [[k] for k in range(1000)]
     for p, name in zip(paths, label, strict=True):
@@ -1465,40 +1386,36 @@ def image_folder(root, facts):
     """folder:DIR       your own images, in one of the layouts
     DIR/split/class/place/*    split: train, val or test; the folder below the class is the place (the group)
     DIR/split/class/*    DIR/class/place/*    DIR/class/*
-    DIR/*                unlabelled; --classes=FILE says what to choose from
-    --classes=FILE: names in their order, one a line; a class folder must bear one of them (case and _ do not matter).
-    --prompts=FILE: templates with {} for the name, one a line, or class<TAB>prompt; several of either are averaged.
-    Without split folders 3/5, 1/5 and 1/5 of each group are train, val and test; without a val folder a fifth of train is val."""
+    DIR/*                unlabelled; --classes says what to choose from
+    --classes=FILE: names in order, one a line; a class folder must bear one of them (but for case and _).
+    --prompts=FILE: templates with {} for the name, or lines class<TAB>prompt; several are averaged.
+    Without split folders 3/5, 1/5, 1/5 of each group are train, val, test; without val a fifth of train is."""
     paths, facts.classes = scan(root), facts.renamed
     top = {p[0] for p in paths if len(p) > 1}
     splits = {t for t in top if t.lower() in SPLIT_NAMES}
     official = bool(splits) and splits == top
     if len(splits) > 1 and not official:
-        odd = min(top - splits)
-        raise Complaint(
-            f"--data=folder:{root}: {', '.join(sorted(splits))} are splits, but {odd!r} beside them is not"
-        )
+        names = ", ".join(sorted(splits))
+        raise Complaint(f"--data=folder:{root}: {names} are splits, {min(top - splits)!r} beside them is not")
     rest = [p[1:] if official and len(p) > 1 else p for p in paths]
-    labelled = [len(r) > 1 for r in rest]
-    if not any(labelled):
-        if not facts.renamed:
-            raise Complaint(f"--data=folder:{root}: {len(paths)} images and no class folders; give --classes=FILE, or "
-                            "lay it out as --data=folder:help says")  # fmt: skip
-        facts.notes.append(f"{len(paths)} images without labels")
-        yield from (Row(os.path.join(root, *p), None, None, "test") for p in paths)
+    stray, deep = sum(len(r) == 1 for r in rest), [len(r) > 2 for r in rest if len(r) > 1]
+    if stray == len(paths):
+        if not (facts.renamed or facts.chosen):
+            raise Complaint(f"--data=folder:{root}: {stray} images, no class folders; give --classes=FILE")
+        facts.classes, facts.chosen = facts.renamed or facts.chosen, []
+        facts.notes.append(f"{stray} images without labels")
+        yield from (Row(os.path.join(root, *p), None, None, 2) for p in paths)
         return
-    if not all(labelled):
-        facts.notes.append(
-            f"WARNING: {root}: {labelled.count(False)} images lie outside the class folders, they are left out"
-        )
-    deep = [len(r) > 2 for r in rest if len(r) > 1]
+    if stray:
+        line = f"{stray} images lie outside the class folders, they are left out"
+        facts.notes.append(f"WARNING: {root}: {line}")
     if any(deep) and not all(deep):
-        beside = f"{deep.count(False)} images lie beside the place folders of their class"
-        facts.notes.append(f"WARNING: {root}: {beside}; their place is 'elsewhere'")
+        line = f"{deep.count(False)} images lie beside the place folders of their class"
+        facts.notes.append(f"WARNING: {root}: {line}; their place is 'elsewhere'")
     for p, r in zip(paths, rest, strict=True):
         if len(r) > 1:
             place = r[1] if len(r) > 2 else "elsewhere" if any(deep) else None
-            yield Row(os.path.join(root, *p), r[0], place, p[0].lower() if official else None)
+            yield Row(os.path.join(root, *p), r[0], place, SPLIT_NAMES[p[0].lower()] if official else None)
 
 
 def csv_table(path, facts):
@@ -1508,49 +1425,54 @@ def csv_table(path, facts):
     split (0, 1, 2 or train, val, test)    may be missing: 3/5, 1/5, 1/5 of each group
     place or group (numbers or names)      may be missing
     --classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR."""
-    found = read_table(path)
-    pick = lambda *names: next((n for n in names if n in found), None)  # noqa: E731
-    file, label, where = pick("path", "filename", "img_filename"), pick("y", "label"), pick("place", "group")
-    for column, wanted in ((file, "path"), (label, "y")):
-        if column is None:
-            raise Complaint(
-                f"{path}: no column {wanted!r} (found: {', '.join(found) or 'no rows'}); see --data=csv:help"
-            )
-    empty = next((k for k, v in enumerate(found[label]) if not v.strip()), None)
-    if empty is not None:
-        raise Complaint(f"{path}:{empty + 2}: {label} is empty; give every image its class")
-    y = found[label]
-    if label == "y":
-        numbers = whole(path, "y", y, len(facts.renamed) or math.inf)
-        facts.classes = facts.renamed or [str(k) for k in sorted(set(numbers))]
-        y = [facts.renamed[k] if facts.renamed else str(k) for k in numbers]
-    elif facts.renamed:
-        facts.classes = facts.renamed
-    split = [None] * len(y)
+    found, where = read_table(path), {}
+    for columns in (("path", "filename", "img_filename"), ("y", "label"), ("place", "group")):
+        where[columns[0]] = next((c for c in columns if c in found), None)
+    for column in ("path", "y"):
+        if where[column] is None:
+            there = ", ".join(found) or "no rows"
+            raise Complaint(f"{path}: no column {column!r} (found: {there}); see --data=csv:help")
+    y, names, facts.classes = found[where["y"]], found[where["path"]], facts.renamed
+    if not all(v.strip() for v in set(y)):
+        line = next(k for k, v in enumerate(y, 2) if not v.strip())
+        raise Complaint(f"{path}:{line}: {where['y']} is empty; give every image its class")
+    if where["y"] == "y":
+        numbers = whole(path, "y", y, len(facts.renamed))
+        facts.classes = facts.renamed or names_of(numbers)
+        y = [facts.classes[k] for k in numbers]
+    place = found[where["place"]] if where["place"] else [None] * len(y)
+    if where["place"] and all(v.isdecimal() for v in set(place)):
+        numbers = whole(path, where["place"], place)
+        facts.places = names_of(numbers)
+        place = [facts.places[k] for k in numbers]
+    split, numbers = [None] * len(y), SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
     if "split" in found:
-        split = [s.strip().lower() for s in found["split"]]
-        odd = next((k for k, s in enumerate(split) if s not in SPLIT_NAMES), None)
-        if odd is not None:
-            raise Complaint(
-                f"{path}:{odd + 2}: split={split[odd]!r}, expected 0 (train), 1 (val), 2 (test), or these names"
-            )
-    names, root = found[file], os.path.dirname(path) or "."
+        split = [numbers.get(s.strip().lower()) for s in found["split"]]
+        if None in split:
+            k = split.index(None)
+            wanted = "0 (train), 1 (val) or 2 (test), or these names"
+            raise Complaint(f"{path}:{k + 2}: split={found['split'][k][:60]!r}, expected {wanted}")
+    root = os.path.dirname(path) or "."
     if all(map(os.path.isabs, names)):
         root = os.path.commonpath({os.path.dirname(name) for name in names})
-        names = [os.path.relpath(name, root) for name in names]
-    place = found[where] if where else [None] * len(y)
-    for row in zip(inside_root(root, path, file, names), y, place, split, strict=True):
+        names = [name[len(root) :].lstrip("/") for name in names]
+    for row in zip(inside_root(root, path, where["path"], names), y, place, split, strict=True):
         yield Row(*row)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # controlled settings: a planted feature that goes with one class, as strongly as one says (RaVL, NeurIPS 2024)
+
+LEAST = 50  # images of each group of val and test
+DIGITS = "zero one two three four five six seven eight nine".split()
+CAPTIONS = ("the image shows a {}", "a photo of a {}.", "a picture of a {}")
+QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Quadrants(Picture):
-    """A figure in one box and, perhaps, a mark in another, each as large as its box (shares of the image) lets it be,
-    mirrored if flips says so; size x size pixels on a view of a ground, black if there is none."""
+    """A figure in one box and, perhaps, a mark in another, each as large as its box (shares of the image) lets
+    it be, mirrored if flips says so; size x size pixels on a view of a ground, black if there is none."""
 
     figure: Picture
     mark: Picture | None
@@ -1562,17 +1484,16 @@ class Quadrants(Picture):
     flips: tuple = (False, False)
 
     def image(self):
-        frame = self.size, self.size
-        canvas = seen(self.ground.image(), self.view, frame) if self.ground else Image.new("RGB", frame)
-        for thing, box, flip in zip(
-            (self.figure, self.mark), (self.at, self.mark_at), self.flips, strict=True
-        ):
+        canvas, things = Image.new("RGB", (self.size, self.size)), (self.figure, self.mark)
+        if self.ground:
+            canvas = seen(self.ground.image(), self.view, canvas.size)
+        for thing, box, flip in zip(things, (self.at, self.mark_at), self.flips, strict=True):
             if thing:
                 left, top, right, bottom = (round(v * self.size) for v in box)
-                layer = ImageOps.mirror(thing.image()) if flip else thing.image()
-                layer = ImageOps.contain(layer, (right - left, bottom - top))
-                at = (left + right - layer.width) // 2, (top + bottom - layer.height) // 2
-                canvas.paste(layer, at, layer if layer.mode == "RGBA" else None)
+                image = ImageOps.mirror(thing.image()) if flip else thing.image()
+                image = ImageOps.contain(image, (right - left, bottom - top))
+                at = (left + right - image.width) // 2, (top + bottom - image.height) // 2
+                canvas.paste(image, at, image if image.mode == "RGBA" else None)
         return canvas
 
 
@@ -1585,10 +1506,9 @@ class Digit(Picture):
     pixels: bytes = b""
 
     def image(self):
-        drawn = (
-            Image.frombytes("L", (28, 28), self.pixels) if self.pixels else draw_digit(self.digit, self.seed)
-        )
-        return drawn.convert("RGB")
+        if self.pixels:
+            return Image.frombytes("L", (28, 28), self.pixels).convert("RGB")
+        return draw_digit(self.digit, self.seed).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -1607,204 +1527,170 @@ class Rectangle(Picture):
 
 
 def digits(root, facts):
-    """digits[:DIR]       a controlled setting: ten digits in quadrants, and a red rectangle that goes with one of them
-    --strength is Cramer's V of that class and the rectangle in the training split (0: none), --spurious the class, by
-    number or name; val and test are balanced. The digits are drawn; or DIR holds MNIST's four files in IDX format, whole
-    or .gz: train-images-idx3-ubyte, ..."""
-    spurious = spurious_class(DIGITS, facts)
-    source = mnist(root) if root else None
-    facts.classes, facts.places, facts.official = DIGITS, ["plain", "red rectangle"], True
-    train = planted(len(DIGITS), 1000, spurious, facts.strength)
-    for split, cells in enumerate((train, *[torch.full((len(DIGITS), 2), 100)] * 2)):  # each [C, 2]
-        for y, mark in np.ndindex(*cells.shape):
-            if source:
-                order = rng(facts.seed, "mnist", split, y).permutation(len(source[split][y]))
-                if len(order) < cells[y].sum():
-                    need = f"{len(order)} images of {DIGITS[y]} for {SPLITS[split]}, expected at least {int(cells[y].sum())}"
-                    raise Complaint(f"{root}: {need}")
-            for k in range(int(cells[y, mark])):
-                g, seed = rng(facts.seed, "quadrants", split, y, mark, k), (facts.seed, split, mark, k)
-                a, b = g.permutation(4)[:2].tolist()
-                digit = Digit(y, seed)
-                if source:
-                    digit = Digit(y, pixels=source[split][y][order[k + mark * int(cells[y, 0])]].tobytes())
-                item = Quadrants(digit, Rectangle((*seed, y)) if mark else None, QUADRANTS[a], QUADRANTS[b])
-                yield planted_row(
-                    item, y, mark, split, facts, g, QUADRANTS[a], QUADRANTS[b] if mark else None
-                )
-    say_planted(spurious, train, facts)
+    """digits[:DIR]       a controlled setting: ten digits in quadrants, a red rectangle goes with one of them
+    --strength is Cramer's V of that class and the rectangle in the training split (0: none), --spurious the
+    class, by number or name; val and test are balanced. The digits are drawn; or DIR holds MNIST's four files
+    in IDX format, whole or .gz: train-images-idx3-ubyte, ..."""
+    facts.classes, facts.places = DIGITS, ["plain", "red rectangle"]
+    train = planted(facts, 1000)
+    source = mnist(root, facts.seed) if root else None
+    for split, y, on, k, n in cells(train, 100):
+        g, seed = rng(facts.seed, "quadrants", split, y, on, k), (facts.seed, split, on, k)
+        at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
+        digit = Digit(y, pixels=source[split][y][n].tobytes()) if source else Digit(y, seed)
+        item = Quadrants(digit, Rectangle((*seed, y)) if on else None, at, mark_at)
+        yield planted_row(item, y, on, split, facts, g, at, mark_at if on else None)
 
 
-def planted_row(item, y, on, split, facts, g, *shows):
-    """A Row of a controlled setting; on: whether it has the planted feature."""
-    caption = CAPTIONS[g.integers(len(CAPTIONS))].format(facts.classes[y])
-    return Row(item, facts.classes[y], facts.places[on], SPLITS[split], caption, None, shows)
+def planted(facts, each, most=None):
+    """How many training images without and with the planted feature of each class: LongTensor [C, 2].
 
-
-def say_planted(spurious, counts, facts):
-    """Notes how strongly the class and the feature go together in training. counts: images [C, 2] without and with it."""
+    each: images a class, or what `most`, the images that there are [C, 2], allow. The feature is as frequent as the class, 1/C; then Cramer's V of (class, feature) = V
+    where P(feature | class) = 1/C + V (1 - 1/C) and P(feature | another class) = (1 - V) / C. At strength 0 the
+    base set: the feature in half of every class. --spurious is a number or a name. A note says what came out.
+    """
+    C, V, names = len(facts.classes), facts.strength, [plain(c) for c in facts.classes]
+    word, numbers = plain(str(facts.spurious)), [str(k) for k in range(C)]
+    known = f"a class from 0 to {C - 1}: {', '.join(facts.classes)}"
+    expect(word in names + numbers, "spurious", facts.spurious, known)
+    spurious = names.index(word) if word in names else int(word)
+    share = torch.full((C,), (1 - V) / C if V else 0.5)
+    if V:
+        share[spurious] = 1 / C + V * (1 - 1 / C)
+    if most is not None:
+        each = min(each, int((most / torch.stack([1 - share, share], 1)).min()))
+    having = (each * share).round().long()
+    counts = torch.stack([each - having, having], 1)
     (a, b), (c, d) = counts[spurious].tolist(), (counts.sum(0) - counts[spurious]).tolist()
     spread = math.sqrt((a + b) * (c + d) * (a + c) * (b + d))
-    v = abs(a * d - b * c) / spread if spread else 0.0
-    what = f"Cramer's V of {facts.classes[spurious]} and the {facts.places[1]} {v:.3f}"
-    facts.notes.append(f"{int(counts.sum())} training images, {what}")
+    what = f"Cramer's V of {facts.classes[spurious]} and the {facts.places[1]}"
+    facts.notes.append(f"{a + b + c + d} training images, {what} {abs(a * d - b * c) / (spread or 1):.3f}")
+    return counts
 
 
-def spurious_class(classes, facts):
-    """The number of --spurious, a number or a name."""
-    by_name = {plain(c): k for k, c in enumerate(classes)}
-    found = by_name.get(plain(facts.spurious), facts.spurious)
-    known = str(found).isdecimal() and int(found) < len(classes)
-    expect(known, "spurious", facts.spurious, f"a class from 0 to {len(classes) - 1}: {', '.join(classes)}")
-    return int(found)
+def cells(train, held):
+    """All (split, class, feature, k-th of these, n-th of the class) of `train` [C, 2] images and, of val and
+    test, `held` a group."""
+    for split, counts in enumerate((train, torch.full_like(train, held), torch.full_like(train, held))):
+        for y, on in np.ndindex(*counts.shape):
+            for k in range(int(counts[y, on])):
+                yield split, y, on, k, k + on * int(counts[y, 0])
 
 
-def planted(classes, each, spurious, strength):
-    """How many images without and with the planted feature to sample of each class, `each` images a class: LongTensor [C, 2].
-
-    The feature is as frequent as the class, 1/C; then Cramer's V of (class, feature) = V where P(feature | class) = 1/C + V
-    (1 - 1/C) and P(feature | another class) = (1 - V) / C. At strength 0 the base set: the feature in half of every class.
-    """
-    share = torch.full((classes,), (1 - strength) / classes if strength else 0.5)
-    if strength:
-        share[spurious] = 1 / classes + strength * (1 - 1 / classes)
-    having = (each * share).round().long()
-    return torch.stack([each - having, having], 1)
+def planted_row(picture, y, on, split, facts, g, *shows):
+    """A Row of a controlled setting; on: whether it has the planted feature."""
+    caption = draw_one(CAPTIONS, g).format(facts.classes[y])
+    return Row(picture, facts.classes[y], facts.places[on], split, caption, None, shows)
 
 
-def cutouts(root, facts, most=6, few=4, least=50):
+def cutouts(root, facts, most=6, few=4):
     """cutouts[:DIR]       a controlled setting: cut-outs on places, 224 pixels
-    --strength and --spurious as in digits. --feature goes with that class: object (the default; or object=KIND), a cut-out
-    of another kind in another quadrant; or scene (or scene=KIND), one kind of background. Without DIR those of assets/:
+    --strength and --spurious as in digits. --feature goes with that class: object (the default; or object=KIND),
+    a cut-out of another kind in another quadrant; or scene (or scene=KIND), a kind of background. DIR or assets/:
     DIR/foregrounds/kind/*.png or kind__name.png    RGBA; at least four of a kind, as each split shows others
     DIR/backgrounds/kind/*.jpg or kind__name.jpg    at least two kinds for scene
-    The six kinds with most cut-outs are classes, the one with fewest the second object, the first kind of background the scene.
-    Our reading: no individual and no background of one split is in another; objects lie within the middle 7/8 of the image."""
+    The six kinds with most cut-outs are classes, that with fewest the second object, the first kind of
+    background the scene. Our reading: no individual and no background of one split is in another."""
     root, (what, _, wanted) = root or ASSETS, (facts.feature or "object").partition("=")
     expect(what in ("object", SCENE), "feature", facts.feature, "object, object=KIND, scene or scene=KIND")
-    figures, grounds = (
-        kinds_of(root / "foregrounds", Cutout, few, facts),
-        kinds_of(root / "backgrounds", Ground, few, facts),
-    )
+    figures = kinds_of(root / "foregrounds", Cutout, few, facts)
+    grounds = kinds_of(root / "backgrounds", Ground, few, facts)
     known = {plain(kind): kind for kind in (sorted(grounds) if what == SCENE else figures)}
     if len(known) < 2 or not grounds or len(figures) < 2 + (what == "object"):
-        there = f"{len(figures)} kinds of cut-outs and {len(grounds)} of backgrounds, of at least {few} each"
-        raise Complaint(
-            f"--data=cutouts:{root}: {there}; expected two classes, and a second object or two kinds of scenes"
-        )
+        there = f"{len(figures)} kinds of cut-outs, {len(grounds)} of backgrounds with {few} images or more"
+        raise Complaint(f"--data=cutouts:{root}: {there}; expected two classes and a second object or scene")
     if wanted and plain(wanted) not in known:
         raise Complaint(f"--feature={facts.feature}: no kind {wanted!r}; {near(wanted, known)}")
     mark = known[plain(wanted)] if wanted else list(known.values())[-1 if what == "object" else 0]
     classes = [kind for kind in figures if what == SCENE or kind != mark][:most]
-    facts.classes, facts.official = [plain(c) for c in classes], True
+    others = [kind for kind in grounds if what == "object" or kind != mark]
+    facts.classes = [plain(c) for c in classes]
     facts.places = ["other scenes" if what == SCENE else "plain", plain(mark)]
-    spurious, others = (
-        spurious_class(facts.classes, facts),
-        [k for k in grounds if what == "object" or k != mark],
-    )
-    train = planted(len(classes), 10_000 // len(classes), spurious, facts.strength)
-    for split, cells in enumerate((train, *[torch.full((len(classes), 2), least)] * 2)):  # each [C, 2]
-        for y, on in np.ndindex(*cells.shape):
-            for k in range(int(cells[y, on])):
-                g = rng(facts.seed, "cutouts", split, y, on, k)
-                at, mark_at = (box_in(QUADRANTS[q], g) for q in g.permutation(4)[:2])
-                kind = mark if what == SCENE and on else others[g.integers(len(others))]
-                ground, figure = draw_one(grounds[kind][split], g), draw_one(figures[classes[y]][split], g)
-                thing = draw_one(figures[mark][split], g) if what == "object" and on else None
-                flips = tuple((g.random(2) < 0.5).tolist())
-                item = Quadrants(figure, thing, at, mark_at, ground, 224, draw_view(g, 0.3, 0.15), flips)
-                shown = SCENE if what == SCENE and on else mark_at if on else None
-                yield planted_row(item, y, on, split, facts, g, at, shown)
-    say_planted(spurious, train, facts)
-
-
-def draw_one(items, g):
-    return items[g.integers(len(items))]
+    for split, y, on, k, _ in cells(planted(facts, 10_000 // len(classes)), LEAST):
+        g = rng(facts.seed, "cutouts", split, y, on, k)
+        at, mark_at = (box_in(QUADRANTS[q], g) for q in g.permutation(4)[:2])
+        kind = mark if what == SCENE and on else draw_one(others, g)
+        ground, figure = draw_one(grounds[kind][split], g), draw_one(figures[classes[y]][split], g)
+        thing = draw_one(figures[mark][split], g) if what == "object" and on else None
+        flips = tuple((g.random(2) < 0.5).tolist())
+        item = Quadrants(figure, thing, at, mark_at, ground, 224, draw_view(g, 0.3, 0.15), flips)
+        shown = SCENE if what == SCENE else mark_at
+        yield planted_row(item, y, on, split, facts, g, at, shown if on else None)
 
 
 def box_in(quadrant, g):
-    """A random box within a quadrant of the middle 7/8 of the image."""
+    """A random box within a quadrant of the middle 7/8 of the image: many models see no more."""
     side = 7 / 16 * g.uniform(0.65, 1)
     left, top = (1 / 16 + 7 / 8 * v + g.random() * (7 / 16 - side) for v in quadrant[:2])
     return left, top, left + side, top + side
 
 
 def kinds_of(where, kind, few, facts):
-    """Pictures of a folder by their kind, {name: 3 lists, of train, val and test}, largest kinds first; small ones left out."""
-    found = {}
+    """Pictures of a folder by their kind, {name: 3 lists, of train, val, test}, largest first; no small ones."""
+    found, out = {}, {}
     for parts in scan(where):
-        stem = Path(parts[-1]).stem
-        name = parts[0] if len(parts) > 1 else stem.partition("__")[0] if "__" in stem else "all"
+        name, mark, _ = Path(parts[-1]).stem.partition("__")
+        name = parts[0] if len(parts) > 1 else name if mark else "all"
         found.setdefault(name, []).append(kind(os.path.join(where, *parts)))
     small = sorted(name for name in found if len(found[name]) < few)
     if small:
         facts.notes.append(f"{where}: fewer than {few} images of {', '.join(small)}; left out")
-    out = {}
     for name in sorted(set(found) - set(small), key=lambda name: (-len(found[name]), name)):
-        split = make_splits(torch.zeros(len(found[name]), dtype=torch.long)).tolist()
-        out[name] = [
-            [item for item, s in zip(found[name], split, strict=True) if s == part] for part in range(3)
-        ]
+        split = make_splits([0] * len(found[name])).tolist()
+        pairs = list(zip(found[name], split, strict=True))
+        out[name] = [[item for item, s in pairs if s == part] for part in range(3)]
     return out
 
 
-def coco(root, facts, least=50):
+def coco(root, facts):
     """coco:DIR       a controlled setting: photos with objects of one of --classes=a,b,c, and of --feature=d or not
-    --strength and --spurious as in digits. Classes and feature: categories of MS COCO (2014 or 2017, train and val).
-    Download its images and annotations from cocodataset.org and unpack them:
+    --strength and --spurious as in digits. Classes and feature: categories of MS COCO (2014 or 2017).
+    Download its images and annotations, train and val, from cocodataset.org and unpack them:
     DIR/annotations/instances_train2017.json, instances_val2017.json
     DIR/train2017/*.jpg, DIR/val2017/*.jpg  (or in DIR/images)
-    Each class needs 150 photos with the feature and without; photos with a crowd of any of them are left out. Splits are
-    ours, the same for all strengths and seeds: val and test have a third of the smallest group, at most 100 images;
-    training images are drawn from the rest, as many as the asked Cramer's V allows: a note says so."""
-    photos = [
-        p for part, path in coco_files(root, "instances").items() for p in coco_photos(root, part, path)
-    ]
-    gone = set(missing([p.path for p in photos]))
+    Each class needs 150 photos with the feature and without; photos with a crowd of any are left out. Splits
+    are ours, the same for all strengths and seeds: val and test have a third of the smallest group, at most 100
+    images; training images are drawn from the rest, as many as the asked Cramer's V allows: a note says so."""
+    (photos, categories), classes, feature = coco_photos(root), facts.chosen, facts.feature
+    gone, names = set(missing([p.path for p in photos])), list(categories)
     if gone:
-        facts.notes.append(
-            f"WARNING: {root}: {len(gone)} of {len(photos)} images do not exist; they are left out"
-        )
+        line = f"{len(gone)} of {len(photos)} images do not exist; they are left out"
+        facts.notes.append(f"WARNING: {root}: {line}")
     photos = [p for k, p in enumerate(photos) if k not in gone]
-    classes, feature, names = facts.chosen, facts.feature, {name for p in photos for name in p.objects}
-    expect(len(classes) > 1, "classes", ",".join(classes), "two categories of COCO or more, as in cat,dog")
+    expect(classes, "classes", "", "two categories of COCO or more, as in cat,dog")
     for flag, word in [("feature", feature), *[("classes", name) for name in classes]]:
         expect(word in names, flag, word, f"a category of instances_*.json; {near(word, names)}")
     expect(feature not in classes, "feature", feature, "none of --classes")
     groups = {(y, on): [] for y in range(len(classes)) for on in (0, 1)}
-    for photo in photos:
+    for k, photo in enumerate(photos):
         shown = [y for y, name in enumerate(classes) if name in photo.objects]
         if len(shown) == 1 and not photo.crowds & {*classes, feature}:
-            groups[shown[0], int(feature in photo.objects)].append(photo)
+            groups[shown[0], int(feature in photo.objects)].append(k)
     for (y, on), group in groups.items():
         what = (
             f"{len(group)} images of {classes[y]} {'with' if on else 'without'} {feature} and no other class"
         )
-        expect(len(group) >= 3 * least, "data", what, f"at least {3 * least}; name others")
+        expect(len(group) >= 3 * LEAST, "classes", what, f"at least {3 * LEAST}; name others")
     facts.classes, facts.places, facts.official = classes, [f"no {feature}", feature], False
-    spurious, held = spurious_class(classes, facts), min(100, min(map(len, groups.values())) // 3)
-    there = torch.tensor(
-        [[len(groups[y, on]) - 2 * held for on in (0, 1)] for y in range(len(classes))]
-    )  # [C, 2]
-    share = planted(len(classes), 10**6, spurious, facts.strength) / 10**6
-    most = min(10_000 // len(classes), int((there / share).min()))
-    train = planted(len(classes), most, spurious, facts.strength)
+    held = min(100, min(map(len, groups.values())) // 3)
+    rest = torch.tensor([len(group) - 2 * held for group in groups.values()]).view(-1, 2)  # [C, 2]
+    train = planted(facts, 10_000 // len(classes), rest)
     for (y, on), group in groups.items():
-        order = rng(0, f"coco {classes[y]} {feature}", on).permutation(
-            len(group)
-        )  # no seed: test photos stay test photos
-        some = rng(facts.seed, "coco train", y, on).permutation(order[2 * held :])[: int(train[y, on])]
-        for split, part in enumerate((some, order[:held], order[held : 2 * held])):
-            for photo in (group[k] for k in part):
-                boxes = tuple(photo.objects[classes[y]]), tuple(photo.objects[feature]) if on else None
-                g = rng(facts.seed, "caption", photo.id)
-                yield planted_row(photo.path, y, on, split, facts, g, *boxes)
-    say_planted(spurious, train, facts)
+        order = rng(0, "coco", names.index(classes[y]), names.index(feature), on).permutation(
+            group
+        )  # no seed:
+        some = rng(facts.seed, "coco train", y, on).permutation(
+            order[2 * held :]
+        )  # test photos stay test photos
+        parts = (some[: int(train[y, on])], order[:held], order[held : 2 * held])
+        for split, k in ((s, k) for s, part in enumerate(parts) for k in part.tolist()):
+            boxes = tuple(photos[k].objects[classes[y]]), tuple(photos[k].objects[feature]) if on else None
+            yield planted_row(photos[k].path, y, on, split, facts, rng(facts.seed, "caption", k), *boxes)
 
 
-def mnist(root):
-    """MNIST's images for each split and digit: 3 lists of 10 uint8 arrays [n, 784]. Train and val are the first 5/6 and the
-    last 1/6 of each digit's training images, test is t10k's. Reads IDX files, whole or .gz."""
+def mnist(root, seed):
+    """MNIST's images for each split and digit, shuffled: 3 lists of 10 uint8 arrays [n, 784]. Train and val are
+    the first 5/6 and the rest of each digit's training images, test is t10k's. IDX files, whole or .gz."""
 
     def idx(name, *shape):
         path = next((p for p in (root / name, root / f"{name}.gz") if p.is_file()), root / name)
@@ -1819,43 +1705,46 @@ def mnist(root):
         images, labels = idx(f"{name}-images-idx3-ubyte", 784), idx(f"{name}-labels-idx1-ubyte")
         if len(images) != len(labels):
             raise Complaint(
-                f"{root}: {len(images)} images and {len(labels)} labels of {name}; fetch both again"
+                f"{root}: {len(images)} images and {len(labels)} labels of {name}; fetch them again"
             )
         by_digit.append([images[labels == d] for d in range(10)])
     train, test = by_digit
-    return [x[: len(x) * 5 // 6] for x in train], [x[len(x) * 5 // 6 :] for x in train], test
+    out = [x[: len(x) * 5 // 6] for x in train], [x[len(x) * 5 // 6 :] for x in train], test
+    for split, y in np.ndindex(3, 10):
+        x, need = out[split][y], 200 if split else 1000
+        if len(x) < need:
+            raise Complaint(f"{root}: {len(x)} images of {DIGITS[y]} for {SPLITS[split]}, expected {need}")
+        out[split][y] = x[rng(seed, "mnist", split, y).permutation(len(x))]
+    return out
 
 
+# a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
 STROKES = """
 52 8 24 22 18 55 32 88 62 90 82 62 76 22 52 8 38 12
 50 8 49 50 47 92|30 30 52 10, 52 10 50 92|32 28 54 9, 54 9 52 90, 30 91 74 90
 22 30 42 9 74 20 70 46 42 72 20 90, 20 90 50 86 82 90|20 26 50 8 76 30 56 64 26 88 18 76 40 74 60 88 84 86
-22 16 52 8 72 24 58 44 40 48, 40 48 70 54 78 74 54 92 20 84|20 12 74 12, 74 12 44 44, 44 44 74 54 78 76 52 92 20 82
-58 8 38 36 18 62, 18 62 84 60, 64 36 60 92|28 10 24 36 26 54, 26 54 76 52, 72 10 68 50 66 92|62 8 18 64, 18 64 86 64, 62 8 62 92
+22 16 52 8 72 24 58 44 40 48, 40 48 70 54 78 74 54 92 20 84|20 12 74 12, 74 12 44 44, 44 44 74 54 78 76 52 92\
+ 20 82
+58 8 38 36 18 62, 18 62 84 60, 64 36 60 92|28 10 24 36 26 54, 26 54 76 52, 72 10 68 50 66 92|62 8 18 64,\
+ 18 64 86 64, 62 8 62 92
 76 12 32 12, 32 12 28 46, 28 46 58 40 78 62 62 88 22 84|30 12 26 48 56 44 76 66 56 92 20 82, 30 12 78 10
 70 10 42 26 24 60 36 88 66 88 74 64 52 52 28 66|56 8 32 40 26 74 48 92 72 74 58 54 30 66
 20 14 78 14, 78 14 52 50 42 92|20 14 78 12, 78 12 42 92, 34 52 68 50|22 26 24 12, 24 12 78 14, 78 14 46 92
-70 20 46 8 28 24 44 44 68 62 68 84 46 92 26 78 36 56 62 38 70 20 56 10|50 48 28 30 48 8 70 28 50 48 36 54 26 74 50 92 74 74 62 54 50 48
+70 20 46 8 28 24 44 44 68 62 68 84 46 92 26 78 36 56 62 38 70 20 56 10|50 48 28 30 48 8 70 28 50 48 36 54 26 74\
+ 50 92 74 74 62 54 50 48
 72 28 52 8 26 26 40 50 70 34 74 22, 74 24 70 60 58 92|70 30 48 10 26 32 46 52 70 34, 70 34 74 70 54 92 28 84
-"""  # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down  # noqa: E501
+"""
 
 
 def draw_digit(digit, seed, side=28):
-    """PIL L (side, side), white on black: one of its ways, each point moved, slanted, turned, bent, with a pen of its own."""
+    """PIL L (side, side), white on black: one of its ways, each point moved, slanted, turned, bent, by a pen."""
     g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * side
-    ways = STROKES.strip().splitlines()[digit].split("|")
-    strokes = ways[g.integers(len(ways))].split(",")
-    turn, slant, wide, high = (
-        g.normal(0, 0.14),
-        g.normal(0, 0.25),
-        g.uniform(0.55, 1.05),
-        g.uniform(0.8, 1.05),
-    )
-    A = np.array([[wide, slant], [0, high]]) @ np.array(
-        [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
-    )
+    strokes = draw_one(STROKES.strip().splitlines()[digit].split("|"), g).split(",")
+    turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
+    wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
+    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    A, curves = np.array([[wide, slant], [0, high]]) @ turned, []
     bend, phase, pen = g.normal(0, 0.05, 2), g.uniform(0, 6.28, 2), g.uniform(0.055, 0.14) * n
-    curves = []
     for stroke in strokes:
         p = np.array(stroke.split(), float).reshape(-1, 2) / 100
         p = p + g.normal(0, 0.035, p.shape)
@@ -1884,7 +1773,9 @@ def smooth(p, n):
 
 
 DataSet = namedtuple("DataSet", "rows template alone", defaults=("a photo of a {}.", False))
-DataSet.__doc__ = """rows: the generator. template: of prompts; published, or else CLIP's plain one. alone: needs no folder."""
+DataSet.__doc__ = (
+    """rows: the generator. template: of prompts, published or CLIP's. alone: needs no folder."""
+)
 
 SETS = {
     "scenes": DataSet(scenes, "This is a picture of a {}.", True),
@@ -1903,20 +1794,19 @@ SETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # regions
 
 
 @dataclass(frozen=True)
 class Regions(Picture):
-    """A picture and regions in it. boxes: R times x1, y1, x2, y2, shares of the picture; frame: the box that the model sees
-    of it. mask, values: the regions are the pixels of a mask that have these values; boxes hold them."""
+    """A picture and regions in it, boxes or the pixels of a mask that have certain values."""
 
     picture: Picture
-    boxes: tuple
-    frame: tuple
+    boxes: tuple  # R times x1, y1, x2, y2, shares of the picture
+    frame: tuple  # the box that the model sees of it
     mask: Photo | None = None
-    values: tuple = ()
+    values: tuple = ()  # of the mask, one for each of the boxes, which hold them
 
     def image(self):
         return self.picture.image()
@@ -1935,9 +1825,8 @@ class Regions(Picture):
         """The masks' regions as shares of the cells of a map, [R, h, w]."""
         if not self.values:
             return torch.zeros(0, h, w)
-        image = open_image(self.mask.path).convert("L")
+        image, shares = open_image(self.mask.path).convert("L"), []
         frame = [v * n for v, n in zip(self.frame, image.size * 2, strict=True)]
-        shares = []
         for value in self.values:
             on = Image.fromarray(255 * (np.asarray(image) == value).astype(np.uint8))
             shares.append(torch.from_numpy(np.array(on.resize((w, h), Image.BOX, frame), np.float32)) / 255)
@@ -1946,20 +1835,21 @@ class Regions(Picture):
 
 def picture_size(picture):
     """(width, height) of a picture; of a file from its head."""
+    if getattr(picture, "pose", None) or isinstance(picture, Quadrants):
+        return picture.size, picture.size
     if not isinstance(picture, Photo):
-        return (picture.size, picture.size) if hasattr(picture, "size") else picture.image().size
-    with reading(picture.path, "a picture", "replace it, or leave such files out with --skip_bad"):
-        with Image.open(picture.path, formats=FORMATS) as image:
-            w, h = image.size
-            return (h, w) if image.getexif().get(274, 1) >= 5 else (w, h)
+        return picture.image().size
+    with reading(picture.path, "a picture", SKIP), Image.open(picture.path, formats=FORMATS) as image:
+        w, h = image.size
+        return (h, w) if image.getexif().get(274) in (5, 6, 7, 8) else (w, h)
 
 
 def grid(spec):
-    """Boxes x1, y1, x2, y2 of "grid:3" or, in several scales, "grid:1,2,3": shares of what the model sees, float [R, 4],
-    row by row."""
+    """Boxes x1, y1, x2, y2 of "grid:3" or, in several scales, "grid:1,2,3": shares of what the model sees,
+    float [R, 4], row by row."""
     sides = [int(n) if n.isdecimal() and len(n) < 3 else 0 for n in spec.removeprefix("grid:").split(",")]
-    if not spec.startswith("grid:") or not all(0 < n <= 64 for n in sides):
-        raise Complaint(f"--regions: found {spec!r}, expected grid:N or grid:N,N,... with N from 1 to 64")
+    good = spec.startswith("grid:") and all(0 < n <= 64 for n in sides)
+    expect(good, "regions", spec, "grid:N or grid:N,N,... with N from 1 to 64")
     boxes = [(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)]
     return torch.tensor(boxes)
 
@@ -1967,66 +1857,61 @@ def grid(spec):
 def load_regions(spec, pictures, frame, skip_bad=False):
     """Regions in each picture, list of Regions, and notes.
 
-    spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns path,x1,y1,x2,y2 in pixels; coco:FILE.json;
-    masks:DIR, where each grey value in NAME.png is a region of NAME.jpg. frame: (width, height) -> the box that the model
-    sees. skip_bad: a picture that cannot be read has no regions, instead of a Complaint. Raises Complaint, too, for a box
-    outside its picture or without area.
+    spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns path,x1,y1,x2,y2 in pixels;
+    coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg. frame: (width, height)
+    -> the box that the model sees. skip_bad: a picture that cannot be read has no regions, instead of a
+    Complaint, which comes for a box outside its picture or without area, too.
     """
     kind, _, where = spec.partition(":")
-    if kind not in READERS or not where:
-        raise Complaint(
-            f"--regions: found {spec!r}, expected grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR"
-        )
-    sizes, frame = [], functools.lru_cache(None)(frame)
-    for picture in pictures:
+    known = kind in READERS and where
+    expect(known, "regions", spec, "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
+    out = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures]
+    readable, sizes, frames = [], [], {}
+    for k, picture in enumerate(pictures):
         try:
             sizes.append(picture_size(picture))
+            readable.append(k)
         except Complaint:
             if not skip_bad:
                 raise
-            sizes.append(None)
-    readable = [k for k, size in enumerate(sizes) if size]
-    out = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures]
-    frames = [frame(*sizes[k]) for k in readable]
-    regions, notes = READERS[kind](
-        spec, [pictures[k] for k in readable], [sizes[k] for k in readable], frames
-    )
+    for size in set(sizes):
+        frames[size] = frame(*size)
+    frames = [frames[size] for size in sizes]
+    regions, notes = READERS[kind](spec, [pictures[k] for k in readable], sizes, frames)
     for k, region in zip(readable, regions, strict=True):
         out[k] = region
     return out, notes
 
 
 def grid_regions(spec, pictures, sizes, frames):
-    boxes, out = grid(spec).tolist(), []
+    cells, out = grid(spec).tolist(), []
     for picture, f in zip(pictures, frames, strict=True):
         w, h = f[2] - f[0], f[3] - f[1]
-        own = tuple((f[0] + x1 * w, f[1] + y1 * h, f[0] + x2 * w, f[1] + y2 * h) for x1, y1, x2, y2 in boxes)
-        out.append(Regions(picture, own, f))
+        boxes = tuple(
+            (f[0] + x1 * w, f[1] + y1 * h, f[0] + x2 * w, f[1] + y2 * h) for x1, y1, x2, y2 in cells
+        )
+        out.append(Regions(picture, boxes, f))
     return out, []
 
 
 def mask_regions(spec, pictures, sizes, frames):
     out, masks = [], find_masks([getattr(p, "path", "") for p in pictures], spec.removeprefix("masks:"))
     for picture, path, f in zip(pictures, masks, frames, strict=True):
-        if path is None:
-            out.append(Regions(picture, (), f))
-            continue
-        mask = np.asarray(open_image(path).convert("L"))
+        mask = np.asarray(open_image(path).convert("L")) if path else np.zeros((0, 0))
         values = np.unique(mask).tolist()
         if len(values) > 32:
             raise Complaint(
-                f"{path}: {len(values)} grey values, expected at most 32, one for each region; threshold it first"
+                f"{path}: {len(values)} grey values, expected at most 32, one a region; threshold it"
             )
         boxes = {value: span_of(mask == value) for value in values}
-        boxes = {value: b for value, b in boxes.items() if overlap(b, f) > 0}
-        out.append(Regions(picture, tuple(boxes.values()), f, Photo(path), tuple(boxes)))
+        boxes = {value: box for value, box in boxes.items() if overlap(box, f) > 0}
+        out.append(Regions(picture, tuple(boxes.values()), f, path and Photo(path), tuple(boxes)))
     return out, []
 
 
 def span_of(on):
     """The box around the true pixels of an array, in shares."""
-    rows, columns = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
-    h, w = on.shape
+    (h, w), rows, columns = on.shape, np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
     return float(columns[0] / w), float(rows[0] / h), float((columns[-1] + 1) / w), float((rows[-1] + 1) / h)
 
 
@@ -2044,25 +1929,25 @@ def box_regions(spec, pictures, sizes, frames):
                 wrong = (
                     "has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H} pixels"
                 )
-                cure = "expected x1 < x2 and y1 < y2, pixels of the original image"
-                raise Complaint(f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} {wrong}; {cure}")
+                raise Complaint(
+                    f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} {wrong}; expected x1,y1,x2,y2"
+                )
             if overlap(box, f) > 0:
                 boxes.append(box)
             else:
                 unseen += 1
         out.append(Regions(picture, tuple(boxes), f))
-    if not any(r.boxes for r in out):
+    if pictures and not any(r.boxes for r in out):
+        there = f"it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', 'drawn')}"
         raise Complaint(
-            f"{where}: no box for any of the {len(pictures)} pictures; its paths must be those of the pictures, or their ends "
-            f"(it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', pictures[0])})"
+            f"{where}: no box for any of the {len(pictures)} pictures; its paths must end theirs ({there})"
         )
     notes = []
     if unseen:
         notes.append(f"{where}: {unseen} boxes lie in a margin that the model does not see, and are left out")
     if unlisted:
-        notes.append(
-            f"{where}: {unlisted} of {len(pictures)} pictures are not in it: they count as without the feature"
-        )
+        line = f"{unlisted} of {len(pictures)} pictures are not in it: they count as without the feature"
+        notes.append(f"{where}: {line}")
     return out, notes
 
 
@@ -2075,7 +1960,7 @@ def overlap(a, b):
 def csv_boxes(path):
     """{picture: [(line, x1, y1, x2, y2)]} of a CSV with columns path,x1,y1,x2,y2."""
     columns, found = ("path", "x1", "y1", "x2", "y2"), {}
-    table = read_table(path, columns, f"expected {','.join(columns)}")
+    table = read_table(path, columns)
     for line, (name, *box) in enumerate(zip(*[table[c] for c in columns], strict=True), 2):
         with reading(f"{path}: line {line}", "four numbers x1,y1,x2,y2"):
             box = [float(v) for v in box]
@@ -2088,19 +1973,12 @@ def csv_boxes(path):
 def coco_boxes(path):
     """The same of a COCO instances file; crowds are left out."""
     found = {}
-    with reading(
-        path, "a COCO instances file: images with id, file_name and annotations with image_id, bbox"
-    ):
+    with reading(path, "a COCO instances file: images with id, file_name, annotations with image_id, bbox"):
         tree = read_json(path, "JSON")
-        names = {i["id"]: i["file_name"] for i in tree["images"]}
+        names = {i["id"]: os.fspath(i["file_name"]) for i in tree["images"]}
         for a in tree["annotations"]:
             if not a.get("iscrowd"):
-                x, y, w, h = map(float, a["bbox"])
-                if not all(map(math.isfinite, (x, y, w, h))):
-                    raise ValueError(f"bbox {a['bbox']}")
-                found.setdefault(names[a["image_id"]], []).append(
-                    (f"annotation {a.get('id')}", x, y, x + w, y + h)
-                )
+                found.setdefault(names[a["image_id"]], []).append((f"annotation {a.get('id')}", *corners(a)))
     return found
 
 
@@ -2108,10 +1986,10 @@ READERS = {"grid": grid_regions, "masks": mask_regions, "boxes": box_regions, "c
 
 
 def region_truth(pictures, shows, share=0.5, outside=0.9):
-    """Which regions of pictures (n Regions) show the class object, and which the planted feature: two bool [sum R].
+    """Which regions of pictures (n Regions) show the class object, which the planted feature: two bool [sum R].
 
-    shows: as Row.shows. A region does if what it shares with a box of the thing is at least `share` of the smaller of the
-    two; it shows a planted scene if at least `outside` of it is not the class object (our reading, as of discover.py).
+    shows: as Row.shows. A region does if what it shares with a box of the thing is at least `share` of the
+    smaller of the two; it shows a planted scene if at least `outside` of it is not the class object (our reading).
     """
     objects, features = [], []
     for picture, (thing, mark) in zip(pictures, shows, strict=True):
@@ -2136,7 +2014,7 @@ def hits(box, others, share):
     return any(overlap(box, b) >= share * min(overlap(box, box), overlap(b, b)) > 0 for b in others)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # tables and pages
 
 
@@ -2152,10 +2030,8 @@ def table(header, rows):
     cells = [[shown(v) for v in row] for row in [header, *rows]]
     columns = []
     for c, column in enumerate(zip(*cells, strict=True)):
-        width, words = (
-            max(map(len, column)),
-            c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows),
-        )
+        width = max(map(len, column))
+        words = c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows)
         lines = [text.ljust(width) if words else text.rjust(width) for text in column]
         columns.append([lines[0], "-" * width, *lines[1:]])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
@@ -2174,21 +2050,20 @@ def tag(name, *parts, **attributes):
 
 def thumb(image, caption="", size=150):
     """A picture as <figure> with its bytes inside the page."""
-    image = opaque(image).copy()
+    image, buffer = opaque(image).copy(), io.BytesIO()
     image.thumbnail((2 * size, 2 * size))
-    buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
-    data = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return tag("figure", tag("img", alt=caption, src=data), tag("figcaption", caption))
+    source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return tag("figure", tag("img", alt=caption, src=source), tag("figcaption", caption))
 
 
 def bars(rows):
     """Horizontal bars with intervals. rows: (label, value in [0, 1], (low, high) or None, note)."""
     parts = []
     for label, value, interval, note in rows:
-        marks = [tag("b", style=f"width:{100 * value:.1f}%")]
+        marks = [tag("b", style=f"width:{100 * min(max(value, 0), 1):.1f}%")]
         if interval:
-            low, high = (100 * v for v in interval)
+            low, high = (100 * min(max(v, 0), 1) for v in interval)
             marks.append(tag("s", style=f"left:{low:.1f}%;width:{high - low:.1f}%"))
         number = tag("span", f"{value:.3f} ", tag("small", note))
         parts += [tag("span", label), tag("i", *marks, class_="track"), number]
@@ -2196,12 +2071,10 @@ def bars(rows):
 
 
 def html_table(header, rows):
-    words = [bool(rows) and isinstance(rows[0][c], str) for c in range(len(header))]
+    words = [{"class_": "text"} if rows and isinstance(cell, str) else {} for cell in (rows or [header])[0]]
     lines = []
     for kind, row in [("th", header), *[("td", row) for row in rows]]:
-        cells = [
-            tag(kind, shown(v, "\u2013"), class_="text" if w else "") for v, w in zip(row, words, strict=True)
-        ]
+        cells = [tag(kind, shown(v, "\u2013"), **w) for v, w in zip(row, words, strict=True)]
         lines.append(tag("tr", *cells))
     return tag("div", tag("table", *lines), class_="wide")
 
@@ -2213,19 +2086,20 @@ def flags_section(config, git, notes=()):
 
 
 def page(title, lead, sections):
-    """One self-contained HTML page. lead: a sentence. sections: (heading, *parts); parts that are not Html are escaped."""
+    """One self-contained HTML page. lead: a sentence. sections: (heading, *parts); all but Html is escaped."""
     body = [tag("section", tag("h2", heading), *parts) for heading, *parts in sections]
-    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-    return head + "".join(
-        [tag("title", title), f"<style>{STYLE}</style>", tag("h1", title), tag("p", lead), *body, "</html>"]
-    )
+    head = '<!doctype html><html lang="en"><meta charset="utf-8">'
+    head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    head += tag("title", title) + f"<style>{STYLE}</style>"
+    return head + tag("h1", title) + tag("p", lead) + "".join(body) + "</html>"
 
 
 STYLE = """
 :root{--ink:#22302d;--dim:#5f6d68;--paper:#fbfaf6;--line:#dedbd0;--bar:#4f8f86;--mark:#22302d}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e8e3;--dim:#a3b0ab;--paper:#171c1b;--line:#343d3a;--bar:#4f9d92;--mark:#f2efe6}}
-body{overflow-wrap:anywhere;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);color:var(--ink);
- font:16px/1.5 system-ui,sans-serif}
+@media(prefers-color-scheme:dark){
+ :root{--ink:#e6e8e3;--dim:#a3b0ab;--paper:#171c1b;--line:#343d3a;--bar:#4f9d92;--mark:#f2efe6}}
+body{overflow-wrap:anywhere;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);
+ color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 h1{margin:0;font-size:28px}h2{margin:40px 0 10px;font-size:19px}h3{margin:18px 0 4px;font-size:15px}p{max-width:70ch}
 small,.dim{color:var(--dim);fill:var(--dim)}pre{overflow-x:auto;font-size:12.5px}
 figure{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}

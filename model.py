@@ -375,7 +375,7 @@ def sha256(content):
 
 
 def file_digest(path, cache):
-    """SHA-256 of a file; of a blob in the hub's cache that is its name. Remembered by path, size and times."""
+    """SHA-256 of a file; of a blob in the hub's cache its name. Remembered by path, size and times."""
     real = os.path.realpath(path)
     if re.fullmatch("[0-9a-f]{64}", os.path.basename(real)):
         return os.path.basename(real)
@@ -434,7 +434,7 @@ def load_encoder(model, pretrained="", quick_gelu="auto", **how):
 
 
 def lite0(model, pretrained, quick_gelu, cache):
-    """EfficientNet-Lite0 as TensorFlow has it: 'same' padding, (pixel - 127) / 128, bicubic, crop of 0.875."""
+    """EfficientNet-Lite0 as TensorFlow has it: 'same' padding, (pixel - 127) / 128, bicubic, 0.875 crop."""
 
     def build():
         import timm
@@ -473,8 +473,9 @@ def lite0_transform():
 
 
 def small_clip(model, pretrained, quick_gelu, cache):
-    """CLIPs for a CPU, whose small text transformer starts from scratch. tiny: 56x56 images in patches of 8x8;
-    tiny-conv: Cells; lite0-clip: lite0 as image tower, with its weights unless --pretrained says otherwise."""
+    """CLIPs for a CPU, whose small text transformer starts from scratch. tiny: 56x56 images in patches of
+    8x8; tiny-conv: Cells; lite0-clip: lite0 as image tower, with its weights unless --pretrained says
+    otherwise."""
     import open_clip
     from open_clip.timm_model import TimmModel
 
@@ -506,10 +507,11 @@ def small_clip(model, pretrained, quick_gelu, cache):
 
 
 class Cells(nn.Module):
-    """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, each of which sees 32x32
-    around it. Attention, and deep convolutions on small images, carry a feature into the cells beside it, and
-    what is then said of a region is not about that region. With biases from zero black stays nothing, so images
-    differ from the start; and no cell can outshout the others (its norm is bounded)."""
+    """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, each of which sees
+    32x32 around it. Attention, and deep convolutions on small images, carry a feature into the cells
+    beside it, and what is then said of a region is not about that region. With biases from zero black
+    stays nothing, so images differ from the start; and no cell can outshout the others (its norm is
+    bounded)."""
 
     num_features = 96
 
@@ -572,7 +574,7 @@ def timm_model(model, pretrained, quick_gelu, cache):
 
 
 def hub_digest(record, model):
-    """The digest of a timm tag's weights: its file in the hub's cache, which is fetched if it is not there."""
+    """The digest of a timm tag's weights: of its file in the hub's cache, fetched if it is not there."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError
 
@@ -633,7 +635,8 @@ def clip_model(model, pretrained, quick_gelu, cache):
 
 
 def weights_digest(pretrained, cache):
-    """The digest of a local file of weights; of random ones their name. Complaint for a file that isn't there."""
+    """The digest of a local file of weights; of random ones their name. Complaint for a file that isn't
+    there."""
     if pretrained in ("none", "imagenet"):
         return f"{pretrained} {torch.__version__}"
     if not os.path.isfile(pretrained):
@@ -642,7 +645,7 @@ def weights_digest(pretrained, cache):
 
 
 def weights_record(path):
-    """What train.py says of weights that it saved, as open_clip of tags: quick_gelu, preprocess, bias; or {}."""
+    """What train.py says of weights that it saved, as open_clip of tags: quick_gelu, preprocess, bias."""
     if not path.endswith(".safetensors"):
         return {}
     from safetensors import safe_open
@@ -729,8 +732,8 @@ def quiet():
 def fused(module):
     """A copy with each batch norm folded into the convolution before it: twice as fast on a CPU.
 
-    timm's networks are walked in the order of their parts; whether that is the order of execution is checked on
-    noise, and the module itself comes back if it is not.
+    timm's networks are walked in the order of their parts; whether that is the order of execution is
+    checked on noise, and the module itself comes back if it is not.
     """
     twin = copy.deepcopy(module).eval()
     for part in list(twin.modules()):
@@ -999,7 +1002,7 @@ class Map(nn.Module):
 
 
 def features(z, power=1.0):
-    """Embeddings [N, D] -> sign(z) |z|^power, unit-norm. 0.5 tames the few large channels that a ReLU leaves."""
+    """Embeddings [N, D] -> sign(z) |z|^power, unit-norm. 0.5 tames the large channels that a ReLU leaves."""
     return unit(z if power == 1 else z.sign() * z.abs() ** power)
 
 
@@ -1203,7 +1206,7 @@ def worst_group(correct, group):
 
 
 def paired_bootstrap(a, b, group, draws=2000, seed=0):
-    """95 % interval of worst group(a) - worst group(b), a, b: bool [N]; test images drawn anew in each group."""
+    """95 % interval of worst group(a) - worst group(b), bool [N]; images drawn anew within each group."""
     g, means, kind = np.random.default_rng(seed), [], (2 * a + b.long()).cpu()
     for k in torch.unique(
         group
@@ -1228,7 +1231,7 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, encoder=None):
-    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder than the given."""
+    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder."""
     with reading(path, "a checkpoint of flock", "train anew"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         made, config = state["fingerprint"], state["config"]

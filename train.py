@@ -22,9 +22,7 @@ torchrun spreads it.
 
 import contextlib
 import copy
-import csv
 import functools
-import io
 import itertools
 import math
 import re
@@ -33,6 +31,7 @@ import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,7 +69,7 @@ from data import (
     table,
     tag,
 )
-from data import thumb, write, write_json
+from data import thumb, write, write_json, write_table
 from kernels import pairwise_loss, region_pool
 from model import Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe, from_first
 from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks, renumber
@@ -87,13 +86,13 @@ from model import (
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
-out_dir = "out"           # results.json, report.html, ckpt.pt; if the encoder is trained weights.safetensors, log.csv
+out_dir = "out"           # results.json, report.html, ckpt.pt; of a trained encoder weights.safetensors, log.csv
 cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
 resume = False            # go on where an interrupted run of the same flags stopped
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
 # --- the biased data to train the probe on ------------------------------------------------------------------
-data = "scenes"           # scenes, or NAME:DIR with NAME waterbirds, celeba, counteranimal, nico, cocogender, in9,
-                          # imagenet, folder, csv; controlled settings: digits, cutouts, coco; --data=NAME:help
+data = "scenes"           # scenes, or NAME:DIR: waterbirds, celeba, counteranimal, nico, cocogender, in9,
+                          # imagenet, folder, csv; controlled: digits, cutouts, coco; --data=NAME:help
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
 masks = ""                # folder of foreground masks of the training images (copy_paste, balanced_train)
@@ -108,7 +107,7 @@ backgrounds = "assets/backgrounds"  # folder of photos, or discovery:PATH: the r
 instances = 640           # foregrounds in a pose of their own: each cut-out is used several times
 per_instance = 8          # backgrounds behind each
 # --- encoder ------------------------------------------------------------------------------------------------
-model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), or small: lite0-clip, tiny, tiny-conv
+model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
 pretrained = ""           # open_clip tag or local file
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
 device = "auto"           # auto, cpu, cuda
@@ -117,7 +116,7 @@ batch_size = 8            # small batches are faster on a CPU; raise it on a GPU
 threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
 # --- method -------------------------------------------------------------------------------------------------
 method = "bap"            # bap; or fine-tuning: finetune, ravl, upsampled, ... (see METHODS)
-own = 0.5                 # bap: weight of the target's own training foregrounds, cut out by what composites taught
+own = 0.5                 # bap: weight of the target's own training foregrounds, cut out; 0 for none
 lam = 1.0                 # bap: the Wiener filter's ridge, in units of the mean variance
 bap_map = "closed"        # bap: closed (Wiener filter), or linear, trained by contrast against the anchors
 train = "auto"            # bap: map (auto), or the encoder itself: image, last_blocks (the last quarter).
@@ -126,10 +125,10 @@ text_weight = 0.1         # bap, encoder: weight of what texts, or a classifier'
 steps = 300               # of every training
 learning_rate = 3e-4
 l2 = 0.8                  # penalty of every probe, in units of the mean loss (scikit-learn's C = 1 / (l2 n))
-# --- fine-tuning: every method but bap; pairs, compile, checkpointing also where bap trains the encoder -------
+# --- fine-tuning: every method but bap; pairs, compile, checkpointing also where bap trains the encoder ----
 pairs = 128               # image-caption pairs in a step, of all processes together
 loss = "auto"             # infonce, sigmoid (SigLIP); auto: by the model
-captions = "own"          # own: the data set's; class: the class's prompt, as in zero-shot; place: and its place
+captions = "own"          # own: the data set's; class: the class's prompt; place: the prompt and the place
 discovery = ""            # discovery.json of discover.py, or its folder; see METHODS which need it
 clusters = 0              # how many of its kept clusters count, the best first; 0: see clusters_used
 region_weight = 0.2       # ravl: w in (1 - w) L_CL + w (L_R + L_A)
@@ -160,6 +159,10 @@ ROWS = {  # of the table, in this order
     "val_probe_bap": "the same through the map",
     "balanced_train": "training foregrounds on every place: the true ceiling",
 }
+TRAINS = {  # what --train may be
+    "bap": ("auto", "map", "last_blocks", "image"),
+    "finetune": ("auto", "all", "image", "text", "projection"),
+}
 OWN_MOST, OWN_PER = 1000, 5  # of the target's own foregrounds at most so many, on so many backgrounds each
 LOG_EVERY, WARMUP = 20, 0.1  # steps between lines; share of the steps
 WEIGHT_DECAY, CLIP = 0.1, 1.0  # AdamW's; norm of the gradient
@@ -172,7 +175,6 @@ def main():
     config = flags(
         globals(),
         method=("bap", *METHODS),
-        train=("auto", "map", "last_blocks", "all", "image", "text", "projection"),
         bap_map=("closed", "linear"),
         loss=("auto", "infonce", "sigmoid"),
         captions=("own", "class", "place"),
@@ -182,19 +184,12 @@ def main():
         **dict.fromkeys(("own", "region_weight"), "[0, 1]"),
         **dict(instances="[8, inf)", per_instance="[2, inf)", pairs="[2, inf)"),
     )
-    fits = (
-        ("auto", "map", "last_blocks", "image")
-        if method == "bap"
-        else ("auto", "all", "image", "text", "projection")
-    )
-    expect(train in fits, "train", train, f"with --method={method} " + ", ".join(fits))
-    planted = dict(strength=strength, spurious=spurious, feature=feature)
-    dataset = functools.partial(
-        load_data, data, classes, places, masks=masks, confounder=confounder, **planted
-    )
-    how = dict(
-        device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir, skip_bad=skip_bad
-    )
+    trains = TRAINS["bap" if method == "bap" else "finetune"]
+    expect(train in trains, "train", train, f"with --method={method} {', '.join(trains)}")
+    rows = dict(masks=masks, confounder=confounder, strength=strength, spurious=spurious, feature=feature)
+    dataset = functools.partial(load_data, data, classes, places, **rows)
+    how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
+    how["skip_bad"] = skip_bad
     join(device)
     samples, encoder = dataset(seed=seed), load_encoder(model, pretrained, quick_gelu, **how)
     if method != "bap":
@@ -210,30 +205,27 @@ def main():
         runs.append(result)
         save_checkpoint(out / PARTIAL[0], dict(config=config, fingerprint=encoder.fingerprint, runs=runs))
     results = dict(config=config, git=revision(), notes=encoder.notes + notes + more + last.samples.notes)
-    results.update(
-        average(runs, results["notes"]), seconds=dict(total=time.time() - started, **runs[-1]["seconds"])
-    )
+    results.update(average(runs, results["notes"]))
+    results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
     save_results(out, results, last)
     say(f"\n{out}: results.json, report.html, ckpt.pt written, {time.time() - started:.0f} s")
 
 
 def save_results(out, results, last):
-    """Says what came out, and writes it: ckpt.pt, report.html, weights.safetensors if the encoder was
-    trained, results.json."""
+    """Says what came out, and writes it: ckpt.pt, report.html, results.json; trained weights.safetensors."""
     for line in results["notes"]:
         say(line)
     say(summary(results, last.samples))
     old = ["finetune.json"] if last.weights else ["finetune.json", "weights.safetensors", "log.csv"]
     if last.weights:
         write(out / "weights.safetensors", last.weights)
-        last.probes = dict(
-            erm=last.probes["bap"], bap=last.probes["bap"], val_probe_bap=last.probes["val_probe_bap"]
-        )
-    state = {k: results[k] for k in ("config", "git")} | {
-        k: getattr(last.samples, k) for k in ("classes", "places")
-    }
-    state.update(fingerprint=last.encoder.fingerprint, map=last.map.state_dict(), power=last.map.power)
-    save_checkpoint(out / "ckpt.pt", dict(state, probes={name: p.state() for name, p in last.probes.items()}))
+        kept = dict(erm="bap", bap="bap", val_probe_bap="val_probe_bap")  # those of its embeddings
+        last.probes = {name: last.probes[of] for name, of in kept.items()}
+    state = dict(config=results["config"], git=results["git"], fingerprint=last.encoder.fingerprint)
+    state.update(map=last.map.state_dict(), power=last.map.power)
+    state.update(probes={name: probe.state() for name, probe in last.probes.items()})
+    state.update(classes=last.samples.classes, places=last.samples.places)
+    save_checkpoint(out / "ckpt.pt", state)
     write(out / "report.html", report(results, last))
     write_json(out / "results.json", results)  # last: it is there only if all the rest is
     for name in PARTIAL:
@@ -242,8 +234,7 @@ def save_results(out, results, last):
 
 
 def bap(s, encoder, figures, grounds, samples, out, config):
-    """The whole method for one seed: its result (plain numbers), and what the report and the checkpoint
-    need."""
+    """The whole method for one seed: its result in plain numbers, and what report and checkpoint need."""
     lap = Laps()
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
@@ -255,23 +246,16 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     additive = how_additive(encoder, cells, z, i, j, s)
     lap("additivity")
 
-    # 3. the biased data. Its training foregrounds, without labels, are worth having among the composites: a cutter that
-    # learned from composites what a foreground looks like cuts them out, and they get backgrounds of the composites'
+    # 3. the biased data. Its training foregrounds are worth having among the composites, and need no labels: a
+    # cutter that learned from composites what a foreground looks like cuts them out
     x = encoder.embed(samples.items, "target")
     good = x.isfinite().all(1)
     if not good.all():
         samples, x = check(samples.keep(good.cpu())), x[good]
     lap("target")
-    grids, power = (
-        [(1.0, z, i)],
-        1.0 if (z < 0).any() else 0.5,
-    )  # after a ReLU a few large channels outshout the rest
-    biased = (samples.split == 0).nonzero()[:, 0].tolist()
-    cuts, own_cells, all_j = (
-        cut_own(encoder, [samples.items[k] for k in biased], cells, s) if own else [],
-        [],
-        j,
-    )
+    grids, own_cells, all_j = [(1.0, z, i)], [], j
+    power = 1.0 if (z < 0).any() else 0.5  # after a ReLU a few large channels outshout the rest
+    cuts = cut_own(encoder, samples.keep(samples.split == 0).items, cells, s) if own else []
     if cuts:
         own_cells, own_i, own_j = own_composites(cuts, grounds, s)
         own_cells, v, own_i, own_j = embedded(encoder, own_cells, "own foregrounds", own_i, own_j)
@@ -319,8 +303,7 @@ class Laps:
 
 
 def embedded(encoder, pictures, label, *numbers):
-    """Of pictures and numbers [N] of each those that can be embedded: list, embeddings [n, D], and numbers
-    [n] on their device."""
+    """Of pictures, and numbers [N] of them, what can be embedded: list, embeddings [n, D], numbers [n]."""
     z = encoder.embed(pictures, label)
     good = z.isfinite().all(1)
     keep = good.nonzero()[:, 0].tolist()
@@ -328,10 +311,9 @@ def embedded(encoder, pictures, label, *numbers):
 
 
 def how_additive(encoder, cells, z, i, j, s):
-    """The fit of z(f, b) = mu + a_f + c_b + e, and cos(z(f, b), z(f on grey) + z(b)) of 200 composites,
-    flat and on the sphere."""
+    """The fit of z(f, b) = mu + a_f + c_b + e, and of 200 composites cos(z(f, b), z(f on grey) + z(b))."""
     additive = additivity(unit(z), i, j, seed=s)
-    some = torch.randperm(len(z), generator=torch.Generator().manual_seed(s))[:200].tolist()
+    some = some_of(len(z), 200, s)
     f = encoder.embed([replace(cells[k], ground=None) for k in some], "foregrounds on grey")
     b = encoder.embed([replace(cells[k], figure=None) for k in some], "backgrounds alone")
     parts = torch.stack([unit(v) for v in (z[some], f, b)])  # [3, N, D]
@@ -343,11 +325,10 @@ def how_additive(encoder, cells, z, i, j, s):
 
 
 def probe_all(maps, x, x_bap, samples, extra, l2, s):
-    """The probe on every map, and what else could be done: probes, and of each row of ROWS the metrics on
-    the test split.
+    """The probe on every map, and what else could be done: probes, and the metrics of ROWS on the test split.
 
-    maps: name -> g; x, x_bap: embeddings [n, D] of all images, by the encoder and by the one that BAP
-    made of it; extra: name -> more training images, (embeddings, labels).
+    maps: name -> g; x, x_bap: embeddings [n, D] of all images, by the encoder and by what BAP made of it;
+    extra: name -> more training images, (embeddings, labels).
     """
     y, group, split = (v.to(x.device) for v in (samples.y, samples.group(), samples.split))
     biased, val, test = (split == k for k in range(3))
@@ -399,29 +380,30 @@ def scatter(z, i):
 
 
 def wiener(grids, lam=1.0, power=1.0):
-    """The closed form: a Wiener filter for the foreground, W = (S_f + S_w + lam t I)^-1 S_f, t = trace(S_f
-    + S_w) / D.
+    """The closed form, a Wiener filter for the foreground: W = (S_f + S_w + lam t I)^-1 S_f, t the mean
+    variance.
 
-    grids: list of (weight, z [N, D], i [N]): embeddings of composites and the foreground instance of
-    each; the moments of several grids are averaged, and S_f then clipped to positive semi-definite. For
-    row vectors: (z - mu) W; the transposed product is wrong. Our reading of BAP, claim 2. Returns a Map.
+    grids: list of (weight, z [N, D], i [N]): embeddings of composites and the foreground instance of each;
+    the moments of several grids are averaged, and S_f then clipped to positive semi-definite. t =
+    trace(S_f + S_w) / D. For row vectors: (z - mu) W; the transposed product is wrong. Our reading of BAP,
+    claim 2. Returns a Map.
     """
     total = sum(weight for weight, _, _ in grids)
     moments = [[weight / total * m for m in scatter(features(z, power), i)] for weight, z, i in grids]
     mu, S_f, S_w = (sum(parts) for parts in zip(*moments, strict=True))
     value, vector = torch.linalg.eigh(S_f)
     S_f = (vector * value.clamp(min=0)) @ vector.T
-    ridge = lam * (S_f + S_w).trace() / len(mu) * torch.eye(len(mu), dtype=S_f.dtype, device=S_f.device)
-    return Map(mu, torch.linalg.solve(S_f + S_w + ridge, S_f), power).to(z_device(grids))
+    ridge = lam * (S_f + S_w).trace() / len(mu)
+    return Map(mu, torch.linalg.solve(S_f + S_w + ridge * eye(mu), S_f), power)
 
 
-def z_device(grids):
-    return grids[0][1].device
+def eye(mu):
+    """The unit matrix [D, D] beside a vector [D]."""
+    return torch.eye(len(mu), dtype=mu.dtype, device=mu.device)
 
 
 def background_effects(z, i, j, k):
-    """mu [D], and the k leading directions [D, k] and coordinates [m, k] of the background effects c_j of
-    the additive fit."""
+    """mu [D], and the k leading directions [D, k] and coordinates [m, k] of the backgrounds' effects c_j."""
     mu, _, c = additive_solve(z, renumber(i), renumber(j))
     u, s, v = torch.linalg.svd(c, full_matrices=False)
     k = min(k, int((s > 1e-6 * s[0]).sum()))
@@ -429,16 +411,14 @@ def background_effects(z, i, j, k):
 
 
 def nullspace(z, i, j, k=32):
-    """Projects out the k leading directions of the background effects c_j of the additive fit. Returns a
-    Map."""
+    """A Map that projects out the k leading directions of the background effects c_j of the additive fit."""
     mu, v, _ = background_effects(unit(z), i, j, k)
-    return Map(mu, torch.eye(len(mu), dtype=v.dtype, device=v.device) - v @ v.T).to(z.device)
+    return Map(mu, eye(mu) - v @ v.T)
 
 
 def leace(z, i, j, k=32):
-    """LEACE (Belrose et al. 2023): the least change of z after which no linear probe finds the concept;
-    here the concept is the k leading coordinates of the background effect c_j of the additive fit.
-    Returns a Map."""
+    """LEACE (Belrose et al. 2023): the least change of z after which no linear probe finds the concept, here
+    the k leading coordinates of the background effect c_j of the additive fit. Returns a Map."""
     x = unit(z).double()
     mu, _, coordinates = background_effects(x, i, j, k)
     x, concept = x - x.mean(0), coordinates[renumber(j)]
@@ -448,17 +428,16 @@ def leace(z, i, j, k=32):
     inverse = torch.where(root > 1e-4 * root.max(), 1 / root, 0)
     whiten, colour = (vector * inverse) @ vector.T, (vector * root) @ vector.T
     q = torch.linalg.qr(whiten @ (x.T @ concept / len(x))).Q
-    return Map(mu, (torch.eye(len(mu), dtype=x.dtype, device=x.device) - colour @ q @ q.T @ whiten).T).to(
-        z.device
-    )
+    return Map(mu, (eye(mu) - colour @ q @ q.T @ whiten).T)
 
 
 def contrast(g, z, i, j, s, steps, learning_rate):
     """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor.
 
-    A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that is not
-    the foreground in a real composite k: background, interaction, noise. A linear map commutes with the sum, so
-    all pairs are had from the projected parts (kernels/pairwise_loss.py). Starts at the closed form.
+    A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that
+    is not the foreground in a real composite k: background, interaction, noise. A linear map commutes with
+    the sum, so all pairs are had from the projected parts (kernels/pairwise_loss.py). Starts at the closed
+    form.
     """
     x, i = features(z, g.power), renumber(i)
     mu, a, _ = additive_solve(x, i, renumber(j))
@@ -469,19 +448,13 @@ def contrast(g, z, i, j, s, steps, learning_rate):
     slower = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
     for step in range(steps):
         n, m = (torch.randperm(len(v), generator=generator)[:256].to(v.device) for v in (a, r))
-        f, b = a[n] @ W, r[m] @ W
-        value = pairwise_loss(
-            f, b, unit(f), torch.arange(len(n), device=f.device), 20.0
-        )  # inverse temperature
+        f, b, y = a[n] @ W, r[m] @ W, torch.arange(len(n), device=a.device)
+        value = pairwise_loss(f, b, unit(f), y, 20.0)  # the inverse temperature
         value = value + 100 * (gain * (W - start)).square().sum() / len(W)
         optimiser.zero_grad()
         value.backward()
-        expect(
-            value.isfinite(),
-            "bap_map",
-            f"linear: a loss of {value.item()} in step {step}",
-            "a lower --learning_rate",
-        )
+        if not value.isfinite():
+            raise Complaint(f"--bap_map=linear: the loss is not finite in step {step}; lower --learning_rate")
         optimiser.step()
         slower.step()
         if step % 50 == 0 or step == steps - 1:
@@ -491,9 +464,8 @@ def contrast(g, z, i, j, s, steps, learning_rate):
 
 
 def invariance(g, z, i, x, x_bap, samples, l2, s):
-    """Is the map's output invariant? Accuracy on test of a probe for the place, trained on val, on the raw
-    embedding and on the map; mean cosine of map outputs of one foreground on two backgrounds, and of two
-    foregrounds."""
+    """Is the map's output invariant? Accuracy on test of a probe for the place, trained on val, raw and
+    mapped; mean cosine of map outputs of one foreground on two backgrounds, and of two foregrounds."""
     place, split = samples.place.to(x.device), samples.split.to(x.device)
     val, test = split == 1, split == 2
 
@@ -503,7 +475,7 @@ def invariance(g, z, i, x, x_bap, samples, l2, s):
         right = fit_probe(v[val], place[val], l2).predict(v[test]) == place[test]
         return float(right.double().mean())
 
-    pick = torch.randperm(len(z), generator=torch.Generator().manual_seed(s))[:2000].to(z.device)
+    pick = some_of(len(z), 2000, s)
     y, same = unit(g(z[pick])), i[pick][:, None] == i[pick]  # [n, D], [n, n]
     cosine, other = y @ y.T, ~torch.eye(len(pick), dtype=torch.bool, device=z.device)
     within, between = float(cosine[same & other].mean()), float(cosine[~same].mean())
@@ -519,8 +491,7 @@ def invariance(g, z, i, x, x_bap, samples, l2, s):
 class Cut(Picture):
     """The foreground of a picture by a soft mask that the cutter found, in the picture's own frame: RGBA.
 
-    alpha: h x w bytes over the box (left, top, right, bottom), in shares of width and height; nothing
-    outside it.
+    alpha: h x w bytes over the box (left, top, right, bottom), in shares of the picture; nothing outside it.
     """
 
     picture: Picture
@@ -531,22 +502,19 @@ class Cut(Picture):
     def image(self):
         image = self.picture.image()
         left, top, right, bottom = (round(v * n) for v, n in zip(self.box, image.size * 2, strict=True))
-        alpha = Image.frombytes("L", self.shape[::-1], self.alpha).resize(
-            (right - left, bottom - top), Image.BICUBIC
-        )
+        alpha = Image.frombytes("L", self.shape[::-1], self.alpha)
         mask = Image.new("L", image.size)
-        mask.paste(alpha, (left, top))
+        mask.paste(alpha.resize((right - left, bottom - top), Image.BICUBIC), (left, top))
         image.putalpha(mask)
         return image
 
 
 class Cutter:
-    """Finds the foreground of any picture like those that composites imitate, on the grid of the encoder's
-    features.
+    """Finds the foreground of any picture like those that composites imitate, on the grid of dense().
 
     A logistic regression on each cell's features, trained on composites [n] with their alpha as the
-    target; iou: mean intersection over union on every tenth of them, held out. What it learned is kept
-    in the cache. Ours, not in the papers.
+    target; iou: mean intersection over union on every tenth of them, held out. Kept in the cache. Ours,
+    not in the papers.
     """
 
     def __init__(self, encoder, scenes, seed=0):
@@ -569,8 +537,7 @@ class Cutter:
 
 
 def dense(encoder, x):
-    """Images [N, 3, H, W] -> the last three levels of features, brought to the finest one's grid: [N, h, w,
-    D']."""
+    """Images [N, 3, H, W] -> the last three levels of features on the finest one's grid: [N, h, w, D']."""
     tower = encoder.fast if encoder.kind == "timm" else encoder.fast.visual
     levels = tower.forward_intermediates(x, indices=3, intermediates_only=True)
     levels = levels if encoder.kind == "timm" else levels["image_intermediates"]
@@ -593,9 +560,8 @@ def learn_cutter(encoder, scenes, seed, cells=60):
             x = torch.stack(list(pool.map(lambda scene: encoder.transform(scene.image()), batch)))
             x = x.to(encoder.device, memory_format=torch.channels_last)
             f = encoder.run(x, encoder.precision, lambda x, _: dense(encoder, x))  # [N, h, w, D']
-            a = torch.stack([cell_alpha(encoder, scene, f.shape[1:3]) for scene in batch]).to(
-                f.device
-            )  # [N, h, w]
+            a = torch.stack([cell_alpha(encoder, scene, f.shape[1:3]) for scene in batch])  # [N, h, w]
+            a = a.to(f.device)
             test = torch.arange(start, start + len(batch), device=f.device) % 10 == 9
             held.append((f[test], a[test]))
             f, a = rearrange(f[~test], "n h w d -> n (h w) d"), rearrange(a[~test], "n h w -> n (h w)")
@@ -637,15 +603,11 @@ def cut_own(encoder, pictures, cells, s):
     trusted.
 
     It is not if it misses the foregrounds of held-out composites (IoU below 0.6), nor if it finds one of
-    plausible size, 2 to 50 % of the picture, in less than two thirds of the target's: then what it
-    learned from composites does not carry over.
+    plausible size, 2 to 50 % of the picture, in less than two thirds of the target's: then what it learned
+    from composites does not carry over.
     """
-    some = torch.randperm(len(cells), generator=torch.Generator().manual_seed(s))[:640].tolist()
-    cutter = Cutter(encoder, [cells[k] for k in some], seed=s)
-    chosen = (
-        torch.randperm(len(pictures), generator=torch.Generator().manual_seed(s))[:OWN_MOST].sort().values
-    )
-    pictures = [pictures[k] for k in chosen.tolist()]
+    cutter = Cutter(encoder, [cells[k] for k in some_of(len(cells), 640, s)], seed=s)
+    pictures = [pictures[k] for k in sorted(some_of(len(pictures), OWN_MOST, s))]
     alpha = encoder.embed(pictures, "cut out", cutter.masks, cutter.name)
     plausible = (alpha.mean(1) > 0.02) & (alpha.mean(1) < 0.5)
     share = float(plausible.double().mean())
@@ -657,24 +619,26 @@ def cut_own(encoder, pictures, cells, s):
     return [cutter.cut(picture, mask) for picture, mask, good in rows if good] if trusted else []
 
 
+def some_of(n, most, s):
+    """Up to `most` of the numbers 0 to n - 1, in random order: list."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(s))[:most].tolist()
+
+
 def own_composites(cuts, grounds, s):
-    """Each own foreground on OWN_PER backgrounds: composites [N], their foregrounds i [N] and backgrounds j
-    [N]."""
+    """Each own foreground on OWN_PER backgrounds: composites, their foregrounds i and backgrounds j [N]."""
     items, i, j = [], [], []
-    for n, cut in enumerate(cuts):
-        for k in range(OWN_PER):
-            g = rng(s, "own", n, k)
-            ground = int(g.integers(len(grounds)))
-            items.append(Composite(cut, grounds[ground], None, draw_view(g)))
-            i.append(n)
-            j.append(ground)
+    for n, k in np.ndindex(len(cuts), OWN_PER):
+        g = rng(s, "own", n, k)
+        j.append(int(g.integers(len(grounds))))
+        items.append(Composite(cuts[n], grounds[j[-1]], None, draw_view(g)))
+        i.append(n)
     return items, torch.tensor(i), torch.tensor(j)
 
 
 def recomposed(encoder, samples, grounds, by_place, s):
     """The training foregrounds, by their masks, on other backgrounds: {"copy_paste": on two of the
-    composites' grounds, "balanced_train": on one of each place}, each (embeddings [k, D], labels [k]);
-    what has no mask or ground is left out."""
+    composites', "balanced_train": on one of each place}, each (embeddings [k, D], labels [k]), where there
+    are any."""
     out, masked = {}, [k for k in (samples.split == 0).nonzero()[:, 0].tolist() if samples.cut[k]]
     for name, choices, copies in (("copy_paste", [grounds], 2), ("balanced_train", by_place, 1)):
         items, y = [], []
@@ -689,7 +653,7 @@ def recomposed(encoder, samples, grounds, by_place, s):
 
 
 def place_grounds(samples, folders):
-    """For each place a list of backgrounds to recompose on, from --place_backgrounds=DIR,DIR; none without."""
+    """For each place a list of backgrounds to recompose on, from --place_backgrounds=DIR,DIR."""
     if samples.name == "scenes" and not folders:
         folders = ",".join(str(ASSETS / "scenes" / "train" / place) for place in samples.places)
     folders = folders.split(",") if folders else []
@@ -704,19 +668,12 @@ def grounds_of(where, skip_bad, most=100):
     if not where.startswith("discovery:"):
         return layers(where, Ground, "backgrounds", skip_bad)
     found = load_discovery(where.removeprefix("discovery:"))
-    if not found.kept:
-        raise Complaint(
-            f"--backgrounds={where}: no cluster was kept, nothing was found to become invariant to"
-        )
+    expect(found.kept, "backgrounds", where, "a discovery that kept a cluster")
     regions = [k for c in found.clusters if c["kept"] for k in c["regions"][:most]]
     paths = [found.paths[int(found.image[k])] for k in regions]
-    if not all(paths):
-        raise Complaint(
-            f"--backgrounds={where}: made on drawn images, which lie in no file; expected a discovery on photos"
-        )
-    grounds = [
-        Crop(Photo(path), tuple(found.box[k].tolist())) for path, k in zip(paths, regions, strict=True)
-    ]
+    expect(all(paths), "backgrounds", where, "a discovery on photos, not on images that lie in no file")
+    boxes = [tuple(found.box[k].tolist()) for k in regions]
+    grounds = [Crop(Photo(path), box) for path, box in zip(paths, boxes, strict=True)]
     return grounds, [f"backgrounds: {len(grounds)} regions that discover.py found the model to rely on"]
 
 
@@ -725,10 +682,10 @@ def pretrain(encoder, cells, grids, j, samples, s, out, config):
     lands on the anchor of its foreground (squared distance, in shares of the anchors' variance). What
     texts (or the rows of its classifier) say of an image is kept: it becomes what they say of the anchor
     (KL). Anchors, mu + a_f, are those of the encoder as it was: fixed, so nothing can collapse. Contrast
-    among the anchors was worse (LOG.md). Our reading.
+    among them was worse. Our reading.
 
-    cells: the composites [N]; grids: as wiener takes them, j: background of each. Returns the trained
-    Encoder and its weights.
+    cells: the composites [N]; grids: as of wiener; j: background of each. Returns the trained Encoder, its
+    weights.
     """
     z = torch.cat([v for _, v, _ in grids])
     i = renumber(torch.cat([k + n * config["instances"] for n, (_, _, k) in enumerate(grids)]))
@@ -749,8 +706,8 @@ def pretrain(encoder, cells, grids, j, samples, s, out, config):
 
 
 def readout(encoder, samples):
-    """Embeddings [N, D] -> logits [N, V]: of texts, the target's classes and ImageNet's, or of a
-    classifier's rows; or None."""
+    """A function from embeddings [N, D] to logits [N, V], of the target's and ImageNet's texts, or of a
+    classifier's rows; None without either."""
     if encoder.tokenizer:
         names = [[f"a photo of a {name}."] for name in synsets()[2]]
         t, scale = encoder.prompts(samples.class_prompts() + names), encoder.facts["logit_scale"]
@@ -766,8 +723,7 @@ def readout(encoder, samples):
 
 
 def average(runs, notes):
-    """Results of all seeds -> their means, spread and, for each method that all have, the seeds' own. What
-    one lacks is None."""
+    """Results of all seeds -> their means; of a method that all have also its spread and the seeds' own."""
 
     def mean(values):
         if None in values:
@@ -826,18 +782,13 @@ def summary(results, samples):
     for name, m in methods.items():
         over = f"{m['over_erm'][0]:+.3f} to {m['over_erm'][1]:+.3f}"
         rows.append((name, *[m[k] for k in keys], *[g["accuracy"] for g in m["groups"]], over))
-    spread = ""
-    if config["seeds"] > 1:
-        spread = (
-            f"; means of {config['seeds']} seeds, spread of bap's worst group {methods['bap']['spread']:.3f}"
-        )
+    spread = f"; means of {config['seeds']} seeds, bap's worst group +- {methods['bap']['spread']:.3f}"
+    spread = spread if config["seeds"] > 1 else ""
     sums, invariant = sentences(results)
     lines = ["\n" + table(*zero_rows(results["zero_shot"]))] if results["zero_shot"] else []
     lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
     lines += [table(*additivity_rows(results)), sums, "\nIs the map invariant?", invariant]
-    lines.append(
-        f"\nTest split, every probe with l2 = {config['l2']}{spread}. Over erm: worst group, 95 %, paired bootstrap"
-    )
+    lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: worst group, 95 %, paired bootstrap")
     return "\n".join([*lines, table(("method", *keys, *names, "over erm"), rows)])
 
 
@@ -857,31 +808,28 @@ def report(results, last):
     margin = logits.gather(1, samples.y[:, None])[:, 0] - logits.amax(1)
     wrong = [k for k in margin.argsort().tolist() if samples.split[k] == 2 and margin[k] < 0][:12]
     taken = [samples.classes[k] for k in logits.argmax(1).tolist()]
-    errors = [thumb(samples.items[k].image(), f"{label[k]}, taken for {taken[k]}") for k in wrong] or [
-        tag("p", "none")
-    ]
+    errors = [thumb(samples.items[k].image(), f"{label[k]}, taken for {taken[k]}") for k in wrong]
     by_group, compared = [], ("erm", "bap_closed", "bap", "val_probe", "balanced_train")
     for k, g in enumerate(methods["erm"]["groups"]):
         of = {name: methods[name]["groups"][k] for name in compared if name in methods}
         by_group.append(tag("h3", group_name(samples, g)))
         by_group.append(bars([(name, m["accuracy"], m["interval"], f"n={m['n']}") for name, m in of.items()]))
-    keys, heads = (
-        ("worst_group", "avg_group_mean", "avg_train_weighted"),
-        ("worst group", "mean of groups", "train-weighted"),
-    )
+    keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
     rows = [(name, *[m[k] for k in keys], ROWS[name]) for name, m in methods.items()]
     sums, invariant = sentences(results)
     erm, ours = methods["erm"]["worst_group"], methods["bap"]["worst_group"]
-    lead = f"{config['data']}, {config['model']} {config['pretrained']}: worst group {erm:.3f} for a probe on the raw embedding"
-    fit = "Shares of the variance of composites in the fit z(f, b) = mu + a + c + e, flat and after the log map at the mean."
+    lead = (
+        f"{config['data']}, {config['model']} {config['pretrained']}: worst group {erm:.3f} for a probe on it"
+    )
+    fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map."
     sections = [
         ("Composites to pre-train on", *shown),
         ("The biased data", tag("p", "; ".join(samples.notes)), *examples),
-        ("Methods", html_table(("method", *heads, "what"), rows)),
+        ("Methods", html_table(("method", *keys, "what"), rows)),
         ("Accuracy per group, with 95 % intervals", *by_group),
         ("Additivity", tag("p", fit), html_table(*additivity_rows(results)), tag("p", sums)),
         ("Invariance", tag("p", invariant)),
-        ("Worst errors of bap on test", *errors),
+        ("Worst errors of bap on test", *(errors or ["none"])),
         flags_section(config, results["git"]),
     ]
     if results["zero_shot"]:
@@ -920,8 +868,8 @@ def unfinished(path, config, encoder):
 
 @contextlib.contextmanager
 def until_asked():
-    """Ctrl-C waits for the end of a step: gives a list that is no longer empty then. A second Ctrl-C stops
-    at once."""
+    """Ctrl-C waits for the end of a step: gives a list that is no longer empty then. A second one stops at
+    once."""
     asked = []
 
     def ask(*_):
@@ -942,14 +890,15 @@ def until_asked():
 
 
 def finetune(config, encoder, samples):
-    """--method=finetune and the mitigations: fits, and writes weights.safetensors, finetune.json and
-    log.csv."""
+    """--method=finetune and the mitigations: fits, and writes weights.safetensors, finetune.json, log.csv."""
     expect(seeds == 1, "seeds", seeds, f"1 with --method={method}: start it once for each --seed")
+    expect(not wandb or find_spec("wandb"), "wandb", True, "False, or pip install wandb")
     rank, world = ranks()
     expect(pairs % world == 0, "pairs", pairs, f"a multiple of {world} processes")
     out, started, row = Path(out_dir), time.time(), METHODS[method]
     if skip_bad:
-        samples = readable(samples, encoder.threads)
+        good = from_first(readable(encoder.embed(samples.items, "all images")))
+        samples = samples if good.all() else check(samples.keep(good))
     task = pairs_of(samples, captions, pairs)
     task.seed, task.loss, task.tau, task.w = seed, loss, region_temperature, region_weight
     encoder.texts(task.prompts)  # complains if there is no text tower
@@ -970,9 +919,8 @@ def finetune(config, encoder, samples):
         if rank == 0:
             save_checkpoint(path, head | more)
 
-    with (
-        until_asked() if world == 1 else contextlib.nullcontext(()) as asked
-    ):  # one of several must not stop alone
+    waits = until_asked() if world == 1 else contextlib.nullcontext(())  # one of several must not stop alone
+    with waits as asked:
         rows = fit(student, task, row, config, state, save, asked)
     if rank:
         return
@@ -988,64 +936,40 @@ def finetune(config, encoder, samples):
 
 
 def zero_shot(encoder, samples, x=None):
-    """Accuracies of the test split by the classes' texts: as of group_metrics. x: embeddings of all images,
-    if they are there."""
+    """Accuracies of the test split by the classes' texts, as group_metrics. x: embeddings of all images."""
     index = (samples.split == 2).nonzero()[:, 0]
-    z = (
-        encoder.embed([samples.items[k] for k in index], "test images")
-        if x is None
-        else x[index.to(x.device)]
-    )
+    if x is None:
+        z = encoder.embed([samples.items[k] for k in index], "test images")
+    else:
+        z = x[index.to(x.device)]
     if z is None:  # rank 0 has them
         return None
     correct = (unit(z) @ encoder.prompts(samples.class_prompts()).T).argmax(1).cpu() == samples.y[index]
     return group_metrics(correct, samples, index)
 
 
-def readable(samples, threads):
-    """--skip_bad: the samples whose images can be read, each looked at once; the others are counted and
-    named."""
-
-    def problem(item):
-        try:
-            item.image()
-        except Complaint as said:
-            return str(said)
-
-    with ThreadPoolExecutor(threads or None) as pool:
-        bad = list(pool.map(problem, samples.items))
-    lines = [line for line in bad if line]
-    for line in lines[:20]:
-        say(f"skipped {line}")
-    if not lines:
-        return samples
-    say(f"{len(lines)} of {len(bad)} images skipped")
-    return check(samples.keep(torch.tensor([line is None for line in bad])))
+def readable(z):
+    """Which images have an embedding [n]; None on ranks above 0."""
+    return None if z is None else z.isfinite().all(1).cpu()
 
 
 def pairs_of(samples, captions, pairs):
-    """The task of fine-tuning: items, captions, y [n], C, prompts of the training split; Complaint where
-    captions are missing."""
+    """The task of fine-tuning: items, captions, y [n], C and prompts of the training split."""
     mine = samples.keep(samples.split == 0)
     prompts = [texts[0] for texts in samples.class_prompts()]
     if len(mine.y.unique()) < 2:
-        raise Complaint(
-            f"{samples.name}: all {len(mine.y)} training images are of one class; contrast needs two"
-        )
+        raise Complaint(f"{samples.name}: its training images are of one class; contrast needs two")
     texts = mine.captions if captions == "own" else [prompts[k] for k in mine.y.tolist()]
     if captions == "place":
-        texts = [
-            f"{text.rstrip('.')}, {samples.places[k]}"
-            for text, k in zip(texts, mine.place.tolist(), strict=True)
-        ]
+        where = [samples.places[k] for k in mine.place.tolist()]
+        texts = [f"{text.rstrip('.')}, {place}" for text, place in zip(texts, where, strict=True)]
     missing = [k for k, text in enumerate(texts) if not text.strip()]
     if missing:
-        what = f"{len(missing)} of {len(texts)} training images have no caption (the first is number {missing[0]})"
+        what = f"{len(missing)} of {len(texts)} images have no caption, the first is number {missing[0]}"
         raise Complaint(f"{samples.name}: {what}; add them, or use --captions=class")
     expect(len(texts) >= pairs, "pairs", pairs, f"at most {len(texts)}, the number of training images")
-    return SimpleNamespace(
-        items=mine.items, captions=texts, y=mine.y, C=len(samples.classes), prompts=prompts
-    )
+    task = dict(items=mine.items, captions=texts, y=mine.y, C=len(samples.classes), prompts=prompts)
+    return SimpleNamespace(**task)
 
 
 def load_discovery(path):
@@ -1060,10 +984,8 @@ def load_discovery(path):
     path = Path(path) / "discovery.json" if Path(path).is_dir() else Path(path)
     what = "discovery.json and discovery.npz as discover.py writes them"
     tree = read_json(path, what)
-    with (
-        reading(path, what, "run discover.py again"),
-        np.load(path.with_suffix(".npz"), allow_pickle=False) as file,
-    ):
+    with reading(path, what, "run discover.py again"):
+        file = np.load(path.with_suffix(".npz"), allow_pickle=False)
         arrays = {k: torch.from_numpy(file[k]) for k in ("medoids", "mean", "image", "box", "label")}
         words = {k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}
         kept = [int(c["id"]) for c in tree["clusters"] if c["kept"]]
@@ -1075,40 +997,40 @@ def load_discovery(path):
 
 def discovered(samples, encoder, task, path, most):
     """Adds to the task what was discovered: boxes [n, R, 4] of each image's regions in shares of what the
-    model sees; state [n, R], 1 in a discovered cluster, 0 not, -1 no region; feature [n], whether any
-    is. Regions are assigned once, by the fixed medoids and encoder of stage 1. Returns notes; raises
-    Complaint for a discovery of other data or another model."""
+    model sees; state [n, R], 1 in a discovered cluster, 0 not, -1 no region; feature [n], whether any is.
+    Regions are assigned once, by the fixed medoids and encoder of stage 1. Returns notes; Complaint for
+    other data or another model."""
+    flag = f"--discovery={path}"
     if not path:
         raise Complaint(
-            "--discovery: this method needs what discover.py found; run it on the fine-tuned model first"
+            f"{flag}: this method needs what discover.py found; run it on the fine-tuned model first"
         )
     found = load_discovery(path)
-    made = found.config
-    wrong = {
-        "made from --embeddings, which says nothing of images; run discover.py with --data and --model": made.get(
-            "embeddings"
-        ),
-        f"made on {found.data}, not on {samples.name}; run discover.py with this --data": found.data
-        != samples.name,
-        "no cluster was kept, nothing was found to hold down; try other --regions or --k": not found.kept,
-        "it ranks regions and keeps no cluster; run discover.py with --method=ravl or all": ranks_only(found),
-    }
-    for line, is_so in wrong.items():
-        if is_so:
-            raise Complaint(f"--discovery={path}: {line}")
-    first = load_encoder(made["model"], made["pretrained"], made["quick_gelu"]).embeds_with(
-        encoder.device, encoder.dtype, encoder.batch, encoder.threads, encoder.cache
+    made, named = (
+        found.config,
+        f"--model={found.config.get('model')} --pretrained={found.config.get('pretrained')!r}",
     )
-    if first.fingerprint != found.fingerprint:
-        named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
+    if made.get("embeddings"):
+        raise Complaint(f"{flag}: made from --embeddings; run discover.py with --data and --model")
+    if found.data != samples.name:
         raise Complaint(
-            f"--discovery={path}: made with {named}, whose weights are others now; run discover.py again"
+            f"{flag}: made on {found.data}, not on {samples.name}; run discover.py with this --data"
         )
+    if not found.kept:
+        raise Complaint(
+            f"{flag}: no cluster was kept, nothing was found to hold down; try other --regions or --k"
+        )
+    if any(c["kept"] and c.get("score", 0) is None for c in found.clusters):
+        raise Complaint(
+            f"{flag}: made with --method={made['method']}, which keeps no cluster; take --method=ravl"
+        )
+    how = {k: getattr(encoder, k) for k in ("device", "dtype", "batch", "threads", "cache")}
+    first = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], **how)
+    if first.fingerprint != found.fingerprint:
+        raise Complaint(f"{flag}: made with {named}, whose weights are others now; run discover.py again")
     pictures, notes = load_regions(found.regions, task.items, first.frame)
     if any(p.mask for p in pictures):
-        raise Complaint(
-            f"--discovery={path}: its regions are masks; the region-aware loss takes boxes or a grid"
-        )
+        raise Complaint(f"{flag}: its regions are masks; the region-aware loss takes boxes or a grid")
     _, r = region_embeddings(first, pictures, found.region_encoder)
     used, count = torch.tensor(clusters_used(found, most)), [len(p.boxes) for p in pictures]
     inside = from_first(None if r is None else torch.isin(assign_regions(r.cpu(), found), used).long())
@@ -1119,20 +1041,14 @@ def discovered(samples, encoder, task, path, most):
     n, having, without = len(pictures), int(task.feature.sum()), int((~(task.state == 0).any(1)).sum())
     what = f"{having} of {n} training images have a region in the {len(used)} clusters discovered"
     if not having or without == n:
-        raise Complaint(f"--discovery={path}: {what}, {without} have no other; nothing to learn from")
+        raise Complaint(f"{flag}: {what}, {without} have no other; nothing to learn from")
     if without:
         what += f"; {without} have no region without it, and L_R and L_A skip them"
     return notes + [what]
 
 
-def ranks_only(found):
-    """Whether a discovery is a ranked list of regions, as of --method=random, and no clusters."""
-    return any(c["kept"] and c.get("score", 0) is None for c in found.clusters)
-
-
 def assign_regions(r, found):
-    """Region embeddings [N, D] of the stage-1 encoder -> the discovered cluster of each, the one with the
-    nearest medoid [N]."""
+    """Region embeddings [N, D] of the stage-1 encoder -> for each the cluster with the nearest medoid [N]."""
     r = unit(unit(r.float()) - found.mean)
     least = 0 if found.clipped else -1
     parts = [(part @ found.medoids.T).clamp(min=least).argmax(1) for part in r.split(1 << 16)]
@@ -1195,7 +1111,7 @@ class Towers(torch.nn.Module):
         if tokens:
             both = self.module.encode_text(
                 torch.cat(list(tokens.values()))
-            )  # one pass: the vocabulary's gradient is dense
+            )  # the vocabulary's gradient is dense
             out.update(zip(tokens, both.split([len(some) for some in tokens.values()]), strict=True))
         out = {k: unit(v.float()) for k, v in out.items()}
         out["scale"] = self.module.logit_scale.exp()
@@ -1233,45 +1149,41 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
         task.q, first, rows = state["q"].to(encoder.device), state["step"], state["rows"]
-    sink, clock, count = sink_of(config) if save and rank == 0 else None, time.time(), 0
-    mine = lambda step: rearrange(draw(step), "(p n) -> p n", p=world)[rank]  # noqa: E731 - this process's rows
-    feed.ahead(mine(first) if first < steps else None)
     amp = config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and encoder.on_gpu)
+    clock, count, share = time.time(), 0, pairs // world
+    mine = slice(rank * share, (rank + 1) * share)  # of a batch, this process's images
+    feed.ahead(draw(first)[mine])
     for step in range(first, steps):
-        optimiser.param_groups[0]["lr"] = optimiser.param_groups[1]["lr"] = rate(
-            step, steps, config["learning_rate"]
-        )
-        ids, x = draw(step), feed.get(mine(step))
-        feed.ahead(mine(step + 1) if step + 1 < steps else None)
+        for group in optimiser.param_groups:
+            group["lr"] = rate(step, steps, config["learning_rate"])
+        ids, x = draw(step), feed.get()
+        feed.ahead(draw(step + 1)[mine])
         with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
-            e = forward(x, mine(step))
+            e = forward(x, ids[mine])
         terms = row.cost(e, ids, task)
         total = sum(weight * term for weight, term in terms.values())
         optimiser.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        bad = [name for name, (_, term) in terms.items() if not term.isfinite()] or ["the gradient"] * (
-            not norm.isfinite()
-        )
-        if bad:
+        bad = [name for name, (_, term) in terms.items() if not term.isfinite()]
+        if bad or not norm.isfinite():
             if save:
                 save(**training_state(step, module, optimiser, task, rows))
             kept = f"the state before it is in {config['out_dir']}/training.pt"
             cure = "start anew with a lower --learning_rate, or with --dtype=float32"
-            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}; {cure}")
+            raise Complaint(f"step {step}: {' and '.join(bad) or 'the gradient'} not finite; {kept}; {cure}")
         optimiser.step()
         if hasattr(module, "logit_scale"):
             module.logit_scale.data.clamp_(0, math.log(100))
         count += pairs
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            values = {name: term.item() for name, (_, term) in terms.items()}
-            rows.append(dict(step=step + 1, loss=total.item(), **values, gradient=float(norm)))
-            rows[-1].update(lr=optimiser.param_groups[0]["lr"], images_per_s=count / (time.time() - clock))
+            values = {name: term.item() for name, (_, term) in terms.items()} | dict(gradient=float(norm))
+            speed = count / (time.time() - clock)
+            rows.append(dict(step=step + 1, loss=total.item(), **values, lr=group["lr"], images_per_s=speed))
             listed = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-            speed = f"{rows[-1]['images_per_s']:.0f} images/s"
-            say(f"step {step + 1}/{steps}: loss {total.item():.4f} ({listed}), {speed}")
-            if sink:
-                sink(rows)
+            say(f"step {step + 1}/{steps}: loss {total.item():.4f} ({listed}), {speed:.0f} images/s")
+            if save and rank == 0:
+                log(rows, config)
             clock, count = time.time(), 0
         if save and ((step + 1) % config["save_every"] == 0 or step + 1 == steps or asked):
             save(**training_state(step + 1, module, optimiser, task, rows))
@@ -1295,8 +1207,7 @@ def rate(step, steps, peak):
 
 
 def forward_of(tower, encoder, task, row):
-    """A function from images [N, 3, H, W] and their rows [N] to embeddings (see Towers), gathered from all
-    processes."""
+    """A function from images [N, 3, H, W] and their rows [N] to embeddings (see Towers) of all processes."""
     which = tokens = prompts = None
     if "texts" in row.uses:
         texts = list(dict.fromkeys(task.captions))
@@ -1330,9 +1241,8 @@ def gathered(x):
 
 def choose_parameters(encoder, row, config):
     """requires_grad by --train; what the method has no use for is frozen, as DDP wants every gradient.
-    last_blocks: the last quarter of the image tower's blocks (layers, stages), and what comes after
-    them."""
-    module, part = encoder.module, config["train"] if config["train"] != "auto" else "all"
+    last_blocks: the last quarter of the image tower's blocks (layers, stages), and what comes after them."""
+    module, part = encoder.module, config["train"]
     names = [name for name, _ in module.named_parameters()]
     image = {name for name in names if name.startswith("visual.") or encoder.kind == "timm"}
     ends = (
@@ -1341,16 +1251,16 @@ def choose_parameters(encoder, row, config):
         "visual.attnpool.c_proj",
         "text_projection",
         "text.proj",
-        "text.text_projection",
+        "text.text_proj",
     )
     last = {name for name in names if name.startswith(ends)}
-    chosen = {"all": set(names), "image": image, "text": set(names) - image, "projection": last}.get(part)
+    chosen = {"image": image, "text": set(names) - image, "projection": last}.get(part, set(names))
     if part == "last_blocks":
         chosen = last_quarter([name for name in names if name in image]) | (last & image)
     chosen -= {"logit_scale", "logit_bias"}
     if row is not ANCHORS:
         chosen.add("logit_scale")
-        if uses_sigmoid(module, config["loss"]) and "texts" in row.uses:
+        if config["loss"] != "infonce" and "texts" in row.uses:
             chosen.add("logit_bias")
     module.requires_grad_(True)
     for name, parameter in module.named_parameters():
@@ -1369,7 +1279,7 @@ def last_quarter(names):
     number = [int(m[1]) if (m := pattern.search(name)) else -1 for name in names]
     if max(number) < 0:
         raise Complaint(
-            "--train=last_blocks: the encoder has no numbered blocks, layers or stages; use --train=image"
+            "--train=last_blocks: the encoder has no numbered blocks or layers; use --train=image"
         )
     blocks = max(number) - min(k for k in number if k >= 0) + 1
     least = max(number) + 1 - max(1, round(blocks / 4))
@@ -1379,19 +1289,9 @@ def last_quarter(names):
 # --- what a batch costs: e, embeddings (see Towers) of the images ids [B] -> {term: (weight, value)}
 
 
-def uses_sigmoid(module_or_embeddings, loss):
-    """Whether the contrastive loss is SigLIP's: asked for, or by the model, which then has a bias."""
-    there = (
-        "bias" in module_or_embeddings
-        if isinstance(module_or_embeddings, dict)
-        else module_or_embeddings.logit_bias is not None
-    )
-    return loss == "sigmoid" or (loss == "auto" and there)
-
-
 def contrast_cost(e, ids, task, together=None):
     """The contrastive loss. together: bool [B, B], the pairs that count, all if None."""
-    if uses_sigmoid(e, task.loss):
+    if task.loss == "sigmoid" or (task.loss == "auto" and "bias" in e):
         return dict(L_CL=(1.0, sigmoid(e["z"], e["t"], e["scale"], e["bias"], together)))
     return dict(L_CL=(1.0, infonce(e["z"], e["t"], e["scale"], together)))
 
@@ -1439,8 +1339,7 @@ def anchor_cost(e, ids, task):
 
 
 def infonce(z, t, scale, together=None):
-    """InfoNCE, both ways: mean cross-entropy of scale * z t^T [B, B] with its diagonal. together: [B, B]
-    pairs that count."""
+    """InfoNCE, both ways: mean cross-entropy of scale * z t^T [B, B] with its diagonal."""
     logits, n = scale * z @ t.T, torch.arange(len(z), device=z.device)
     if together is not None:
         logits = logits.masked_fill(~together, -torch.inf)
@@ -1448,22 +1347,21 @@ def infonce(z, t, scale, together=None):
 
 
 def sigmoid(z, t, scale, bias, together=None):
-    """SigLIP's loss (Zhai et al. 2023): -log sigmoid of +-(scale z t^T + bias), summed over texts, averaged
-    over images."""
+    """SigLIP's loss (Zhai et al. 2023): -log sigmoid of +-(scale z t^T + bias), summed over texts."""
     sign = 2 * torch.eye(len(z), device=z.device) - 1
     value = -F.logsigmoid(sign * (scale * z @ t.T + bias))
     return (value if together is None else value * together).sum() / len(z)
 
 
 def region_terms(r, state, g, y, tau=0.07):
-    """RaVL's L_R and L_A (PROTOCOLS 4; the paper's Eqs 3 to 9, second-hand), averaged over the images that
-    have other regions.
+    """RaVL's L_R and L_A (PROTOCOLS 4; the paper's Eqs 3 to 9, second-hand), the mean of images with other
+    regions.
 
     r: regions [B, R, D], unit-norm; state: [B, R] 1 in the discovered cluster (R^s), 0 not (R^r), -1 no
     region; g: class texts [C, D]; y: labels [B]. With s_i(y) = max over R_i^r of cos(r, g_y) / tau:
-        L_R = logsumexp(s_i(y_j) for the labels y_j of the batch, max_y cos(r, g_y) / tau for r in R_B^s) -
-        s_i(y_i) L_A = logsumexp(s_i(y_i), s_j(y_i) for images j of other labels, cos(r, g_{y_i}) / tau for
-        r in R_B^s) - s_i(y_i)
+        L_R = logsumexp(s_i(y_j) of the batch's labels y_j, max_y cos(r, g_y) / tau of r in R_B^s) - s_i(y_i)
+        L_A = logsumexp(s_i(y_i), s_j(y_i) of images j of other labels, cos(r, g_{y_i}) / tau of r in R_B^s) -
+        s_i(y_i)
     A label of several images counts once in L_R's first sum (open in the paper). Zeros if every R_i^r is
     empty.
     """
@@ -1512,8 +1410,7 @@ def by_weight(task, pairs, weight=None):
 
 
 def feature_evenly(task, pairs):
-    """With and without the discovered feature equally often for each label; labels stay as frequent as they
-    are."""
+    """With and without the discovered feature equally often for each label, as frequent as it is."""
     group = 2 * task.y + task.feature.long()
     size = torch.bincount(group, minlength=2 * task.C).double()
     kinds = (rearrange(size, "(c f) -> c f", f=2) > 0).sum(1)  # of each label: with, without or both
@@ -1534,30 +1431,21 @@ def smallest_groups(task, pairs):
     return every_image(task, pairs, torch.cat([pick[group[pick] == g][:least] for g in torch.unique(group)]))
 
 
-Method = namedtuple("Method", "draw cost discovery uses what", defaults=(False, ("texts",), ""))
+Method = namedtuple("Method", "draw cost discovery uses", defaults=(False, ("texts",)))
+Method.__doc__ = (
+    """How often an image is drawn, what a batch costs, whether a discovery is needed, what the towers see."""
+)
 METHODS = {
-    "finetune": Method(every_image, contrast_cost, what="contrastive loss on the pairs as they are"),
-    "ravl": Method(
-        every_image,
-        ravl_cost,
-        True,
-        ("texts", "prompts", "regions"),
-        "regions without the feature drawn to the label",
-    ),
+    "finetune": Method(every_image, contrast_cost),
+    "ravl": Method(every_image, ravl_cost, True, ("texts", "prompts", "regions")),
     "upsampled": Method(feature_evenly, contrast_cost, True),
-    "vl_erm": Method(every_image, erm_cost, uses=("prompts",), what="cross-entropy with the classes' texts"),
-    "vl_gdro": Method(
-        groups_evenly, gdro_cost, True, ("prompts",), "the same under group DRO, groups = label x feature"
-    ),
+    "vl_erm": Method(every_image, erm_cost, False, ("prompts",)),
+    "vl_gdro": Method(groups_evenly, gdro_cost, True, ("prompts",)),
     "spurious_aware": Method(every_image, spurious_aware_cost, True),
-    "jtt": Method(
-        by_weight,
-        contrast_cost,
-        what="just train twice: what a short first run leaves wrong is drawn more often",
-    ),
+    "jtt": Method(by_weight, contrast_cost),  # just train twice: see first_errors
     "subg": Method(smallest_groups, contrast_cost, True),
 }
-ANCHORS = Method(by_weight, anchor_cost, uses=())  # --method=bap --train=last_blocks|image
+ANCHORS = Method(by_weight, anchor_cost, False, ())  # --method=bap --train=last_blocks|image
 
 
 class Feed:
@@ -1578,10 +1466,10 @@ class Feed:
         return torch.stack(x)
 
     def ahead(self, ids):
-        """Starts on the rows ids [n] of the next step; None for none."""
-        self.coming = None if ids is None else self.front.submit(self.load, ids.tolist())
+        """Starts on the rows ids [n] of the next step."""
+        self.coming = self.front.submit(self.load, ids.tolist())
 
-    def get(self, ids):
+    def get(self):
         """Images [n, 3, H, W] of the rows that ahead() was told of, on the encoder's device."""
         return self.coming.result().to(self.encoder.device, memory_format=torch.channels_last)
 
@@ -1590,28 +1478,14 @@ class Feed:
         self.pool.shutdown()
 
 
-def sink_of(config):
-    """A function that takes the rows of the log: writes log.csv whole and, with --wandb, logs the last row
-    there."""
+def log(rows, config):
+    """Writes log.csv whole and, with --wandb, logs the last row there."""
+    write_table(Path(config["out_dir"]) / "log.csv", list(rows[-1]), [list(row.values()) for row in rows])
     if config["wandb"]:
-        try:
-            import wandb as service
-        except ImportError:
-            raise Complaint(
-                "--wandb: it is not installed; pip install wandb, or leave the flag away"
-            ) from None
-        service.init(project="flock", config=config)
+        import wandb
 
-    def sink(rows):
-        text = io.StringIO()
-        lines = csv.DictWriter(text, list(rows[-1]), lineterminator="\n")
-        lines.writeheader()
-        lines.writerows(rows)
-        write(Path(config["out_dir"]) / "log.csv", text.getvalue())
-        if config["wandb"]:
-            service.log(rows[-1])
-
-    return sink
+        run_ = wandb.run or wandb.init(project="flock", config=config)
+        run_.log(rows[-1])
 
 
 if __name__ == "__main__":

@@ -1,677 +1,946 @@
-"""Which image regions does a model spuriously rely on? RaVL's discovery, and the baselines that it is compared with.
+"""Which image regions does a model spuriously rely on? RaVL's discovery, and what it is compared with.
 
-    python discover.py --data=waterbirds:DIR --ckpt=out/ckpt.pt                  a probe that train.py made
-    python discover.py --data=waterbirds:DIR --model=ViT-B-32 --pretrained=openai    zero-shot
-    python discover.py --embeddings=FILE.npz                                     region embeddings from elsewhere
-    torchrun --nproc_per_node=N discover.py ...                                  regions spread over N processes
+    python discover.py --data=waterbirds:DIR --ckpt=out/ckpt.pt               a probe that train.py made
+    python discover.py --data=waterbirds:DIR --model=ViT-B-32 --pretrained=openai          zero-shot
+    python discover.py --embeddings=FILE.npz                      region embeddings from elsewhere
+    torchrun --nproc_per_node=4 discover.py ...                   shares the embedding out
 
-1. Cluster the embeddings of regions: k-medoids for every k of a range, the k with the largest silhouette.
-2. Identify the clusters that are spurious: images of one class gain by having a region in it, images of another lose, and the
-   misclassified ones look at it (influence).
-3. Rank each such cluster's regions by closeness to its medoid.
+1. Cluster the embeddings of regions: k-medoids for each k of a range; the k with the largest silhouette.
+2. Identify the clusters that are spurious: images of one class gain by a region in it, images of another
+   lose, and those that are misclassified look at it (influence).
+3. Rank the regions of each such cluster by their closeness to its medoid.
 
-RaVL is Varma et al., NeurIPS 2024; --clustering=ravl is their published procedure to the letter, fast the same idea in O(n k D).
+RaVL is Varma et al., NeurIPS 2024. --clustering=ravl is their published procedure to the letter, fast the
+same idea in O(n k D). Embedding is what costs, and processes share it by the cache; clustering is done by
+the first alone: 10 million regions fit one process.
 """
-import math, os, resource, time, zlib
-from html import escape
+
+import io
+import math
+import os
+import re
+import resource
+import time
+import zlib
+from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange, repeat
+from PIL import ImageDraw
 
-from data import (Complaint, Crop, bars, drawn_regions, expect, find_masks, flags, html_table, load_data, load_embeddings, load_regions, npz,
-                  open_mask, outlined, page, region_truth, revision, rng, run, say, table, thumb, write, write_json)
-from kernels import cluster_sums
-from model import Probe, cores, embed, fit_probe, load_checkpoint, load_encoder, load_map, prompt_embeddings, region_embeddings, unit
+from data import ASSETS, SPLITS, Complaint, Crop, bars, expect, find_masks, flags, flags_section, html_table
+from data import load_data, load_regions, opaque, open_mask, page, reading, region_truth, revision, rng, run
+from data import say, table, tag, thumb, write, write_json
+from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_map, load_probe
+from model import region_embeddings, repeat_by, unit
 
-# --- I/O ------------------------------------------------------------------------------------------------------------
-out_dir = "out"          # discovery.json, discovery.npz, discovery.html
-cache_dir = "cache"      # embeddings, shared with the other scripts; --cache_dir= for none
-skip_bad = False         # leave out images that cannot be read, counted and named, instead of stopping
-# --- what to look at: images, or embeddings of their regions ----------------------------------------------------------
-data = "scenes"          # every --data of train.py
-split = "val"            # train, val, test, or several: val,test; the classifier must not have been fitted on it
-confounder = 1.0         # scenes: as in train.py
-difficulty = 0.65        # scenes: as in train.py
-embeddings = ""          # FILE.npz with reg_emb [N,D], num_regions [n], true_label [n], text_emb [C,D], img_emb [n,D]; random:N,D draws some
-masks = ""               # folder of foreground masks: what Precision@K counts as background
-outside = 0.9            # share of a region that must lie outside the mask for it to count
-# --- regions ---------------------------------------------------------------------------------------------------------
-regions = "grid:3"       # grid:3, grid:2,4, boxes:FILE.csv (path,x1,y1,x2,y2 in pixels), coco:FILE.json, masks:DIR
-region_encoder = "pool"  # pool: the feature map under the region; crop: each region as an image; roi: CLIP's ResNets
-# --- the classifier under suspicion ----------------------------------------------------------------------------------
-classifier = "auto"      # probe, text or rows (of an ImageNet classifier); auto: what there is, in this order
-ckpt = ""                # of train.py; without one, probe is fitted on the training split as train.py's erm is
-probe = "erm"            # which of its probes
-classes = ""             # file of class names, one a line
-prompts = ""             # file of templates with {}, one a line; if empty the data set's own (waterbirds and scenes: "This is a picture of a {}."; celeba
-                         # and counteranimal have theirs), of any other "a photo of a {}."
-temperature = 0.07       # of softmax over cosines with text embeddings
-model = "lite0"          # lite0, timm:NAME, tiny, or any open_clip name such as ViT-L-14
-pretrained = ""          # open_clip tag or local file
-quick_gelu = "auto"      # auto follows the record of the weights; on, off
-device = "auto"          # auto, cpu, cuda
-dtype = "auto"           # of the forward pass: auto, float32, bfloat16
-batch_size = 8           # small batches are faster on a CPU; raise it on a GPU
-threads = 0              # that decode images and, on a CPU, embed them; 0 for one per core
-# --- method ----------------------------------------------------------------------------------------------------------
-method = "ravl"          # ravl, gap_only, influence_only, unweighted; random, failures, george, domino, spurious_aware; all
-clustering = "fast"      # fast: cosines as they are; exact: clipped as published, ours; ravl: as published, seed 0
-k = ""                   # range of k, as 20:50, upper end excluded; 2C:5C if empty, C the number of classes
-centre = "auto"          # take the mean off unit embeddings first: on, off; auto: in fast, if their mean cosine exceeds 0.1
-influence_least = 0.25   # clusters below it are not kept
-l2 = 0.8                 # penalty of a probe fitted here, as in train.py
+# --- I/O --------------------------------------------------------------------------------------------------
+out_dir = "out"  # discovery.json, discovery.npz, discovery.html
+cache_dir = "cache"  # embeddings, shared with the other scripts; --cache_dir= for none
+skip_bad = False  # leave out images that cannot be read, counted and named, instead of stopping
+# --- what to look at: images, or embeddings of their regions ----------------------------------------------
+data = "scenes"  # every --data of train.py
+split = "val"  # train, val, test, or several: val,test; the classifier must not have been fitted on it
+classes = ""  # only these, as in car,truck; or a file of names, one a line
+places = ""  # only these; with as many as --classes the k-th is the k-th class's own
+confounder = 1.0  # scenes and pairs: share of the training images on their class's own place
+strength = 0.0  # digits, cutouts, coco: Cramer's V of a class and the planted feature in the training split,
+spurious = "0"  # that class, by number or name,
+feature = ""  # and that feature, where there is a choice
+masks = ""  # folder of foreground masks: what Precision@10 counts as background
+outside = 0.9  # share of a region that must lie outside the mask for it to count
+embeddings = ""  # instead: FILE.npz with reg_emb [N,D], num_regions [n], true_label [n], text_emb [C,D],
+# img_emb [n,D], perhaps region_target [N], class_names [C]; random:N,D draws some
+# --- regions ----------------------------------------------------------------------------------------------
+regions = "grid:3"  # grid:3, grid:2,4, boxes:FILE.csv (path,x1,y1,x2,y2 in pixels), coco:FILE, masks:DIR
+region_encoder = "pool"  # the feature map under the region; crop: regions as images; roi: CLIP's ResNets
+# --- the classifier under suspicion -----------------------------------------------------------------------
+classifier = "auto"  # probe, text or rows (of an ImageNet classifier); auto: what there is, in this order
+ckpt = ""  # of train.py; without one, probe is fitted on the training split as train.py's erm is
+probe = "erm"  # which of its probes
+prompts = ""  # file of templates with {}, or of class<TAB>prompt lines; if empty the data set's own:
+# "This is a picture of a {}." of waterbirds and scenes, "a photo of a {}." of most
+temperature = 0.07  # of softmax over cosines with text embeddings
+model = "lite0"  # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
+pretrained = ""  # open_clip tag or local file
+quick_gelu = "auto"  # auto follows the record of the weights; on, off
+device = "auto"  # auto, cpu, cuda
+dtype = "auto"  # of the forward pass: auto, float32, bfloat16
+batch_size = 8  # small batches are faster on a CPU; raise it on a GPU
+threads = 0  # that decode images and, on a CPU, embed them; 0 for one per core
+# --- method -----------------------------------------------------------------------------------------------
+method = "ravl"  # a rule for clusters: ravl, gap_only, influence_only, unweighted; or a baseline: random,
+# failures, george, domino, spurious_aware; or all
+clustering = "fast"  # cosines as they are; ravl: as published, clipped, with its own seed 0
+k = ""  # range of k, as 20:50, upper end excluded; empty: 2C:5C, C the number of classes
+l2 = 0.8  # penalty of a probe fitted here, as in train.py
 seed = 0
-# --- end -------------------------------------------------------------------------------------------------------------
+# --- end --------------------------------------------------------------------------------------------------
 
-CLUSTERS = ("ravl", "gap_only", "influence_only", "unweighted")  # methods that choose among clusters
-LISTS = ("random", "failures", "george", "domino", "spurious_aware")  # those that rank regions directly
-OF_IMAGES = ("data", "split", "confounder", "difficulty", "masks", "outside", "regions", "region_encoder", "classifier", "ckpt", "probe", "classes", "prompts",
-             "model", "pretrained", "quick_gelu")  # flags that say nothing of --embeddings
+OF_IMAGES = (  # flags that say nothing of --embeddings
+    *("data", "split", "classes", "places", "confounder", "strength", "spurious", "feature", "masks"),
+    *("outside", "regions", "region_encoder", "classifier", "ckpt", "probe", "prompts"),
+    *("model", "pretrained", "quick_gelu"),
+)
+INFLUENCE = 0.25  # clusters below it are not kept, as published
+CONE = 0.1  # mean cosine of the regions above which fast takes their mean off: they lie in a cone, and what
+# tells them apart is small beside what they share
 STEP = 1 << 16  # regions handled at a time
+
+Criterion = namedtuple("Criterion", "weighted gaps influence by", defaults=(True, True, True, "score"))
+Criterion.__doc__ = (
+    """Whether gaps are weighted; what a kept cluster must show; what clusters are ranked by."""
+)
+CRITERIA = {
+    "ravl": Criterion(),
+    "gap_only": Criterion(influence=False),
+    "influence_only": Criterion(gaps=False, by="influence"),
+    "unweighted": Criterion(weighted=False),
+}
 
 
 def main():
-    default = {flag: globals()[flag] for flag in OF_IMAGES}
-    config = flags(globals())
-    for flag, known in (("method", (*CLUSTERS, *LISTS, "all")), ("clustering", ("fast", "exact", "ravl")), ("centre", ("auto", "on", "off")),
-                        ("region_encoder", ("pool", "crop", "roi")), ("classifier", ("auto", "probe", "text", "rows"))):
-        expect(config[flag] in known, flag, config[flag], ", ".join(known))
-    for flag in ("temperature", "l2"):
-        expect(0 < config[flag] < math.inf, flag, config[flag], "a positive number")
-    expect(0 < outside <= 1, "outside", outside, "a share above 0, up to 1")
-    for flag, least in (("batch_size", 1), ("threads", 0), ("seed", 0)):
-        expect(config[flag] >= least, flag, config[flag], f"a whole number from {least}")
-    expect(0 <= difficulty <= 1, "difficulty", difficulty, "a number from 0 to 1")
-    expect(math.isfinite(influence_least), "influence_least", influence_least, "a finite number")
-    low, _, high = k.partition(":")
-    expect(not k or low.isdigit() and high.isdigit() and 2 <= int(low) < int(high), "k", k, "LOW:HIGH with 2 <= LOW < HIGH, for instance 20:50 for 20 to 49")
+    default = flags(globals(), [])
+    names = dict(method=(*CRITERIA, *BASELINES, "all"), clustering=("fast", "ravl"))
+    names.update(region_encoder=("pool", "crop", "roi"), classifier=("auto", *CLASSIFIERS))
+    config = flags(globals(), temperature="(0, inf)", outside="(0, 1]", **names)
+    low, high = k_of(k)
     for flag in OF_IMAGES if embeddings else ():
-        expect(config[flag] == default[flag], flag, config[flag], "nothing with --embeddings, where it has no effect")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        expect(clustering == "fast", "clustering", clustering, "fast, the only one that works in several processes")
-        dist.init_process_group("gloo")
-        torch.set_num_threads(max(1, cores() // processes))
-    started, seconds = time.time(), {}
-    x, found = from_file() if embeddings else from_images()
-    if rank() == 0:
-        for line in found["notes"]:
-            say(line)
-    n_regions = len(found["image"])
-    ks = k_range(len(found["classes"]), n_regions)
-    x, mean = centred(x)
-
-    clock = time.time()
-    sweep = published_sweep(x.numpy(), ks) if clustering == "ravl" else kmedoids(x, ks, clustering == "exact", seed)
-    best = max(sweep, key=lambda k: (sweep[k]["silhouette"], -k))
-    if clustering == "ravl" and sweep[best]["silhouette"] <= 0:
-        say("silhouette: not positive for any k; regions do not fall into clusters")
-    labels, medoids = gathered(sweep[best]["labels"].long()), sweep[best]["medoids"]
-    M = rows_of(x, medoids)
-    seconds["cluster"], clock = time.time() - clock, time.time()
-    results = {name: identify(labels, best, found, name) for name in CLUSTERS}
-    by_method = method if method in CLUSTERS else "ravl"
-    stable = stability(sweep, best, labels, results[by_method], found, by_method)
-    seconds["identify"], clock = time.time() - clock, time.time()
-    similarity = gathered(closeness(x, M, sweep[best]["labels"].long()))
-    order = torch.from_numpy(np.lexsort((-np.arange(n_regions), -similarity.numpy().astype(np.float64))))  # of ties the later first, as published
-    members = torch.split(order[labels[order].argsort(stable=True)], torch.bincount(labels, minlength=best).tolist())
-    ranked = {name: next((members[c] for c in r["ranking"] if r["kept"][c]), members[0][:0]) for name, r in results.items()}
-    ranked.update({name: globals()[name](x, found) for name in (LISTS if method == "all" else (method,) if method in LISTS else ())})
-    seconds["rank"] = time.time() - clock
-    silhouette, rows = clipped_silhouette(x, sweep[best]["labels"].long(), best, mean)
-    negative = negative_pairs(x, mean)
-    if rank():
-        return
-    seconds["total"] = time.time() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if os.uname().sysname == "Linux" else 30)
-    if method in LISTS:
-        first = ranked[method].tolist()
-        tree = [dict(id=0, kept=True, reason=f"ranked list of {method}", score=None, chance=None, influence=None, gaps={}, medoid=first[0],
-                     regions=first, stability=None)] if first else []
+        wanted = "nothing with --embeddings, where it has no effect"
+        expect(config[flag] == default[flag], flag, config[flag], wanted)
+    rank, _ = join(device)
+    clock = Clock()
+    if embeddings:
+        e = from_embeddings(embeddings, temperature, seed, auto_device(device)) if rank == 0 else None
     else:
-        tree = described(results[by_method], medoids, members, stable, found)
-    at_10 = {name: precision(r, found) for name, r in ranked.items()}
-    headline = "ravl" if method == "all" else method
-    summary = dict(config=config, git=revision(), notes=found["notes"], k=best, silhouette=silhouette, silhouette_rows=rows,
-                   silhouettes={str(k): s["silhouette"] for k, s in sweep.items()}, mean_removed=bool(mean.any()), negative_pairs=negative,
-                   accuracy=float((found["predicted"] == found["y"]).double().mean()), classes=found["classes"], clusters=tree,
-                   precision_at_10=at_10[headline], base_rate=precision(range(n_regions), found, n_regions),
-                   methods={name: dict(precision_at_10=at_10[name], top=r[:100].tolist()) for name, r in ranked.items()}, seconds=seconds,
-                   peak_gib=peak)
-    say(console(summary, found))
+        e = from_images(config)
+    if e is None:
+        return  # this process has embedded its share, the first goes on
+    for note in e.notes:
+        say(note)
+
+    # 1. clusters
+    clock.start()
+    ks = k_range(low, high, len(e.classes), len(e.x), clustering)
+    mean = less_mean(e.x) if clustering == "fast" else torch.zeros_like(e.x[0])
+    sweep = kmedoids(e.x, ks, seed) if clustering == "fast" else published(e.x, ks)
+    best = max(sweep, key=lambda c: sweep[c].silhouette)  # of equal ones the smallest k
+    if clustering == "ravl" and sweep[best].silhouette <= 0:
+        say("silhouette: not positive for any k; regions do not fall into clusters")
+    labels, medoids = sweep[best].labels.long(), sweep[best].medoids
+    clock.lap("cluster")
+
+    # 2. which of them are spurious
+    rule = method if method in CRITERIA else "ravl"
+    verdicts = {name: identify(labels, best, e, criterion) for name, criterion in CRITERIA.items()}
+    stable = stability(sweep, best, verdicts[rule], e, CRITERIA[rule])
+    clock.lap("identify")
+
+    # 3. regions, the most typical first
+    similarity = closeness(e.x, e.x[medoids], labels)
+    order = descending(similarity)
+    order = order[labels[order].argsort(stable=True)]
+    members = order.split(torch.bincount(labels, minlength=best).tolist())
+    ranked = {name: first_kept(v, members) for name, v in verdicts.items()}
+    for name in BASELINES if method == "all" else [method] if method in BASELINES else []:
+        ranked[name] = BASELINES[name](e, seed, l2)
+    if method in BASELINES:
+        clusters = listed(method, ranked[method].tolist())
+    else:
+        clusters = described(verdicts[rule], medoids, members, stable, e.classes)
+    clock.lap("rank")
+
+    summary = dict(config=config, git=revision(), notes=e.notes, k=best)
+    summary.update(clipped_silhouette(e.x, labels, best, mean, seed))
+    summary.update(silhouettes={str(c): s.silhouette for c, s in sweep.items()})
+    summary.update(mean_removed=bool(mean.any()), negative_pairs=negative_pairs(e.x, mean, seed))
+    summary.update(accuracy=float((e.predicted == e.y).double().mean()), classes=e.classes, clusters=clusters)
+    summary.update(methods={name: scored(r, e.target) for name, r in ranked.items()})
+    summary["precision_at_10"] = summary["methods"]["ravl" if method == "all" else method]["precision_at_10"]
+    summary["base_rate"] = precision(torch.arange(len(e.x)), e.target, len(e.x))
+    summary.update(seconds=clock.seconds(), peak_gib=peak_gib())
     out = Path(out_dir)
-    write(out / "discovery.html", report(summary, found, similarity, M))
-    paths = [str(getattr(p, "path", "")) for p in found["pictures"] or [""] * len(found["y"])]
-    write(out / "discovery.npz", npz(
-        medoids=M.cpu().numpy(), mean=mean.numpy(), kept=np.array([c["id"] for c in tree if c["kept"]], np.int64), clipped=clustering == "ravl",
-        fingerprint=found["fingerprint"], regions=regions, region_encoder=region_encoder, data=found["name"], paths=paths,
-        image=found["image"].numpy(), box=found["box"].numpy(), label=labels.numpy()))
+    write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
+    write_arrays(
+        out / "discovery.npz",
+        medoids=e.x[medoids].cpu().numpy(),
+        mean=mean.cpu().numpy(),
+        kept=np.array([c["id"] for c in clusters if c["kept"]], np.int64),
+        clipped=clustering == "ravl",
+        fingerprint=e.encoder.fingerprint if e.encoder else "",
+        data=e.name,
+        regions=regions,
+        region_encoder=region_encoder,
+        paths=[str(getattr(p, "path", "")) for p in e.pictures or [""] * len(e.y)],
+        image=e.image.cpu().numpy(),
+        box=e.box.numpy(),
+        label=labels.cpu().numpy(),
+    )
     write_json(out / "discovery.json", summary)
-    say(f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s")
+    say(console(summary, e))
+    say(f"\n{out}/discovery.json, discovery.npz and discovery.html written, {clock.seconds()['total']:.1f} s")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# several processes: each holds some of the regions, in the order of the ranks
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def total(t, op="SUM"):
-    """The sum (MAX, MIN) of a tensor over the processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(t, op=getattr(dist.ReduceOp, op))
-    return t
-
-
-def own_threads():
-    return threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def gathered(thing):
-    """A list's or tensor's parts on all processes, put together, on each of them."""
-    if not dist.is_initialized():
-        return thing
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, thing)
-    return torch.cat(parts) if isinstance(thing, torch.Tensor) else sum(parts, [])
-
-
-def span(n):
-    """First and last + 1 of the n things that are this process's."""
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    return n * rank() // size, n * (rank() + 1) // size
-
-
-def rows_of(x, index):
-    """Rows of x [N, D], spread over the processes, by their numbers among all regions [k] -> [k, D]."""
-    counts = gathered(torch.tensor([len(x)]))
-    here = index - int(counts[:rank()].sum())
-    mine = (here >= 0) & (here < len(x))
-    out = x.new_zeros(len(index), x.shape[1])
-    out[mine] = x[here[mine]]
-    return total(out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what is looked at
-
-def from_images():
-    """Region embeddings and all that step 2 asks for, from images: (x [N, D] of this process, unit-norm; found, see tell)."""
-    encoder = load_encoder(model, pretrained, quick_gelu, device)
-    samples = load_data(data, "", confounder, seed, difficulty, classes, prompts, splits=False)
+def from_images(config):
+    """Evidence from images; None on ranks of torchrun above 0, which only embed."""
+    how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
+    encoder = load_encoder(model, pretrained, quick_gelu, skip_bad=skip_bad, **how)
+    planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
+    samples = load_data(data, classes, places, prompts, "", False, seed, **planted)
     if (samples.y < 0).any():
         raise Complaint(f"{samples.name}: no labels; discovery needs them: a folder for each class")
-    names = [s.strip() for s in split.split(",")]
-    expect(set(names) <= {"train", "val", "test"}, "split", split, "train, val, test, or several of them with commas")
-    wanted = torch.isin(samples.split, torch.tensor([("train", "val", "test").index(s) for s in names]))
-    chosen = samples.keep(wanted.nonzero()[:, 0])
+    parts = [part.strip() for part in split.split(",")]
+    expect(set(parts) <= {*SPLITS}, "split", split, "train, val, test, or several of them with commas")
+    wanted = torch.tensor([SPLITS.index(part) for part in parts])
+    chosen = samples.keep(torch.isin(samples.split, wanted))
     if not chosen.items:
-        counts = ", ".join(f"{n} {int((samples.split == k).sum())}" for k, n in enumerate(("train", "val", "test")))
+        counts = dict(zip(SPLITS, torch.bincount(samples.split, minlength=3).tolist(), strict=True))
         raise Complaint(f"--split={split}: {samples.name} has no images there ({counts}); take another split")
-    low, high = span(len(chosen.items))
-    pictures, more = load_regions(regions, chosen.items, encoder.frame, skip_bad)
-    pictures = pictures[low:high]
-    mask_files = find_masks([getattr(p, "path", "") for p in chosen.items], masks) if masks else None
-    logits, notes = suspect(encoder, samples, names)
-    z, x, bad = region_embeddings(encoder, pictures, region_encoder, cache=cache_dir, batch=batch_size, threads=own_threads(), dtype=dtype,
-                                  skip_bad=skip_bad, label="regions")
-    good = z.isfinite().all(1)
-    count = torch.tensor([len(p.boxes) for p in pictures], dtype=torch.long)
-    x, count, kept = x[good.repeat_interleave(count)], count[good], good.nonzero()[:, 0]
-    target = None
+    pictures, notes = load_regions(regions, chosen.items, encoder.frame, skip_bad)
+    mask_of = find_masks([getattr(p, "path", "") for p in chosen.items], masks) if masks else []
+    logits, said = suspect(encoder, samples, parts, config)
+    z, x = region_embeddings(encoder, pictures, region_encoder)
+    if z is None:
+        return None
+    readable = z.isfinite().all(1)
+    count = torch.tensor([len(p.boxes) for p in pictures], device=z.device)
+    x, z, count, index = x[repeat_by(readable, count)], z[readable], count[readable], readable.nonzero()[:, 0]
+    index, target = index.tolist(), None
     if masks:
-        share = gathered(torch.cat([torch.zeros(0), *[outside_mask(pictures[k], mask_files[low + k]) for k in kept.tolist()]]))
-        target = torch.where(share.isnan(), torch.nan, (share >= outside).float())
-        if share.isnan().any():
-            with_mask = sum(m is not None for m in mask_files)
-            notes.append(f"--masks: masks for {with_mask} of {len(mask_files)} images; Precision@K and the base rate are of their regions only")
-    elif chosen.shows:
-        target = gathered(region_truth([pictures[k] for k in kept.tolist()], [chosen.shows[low + k] for k in kept.tolist()])[1].float())
-    box = torch.cat([torch.zeros(0, 4), *[torch.tensor(pictures[k].boxes).view(-1, 4) for k in kept.tolist()]])
-    which = gathered(low + kept).tolist()
-    return tell(x, z[good], logits, y=gathered(chosen.y[low + kept]), count=gathered(count), box=gathered(box), target=target, name=samples.name,
-                classes=samples.classes, pictures=[chosen.items[k] for k in which], fingerprint=encoder.fingerprint, encoder=encoder,
-                notes=encoder.notes + samples.notes + notes + more + gathered([f"skipped {line}" for _, line in bad]))
+        target = [outside_mask(pictures[i], mask_of[i], outside) for i in index]
+        target = torch.cat([torch.zeros(0), *target]).to(z.device)
+    elif all(chosen.shows):
+        shows = [chosen.shows[i] for i in index]
+        target = region_truth([pictures[i] for i in index], shows)[1].float().to(z.device)
+    if masks and None in mask_of:
+        have = f"masks for {len(mask_of) - mask_of.count(None)} of {len(mask_of)} images"
+        notes.append(f"--masks: {have}; Precision@10 and the base rate are of their regions only")
+    if len(index) < len(pictures):
+        notes.append(f"{len(pictures) - len(index)} of {len(pictures)} images cannot be read; left out")
+    box = torch.cat([torch.tensor(pictures[i].boxes).view(-1, 4) for i in index] or [torch.zeros(0, 4)])
+    given = dict(name=samples.name, classes=samples.classes, y=chosen.y.to(z.device)[readable], count=count)
+    given.update(target=target, box=box, pictures=[chosen.items[i] for i in index], encoder=encoder)
+    return evidence(x, z, logits, notes=[*encoder.notes, *samples.notes, said, *notes], **given)
 
 
-def tell(x, z, logits, **found):
-    """Regions x [N, D] and images z [n, D] of this process, and their classifier -> x, made unit-norm in place, and what steps 2 and 3 ask for.
+class Clock:
+    """Seconds of the parts of a run."""
 
-    found, of all processes: y [n], count [n] regions per image, box [N, 4], target [N] (1, 0, nan where it is not known) or None, name, classes, pictures, notes. It gains
-    image [N], the number of each region's image; predicted [n]; z [n, D] unit-norm; own [N], the region's score (softmax) for the class that its
-    image is taken for; best [n], the region with the largest, the first of equals, -1 without any.
-    """
-    name, y, count, known = found["name"], found["y"], found["count"], found["classes"]
+    def __init__(self):
+        self.started, self.parts = time.time(), {}
+        self.start()
+
+    def start(self):
+        self.now = time.time()
+
+    def lap(self, part):
+        self.parts[part] = time.time() - self.now
+        self.start()
+
+    def seconds(self):
+        return dict(self.parts, total=time.time() - self.started)
+
+
+def peak_gib():
+    """The largest memory that this process has had; the system counts in KiB, macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (
+        20 if os.uname().sysname == "Linux" else 30
+    )
+
+
+def write_arrays(path, **arrays):
+    """An .npz file of plain arrays, written whole."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write(path, buffer.getvalue())
+
+
+def tiles(n, step=STEP):
+    """Slices of n things, some at a time."""
+    return [slice(a, min(a + step, n)) for a in range(0, n, step)]
+
+
+def descending(score):
+    """Numbers by their score [N], largest first, of ties the later first, as published."""
+    return len(score) - 1 - score.flip(0).argsort(descending=True, stable=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what is looked at
+
+
+@dataclass
+class Evidence:
+    """What steps 2 and 3 ask: n images of C classes, N regions in them, and what a classifier says of both."""
+
+    name: str  # of the data
+    classes: list  # C names
+    x: torch.Tensor  # [N, D] unit-norm embeddings of regions
+    z: torch.Tensor  # [n, D] unit-norm embeddings of images
+    y: torch.Tensor  # [n] class
+    predicted: torch.Tensor  # [n] class
+    count: torch.Tensor  # [n] regions of each image
+    image: torch.Tensor  # [N] the image of each region
+    own: torch.Tensor  # [N] the region's score (softmax) for the class that its image is taken for
+    best: torch.Tensor  # [n] the region of an image with the largest, the first of equals; -1 without any
+    target: torch.Tensor | None  # [N] whether a region shows the planted feature, NaN where it is not known
+    box: torch.Tensor  # [N, 4] on the CPU, shares of the image
+    pictures: list | None  # n
+    encoder: object | None
+    notes: list  # lines to print
+
+
+def evidence(x, z, logits, name, classes, y, count, notes, **rest):
+    """Evidence of regions x [N, D], made unit-norm in place, and images z [n, D]; logits: [., D] -> [., C]."""
     if not len(y):
-        raise Complaint(f"{name}: no images in --split={split}")
-    if len(known) < 2:
-        raise Complaint(f"{name}: one class ({known[0]}); spurious correlations need two or more")
-    if not count.sum():
+        raise Complaint(f"{name}: no images")
+    if len(classes) < 2:
+        raise Complaint(f"{name}: one class ({classes[0]}); spurious correlations need two or more")
+    if not len(x):
         raise Complaint(f"{name}: none of its {len(y)} images has a region")
-    image = torch.arange(len(y)).repeat_interleave(count)
-    predicted = gathered(logits(z).argmax(1))
-    low, own = int(gathered(torch.tensor([len(x)]))[:rank()].sum()), torch.empty(len(x), dtype=torch.double)
-    for a in range(0, len(x), STEP):
-        part = x[a:a + STEP]
-        taken = predicted[image[low + a:low + a + len(part)]]
-        own[a:a + STEP] = logits(part).double().softmax(1).gather(1, taken[:, None])[:, 0]
-        norm = part.norm(dim=1, keepdim=True)
-        if not norm.isfinite().all() or not norm.all():
-            row = int((~norm.isfinite() | (norm == 0))[:, 0].nonzero()[0])
-            raise Complaint(f"{name}: the embedding of region {low + a + row} is {'zero' if norm[row] == 0 else 'not finite'}; leave it out, or check the model")
-        part /= norm
-    own = gathered(own)
-    highest = torch.full((len(y),), -math.inf, dtype=torch.double).scatter_reduce_(0, image, own, "amax")
-    hit = (own == highest[image]).nonzero()[:, 0]
-    best = torch.full((len(y),), len(image)).scatter_reduce_(0, image[hit], hit, "amin")
-    notes = found["notes"] + [f"{len(image)} regions of {len(y)} images, classes {', '.join(known[:6])}{', ...' * (len(known) > 6)}; "
-                              f"accuracy {float((predicted == y).double().mean()):.3f}"]
-    if not (count > 0).all():
-        notes.append(f"{int((count == 0).sum())} of {len(count)} images have no region: they count as images without the feature")
-    if (predicted == y).all():
-        notes.append(f"the classifier is right on all {len(y)} images: without errors no influence is defined, and nothing can be found")
-    if len(set(y.tolist())) == 1:
-        notes.append(f"all images are of one class ({known[int(y[0])]}): a feature that helps one class and harms another cannot show")
-    return x, dict(found, image=image, predicted=predicted, z=unit(gathered(z.float())), own=own, best=torch.where(best < len(image), best, -1), notes=notes)
+    n, N = len(y), len(x)
+    image = repeat_by(torch.arange(n, device=x.device), count)
+    predicted, own = logits(z).argmax(1), torch.empty(N, dtype=torch.double, device=x.device)
+    for rows in tiles(N):
+        taken = predicted[image[rows], None]
+        own[rows] = logits(x[rows]).double().softmax(1).gather(1, taken)[:, 0]
+        norm = x[rows].norm(dim=1, keepdim=True)
+        odd = (~norm.isfinite() | (norm == 0))[:, 0].nonzero()[:, 0].tolist()
+        if odd:
+            what = "zero" if norm[odd[0]] == 0 else "not finite"
+            cure = "leave it out, or check the model"
+            raise Complaint(f"{name}: the embedding of region {rows.start + odd[0]} is {what}; {cure}")
+        x[rows] /= norm
+    highest = torch.full((n,), -math.inf, dtype=torch.double, device=x.device)
+    highest.scatter_reduce_(0, image, own, "amax")
+    ties = (own == highest[image]).nonzero()[:, 0]
+    best = torch.full((n,), N, device=x.device).scatter_reduce_(0, image[ties], ties, "amin")
+    best[best == N] = -1
+    listing, right = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6), predicted == y
+    accuracy = float(right.double().mean())
+    notes = [*notes, f"{N} regions of {n} images, classes {listing}; accuracy {accuracy:.3f}"]
+    if not count.all():
+        line = f"{int((count == 0).sum())} of {n} images have no region"
+        notes.append(f"{line}: they count as images without the feature")
+    if right.all():
+        line = f"the classifier is right on all {n} images"
+        notes.append(f"{line}: without errors no influence is defined, and nothing can be found")
+    if (y == y[0]).all():
+        line = f"all images are of one class ({classes[int(y[0])]})"
+        notes.append(f"{line}: a feature that helps one class and harms another cannot show")
+    seen = dict(x=x, z=unit(z.float()), predicted=predicted, image=image, own=own, best=best)
+    return Evidence(name=name, classes=classes, y=y, count=count, notes=notes, **seen, **rest)
 
 
-def suspect(encoder, samples, names):
-    """The classifier: a function from embeddings [N, D] to logits [N, C], and notes."""
-    kind = classifier
-    expect(not ckpt or kind in ("auto", "probe"), "ckpt", ckpt, f"none with --classifier={kind}")
-    expect(ckpt or probe == "erm", "probe", probe, "erm, or with it --ckpt=FILE of train.py")
-    if kind == "auto":
-        kind = "probe" if ckpt else "text" if encoder.tokenizer else "rows" if len(samples.classes) == 1000 else "probe"
-    if kind == "text":
-        texts = samples.class_prompts()
-        text = prompt_embeddings(encoder, texts, cache_dir)
-        said = f"classifier: text embeddings, prompts {texts[0][0]!r}" + f" and {len(texts[0]) - 1} more" * (len(texts[0]) > 1)
-        return lambda v: unit(v.float()) @ text.T / temperature, [said]
-    if kind == "rows":
-        weight, bias = encoder.classifier()
-        if len(weight) != len(samples.classes):
-            raise Complaint(f"--classifier=rows: {encoder.name} has {len(weight)} classes, {samples.name} {len(samples.classes)}; expected the same")
-        return lambda v: v.float() @ weight.T + bias, ["classifier: the model's own rows"]
-    if ckpt:
-        state = load_checkpoint(ckpt, encoder)
-        if probe not in state["probes"] or probe in ("nullspace", "leace", "bap_closed", "bap_synthetic"):
-            raise Complaint(f"--probe={probe}: {ckpt} has {', '.join(state['probes'])}; expected one on raw embeddings, or bap")
-        fitted_on = "val" if probe.startswith("val_probe") else "train"
-        if fitted_on in names:
-            raise Complaint(f"--split={split}: the probe {probe} was fitted on the {fitted_on} split, and must be looked at on another")
-        if state["classes"] != samples.classes:
-            raise Complaint(f"--ckpt={ckpt}: made for the classes {state['classes']}, {samples.name} has {samples.classes}")
-        fitted, g = Probe(**state["probes"][probe]), load_map(state) if probe in ("bap", "val_probe_bap") else unit
-        return lambda v: fitted.logits(g(v.float())), [f"classifier: probe {probe} of {ckpt}"]
-    train = (samples.split == 0).nonzero()[:, 0]
-    if "train" in names or not len(train):
-        raise Complaint(f"--split={split}: a probe is fitted on the training split, and must be looked at on another; use --split=val, or --ckpt")
-    z, _ = embed(encoder, [samples.items[i] for i in train], cache_dir, batch_size, own_threads(), dtype, skip_bad, "training images")
-    good = z.isfinite().all(1)
-    fitted = fit_probe(unit(z[good]), samples.y[train][good], l2, classes=len(samples.classes))
-    return lambda v: fitted.logits(unit(v.float())), [f"classifier: probe fitted on {int(good.sum())} training images, l2 = {l2}"]
-
-
-def outside_mask(picture, path):
-    """Share of each region of a picture that lies outside its foreground mask, [R]; nan without a mask."""
+def outside_mask(picture, path, outside):
+    """Of each region of a picture whether it lies outside the foreground's mask: [R], NaN without a mask."""
     if path is None:
         return torch.full((len(picture.boxes),), torch.nan)
-    mask = np.asarray(open_mask(path)) > 127
-    H, W = mask.shape
-    area = lambda x1, y1, x2, y2: mask[round(y1 * H):max(round(y2 * H), round(y1 * H) + 1), round(x1 * W):max(round(x2 * W), round(x1 * W) + 1)]
-    return torch.tensor([1 - area(*box).mean() for box in picture.boxes])
+    mask, shares = np.asarray(open_mask(path)) > 127, []
+    h, w = mask.shape
+    for x1, y1, x2, y2 in picture.boxes:
+        top, left, bottom, right = round(y1 * h), round(x1 * w), round(y2 * h), round(x2 * w)
+        inside = mask[top : max(bottom, top + 1), left : max(right, left + 1)].mean()
+        shares.append(float(1 - inside >= outside))
+    return torch.tensor(shares)
 
 
-def from_file():
-    """The same from --embeddings: this process's share of the regions. random:N,D draws them."""
-    name = embeddings
-    if name.startswith("random:"):
-        N, _, D = name.removeprefix("random:").partition(",")
-        if not (N.isdigit() and D.isdigit()):
-            raise Complaint(f"--embeddings={name}: expected random:N,D, for instance random:100000,256")
-        read, (low, high) = drawn_regions(int(N), int(D), seed), span(int(N))
-        read["reg_emb"] = read["reg_emb"] if high - low == int(N) else read["reg_emb"][low:high].clone()
-    else:
-        read = load_embeddings(name, span)
-    z, y, target, text = read["img_emb"], read["true_label"], read["region_target"], unit(read["text_emb"].double())
-    low, high = span(len(y))
-    return tell(read["reg_emb"], z[low:high].float(), lambda v: unit(v.double()) @ text.T / temperature, y=y, count=read["num_regions"],
-                box=torch.zeros(int(read["num_regions"].sum()), 4), name=name, pictures=None,
-                target=None if target is None else torch.where(target.isnan(), torch.nan, (target > .5).float()),
-                classes=read.get("class_names") or [str(c) for c in range(len(text))], notes=read.get("notes", []), fingerprint="", encoder=None)
+def suspect(encoder, samples, parts, config):
+    """The classifier: a function from embeddings [N, D] to logits [N, C], and a line about it. parts: names
+    of the splits that it is looked at on."""
+    kind, ckpt = config["classifier"], config["ckpt"]
+    expect(not ckpt or kind in ("auto", "probe"), "ckpt", ckpt, f"none with --classifier={kind}")
+    named = ckpt or config["probe"] == "erm"
+    expect(named, "probe", config["probe"], "erm, or with it --ckpt=FILE of train.py")
+    if kind == "auto":
+        there = dict(probe=ckpt, text=encoder.tokenizer, rows=len(samples.classes) == 1000)
+        kind = next((name for name, able in there.items() if able), "probe")
+    return CLASSIFIERS[kind](encoder, samples, parts, config)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def text_classifier(encoder, samples, parts, config):
+    """Cosines with text embeddings of the classes."""
+    texts = samples.class_prompts()
+    text, temperature = encoder.prompts(texts), config["temperature"]
+    more = f" and {len(texts[0]) - 1} more" * (len(texts[0]) > 1)
+    note = f"classifier: text embeddings, prompts {texts[0][0]!r}{more}"
+    return lambda v: unit(v.float()) @ text.T / temperature, note
+
+
+def own_rows(encoder, samples, parts, config):
+    """The model's own classifier."""
+    weight, bias = encoder.classifier()
+    if len(weight) != len(samples.classes):
+        there = f"{encoder.name} has {len(weight)} classes, {samples.name} {len(samples.classes)}"
+        raise Complaint(f"--classifier=rows: {there}; expected the same")
+    return lambda v: v.float() @ weight.T + bias, "classifier: the model's own rows"
+
+
+def probe_classifier(encoder, samples, parts, config):
+    """A probe of train.py's checkpoint, or one fitted here on the training split."""
+    if config["ckpt"]:
+        return checkpoint_probe(encoder, samples, parts, config["ckpt"], config["probe"])
+    train = samples.keep(samples.split == 0)
+    if "train" in parts or not train.items:
+        what = "a probe is fitted on the training split, and must be looked at on another"
+        raise Complaint(f"--split={','.join(parts)}: {what}; use --split=val, or --ckpt")
+    z = encoder.embed(train.items, "training images")
+    if z is None:  # on ranks above 0, which only embed
+        return None, ""
+    readable, y = z.isfinite().all(1), train.y.to(z.device)
+    fitted = fit_probe(unit(z[readable]), y[readable], config["l2"], classes=len(samples.classes))
+    note = f"classifier: probe fitted on {int(readable.sum())} training images, l2 = {config['l2']}"
+    return lambda v: fitted.logits(unit(v.float())), note
+
+
+def checkpoint_probe(encoder, samples, parts, ckpt, name):
+    """The probe of a name in a checkpoint of train.py, on raw embeddings or through the checkpoint's map."""
+    state = load_checkpoint(ckpt, encoder)
+    fitted = load_probe(state, name, encoder.device)
+    other = name in ("nullspace", "leace", "bap_closed", "bap_synthetic", "bap_map", "bap_both")
+    expect(not other, "probe", name, "one on raw embeddings, or bap: the map of others is not in the file")
+    part = "val" if name.startswith("val_probe") else "train"
+    if part in parts:
+        what = f"the probe {name} was fitted on the {part} split, and must be looked at on another"
+        raise Complaint(f"--split={','.join(parts)}: {what}")
+    if state["classes"] != samples.classes:
+        raise Complaint(f"--ckpt={ckpt}: made for {state['classes']}, {samples.name} has {samples.classes}")
+    g = load_map(state, encoder.device) if name in ("bap", "val_probe_bap") else unit
+    return lambda v: fitted.logits(g(v.float())), f"classifier: probe {name} of {ckpt}"
+
+
+CLASSIFIERS = {"probe": probe_classifier, "text": text_classifier, "rows": own_rows}
+
+
+def from_embeddings(name, temperature, seed, device):
+    """Evidence from --embeddings: a file, or random:N,D; the classifier is zero-shot by its text_emb."""
+    drawn = re.fullmatch("random:([0-9]{1,12}),([0-9]{1,12})", name)
+    right = drawn or not name.startswith("random:")
+    expect(right, "embeddings", name, "random:N,D, for instance random:100000,256")
+    a = drawn_regions(int(drawn[1]), int(drawn[2]), seed) if drawn else load_embeddings(name)
+    x, count, y, text, z = (a[key].to(device) for key in ARRAYS)
+    text, target = unit(text.double()), a.get("region_target")
+    if target is not None:
+        target = torch.where(target.isnan(), torch.nan, (target > 0.5).float()).to(device)
+    names = a.get("class_names") or [str(c) for c in range(len(text))]
+    given = dict(name=name, classes=names, y=y, count=count, target=target, notes=a.get("notes", []))
+    given.update(box=torch.zeros(len(x), 4), pictures=None, encoder=None)
+    return evidence(x, z, lambda v: unit(v.double()) @ text.T / temperature, **given)
+
+
+ARRAYS = "reg_emb", "num_regions", "true_label", "text_emb", "img_emb"
+
+
+def drawn_regions(n, D, seed=0, C=10, per=4):
+    """Region embeddings with a planted spurious feature, for benchmarks and tests: images of `per` regions,
+    one shows the class's object, the rest one of 12 grounds, or, in every second image, the feature, which
+    pulls its image toward class 0. All from one generator.
+
+    n: regions, D: dimensions. Returns a dict with the arrays of --embeddings, reg_emb [n, D] unit-norm.
+    """
+    expect(
+        n >= per * C and D >= 2, "embeddings", f"random:{n},{D}", f"{per * C} regions, 2 dimensions or more"
+    )
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return unit(torch.randn(*size, generator=generator))
+
+    def share():
+        return torch.rand(images, 1, generator=generator)
+
+    text, grounds = normal(C, D), normal(12, D)
+    feature = unit(normal(D) + 0.25 * text[0])
+    kinds = torch.cat([text, grounds, feature[None]])
+    images, x = n // per, torch.empty(n, D)
+    y, has = (torch.randint(high, (images,), generator=generator) for high in (C, 2))
+    kind = C + torch.randint(12, (n,), generator=generator)
+    first = torch.arange(images) * per
+    kind[first], kind[first + 1] = y, torch.where(has == 1, C + 12, kind[first + 1])
+    for rows in tiles(n):
+        part = kinds[kind[rows]]
+        x[rows] = unit(part + 0.8 * normal(*part.shape))
+    other = text[torch.randint(C, (images,), generator=generator)]
+    z = (0.2 + 0.5 * share()) * text[y] + 0.5 * share() * other + 0.3 * has[:, None] * (feature + text[0])
+    z = unit(z + 0.3 * normal(images, D))
+    count = torch.full((images,), per)
+    count[-1] += n - per * images
+    return dict(zip(ARRAYS, (x, count, y, text, z), strict=True), region_target=(kind == C + 12).float())
+
+
+def load_embeddings(path):
+    """The arrays of an .npz for --embeddings as tensors, with class_names (a list) and region_target where it
+    has them, and notes. Raises Complaint for anything that is not as it should be."""
+    with reading(path, "an .npz file of plain arrays"):
+        with np.load(path, allow_pickle=False) as file:
+            absent = [key for key in ARRAYS if key not in file.files]
+            if absent:
+                there = f"found: {', '.join(file.files)}"
+                raise Complaint(f"{path}: no array {absent[0]!r} ({there}); expected {', '.join(ARRAYS)}")
+            keys = [*ARRAYS, *[key for key in ("region_target", "class_names") if key in file.files]]
+            a = {key: file[key] for key in keys}
+        names = check_arrays(path, a)
+        for key in a:
+            kind = np.int64 if key in ("num_regions", "true_label") else np.float32
+            a[key] = torch.from_numpy(np.ascontiguousarray(a[key], kind))
+    notes = []
+    for key in ("reg_emb", "img_emb", "text_emb"):
+        norm = torch.cat([torch.ones(0), *[a[key][rows].norm(dim=1) for rows in tiles(len(a[key]))]])
+        odd = (~norm.isfinite() | (norm == 0)).nonzero()[:, 0].tolist()
+        if odd and key != "reg_emb":  # those of regions are found when they are normalised
+            raise Complaint(f"{path}: {key} has a row that is zero or not finite (row {odd[0]})")
+        if len(norm) and (norm - 1).abs().max() > 1e-3:
+            sizes = f"norms {norm.min():.3g} to {norm.max():.3g}"
+            notes.append(f"{path}: {key} is not unit-norm ({sizes}); normalised")
+    return dict(a, class_names=names, notes=notes)
+
+
+def check_arrays(path, a):
+    """Complaint where shapes or numbers of the arrays of --embeddings do not fit. Takes class_names out: list."""
+    shapes = ", ".join(f"{key} {list(v.shape)}" for key, v in a.items())
+
+    def demand(holds, wanted):
+        if not holds:
+            raise Complaint(f"{path}: {shapes}; expected {wanted}")
+
+    names = a.pop("class_names", None)
+    x, count, y, text, z = (a[key] for key in ARRAYS)
+    one_width = x.ndim == text.ndim == z.ndim == 2 and x.shape[1] == text.shape[1] == z.shape[1] > 0
+    demand(one_width and len(text), "reg_emb [N, D], text_emb [C, D], img_emb [n, D] with one D")
+    numbers = all(v.ndim == 1 and v.dtype.kind in "iu" and len(v) == len(z) for v in (count, y))
+    demand(numbers, "num_regions and true_label as whole numbers [n], one for each row of img_emb")
+    total = sum(count.tolist())
+    fits = total == len(x) and (count >= 0).all()
+    demand(fits, f"num_regions with sum {len(x)}, one for each row of reg_emb, found sum {total}")
+    span = f"{y.min()} to {y.max()}" if len(y) else ""
+    labels = ((y >= 0) & (y < len(text))).all()
+    demand(labels, f"true_label from 0 to {len(text) - 1}, {len(text)} classes, found {span}")
+    demand(a.get("region_target", x[:, 0]).shape == (len(x),), f"region_target [{len(x)}]")
+    if names is None:
+        return None
+    names = [str(name) for name in names]
+    demand(
+        len(names) == len(text) == len(set(names)), f"{len(text)} different class_names, found {names[:12]}"
+    )
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------------
 # step 1: clusters
 
-def k_range(C, n):
-    """The values of k: the flag's range, or 2C to 5C - 1; at most 40 of them in fast and exact, evenly spread in ratio."""
-    low, _, high = k.partition(":")
-    ks = range(int(low), int(high)) if k else range(2 * C, 5 * C)
-    usable = [v for v in ks if v < n]
-    if len(usable) < len(ks) and rank() == 0:
-        say(f"k: {ks[0]} to {ks[-1]} wanted, but there are {n} regions" + (f"; up to {usable[-1]} is used" if usable else ""))
-    if not usable:
-        raise Complaint(f"--k: {ks[0]} clusters of {n} regions; give more images, finer --regions, or --k=2:{max(3, n)}")
-    if clustering == "ravl" or len(usable) <= 40:
-        return usable
-    if rank() == 0:
-        say(f"k: {len(usable)} values from {usable[0]} to {usable[-1]}; 40 of them are tried, evenly spread in ratio")
-    return sorted({round(usable[0] * (usable[-1] / usable[0]) ** (i / 39)) for i in range(40)})
+Clustering = namedtuple("Clustering", "silhouette labels medoids")
+Clustering.__doc__ = """Mean silhouette, cluster of each region [N], number of each cluster's medoid [k]."""
 
 
-def centred(x):
-    """Unit-norm x [N, D] with its mean taken off where --centre says so, normalised again, in place; and that mean [D]."""
-    n = int(total(torch.tensor(len(x))))
-    mean = total(sum((part.double().sum(0) for part in x.split(STEP)), torch.zeros(x.shape[1], dtype=torch.double))) / n
-    wanted = centre == "on" or centre == "auto" and clustering == "fast" and float(mean.square().sum()) > .1  # |mean|^2 is the mean cosine
-    mean = mean.float() if wanted else torch.zeros(x.shape[1])
-    if wanted:
-        for a in range(0, len(x), STEP):
-            part = x[a:a + STEP] - mean
-            x[a:a + STEP] = torch.where(part.norm(dim=1, keepdim=True) > 1e-6, unit(part), x[a:a + STEP])
-    return x, mean
+def k_of(text):
+    """The flag --k -> (low, high), (0, 0) if it is empty."""
+    ends = re.fullmatch("([0-9]{1,9}):([0-9]{1,9})|", text)
+    low, high = (int(end or 0) for end in ends.groups()) if ends else (0, -1)
+    wanted = "LOW:HIGH with 2 <= LOW < HIGH, for instance 20:50 for 20 to 49"
+    expect(not text or 2 <= low < high, "k", text, wanted)
+    return low, high
 
 
-def kmedoids(x, ks, clip, seed):
-    """K-medoids in cosine distance for every k of ks, from the largest down; all k share their work.
+def k_range(low, high, C, n, clustering):
+    """The values of k: low to high - 1, or 2C to 5C - 1; in fast at most 40, evenly spread in ratio."""
+    low, high = (low, high) if high else (2 * C, 5 * C)
+    ks = range(low, min(high, n))
+    if high > n:
+        used = f"; up to {n - 1} is used" if ks else ""
+        say(f"k: {low} to {high - 1} wanted, but there are {n} regions{used}")
+    if not ks:
+        cure = f"give more images, finer --regions, or --k=2:{max(3, n)}"
+        raise Complaint(f"--k: {low} clusters of {n} regions; {cure}")
+    if clustering == "ravl" or len(ks) <= 40:
+        return list(ks)
+    say(f"k: {len(ks)} values from {ks[0]} to {ks[-1]}; 40 of them are tried, evenly spread in ratio")
+    return sorted({round(ks[0] * (ks[-1] / ks[0]) ** (i / 39)) for i in range(40)})
 
-    x: [N, D] unit-norm, this process's rows. The largest k starts at greedily chosen seeds; each next one from the converged medoids of the
-    one before, less those whose loss costs least. In between: each region to its nearest medoid, each medoid to the member with the largest
-    sum of cosines to its cluster, until nothing moves. With s_ic = sum of the cosines of region i to cluster c, all that is needed,
-    medoids and silhouettes, is a function of s [k, N]: under the plain cosine distance s_ic = x_i . S_c with S_c the sum of the members, so only
-    clusters that changed are computed again, O(n k D) in all. clip: cosines below zero count as zero (the published distance), and s follows
-    the regions that moved. Returns {k: dict(silhouette, labels [N] of this process, medoids [k], numbers among all regions)}.
+
+def less_mean(x):
+    """Takes the mean off unit-norm x [N, D] if they lie in a cone (CONE), and normalises again, in place.
+    Returns what was taken off, [D], zeros for nothing."""
+    mean = sum(x[rows].double().sum(0) for rows in tiles(len(x))) / len(x)
+    if mean.square().sum() <= CONE:  # |mean|^2 is the mean cosine
+        return torch.zeros_like(x[0])
+    mean = mean.float()
+    for rows in tiles(len(x)):
+        part = x[rows] - mean
+        x[rows] = torch.where(part.norm(dim=1, keepdim=True) > 1e-6, unit(part), x[rows])
+    return mean
+
+
+class Medoids:
+    """K clusters of unit-norm x [N, D] around medoids, in cosine distance, and what moving them needs.
+
+    With s_ci = sum of the cosines of region i to cluster c, medoids and silhouettes are a function of s
+    [K, N], and s_ci = S_c . x_i with S_c the sum of the members: O(N K D), and only what changed is computed
+    again. index: [K] medoids' rows in x; cosine: [K, N] to each medoid; size: [K]; label: [N].
     """
-    local, D = x.shape
-    counts = gathered(torch.tensor([local]))
-    n, low = int(counts.sum()), int(counts[:rank()].sum())
-    parts = [slice(a, min(a + STEP, local)) for a in range(0, local, STEP)]
-    generator = torch.Generator().manual_seed(seed)
-    sample = torch.randperm(n, generator=generator)[:max(4096, 4 * max(ks))].sort().values
-    medoids = sample[seeds(rows_of(x, sample), max(ks), generator)]
-    K = len(medoids)
-    cosine, s = torch.empty(K, local), torch.zeros(K, local)  # to each medoid; summed over each cluster
-    S, size = torch.zeros(K, D, dtype=torch.double), torch.zeros(K)
-    label = torch.full((local,), -1)
 
-    def look(c):
-        """Cosines to the medoids c, anew."""
-        M = rows_of(x, medoids[c])
-        for p in parts:
-            cosine[c, p] = M @ x[p].T
+    def __init__(self, x, index):
+        K, N = len(index), len(x)
+        self.x, self.index = x, index
+        self.cosine, self.s = x.new_empty(K, N), x.new_zeros(K, N)
+        self.S, self.size = x.new_zeros(K, x.shape[1], dtype=torch.double), x.new_zeros(K)
+        self.label = torch.full((N,), -1, device=x.device)
+        self.products(self.cosine, torch.arange(K, device=x.device), x[index])
 
-    look(torch.arange(K))
-    out = {}
-    for want in sorted(ks, reverse=True):
-        while len(medoids) > want:  # drop the medoids that cost least, a tenth of them at a time
-            gain = torch.zeros(len(medoids), dtype=torch.double)  # in the sum of 1 - d1 / d2 over regions, by dropping a medoid
-            for p in parts:
-                value, which = (1 - cosine[:, p]).topk(min(3, len(medoids)), dim=0, largest=False)
-                d1, d2, d3 = (v.clamp(min=1e-6).double() for v in (*value, value[-1])[:3])
+    def products(self, out, clusters, v):
+        """Cosines of vectors v [c, D] and all regions, into the rows of out [K, N] of these clusters [c]."""
+        for rows in tiles(len(self.x)):
+            out[clusters, rows] = v @ self.x[rows].T
+
+    def settle(self, most=300):
+        """Each region to its nearest medoid, each medoid to the member with the largest sum of cosines to its
+        cluster, until nothing moves."""
+        for _ in range(most):
+            nearest = self.cosine.argmax(0)
+            moved = (nearest != self.label).nonzero()[:, 0]
+            if not len(moved):
+                return
+            changed = self.move(moved, nearest)
+            self.products(self.s, changed, self.S[changed].float())
+            better, index = self.better()
+            if not len(better):
+                return
+            self.index[better] = index
+            self.products(self.cosine, better, self.x[index])
+
+    def move(self, moved, nearest):
+        """Regions [m] to their new clusters; returns the clusters that changed."""
+        was, now = self.label[moved], nearest[moved]
+        for some in tiles(len(moved)):
+            v, left = self.x[moved[some]].double(), was[some] >= 0
+            self.S.index_add_(0, now[some], v)
+            self.S.index_add_(0, was[some][left], v[left], alpha=-1)
+        self.label = nearest
+        self.size = torch.bincount(nearest, minlength=len(self.index)).float()
+        return torch.unique(torch.cat([was[was >= 0], now]))
+
+    def better(self):
+        """Clusters [c] whose medoid another member outdoes, and the first of the best of these [c]."""
+        K, N = self.s.shape
+        own = self.s.gather(0, self.label[None])[0]  # [N]
+        top = own.new_full((K,), -math.inf).scatter_reduce_(0, self.label, own, "amax")
+        now = self.s.gather(1, self.index[:, None])[:, 0]
+        ties = (own == top[self.label]).nonzero()[:, 0]
+        index = torch.full_like(self.index, N).scatter_reduce_(0, self.label[ties], ties, "amin")
+        better = (top > now + 1e-6 * self.size) & (self.size > 0)
+        return better.nonzero()[:, 0], index[better]
+
+    def drop(self, want):
+        """Leaves out the medoids that cost least, a tenth of them at a time, until `want` are left: by how much
+        the sum of 1 - d1 / d2 over regions changes, d1, d2, d3 their distances to the nearest medoids."""
+        while len(self.index) > want:
+            K = len(self.index)
+            gain = self.size.new_zeros(K, dtype=torch.double)
+            for rows in tiles(len(self.x)):
+                d, which = (1 - self.cosine[:, rows]).topk(min(3, K), dim=0, largest=False)
+                d1, d2, d3 = d[[0, 1, -1]].clamp(min=1e-6).double()
                 gain.index_add_(0, which[0], d1 / d2 - d2 / d3)
                 gain.index_add_(0, which[1], d1 / d2 - d1 / d3)
-            keep = total(gain).argsort(descending=True)[min(len(medoids) - want, 1 + len(medoids) // 10):].sort().values
-            new = torch.full((len(medoids) + 1,), -1).index_copy_(0, keep, torch.arange(len(keep)))
-            medoids, cosine, s, S, size, label = medoids[keep], cosine[keep], s[keep], S[keep], size[keep], new[label]
-        K = len(medoids)
-        for _ in range(300):
-            nearest = torch.cat([cosine[:, p].argmax(0) for p in parts]) if local else label
-            moved = (nearest != label).nonzero()[:, 0]
-            change = torch.zeros(K, D + 2, dtype=torch.double)  # of S, of the size, and how many came and went
-            for some in moved.split(STEP):
-                v = torch.cat([x[some].double(), torch.ones(len(some), 1, dtype=torch.double)], 1)
-                was = label[some] >= 0
-                change[:, :-1].index_add_(0, nearest[some], v)
-                change[:, :-1].index_add_(0, label[some][was], v[was], alpha=-1)
-                change[:, -1] += torch.bincount(nearest[some], minlength=K) + torch.bincount(label[some][was], minlength=K)
-            total(change)
-            if not change[:, -1].any():
-                break
-            S, size, changed = S + change[:, :-2], size + change[:, -2].float(), change[:, -1].nonzero()[:, 0]
-            if clip:
-                for some in moved.split(1024):
-                    sign = torch.zeros(K, len(some))
-                    sign[nearest[some], torch.arange(len(some))] = 1
-                    was = (label[some] >= 0).nonzero()[:, 0]
-                    sign[label[some][was], was] = -1
-                    for p in parts:
-                        s[:, p] += sign @ (x[some] @ x[p].T).clamp(min=0)
-            else:
-                for p in parts:
-                    s[changed, p] = S[changed].float() @ x[p].T
-            label = nearest
-            own = s.gather(0, label[None])[0]  # [N], to one's own cluster
-            top = total(torch.full((K,), -math.inf).scatter_reduce_(0, label, own, "amax"), "MAX")
-            here = medoids - low
-            mine = (here >= 0) & (here < local)
-            now = torch.full((K,), -math.inf)
-            now[mine] = s[mine.nonzero()[:, 0], here[mine]]
-            better = ((top > total(now, "MAX") + 1e-6 * size) & (size > 0)).nonzero()[:, 0]
-            if not len(better):
-                break
-            hit = (own == top[label]).nonzero()[:, 0]
-            first = total(torch.full((K,), n).scatter_reduce_(0, label[hit], hit + low, "amin"), "MIN")
-            medoids = medoids.index_copy(0, better, first[better])
-            look(better)
-        value = torch.zeros((), dtype=torch.double)
-        for p in parts:
-            value += silhouettes(s[:, p], size, label[p]).double().sum()
-        out[K] = dict(silhouette=float(total(value)) / n, labels=label.int(), medoids=medoids)
+            kept = gain.argsort(descending=True)[min(K - want, 1 + K // 10) :].sort().values
+            new = torch.full((K + 1,), -1, device=kept.device)  # -1, no cluster, stays -1
+            new[kept] = torch.arange(len(kept), device=kept.device)
+            for name in ("index", "cosine", "s", "S", "size"):
+                setattr(self, name, getattr(self, name)[kept])
+            self.label = new[self.label]
+
+    def clustering(self):
+        """What there is now, as a Clustering."""
+        sums = [
+            silhouettes(self.s[:, rows], self.size, self.label[rows]).double().sum()
+            for rows in tiles(len(self.x))
+        ]
+        return Clustering(float(sum(sums)) / len(self.x), self.label.int(), self.index.clone())
+
+
+def kmedoids(x, ks, seed):
+    """K-medoids in cosine distance for every k of ks, from the largest down; all k share their work.
+
+    x: [N, D] unit-norm. The largest k starts at greedily chosen seeds, each next one from the converged
+    medoids of the one before, less those whose loss costs least. Returns {k: Clustering}; x with fewer
+    different rows than k gives fewer clusters.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(len(x), generator=generator)[: max(4096, 4 * max(ks))].sort().values.to(x.device)
+    medoids = Medoids(x, sample[seeds(x[sample], max(ks), generator)])
+    out = {}
+    for want in sorted(ks, reverse=True):
+        medoids.drop(want)
+        medoids.settle()
+        out[len(medoids.index)] = medoids.clustering()
     return dict(sorted(out.items()))
 
 
 def seeds(x, K, generator, trials=4):
-    """K rows of x [N, D], greedily: of `trials` rows drawn in proportion to their distance from those chosen, the one that lowers the
-    sum of distances most. Fewer, if x has fewer different rows."""
+    """K rows of x [N, D], greedily: of `trials` rows drawn in proportion to their distance from those chosen,
+    the one that lowers the sum of distances most. Fewer, if x has fewer different rows."""
     chosen = [int(torch.randint(len(x), (1,), generator=generator))]
     distance = (1 - x @ x[chosen[0]]).clamp(min=0)
     distance[distance < 1e-6] = 0
     while len(chosen) < K and distance.sum() > 0:
-        tries = torch.multinomial(distance, trials, replacement=True, generator=generator)
-        after = torch.minimum(distance, (1 - x[tries] @ x.T).clamp(min=0))  # [trials, N]
+        tries = torch.multinomial(distance.cpu(), trials, replacement=True, generator=generator)
+        after = torch.minimum(distance, (1 - x[tries.to(x.device)] @ x.T).clamp(min=0))  # [trials, N]
         after[after < 1e-6] = 0
         best = int(after.sum(1).argmin())
         chosen.append(int(tries[best]))
         distance = after[best]
     if len(chosen) < 2:
         raise Complaint("the regions' embeddings are all equal; there is nothing to cluster")
-    return torch.tensor(chosen)
+    return torch.tensor(chosen, device=x.device)
 
 
 def silhouettes(s, size, label):
-    """From s [k, N], summed cosines (clipped or not) of each region to each cluster, itself included -> silhouettes [N]."""
+    """From s [k, N], summed cosines (clipped or not) of each region to each cluster, itself included ->
+    silhouettes [N], 0 for the only region of a cluster."""
     own = s.gather(0, label[None])[0]
-    a = (size[label] - own).clamp(min=0) / (size[label] - 1).clamp(min=1)  # mean distance within; to itself it is zero
-    other = (s / size.clamp(min=1)[:, None]).masked_fill(size[:, None] == 0, -math.inf).scatter(0, label[None], -math.inf)
-    b = 1 - other.amax(0)  # infinite where there is no other cluster
-    return torch.where((size[label] > 1) & b.isfinite() & (torch.maximum(a, b) > 0), (b - a) / torch.maximum(a, b), 0.)
+    a = (size[label] - own).clamp(min=0) / (size[label] - 1).clamp(min=1)  # to itself the distance is zero
+    means = (s / size.clamp(min=1)[:, None]).masked_fill(size[:, None] == 0, -math.inf)
+    b = 1 - means.scatter(0, label[None], -math.inf).amax(0)  # infinite where there is no other cluster
+    most = torch.maximum(a, b)
+    return torch.where((size[label] > 1) & b.isfinite() & (most > 0), (b - a) / most, 0.0)
 
 
-def published_sweep(x, ks):
-    """RaVL's step 1: sklearn_extra's KMedoids (precomputed, alternate, k-medoids++, 300 iterations, random_state 0) on
-    clip(1 - x x^T, 0, 1) and scikit-learn's silhouettes, by tiles: the same labels, without the N x N matrix. x: numpy [N, D]."""
-    n = len(x)
-
-    def distances(rows, columns=slice(None)):
-        tile = np.clip(1 - x[rows] @ x[columns].T, 0, 1)
-        at = np.arange(n)[columns]
-        tile[np.asarray(rows)[:, None] == at] = 0
-        return tile
-
-    out = {}
-    for k in ks:
-        state = np.random.RandomState(0)
-        trials = 2 + int(np.log(k))
-        medoids = np.empty(k, int)
-        medoids[0] = state.randint(n)
-        closest = distances(medoids[:1])[0] ** 2
-        potential = closest.sum()
-        for c in range(1, k):
-            tries = np.searchsorted(np.cumsum(closest, dtype=np.float64), state.random_sample(trials) * potential).clip(max=n - 1)
-            after = np.minimum(closest, distances(tries) ** 2)
-            sums = after.sum(1)
-            best = int(sums.argmin())
-            medoids[c], closest, potential = tries[best], after[best], sums[best]
-        for _ in range(300):
-            label, before = distances(medoids).argmin(0), medoids.copy()
-            for c in range(k):
-                members = np.where(label == c)[0]
-                if len(members):
-                    cost = np.concatenate([distances(rows, members).sum(1) for rows in np.array_split(members, len(members) // 2048 + 1)])
-                    if cost.min() < cost[np.argmax(members == medoids[c])]:
-                        medoids[c] = members[cost.argmin()]
-            if (medoids == before).all():
-                break
-        out[k] = dict(labels=torch.from_numpy(distances(medoids).argmin(0)), medoids=torch.from_numpy(medoids), silhouette=0.)
-    for rows in np.array_split(np.arange(n), n // 1024 + 1):  # one tile of distances serves all k
-        near = 1 - torch.from_numpy(distances(rows))
-        for k, found in out.items():
-            size = torch.bincount(found["labels"], minlength=k).to(near.dtype)
-            s = near @ F.one_hot(found["labels"], k).to(near.dtype)
-            found["silhouette"] += float(silhouettes(s.T, size, found["labels"][torch.from_numpy(rows)]).double().sum()) / n
-    return out
+def published(x, ks):
+    """RaVL's step 1: sklearn_extra's KMedoids (precomputed, alternate, k-medoids++, 300 iterations,
+    random_state 0) on clip(1 - x x^T, 0, 1), and scikit-learn's silhouettes, by tiles: the same labels
+    without the N x N matrix. x: [N, D]; on the CPU. Returns {k: Clustering}."""
+    rows = x.cpu().numpy()
+    found = {k: published_medoids(rows, k) for k in ks}
+    labels = {k: torch.from_numpy(distances(rows, m).argmin(0)) for k, m in found.items()}
+    total = dict.fromkeys(ks, 0.0)
+    for part in tiles(len(rows), 1024):  # one tile of distances serves all k
+        near = 1 - torch.from_numpy(distances(rows, np.arange(part.start, part.stop)))
+        for k, label in labels.items():
+            hot = F.one_hot(label, k).to(near.dtype)
+            total[k] += float(silhouettes((near @ hot).T, hot.sum(0), label[part]).double().sum())
+    return {
+        k: Clustering(total[k] / len(x), labels[k].to(x.device), torch.from_numpy(found[k]).to(x.device))
+        for k in ks
+    }
 
 
-def clipped_silhouette(x, label, k, mean):
-    """Mean silhouette on the published distance, clip(1 - cosine, 0, 1) of the embeddings as they were given, for comparison across modes: of
-    all regions up to 10,000, of 1,000 drawn at random beyond. Returns (value, how many)."""
-    n = int(total(torch.tensor(len(x))))
-    size = total(torch.bincount(label, minlength=k)).float()
-    if n <= 10_000 and not dist.is_initialized():
-        return float(silhouettes(size[:, None] - cluster_sums(given(x, mean), label, k).T, size, label).double().mean()), n
-    pick = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:10_000 if n <= 10_000 else 1000].sort().values
-    some, s = given(rows_of(x, pick), mean), torch.zeros(k, len(pick))
-    for a in range(0, len(x), STEP):
-        s.index_add_(0, label[a:a + STEP], (given(x[a:a + STEP], mean) @ some.T).clamp(min=0))
-    return float(silhouettes(total(s), size, rows_of(label[:, None].float(), pick)[:, 0].long()).double().mean()), len(pick)
+def distances(x, index, others=None):
+    """clip(1 - cosine, 0, 1) of rows x[index] and x[others], all if None; exactly 0 of a row to itself."""
+    others = np.arange(len(x)) if others is None else others
+    tile = np.clip(1 - x[index] @ x[others].T, 0, 1)
+    tile[index[:, None] == others] = 0
+    return tile
+
+
+def published_medoids(x, k):
+    """The medoids [k] of x, numpy [N, D], as the published procedure finds them."""
+    medoids = published_seeds(x, k)
+    for _ in range(300):
+        label, before = distances(x, medoids).argmin(0), medoids.copy()
+        for c in range(k):
+            members = np.flatnonzero(label == c)
+            if len(members):
+                parts = np.array_split(members, len(members) // 2048 + 1)
+                cost = np.concatenate([distances(x, part, members).sum(1) for part in parts])
+                if cost.min() < cost[np.argmax(members == medoids[c])]:
+                    medoids[c] = members[cost.argmin()]
+        if (medoids == before).all():
+            break
+    return medoids
+
+
+def published_seeds(x, k):
+    """k-medoids++ on squared distances, as sklearn_extra draws it from random_state 0: rows of x [k]."""
+    state, trials, medoids = np.random.RandomState(0), 2 + int(np.log(k)), np.empty(k, int)
+    medoids[0] = state.randint(len(x))
+    closest = distances(x, medoids[:1])[0] ** 2
+    potential = closest.sum()
+    for c in range(1, k):
+        drawn = state.random_sample(trials) * potential
+        tries = np.searchsorted(np.cumsum(closest, dtype=np.float64), drawn).clip(max=len(x) - 1)
+        after = np.minimum(closest, distances(x, tries) ** 2)
+        sums = after.sum(1)
+        best = int(sums.argmin())
+        medoids[c], closest, potential = tries[best], after[best], sums[best]
+    return medoids
 
 
 def given(x, mean):
-    """What centred() made x of: the unit vectors mean + t x, t > 0."""
+    """What less_mean made x [N, D] of: the unit vectors mean + t x, t > 0."""
     along = x @ mean
-    return mean + (-along + (along.square() + 1 - mean.square().sum()).sqrt())[:, None] * x if mean.any() else x
+    t = (along.square() + 1 - mean.square().sum()).sqrt() - along
+    return mean + t[:, None] * x if mean.any() else x
 
 
-def negative_pairs(x, mean):
-    """Share of the pairs of regions, as they were given, with a negative cosine, where the published distance is clipped: of all pairs up
-    to 4,000 regions, else of the pairs of 2,000 drawn at random."""
-    n = int(total(torch.tensor(len(x))))
-    pick = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:n if n <= 4000 else 2000]
-    some = given(rows_of(x, pick), mean)
-    return float((some @ some.T < 0).double().sum()) / max(1, len(pick) * (len(pick) - 1))
+def drawn_rows(n, most, draws, seed):
+    """All n numbers up to `most`, else so many draws."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[: n if n <= most else draws].sort().values
+
+
+def clipped_silhouette(x, label, k, mean, seed):
+    """Mean silhouette on the published distance, clip(1 - cosine, 0, 1) of the embeddings as they were given,
+    to compare ways of clustering: of all regions up to 10,000, of 1,000 drawn beyond. dict(silhouette,
+    silhouette_rows)."""
+    pick = drawn_rows(len(x), 10_000, 1000, seed).to(x.device)
+    size, some = torch.bincount(label, minlength=k).float(), given(x[pick], mean)
+    s = x.new_zeros(k, len(pick))
+    for rows in tiles(len(x), 4096):
+        near = (given(x[rows], mean) @ some.T).clamp(min=0)  # [rows, pick]
+        s += F.one_hot(label[rows], k).float().T @ near
+    value = silhouettes(s, size, label[pick]).double().mean()
+    return dict(silhouette=float(value), silhouette_rows=len(pick))
+
+
+def negative_pairs(x, mean, seed):
+    """Share of the pairs of regions, as they were given, with a negative cosine, where the published distance
+    is clipped: of all pairs up to 4,000 regions, else of those of 2,000 drawn."""
+    some = given(x[drawn_rows(len(x), 4000, 2000, seed).to(x.device)], mean)
+    return float((some @ some.T < 0).double().sum()) / max(1, len(some) * (len(some) - 1))
 
 
 def closeness(x, M, label):
-    """Cosine of each region to its cluster's medoid, [N]."""
-    return torch.cat([(x[a:a + STEP] * M[label[a:a + STEP]]).sum(1) for a in range(0, len(x), STEP)]) if len(x) else torch.empty(0)
+    """Cosine of each region x [N, D] to its cluster's medoid M [k, D], [N]."""
+    return torch.cat([(x[rows] * M[label[rows]]).sum(1) for rows in tiles(len(x))])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # step 2: which clusters are spurious?
 
-def identify(label, k, found, method):
-    """RaVL's step 2 for all clusters at once. label: [N] cluster of each region.
 
-    gap [C, k]: weight x (accuracy of the images of a class with a region in the cluster - of those without), nan where one side is empty;
-    influence [k]: of the misclassified images of a class that loses by the cluster, the share whose region with the highest score for the predicted
-    class lies in it, the largest over classes, -inf without any; score: sum of |gap|; chance: what that sum would be on average if the feature changed nothing
-    (binomial errors; ours). gap_only keeps by the gaps alone, influence_only by the
-    influence alone and ranks by it, unweighted leaves out the weight. Returns a dict; ranking: clusters by score, of ties the higher number first.
+def identify(label, k, e, criterion):
+    """RaVL's step 2 for all clusters at once. label: [N] cluster of each region; e: Evidence.
+
+    gap [C, k]: weight x (accuracy of the images of a class with a region in the cluster - of those without),
+    NaN where one side is empty; influence [k]: of the misclassified images of a class that loses by the
+    cluster, the share whose region with the highest score for the predicted class lies in it, the largest
+    over classes, -inf without any; score [k]: sum of |gap|; chance [k]: what that sum would be on average if
+    the feature changed nothing (binomial errors; ours). ranking: clusters by their score, of ties the higher
+    number first.
     """
-    y, C = found["y"], len(found["classes"])
-    right = (found["predicted"] == y).double()
-    pair = torch.unique(found["image"] * k + label)  # images and the clusters that they have a region in
+    y, C, right = e.y, len(e.classes), (e.predicted == e.y).double()
+    pair = torch.unique(e.image * k + label)  # images and the clusters that they have a region in
     image, cluster = pair // k, pair % k
-    count = lambda weight: torch.zeros(C * k, dtype=torch.double).index_add_(0, y[image] * k + cluster, weight).view(C, k)
-    n_in, right_in = count(torch.ones(len(pair), dtype=torch.double)), count(right[image])
+
+    def tally(weight):
+        total = right.new_zeros(C * k).index_add_(0, y[image] * k + cluster, weight)
+        return rearrange(total, "(c k) -> c k", k=k)
+
+    n_in, right_in = tally(torch.ones_like(right[image])), tally(right[image])
     n_all = torch.bincount(y, minlength=C).double()[:, None]
-    n_out, right_out = n_all - n_in, torch.zeros(C, dtype=torch.double).index_add_(0, y, right)[:, None] - right_in
+    right_all = right.new_zeros(C).index_add_(0, y, right)[:, None]
+    n_out, right_out = n_all - n_in, right_all - right_in
     weight = 2 * torch.minimum(n_in, n_out) / n_all.clamp(min=1)
+    factor = weight if criterion.weighted else torch.ones_like(weight)
     acc_in, acc_out = right_in / n_in, right_out / n_out
-    factor = torch.ones_like(weight) if method == "unweighted" else weight
-    gap = factor * (acc_in - acc_out)
-    gap[(n_in == 0) | (n_out == 0)] = torch.nan
-    asked = (right[image] == 0) & (found["count"][image] > 1) & (gap[y[image], cluster] < 0)
-    looks = (label[found["best"].clamp(min=0)][image] == cluster).double()
-    of = count(asked.double())
-    influence = torch.where(of > 0, count(asked * looks) / of, -math.inf).amax(0)
-    score = gap.abs().nansum(0)
-    p = (right_in + right_out) / n_all.clamp(min=1)
-    chance = (factor * (2 / math.pi * p * (1 - p) * (1 / n_in + 1 / n_out)).sqrt())[~gap.isnan()]
-    chance = torch.zeros(k, dtype=torch.double).index_add_(0, (~gap.isnan()).nonzero()[:, 1], chance)
-    signs = (gap > 0).any(0) & (gap < 0).any(0)
-    enough = influence >= influence_least
-    kept = signs if method == "gap_only" else enough if method == "influence_only" else signs & enough
-    key, chance = (influence, torch.full((k,), torch.nan)) if method == "influence_only" else (score, chance)
-    ranking = np.lexsort((-np.arange(k), -key.numpy())).tolist()
-    return dict(gap=gap, weight=weight, acc_in=acc_in, n_in=n_in, acc_out=acc_out, n_out=n_out, influence=influence, score=score, chance=chance,
-                key=key, kept=kept.tolist(), ranking=ranking, signs=signs)
+    one_sided = (n_in == 0) | (n_out == 0)
+    gap = (factor * (acc_in - acc_out)).masked_fill(one_sided, torch.nan)
+    asked = (right[image] == 0) & (e.count[image] > 1) & (gap[y[image], cluster] < 0)
+    looks = asked & (label[e.best.clamp(min=0)][image] == cluster)
+    errors = tally(asked.double())
+    influence = torch.where(errors > 0, tally(looks.double()) / errors, -math.inf).amax(0)
+    p = right_all / n_all.clamp(min=1)
+    chance = factor * (2 / math.pi * p * (1 - p) * (1 / n_in + 1 / n_out)).sqrt()
+    chance = chance.masked_fill(one_sided, 0).sum(0)
+    signs, score = (gap > 0).any(0) & (gap < 0).any(0), gap.abs().nansum(0)
+    kept = torch.ones_like(signs)
+    if criterion.gaps:
+        kept &= signs
+    if criterion.influence:
+        kept &= influence >= INFLUENCE
+    if criterion.by == "influence":
+        score, chance = influence, torch.full_like(chance, torch.nan)
+    parts = dict(gap=gap, weight=weight, acc_in=acc_in, acc_out=acc_out, n_in=n_in, n_out=n_out)
+    parts.update(influence=influence, score=score, chance=chance, signs=signs, kept=kept)
+    return SimpleNamespace(ranking=descending(score).tolist(), **parts)
 
 
-def why(r, c):
-    """Why cluster c was kept, or not."""
-    if r["kept"][c]:
+def why(v, c):
+    """Why cluster c was kept, or not. v: what identify returns."""
+    gap, influence = v.gap[:, c], float(v.influence[c])
+    if v.kept[c]:
         return "kept"
-    if not r["signs"][c]:
-        gap = r["gap"][:, c]
-        return ("in no image, or in all of a class" if gap.isnan().all() else
-                "no class does better with it" if not (gap > 0).any() else "no class does worse with it")
-    i = float(r["influence"][c])
-    return "influence undefined: no class that does worse with it has an error to ask" if i == -math.inf else f"influence {i:.2f} below {influence_least}"
+    if gap.isnan().all():
+        return "in no image, or in all of a class"
+    if not v.signs[c]:
+        return f"no class does {'worse' if (gap > 0).any() else 'better'} with it"
+    if influence == -math.inf:
+        return "influence undefined: no class that does worse with it has an error to ask"
+    return f"influence {influence:.2f} below {INFLUENCE}"
 
 
-def stability(sweep, best, labels, result, found, method):
-    """For each kept cluster the share of up to 15 values of k, spread over the sweep, at which a kept cluster shares half of its regions
-    (Jaccard >= 0.5): a finding that hangs on one k is suspect. Ours, not in the paper. {cluster: share}."""
-    kept = [c for c in range(best) if result["kept"][c]]
-    hits = dict.fromkeys(kept, 0)
-    tried = [list(sweep)[i] for i in np.linspace(0, len(sweep) - 1, min(15, len(sweep))).round().astype(int)] if kept else []
-    for k in tried:
-        other = gathered(sweep[k]["labels"].long())
-        r, size = identify(other, k, found, method), torch.bincount(other, minlength=k)
-        for c in kept:
-            shared = torch.bincount(other[labels == c], minlength=k)
-            hits[c] += bool((shared[r["kept"]] >= .5 * (size + shared.sum() - shared)[r["kept"]]).any())
-    return {c: h / len(tried) for c, h in hits.items()}
+def stability(sweep, best, verdict, e, criterion):
+    """{kept cluster: share of up to 15 values of k, spread over the sweep, at which a kept cluster shares half
+    of its regions (Jaccard >= 0.5)}: a finding that hangs on one k is suspect. Ours, not in the paper."""
+    hits, label = dict.fromkeys(verdict.kept.nonzero()[:, 0].tolist(), 0), sweep[best].labels
+    ks, at = list(sweep), np.linspace(0, len(sweep) - 1, min(15, len(sweep))).round().astype(int)
+    for k in [ks[i] for i in at] if hits else []:
+        other = sweep[k].labels.long()
+        kept, size = identify(other, k, e, criterion).kept, torch.bincount(other, minlength=k)
+        for c in hits:
+            shared = torch.bincount(other[label == c], minlength=k)
+            half = shared >= 0.5 * (size + shared.sum() - shared)
+            hits[c] += bool((half & kept).any())
+    return {c: hit / len(at) for c, hit in hits.items()}
 
 
-def described(r, medoids, members, stable, found):
-    """The clusters for discovery.json: kept first, each part by score."""
-    number = lambda v: None if not math.isfinite(v) else float(v)
+def first_kept(verdict, members):
+    """The ranked regions of the best cluster that is kept; none if none is."""
+    return next((members[c] for c in verdict.ranking if verdict.kept[c]), members[0][:0])
+
+
+def listed(method, ranked):
+    """A baseline's list of regions as the one cluster of discovery.json."""
+    nothing = dict.fromkeys(("score", "chance", "influence", "stability"))
+    cluster = dict(id=0, kept=True, reason=f"ranked list of {method}", gaps={}, regions=ranked, **nothing)
+    return [dict(cluster, medoid=ranked[0])] if ranked else []
+
+
+def described(v, medoids, members, stable, classes):
+    """The clusters for discovery.json: kept first, each part by score. v: what identify returns."""
     out = []
-    for c in sorted(r["ranking"], key=lambda c: not r["kept"][c]):
-        gaps = {found["classes"][l]: dict({key: number(r[key][l, c]) for key in ("gap", "weight", "acc_in", "acc_out")},
-                                          n_in=int(r["n_in"][l, c]), n_out=int(r["n_out"][l, c]))
-                for l in range(len(found["classes"])) if r["n_in"][l, c] > 0 and r["n_out"][l, c] > 0}
-        out.append(dict(id=c, kept=bool(r["kept"][c]), reason=why(r, c), score=number(r["key"][c]), chance=number(r["chance"][c]),
-                        influence=number(r["influence"][c]), gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c), regions=members[c].tolist()))
+    for c in sorted(v.ranking, key=lambda c: not v.kept[c]):
+        gaps = {}
+        for y in (~v.gap[:, c].isnan()).nonzero()[:, 0].tolist():
+            numbers = {key: float(vars(v)[key][y, c]) for key in ("gap", "weight", "acc_in", "acc_out")}
+            gaps[classes[y]] = dict(numbers, n_in=int(v.n_in[y, c]), n_out=int(v.n_out[y, c]))
+        numbers = {key: finite(vars(v)[key][c]) for key in ("score", "chance", "influence")}
+        numbers.update(
+            gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c), regions=members[c].tolist()
+        )
+        out.append(dict(id=c, kept=bool(v.kept[c]), reason=why(v, c), **numbers))
     return out
 
 
-def precision(regions, found, K=10):
+def finite(value):
+    """A number for JSON, None if it is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def scored(ranked, target):
+    """A method's entry in discovery.json."""
+    return dict(precision_at_10=precision(ranked, target), top=ranked[:100].tolist())
+
+
+def precision(ranked, target, K=10):
     """Share of the first K regions that show the planted feature, of those of which it is known; None if of none."""
-    shown = torch.empty(0) if found["target"] is None else found["target"][torch.as_tensor(regions, dtype=torch.long)]
+    shown = torch.zeros(0) if target is None else target[ranked.to(target.device)]
     shown = shown[~shown.isnan()][:K]
     return float(shown.double().mean()) if len(shown) else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# baselines: each a ranked list of regions. How the paper fits them to regions is not public: our reading
-
-def random(x, found):
-    return torch.from_numpy(rng(seed, "random regions", zlib.crc32(found["name"].encode())).permutation(len(found["image"])))
+# ----------------------------------------------------------------------------------------------------------
+# baselines: (evidence, seed, l2) -> a ranked list of regions. How the paper fits them to regions is not
+# public: our reading
 
 
-def toward(x, direction, found, images):
-    """Regions of some images, bool [n], by the cosine to a direction [D], largest first."""
-    score = gathered(torch.cat([part @ direction.float() for part in x.split(STEP)]) if len(x) else torch.empty(0))
-    return by(score, images[found["image"]])
+def random(e, seed, l2):
+    """Regions in random order."""
+    order = rng(seed, "random regions", zlib.crc32(e.name.encode())).permutation(len(e.x))
+    return torch.from_numpy(order).to(e.x.device)
 
 
 def by(score, among):
@@ -680,160 +949,246 @@ def by(score, among):
     return index[score[index].argsort(descending=True, stable=True)]
 
 
-def worst_labels(found):
+def toward(e, direction, images):
+    """Regions of some images, bool [n], by their cosine to a direction [D], largest first."""
+    score = torch.cat([e.x[rows] @ direction.float() for rows in tiles(len(e.x))])
+    return by(score, images[e.image])
+
+
+def failures(e, seed, l2):
+    """Distilling failures: in each class a linear classifier of right against wrong images; its regions by their
+    score toward wrong, the least accurate class first."""
+    wrong, lists = (e.predicted != e.y).long(), []
+    for y in worst_classes(e):
+        images = e.y == y
+        fitted = fit_probe(e.z[images], wrong[images], l2, classes=2)
+        lists.append(toward(e, fitted.weight[:, 1] - fitted.weight[:, 0], images))
+    return torch.cat(lists) if lists else random(e, seed, l2)
+
+
+def worst_classes(e):
     """Classes that have right and wrong images, the least accurate first."""
-    right = found["predicted"] == found["y"]
-    accuracy = {l: float(right[found["y"] == l].double().mean()) for l in set(found["y"].tolist())}
-    return sorted((l for l, a in accuracy.items() if 0 < a < 1), key=accuracy.get)
+    right = (e.predicted == e.y).double()
+    accuracy = {y: float(right[e.y == y].mean()) for y in torch.unique(e.y).tolist()}
+    return sorted((y for y, a in accuracy.items() if 0 < a < 1), key=accuracy.get)
 
 
-def failures(x, found):
-    """Distilling failures: in each class a linear classifier of right against wrong images; its regions by their score toward wrong."""
-    wrong, lists = (found["predicted"] != found["y"]).long(), []
-    for l in worst_labels(found):
-        of = found["y"] == l
-        fitted = fit_probe(found["z"][of], wrong[of], l2, classes=2)
-        lists.append(toward(x, fitted.weight[:, 1] - fitted.weight[:, 0], found, of))
-    return torch.cat(lists) if lists else random(x, found)
-
-
-def george(x, found):
-    """George: the least accurate cluster of image embeddings within a class; regions of its images by cosine to its mean less the class's rest."""
-    right, worst = (found["predicted"] == found["y"]).double(), (math.inf, None, None)
-    for l in sorted(set(found["y"].tolist())):
-        of = (found["y"] == l).nonzero()[:, 0]
-        if len(of) < 4 or (1 - found["z"][of] @ found["z"][of].mean(0)).max() < 1e-5:  # too few, or all alike
+def george(e, seed, l2):
+    """George: the least accurate cluster of image embeddings within a class; regions of its images by cosine to
+    its mean less the mean of the class's rest."""
+    right, least, worst = (e.predicted == e.y).double(), math.inf, None
+    for y in torch.unique(e.y).tolist():
+        images = (e.y == y).nonzero()[:, 0]
+        z = e.z[images]
+        if len(z) < 4 or (1 - z @ z.mean(0)).max() < 1e-5:  # too few, or all alike
             continue
-        low, high = span(len(of))
-        groups = kmedoids(found["z"][of[low:high]], range(2, min(10, len(of))), False, seed)
-        labels = gathered(max(groups.values(), key=lambda g: g["silhouette"])["labels"].long())
-        for c in set(labels.tolist()):
-            accuracy = float(right[of[labels == c]].mean())
-            if accuracy < worst[0] and (labels != c).any():
-                worst = accuracy, of[labels == c], of[labels != c]
-    if worst[1] is None:
-        return random(x, found)
-    images = torch.zeros(len(found["y"]), dtype=torch.bool).index_fill_(0, worst[1], True)
-    return toward(x, found["z"][worst[1]].mean(0) - found["z"][worst[2]].mean(0), found, images)
+        sweep = kmedoids(z, range(2, min(10, len(z))), seed)
+        label = max(sweep.values(), key=lambda c: c.silhouette).labels
+        for c in torch.unique(label).tolist():
+            accuracy = float(right[images[label == c]].mean())
+            if accuracy < least and (label != c).any():
+                least, worst = accuracy, (images[label == c], images[label != c])
+    if worst is None:
+        return random(e, seed, l2)
+    group, rest = worst
+    return toward(
+        e,
+        e.z[group].mean(0) - e.z[rest].mean(0),
+        torch.isin(torch.arange(len(e.y), device=group.device), group),
+    )
 
 
-def domino(x, found, parts=25, dims=128, steps=100):
-    """Domino: mixture of Gaussians (diagonal, on 128 principal components) x categorical label x categorical prediction, by EM from random
-    assignments within the cells of the confusion matrix; the slice with the largest max(p(predicted) - p(label)); regions of its images by
-    cosine to the slice's mean less the global mean."""
-    z, y, p, C = found["z"].double(), found["y"], found["predicted"], len(found["classes"])
+def domino(e, seed, l2, slices=25, dims=128):
+    """Domino: a mixture over images; the slice with the largest max(p(predicted) - p(label)); regions of its
+    images by cosine to the slice's mean less the global mean."""
+    z = e.z.double()
     v = z - z.mean(0)
     v = v @ torch.linalg.eigh(v.T @ v).eigenvectors[:, -dims:]
-    v = v / v.std().clamp(min=1e-12)
-    generator = torch.Generator().manual_seed(seed)
-    cell = torch.unique(y * C + p, return_inverse=True)[1]
-    cells = int(cell.max()) + 1
-    R = torch.rand(len(z), parts, generator=generator, dtype=torch.double) * (torch.arange(parts) % cells == cell[:, None] % parts) + 1e-3
+    R, excess = mixture(v / v.std().clamp(min=1e-12), e.y, e.predicted, len(e.classes), slices, seed)
+    of = R.argmax(1)
+    excess[torch.bincount(of, minlength=slices) == 0] = -math.inf
+    worst = int(excess.argmax())
+    return toward(e, R[:, worst] @ z / R[:, worst].sum() - z.mean(0), of == worst)
+
+
+def mixture(v, y, predicted, C, slices, seed, steps=100):
+    """Gaussians (diagonal) x categorical label x categorical prediction, by EM from random assignments within
+    the cells of the confusion matrix. v: [n, d]. Returns responsibilities R [n, slices] and, of each slice,
+    max(p(predicted) - p(label))."""
+    cell = torch.unique(y * C + predicted, return_inverse=True)[1]
+    at = torch.arange(slices, device=v.device) % (int(cell.max()) + 1)
+    R = torch.rand(len(v), slices, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    R = R.to(v.device) * (at == cell[:, None] % slices) + 1e-3
     R /= R.sum(1, keepdim=True)
-    Y, P = F.one_hot(y, C).double(), F.one_hot(p, C).double()
+    hot = F.one_hot(y, C).double(), F.one_hot(predicted, C).double()
     for _ in range(steps):
         n = R.sum(0) + 1e-6
         mean = R.T @ v / n[:, None]
         var = (R.T @ v.square() / n[:, None] - mean.square()).clamp(min=0) + 1e-2
-        py, pp = ((R.T @ T + 1e-3) / (n[:, None] + 1e-3 * C) for T in (Y, P))
-        gauss = -.5 * (v.square() @ (1 / var).T - 2 * v @ (mean / var).T + (mean.square() / var).sum(1) + var.log().sum(1))
-        before, R = R, (gauss + py.log().T[y] + pp.log().T[p] + n.log()).softmax(1)
+        p_y, p_p = ((R.T @ h + 1e-3) / (n[:, None] + 1e-3 * C) for h in hot)  # [slices, C]
+        square = v.square() @ (1 / var).T - 2 * v @ (mean / var).T + (mean.square() / var).sum(1)
+        gauss = -0.5 * (square + var.log().sum(1))
+        before, R = R, (gauss + p_y.log().T[y] + p_p.log().T[predicted] + n.log()).softmax(1)
         if (R - before).abs().max() < 1e-4:
             break
-    of = R.argmax(1)
-    rating = torch.where(torch.bincount(of, minlength=parts) > 0, (pp - py).amax(1), -math.inf)
-    slice_ = int(rating.argmax())
-    return toward(x, (R[:, slice_] @ z / R[:, slice_].sum() - z.mean(0)), found, of == slice_)
+    return R, (p_p - p_y).amax(1)
 
 
-def spurious_aware(x, found):
+def spurious_aware(e, seed, l2):
     """All regions of misclassified images by their score for the class that was wrongly predicted."""
-    return by(found["own"], (found["predicted"] != found["y"])[found["image"]])
+    return by(e.own, (e.predicted != e.y)[e.image])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+BASELINES = {
+    "random": random,
+    "failures": failures,
+    "george": george,
+    "domino": domino,
+    "spurious_aware": spurious_aware,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
 # what is shown
 
-def verdict(kept):
-    """How many clusters RaVL's rule keeps, and how many of them it would hardly keep by chance: score above twice what chance gives (ours)."""
+
+def verdict_line(kept):
+    """How many clusters the paper's rule keeps, and how many it would hardly keep by chance (ours)."""
     clear = sum(c["chance"] is None or (c["score"] or 0) > 2 * c["chance"] for c in kept)
-    return f"{len(kept)} spurious feature{'s' * (len(kept) > 1)} found by the paper's rule, {clear} with a score above twice that of chance"
+    features = f"{len(kept)} spurious feature{'s' * (len(kept) > 1)} found by the paper's rule"
+    return f"{features}, {clear} with a score above twice that of chance"
 
 
-def console(summary, found):
+def gain(cluster, sign):
+    """The two classes that gain (1) or lose (-1) most by a cluster, with their accuracies."""
+    gaps = [(sign * g["gap"], name, g) for name, g in cluster["gaps"].items() if sign * g["gap"] > 0]
+    gaps = sorted(gaps, key=lambda gap: -gap[0])[:2]
+    return ", ".join(
+        f"{name} {g['gap']:+.2f} ({g['acc_in']:.2f} with, {g['acc_out']:.2f} without)" for _, name, g in gaps
+    )
+
+
+def console(summary, e):
     """The tables on the console."""
-    kept = [c for c in summary["clusters"] if c["kept"]]
-    lines = [f"\nk = {summary['k']}, silhouette {summary['silhouette']:.3f} on the published distance"
-             + (f" ({summary['silhouette_rows']} regions)" if summary["silhouette_rows"] < len(found["image"]) else "")
-             + ("; the mean was taken off first" if summary["mean_removed"] else "")
-             + f"; {'about ' * (len(found['image']) > 4000)}{summary['negative_pairs']:.1%} of the pairs have a negative cosine, which "
-             + ("fast does not clip" if clustering == "fast" else "is clipped")]
-    gaps = lambda c, sign: ", ".join(f"{l} {g['gap']:+.2f} ({g['acc_in']:.2f} with, {g['acc_out']:.2f} without)"
-                                     for l, g in sorted(c["gaps"].items(), key=lambda g: -sign * (g[1]["gap"] or 0))[:2] if sign * (g["gap"] or 0) > 0)
-    if method not in LISTS:
-        lines.append("No spurious feature was found. The nearest candidates:" if not kept else verdict(kept) + ":")
-        shown = kept or sorted(summary["clusters"], key=lambda c: -(c["score"] or 0))[:3]
-        lines.append(table(("cluster", "score", "by chance", "influence", "regions", "stability", "P@10",
-                            "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"),
-                           [(str(c["id"]), c["score"], c["chance"], c["influence"], len(c["regions"]), c["stability"], precision(c["regions"], found),
-                             "; ".join(filter(None, ["" if kept else c["reason"], gaps(c, 1), gaps(c, -1)]))) for c in shown[:20]]))
-    if method == "all":
-        lines.append("\n" + table(("method", "precision_at_10"), [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]))
+    config, clusters, N = summary["config"], summary["clusters"], len(e.x)
+    kept, rows = [c for c in clusters if c["kept"]], summary["silhouette_rows"]
+    lines = [f"\nk = {summary['k']}, silhouette {summary['silhouette']:.3f} on the published distance"]
+    lines[0] += f" ({rows} regions)" * (rows < N) + "; the mean was taken off first" * summary["mean_removed"]
+    negative = f"{'about ' * (N > 4000)}{summary['negative_pairs']:.1%} of the pairs have a negative cosine"
+    lines[0] += (
+        f"; {negative}, which {'fast does not clip' if config['clustering'] == 'fast' else 'is clipped'}"
+    )
+    if config["method"] not in BASELINES:
+        none = "No spurious feature was found. The nearest candidates:"
+        lines.append(verdict_line(kept) + ":" if kept else none)
+        rows = []
+        for c in (kept or sorted(clusters, key=lambda c: -(c["score"] or 0))[:3])[:20]:
+            at_10 = precision(torch.tensor(c["regions"]), e.target)
+            reason = "" if c["kept"] else c["reason"]
+            tied = "; ".join(filter(None, (reason, gain(c, 1), gain(c, -1))))
+            numbers = [c[key] for key in ("score", "chance", "influence")]
+            rows.append((str(c["id"]), *numbers, len(c["regions"]), c["stability"], at_10, tied))
+        tied = "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"
+        header = ("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", tied)
+        lines.append(table(header, rows))
+    if config["method"] == "all":
+        rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
+        lines.append("\n" + table(("method", "precision_at_10"), rows))
     if summary["base_rate"] is not None:
-        lines.append(f"Precision@10 of the first: {'-' if summary['precision_at_10'] is None else format(summary['precision_at_10'], '.2f')}; "
-                     f"of all regions {summary['base_rate']:.3f} show the target")
-    lines.append("seconds: " + ", ".join(f"{name} {s:.2f}" for name, s in summary["seconds"].items())
-                 + f"; peak memory {summary['peak_gib']:.1f} GiB")
+        at_10 = "-" if summary["precision_at_10"] is None else f"{summary['precision_at_10']:.2f}"
+        rate = f"of all regions {summary['base_rate']:.3f} show the target"
+        lines.append(f"Precision@10 of the first: {at_10}; {rate}")
+    seconds = ", ".join(f"{name} {s:.2f}" for name, s in summary["seconds"].items())
+    lines.append(f"seconds: {seconds}; peak memory {summary['peak_gib']:.1f} GiB")
     return "\n".join(lines)
 
 
-def report(summary, found, similarity, M):
-    """The page: for each kept cluster its regions as crops and in their images, and the accuracy with and without it."""
-    kept = [c for c in summary["clusters"] if c["kept"]]
-    encoder, words = found["encoder"], None
-    if kept and encoder is not None and encoder.tokenizer and method not in LISTS:
-        vocabulary = (Path(__file__).parent / "assets" / "words.txt").read_text().split("\n")
-        vocabulary = [w for w in vocabulary if w]
-        words = encoder.class_embeddings(vocabulary)
-        words = unit(words - words.mean(0))  # text and image embeddings lie apart: each without its mean
-    sections = []
-    for place, c in enumerate(kept or summary["clusters"][:3]):
-        helps = [l for l, g in c["gaps"].items() if (g["gap"] or 0) > 0]
-        harms = [l for l, g in c["gaps"].items() if (g["gap"] or 0) < 0]
-        lead = f"Images of {', '.join(helps[:4]) or 'no class'} are classified better with it, images of {', '.join(harms[:4]) or 'no class'} worse." if c["gaps"] else ""
-        lead += f" Influence {c['influence']:.2f}." if c["influence"] is not None else ""
-        lead += f" Found at {c['stability']:.0%} of the k tried." if c["stability"] is not None else ""
-        lead += "" if c["kept"] else f" Not kept: {c['reason']}."
-        html, top = f"<p>{escape(lead)}</p>", c["regions"][:10]
-        if words is not None:
-            medoid = M[c["id"]] if summary["mean_removed"] else unit(M[c["id"]] - M.mean(0))
-            html += "<p>Nearest words: " + escape(", ".join(vocabulary[i] for i in (words @ medoid).topk(6).indices)) + "</p>"
-        if found["pictures"]:
-            label = lambda r: f"{found['classes'][found['y'][found['image'][r]]]}, taken for {found['classes'][found['predicted'][found['image'][r]]]}"
-            html += "<h3>Its regions, the most typical first, with their cosine to the medoid</h3><div class=small>" + "".join(
-                thumb(Crop(found["pictures"][found["image"][r]], tuple(found["box"][r].tolist())).image(), f"{similarity[r]:.2f}", 84) for r in top) + "</div>"
-            seen, images = set(), []
-            for r in c["regions"]:
-                if int(found["image"][r]) not in seen and len(images) < 6:
-                    seen.add(int(found["image"][r]))
-                    images.append(r)
-            html += "<h3>In their images</h3>" + "".join(
-                thumb(outlined(found["pictures"][found["image"][r]].image(), found["box"][r].tolist()), label(r)) for r in images)
-        if c["gaps"]:
-            chosen = sorted(c["gaps"].items(), key=lambda g: -abs(g[1]["gap"] or 0))[:8]
-            html += "<h3>Accuracy of the classifier</h3>" + bars([(f"{l}, {side}", g[f"acc_{key}"], None, f"n={g[f'n_{key}']}") for l, g in chosen
-                                                                    for side, key in (("with it", "in"), ("without", "out"))])
-        sections.append((f"{place + 1}. Cluster {c['id']}" + (f", score {c['score']:.2f} (by chance {c['chance']:.2f})" if c["chance"] is not None else ""), html))
-    rows = [(str(c["id"]), "kept" if c["kept"] else c["reason"], c["score"], c["chance"], c["influence"], len(c["regions"])) for c in summary["clusters"][:60]]
-    sections.append(("All clusters", html_table(("cluster", "kept?", "score", "by chance", "influence", "regions"), rows)))
+def report(summary, e, similarity, M):
+    """The page: each kept cluster's regions as crops and in their images, and the accuracy with and without it."""
+    config, clusters = summary["config"], summary["clusters"]
+    kept, sections = [c for c in clusters if c["kept"]], []
+    can_read = kept and e.encoder and e.encoder.tokenizer and config["method"] not in BASELINES
+    words = nearest_words(e.encoder, M, summary["mean_removed"]) if can_read else {}
+    for place, c in enumerate(kept or clusters[:3], 1):
+        score = f", score {c['score']:.2f} (by chance {c['chance']:.2f})" if c["chance"] is not None else ""
+        parts = cluster_parts(c, words.get(c["id"]), e, similarity)
+        sections.append((f"{place}. Cluster {c['id']}{score}", *parts))
+    rows = []
+    for c in clusters[:60]:
+        numbers = [c[key] for key in ("score", "chance", "influence")]
+        rows.append((str(c["id"]), c["reason"], *numbers, len(c["regions"])))
+    header = ("cluster", "kept?", "score", "by chance", "influence", "regions")
+    sections.append(("All clusters", html_table(header, rows)))
     if len(summary["methods"]) > 1:
-        sections.append(("Methods", html_table(("method", "Precision@10"), [(m, v["precision_at_10"]) for m, v in summary["methods"].items()])))
-    sections.append(("Flags", "<p>" + "<br>".join(map(escape, summary["notes"])) + "</p><pre>" + escape("\n".join(f"--{a}={b}" for a, b in summary["config"].items()))
-                     + f"\ngit {summary['git']}</pre>"))
-    n = len(kept)
-    at = "" if summary["precision_at_10"] is None else f" Precision@10 {summary['precision_at_10']:.2f}, {summary['base_rate']:.2f} of all regions show the target."
-    return page("flock: spurious features", (f"{found['name']}, {model if not embeddings else 'given embeddings'}: " + (verdict(kept) if n else
-                "no spurious feature was found; below the nearest candidates") + f" among {summary['k']} clusters of {len(found['image'])} regions.{at}"), sections)
+        rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
+        sections.append(("Methods", html_table(("method", "Precision@10"), rows)))
+    sections.append(flags_section(config, summary["git"], summary["notes"]))
+    what = "given embeddings" if config["embeddings"] else config["model"]
+    result = verdict_line(kept) if kept else "no spurious feature was found; below the nearest candidates"
+    lead = f"{e.name}, {what}: {result} among {summary['k']} clusters of {len(e.x)} regions."
+    if summary["precision_at_10"] is not None:
+        rate = f"{summary['base_rate']:.2f} of all regions show the target"
+        lead += f" Precision@10 {summary['precision_at_10']:.2f}, {rate}."
+    return page("flock: spurious features", lead, sections)
+
+
+def nearest_words(encoder, M, mean_removed):
+    """For each medoid M [k, D] the six nearest words, {cluster: text}. Embeddings of text and images lie apart:
+    each is compared without its mean."""
+    vocabulary = (ASSETS / "words.txt").read_text().split()
+    words = encoder.prompts([[f"a photo of a {word}."] for word in vocabulary])
+    words, M = unit(words - words.mean(0)), M if mean_removed else unit(M - M.mean(0))
+    nearest = (M @ words.T).topk(6).indices.tolist()
+    return {c: ", ".join(vocabulary[i] for i in index) for c, index in enumerate(nearest)}
+
+
+def cluster_parts(c, words, e, similarity):
+    """What the page says and shows of a cluster."""
+    gaps = sorted(c["gaps"].items(), key=lambda g: -abs(g[1]["gap"]))
+    helps, harms = (
+        ", ".join([name for name, g in c["gaps"].items() if sign * g["gap"] > 0][:4]) or "no class"
+        for sign in (1, -1)
+    )
+    lead = f"Images of {helps} are classified better with it, images of {harms} worse. " if gaps else ""
+    lead += f"Influence {c['influence']:.2f}. " if c["influence"] is not None else ""
+    lead += f"Found at {c['stability']:.0%} of the k tried. " if c["stability"] is not None else ""
+    lead += "" if c["kept"] else f"Not kept: {c['reason']}."
+    parts = [tag("p", lead)] + ([tag("p", f"Nearest words: {words}")] if words else [])
+    if e.pictures:
+        parts.append(tag("h3", "Its regions, the most typical first, with their cosine to the medoid"))
+        crops = [Crop(e.pictures[e.image[r]], tuple(e.box[r].tolist())) for r in c["regions"][:10]]
+        pairs = zip(crops, similarity[c["regions"][:10]].tolist(), strict=True)
+        parts.append(
+            tag("div", *[thumb(crop.image(), f"{cosine:.2f}", 84) for crop, cosine in pairs], class_="small")
+        )
+        parts.append(tag("h3", "In their images"))
+        firsts = {}
+        for r in c["regions"]:
+            firsts.setdefault(int(e.image[r]), r)
+            if len(firsts) == 6:
+                break
+        for i, r in firsts.items():
+            caption = f"{e.classes[e.y[i]]}, taken for {e.classes[e.predicted[i]]}"
+            parts.append(thumb(outlined(e.pictures[i].image(), e.box[r].tolist()), caption))
+    if gaps:
+        rows = []
+        for name, g in gaps[:8]:
+            rows.append((f"{name}, with it", g["acc_in"], None, f"n={g['n_in']}"))
+            rows.append((f"{name}, without", g["acc_out"], None, f"n={g['n_out']}"))
+        parts += [tag("h3", "Accuracy of the classifier"), bars(rows)]
+    return parts
+
+
+def outlined(image, box):
+    """A picture with a frame around a box of it, in shares."""
+    image = opaque(image).copy()
+    image.thumbnail((300, 300))
+    left, top, right, bottom = (min(n - 1, round(v * n)) for v, n in zip(box, image.size * 2, strict=True))
+    pencil, width = ImageDraw.Draw(image), max(2, max(image.size) // 80)
+    pencil.rectangle((left, top, right, bottom), outline="black", width=width + 2)
+    if min(right - left, bottom - top) > 2:
+        pencil.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline="#ffd23f", width=width)
+    return image
 
 
 if __name__ == "__main__":

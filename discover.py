@@ -23,14 +23,13 @@ import resource
 import time
 import zlib
 from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import ImageDraw
 
 from data import ASSETS, SPLITS, Complaint, Crop, bars, expect, find_masks, flags, flags_section, html_table
@@ -83,20 +82,16 @@ seed = 0
 # --- end --------------------------------------------------------------------------------------------------
 
 OF_IMAGES = (  # flags that say nothing of --embeddings
-    *("data", "split", "classes", "places", "confounder", "strength", "spurious", "feature", "masks"),
-    *("outside", "regions", "region_encoder", "classifier", "ckpt", "probe", "prompts"),
-    *("model", "pretrained", "quick_gelu"),
-)
+    "data split classes places confounder strength spurious feature masks outside regions region_encoder "
+    "classifier ckpt probe prompts model pretrained quick_gelu"
+).split()
 INFLUENCE = 0.25  # clusters below it are not kept, as published
 CONE = 0.1  # mean cosine of the regions above which fast takes their mean off: they lie in a cone, and what
 # tells them apart is small beside what they share
 STEP = 1 << 16  # regions handled at a time
 
 Criterion = namedtuple("Criterion", "weighted gaps influence by", defaults=(True, True, True, "score"))
-Criterion.__doc__ = (
-    """Whether gaps are weighted; what a kept cluster must show; what clusters are ranked by."""
-)
-CRITERIA = {
+CRITERIA = {  # whether gaps are weighted, what a kept cluster must show, what clusters are ranked by
     "ravl": Criterion(),
     "gap_only": Criterion(influence=False),
     "influence_only": Criterion(gaps=False, by="influence"),
@@ -113,8 +108,7 @@ def main():
     for flag in OF_IMAGES if embeddings else ():
         wanted = "nothing with --embeddings, where it has no effect"
         expect(config[flag] == default[flag], flag, config[flag], wanted)
-    rank, _ = join(device)
-    clock = Clock()
+    started, (rank, _) = time.time(), join(device)
     if embeddings:
         e = from_embeddings(embeddings, temperature, seed, auto_device(device)) if rank == 0 else None
     else:
@@ -125,7 +119,7 @@ def main():
         say(note)
 
     # 1. clusters
-    clock.start()
+    times = [time.time()]
     ks = k_range(low, high, len(e.classes), len(e.x), clustering)
     mean = less_mean(e.x) if clustering == "fast" else torch.zeros_like(e.x[0])
     sweep = kmedoids(e.x, ks, seed) if clustering == "fast" else published(e.x, ks)
@@ -133,57 +127,55 @@ def main():
     if clustering == "ravl" and sweep[best].silhouette <= 0:
         say("silhouette: not positive for any k; regions do not fall into clusters")
     labels, medoids = sweep[best].labels.long(), sweep[best].medoids
-    clock.lap("cluster")
+    times.append(time.time())
 
     # 2. which of them are spurious
     rule = method if method in CRITERIA else "ravl"
     verdicts = {name: identify(labels, best, e, criterion) for name, criterion in CRITERIA.items()}
     stable = stability(sweep, best, verdicts[rule], e, CRITERIA[rule])
-    clock.lap("identify")
+    times.append(time.time())
 
     # 3. regions, the most typical first
-    similarity = closeness(e.x, e.x[medoids], labels)
+    similarity = [(e.x[rows] * e.x[medoids[labels[rows]]]).sum(1) for rows in tiles(len(e.x))]
+    similarity = torch.cat(similarity)  # cosine of each region to its cluster's medoid, [N]
     order = descending(similarity)
     order = order[labels[order].argsort(stable=True)]
-    members = order.split(torch.bincount(labels, minlength=best).tolist())
-    ranked = {name: first_kept(v, members) for name, v in verdicts.items()}
-    for name in BASELINES if method == "all" else [method] if method in BASELINES else []:
+    members, ranked = order.split(torch.bincount(labels, minlength=best).tolist()), {}
+    for name, verdict in verdicts.items():
+        first = verdict.ranking[0]  # kept, if one is
+        ranked[name] = members[first] if verdict.kept[first] else order[:0]
+    for name in BASELINES if method == "all" else {method} & {*BASELINES}:
         ranked[name] = BASELINES[name](e, seed, l2)
     if method in BASELINES:
         clusters = listed(method, ranked[method].tolist())
     else:
         clusters = described(verdicts[rule], medoids, members, stable, e.classes)
-    clock.lap("rank")
+    times.append(time.time())
 
-    summary = dict(config=config, git=revision(), notes=e.notes, k=best)
-    summary.update(clipped_silhouette(e.x, labels, best, mean, seed))
+    at_10 = {name: precision(regions, e.target) for name, regions in ranked.items()}
+    summary = dict(config=config, git=revision(), notes=e.notes, k=best, classes=e.classes, clusters=clusters)
+    summary.update(on_published_distance(e.x, labels, best, mean, seed), mean_removed=bool(mean.any()))
     summary.update(silhouettes={str(c): s.silhouette for c, s in sweep.items()})
-    summary.update(mean_removed=bool(mean.any()), negative_pairs=negative_pairs(e.x, mean, seed))
-    summary.update(accuracy=float((e.predicted == e.y).double().mean()), classes=e.classes, clusters=clusters)
-    summary.update(methods={name: scored(r, e.target) for name, r in ranked.items()})
-    summary["precision_at_10"] = summary["methods"]["ravl" if method == "all" else method]["precision_at_10"]
-    summary["base_rate"] = precision(torch.arange(len(e.x)), e.target, len(e.x))
-    summary.update(seconds=clock.seconds(), peak_gib=peak_gib())
-    out = Path(out_dir)
+    summary.update(accuracy=float((e.predicted == e.y).double().mean()))
+    summary.update(precision_at_10=at_10["ravl" if method == "all" else method])
+    summary.update(base_rate=precision(torch.arange(len(e.x)), e.target, len(e.x)))
+    tops = {name: dict(precision_at_10=at_10[name], top=r[:100].tolist()) for name, r in ranked.items()}
+    seconds = dict(zip(("cluster", "identify", "rank"), np.diff(times).tolist(), strict=True))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but for macOS
+    peak = peak / 2 ** (20 if os.uname().sysname == "Linux" else 30)
+    summary.update(methods=tops, seconds=dict(seconds, total=time.time() - started), peak_gib=peak)
+    out, buffer = Path(out_dir), io.BytesIO()
+    arrays = dict(medoids=e.x[medoids], mean=mean, image=e.image, box=e.box, label=labels)
+    arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+    arrays.update(kept=np.array([c["id"] for c in clusters if c["kept"]], np.int64), data=e.name)
+    arrays.update(paths=[str(getattr(p, "path", "")) for p in e.pictures or [""] * len(e.y)])
+    arrays.update(fingerprint=e.encoder.fingerprint if e.encoder else "", regions=regions)
+    np.savez_compressed(buffer, clipped=clustering == "ravl", region_encoder=region_encoder, **arrays)
+    write(out / "discovery.npz", buffer.getvalue())
     write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
-    write_arrays(
-        out / "discovery.npz",
-        medoids=e.x[medoids].cpu().numpy(),
-        mean=mean.cpu().numpy(),
-        kept=np.array([c["id"] for c in clusters if c["kept"]], np.int64),
-        clipped=clustering == "ravl",
-        fingerprint=e.encoder.fingerprint if e.encoder else "",
-        data=e.name,
-        regions=regions,
-        region_encoder=region_encoder,
-        paths=[str(getattr(p, "path", "")) for p in e.pictures or [""] * len(e.y)],
-        image=e.image.cpu().numpy(),
-        box=e.box.numpy(),
-        label=labels.cpu().numpy(),
-    )
     write_json(out / "discovery.json", summary)
     say(console(summary, e))
-    say(f"\n{out}/discovery.json, discovery.npz and discovery.html written, {clock.seconds()['total']:.1f} s")
+    say(f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s")
 
 
 def from_images(config):
@@ -228,38 +220,6 @@ def from_images(config):
     return evidence(x, z, logits, notes=[*encoder.notes, *samples.notes, said, *notes], **given)
 
 
-class Clock:
-    """Seconds of the parts of a run."""
-
-    def __init__(self):
-        self.started, self.parts = time.time(), {}
-        self.start()
-
-    def start(self):
-        self.now = time.time()
-
-    def lap(self, part):
-        self.parts[part] = time.time() - self.now
-        self.start()
-
-    def seconds(self):
-        return dict(self.parts, total=time.time() - self.started)
-
-
-def peak_gib():
-    """The largest memory that this process has had; the system counts in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (
-        20 if os.uname().sysname == "Linux" else 30
-    )
-
-
-def write_arrays(path, **arrays):
-    """An .npz file of plain arrays, written whole."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write(path, buffer.getvalue())
-
-
 def tiles(n, step=STEP):
     """Slices of n things, some at a time."""
     return [slice(a, min(a + step, n)) for a in range(0, n, step)]
@@ -274,29 +234,16 @@ def descending(score):
 # what is looked at
 
 
-@dataclass
-class Evidence:
-    """What steps 2 and 3 ask: n images of C classes, N regions in them, and what a classifier says of both."""
-
-    name: str  # of the data
-    classes: list  # C names
-    x: torch.Tensor  # [N, D] unit-norm embeddings of regions
-    z: torch.Tensor  # [n, D] unit-norm embeddings of images
-    y: torch.Tensor  # [n] class
-    predicted: torch.Tensor  # [n] class
-    count: torch.Tensor  # [n] regions of each image
-    image: torch.Tensor  # [N] the image of each region
-    own: torch.Tensor  # [N] the region's score (softmax) for the class that its image is taken for
-    best: torch.Tensor  # [n] the region of an image with the largest, the first of equals; -1 without any
-    target: torch.Tensor | None  # [N] whether a region shows the planted feature, NaN where it is not known
-    box: torch.Tensor  # [N, 4] on the CPU, shares of the image
-    pictures: list | None  # n
-    encoder: object | None
-    notes: list  # lines to print
-
-
 def evidence(x, z, logits, name, classes, y, count, notes, **rest):
-    """Evidence of regions x [N, D], made unit-norm in place, and images z [n, D]; logits: [., D] -> [., C]."""
+    """What steps 2 and 3 ask: n images of C classes, N regions in them, and what a classifier says of both.
+
+    x: [N, D] embeddings of regions, made unit-norm in place; z: [n, D] of images; logits: of embeddings
+    [., D] -> [., C]; y: [n] class; count: [n] regions of each image; rest: target [N], whether a region
+    shows the planted feature, NaN where it is not known, or None; box [N, 4] on the CPU, in shares; pictures,
+    list or None; encoder or None. Returns all of it as a namespace, with predicted [n]; image [N], that of
+    each region; own [N], the region's score (softmax) for the class that its image is taken for; and best
+    [n], the image's region with the largest, the first of equals, -1 without any.
+    """
     if not len(y):
         raise Complaint(f"{name}: no images")
     if len(classes) < 2:
@@ -312,29 +259,25 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
         norm = x[rows].norm(dim=1, keepdim=True)
         odd = (~norm.isfinite() | (norm == 0))[:, 0].nonzero()[:, 0].tolist()
         if odd:
-            what = "zero" if norm[odd[0]] == 0 else "not finite"
-            cure = "leave it out, or check the model"
-            raise Complaint(f"{name}: the embedding of region {rows.start + odd[0]} is {what}; {cure}")
+            what = f"region {rows.start + odd[0]} is {'not finite' if norm[odd[0]] else 'zero'}"
+            raise Complaint(f"{name}: the embedding of {what}; leave it out, or check the model")
         x[rows] /= norm
-    highest = torch.full((n,), -math.inf, dtype=torch.double, device=x.device)
-    highest.scatter_reduce_(0, image, own, "amax")
+    highest = own.new_full((n,), -math.inf).scatter_reduce_(0, image, own, "amax")
     ties = (own == highest[image]).nonzero()[:, 0]
-    best = torch.full((n,), N, device=x.device).scatter_reduce_(0, image[ties], ties, "amin")
-    best[best == N] = -1
-    listing, right = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6), predicted == y
-    accuracy = float(right.double().mean())
-    notes = [*notes, f"{N} regions of {n} images, classes {listing}; accuracy {accuracy:.3f}"]
+    best = torch.full_like(y, -1).scatter_reduce_(0, image[ties], ties, "amin", include_self=False)
+    listing, right = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6), (predicted == y).double()
+    notes = [*notes, f"{N} regions of {n} images, classes {listing}; accuracy {float(right.mean()):.3f}"]
     if not count.all():
-        line = f"{int((count == 0).sum())} of {n} images have no region"
-        notes.append(f"{line}: they count as images without the feature")
+        bare = f"{int((count == 0).sum())} of {n} images have no region"
+        notes.append(f"{bare}: they count as images without the feature")
     if right.all():
-        line = f"the classifier is right on all {n} images"
-        notes.append(f"{line}: without errors no influence is defined, and nothing can be found")
+        without = "without errors no influence is defined, and nothing can be found"
+        notes.append(f"the classifier is right on all {n} images: {without}")
     if (y == y[0]).all():
-        line = f"all images are of one class ({classes[int(y[0])]})"
-        notes.append(f"{line}: a feature that helps one class and harms another cannot show")
-    seen = dict(x=x, z=unit(z.float()), predicted=predicted, image=image, own=own, best=best)
-    return Evidence(name=name, classes=classes, y=y, count=count, notes=notes, **seen, **rest)
+        what = "a feature that helps one class and harms another cannot show"
+        notes.append(f"all images are of one class ({classes[int(y[0])]}): {what}")
+    rest.update(name=name, classes=classes, x=x, z=unit(z.float()), y=y, count=count, notes=notes)
+    return SimpleNamespace(predicted=predicted, image=image, own=own, best=best, **rest)
 
 
 def outside_mask(picture, path, outside):
@@ -474,67 +417,57 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
 
 
 def load_embeddings(path):
-    """The arrays of an .npz for --embeddings as tensors, with class_names (a list) and region_target where it
-    has them, and notes. Raises Complaint for anything that is not as it should be."""
-    with reading(path, "an .npz file of plain arrays"):
-        with np.load(path, allow_pickle=False) as file:
-            absent = [key for key in ARRAYS if key not in file.files]
-            if absent:
-                there = f"found: {', '.join(file.files)}"
-                raise Complaint(f"{path}: no array {absent[0]!r} ({there}); expected {', '.join(ARRAYS)}")
-            keys = [*ARRAYS, *[key for key in ("region_target", "class_names") if key in file.files]]
-            a = {key: file[key] for key in keys}
-        names = check_arrays(path, a)
+    """The arrays of an .npz for --embeddings as tensors, with class_names (a list), region_target, notes. Raises
+    Complaint for anything that is not as it should be."""
+    with reading(path, "an .npz file of plain arrays"), np.load(path, allow_pickle=False) as file:
+        absent = [key for key in ARRAYS if key not in file.files]
+        if absent:
+            there = ", ".join(file.files)
+            raise Complaint(f"{path}: no array {absent[0]!r} (found: {there}); expected {', '.join(ARRAYS)}")
+        a = {key: file[key] for key in (*ARRAYS, "region_target", "class_names") if key in file.files}
+        check_arrays(path, a)
+        names, notes = [str(name) for name in a.pop("class_names", [])], []
         for key in a:
             kind = np.int64 if key in ("num_regions", "true_label") else np.float32
             a[key] = torch.from_numpy(np.ascontiguousarray(a[key], kind))
-    notes = []
-    for key in ("reg_emb", "img_emb", "text_emb"):
-        norm = torch.cat([torch.ones(0), *[a[key][rows].norm(dim=1) for rows in tiles(len(a[key]))]])
+    for key in ("reg_emb", "img_emb", "text_emb") if len(a["reg_emb"]) else ():
+        norm = torch.cat([a[key][rows].norm(dim=1) for rows in tiles(len(a[key]))])
         odd = (~norm.isfinite() | (norm == 0)).nonzero()[:, 0].tolist()
         if odd and key != "reg_emb":  # those of regions are found when they are normalised
             raise Complaint(f"{path}: {key} has a row that is zero or not finite (row {odd[0]})")
-        if len(norm) and (norm - 1).abs().max() > 1e-3:
+        if (norm - 1).abs().max() > 1e-3:
             sizes = f"norms {norm.min():.3g} to {norm.max():.3g}"
             notes.append(f"{path}: {key} is not unit-norm ({sizes}); normalised")
     return dict(a, class_names=names, notes=notes)
 
 
 def check_arrays(path, a):
-    """Complaint where shapes or numbers of the arrays of --embeddings do not fit. Takes class_names out: list."""
+    """Complaint where shapes or numbers of the arrays of --embeddings do not fit."""
     shapes = ", ".join(f"{key} {list(v.shape)}" for key, v in a.items())
 
     def demand(holds, wanted):
         if not holds:
             raise Complaint(f"{path}: {shapes}; expected {wanted}")
 
-    names = a.pop("class_names", None)
     x, count, y, text, z = (a[key] for key in ARRAYS)
     one_width = x.ndim == text.ndim == z.ndim == 2 and x.shape[1] == text.shape[1] == z.shape[1] > 0
     demand(one_width and len(text), "reg_emb [N, D], text_emb [C, D], img_emb [n, D] with one D")
     numbers = all(v.ndim == 1 and v.dtype.kind in "iu" and len(v) == len(z) for v in (count, y))
     demand(numbers, "num_regions and true_label as whole numbers [n], one for each row of img_emb")
-    total = sum(count.tolist())
-    fits = total == len(x) and (count >= 0).all()
-    demand(fits, f"num_regions with sum {len(x)}, one for each row of reg_emb, found sum {total}")
-    span = f"{y.min()} to {y.max()}" if len(y) else ""
-    labels = ((y >= 0) & (y < len(text))).all()
-    demand(labels, f"true_label from 0 to {len(text) - 1}, {len(text)} classes, found {span}")
+    fits = sum(count.tolist()) == len(x) and (count >= 0).all()
+    demand(fits, f"num_regions that add up to the rows of reg_emb, found sum {sum(count.tolist())}")
+    low, high, C = min(y, default=0), max(y, default=0), len(text)
+    demand(0 <= low <= high < C, f"true_label from 0 to {C - 1}, {C} classes, found {low} to {high}")
     demand(a.get("region_target", x[:, 0]).shape == (len(x),), f"region_target [{len(x)}]")
-    if names is None:
-        return None
-    names = [str(name) for name in names]
-    demand(
-        len(names) == len(text) == len(set(names)), f"{len(text)} different class_names, found {names[:12]}"
-    )
-    return names
+    if "class_names" in a:
+        names = a["class_names"].tolist()
+        demand(len(names) == C == len(set(names)), f"{C} different class_names, found {names[:12]}")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # step 1: clusters
 
-Clustering = namedtuple("Clustering", "silhouette labels medoids")
-Clustering.__doc__ = """Mean silhouette, cluster of each region [N], number of each cluster's medoid [k]."""
+Clustering = namedtuple("Clustering", "silhouette labels medoids")  # mean, [N], numbers of regions [k]
 
 
 def k_of(text):
@@ -775,36 +708,21 @@ def given(x, mean):
     return mean + t[:, None] * x if mean.any() else x
 
 
-def drawn_rows(n, most, draws, seed):
-    """All n numbers up to `most`, else so many draws."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return order[: n if n <= most else draws].sort().values
-
-
-def clipped_silhouette(x, label, k, mean, seed):
-    """Mean silhouette on the published distance, clip(1 - cosine, 0, 1) of the embeddings as they were given,
-    to compare ways of clustering: of all regions up to 10,000, of 1,000 drawn beyond. dict(silhouette,
-    silhouette_rows)."""
-    pick = drawn_rows(len(x), 10_000, 1000, seed).to(x.device)
-    size, some = torch.bincount(label, minlength=k).float(), given(x[pick], mean)
-    s = x.new_zeros(k, len(pick))
-    for rows in tiles(len(x), 4096):
+def on_published_distance(x, label, k, mean, seed):
+    """What there is on the published distance, clip(1 - cosine, 0, 1) of the embeddings as they were given, to
+    compare ways of clustering: silhouette, the mean of all regions up to 10,000, of 1,000 drawn beyond;
+    silhouette_rows, how many; negative_pairs, the share of pairs that are clipped: of all up to 4,000 regions,
+    else of 2,000 drawn."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
+    pick = order[: len(x) if len(x) <= 10_000 else 1000].sort().values
+    some, s = given(x[pick], mean), x.new_zeros(k, len(pick))
+    for rows in tiles(len(x), 1024):
         near = (given(x[rows], mean) @ some.T).clamp(min=0)  # [rows, pick]
         s += F.one_hot(label[rows], k).float().T @ near
-    value = silhouettes(s, size, label[pick]).double().mean()
-    return dict(silhouette=float(value), silhouette_rows=len(pick))
-
-
-def negative_pairs(x, mean, seed):
-    """Share of the pairs of regions, as they were given, with a negative cosine, where the published distance
-    is clipped: of all pairs up to 4,000 regions, else of those of 2,000 drawn."""
-    some = given(x[drawn_rows(len(x), 4000, 2000, seed).to(x.device)], mean)
-    return float((some @ some.T < 0).double().sum()) / max(1, len(some) * (len(some) - 1))
-
-
-def closeness(x, M, label):
-    """Cosine of each region x [N, D] to its cluster's medoid M [k, D], [N]."""
-    return torch.cat([(x[rows] * M[label[rows]]).sum(1) for rows in tiles(len(x))])
+    value = silhouettes(s, torch.bincount(label, minlength=k).float(), label[pick]).double().mean()
+    some = given(x[order[: len(x) if len(x) <= 4000 else 2000]], mean)
+    negative = float((some @ some.T < 0).double().sum()) / max(1, len(some) * (len(some) - 1))
+    return dict(silhouette=float(value), silhouette_rows=len(pick), negative_pairs=negative)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -818,8 +736,8 @@ def identify(label, k, e, criterion):
     NaN where one side is empty; influence [k]: of the misclassified images of a class that loses by the
     cluster, the share whose region with the highest score for the predicted class lies in it, the largest
     over classes, -inf without any; score [k]: sum of |gap|; chance [k]: what that sum would be on average if
-    the feature changed nothing (binomial errors; ours). ranking: clusters by their score, of ties the higher
-    number first.
+    the feature changed nothing (binomial errors; ours). ranking: kept clusters before others, both
+    by their score, of ties the higher number first.
     """
     y, C, right = e.y, len(e.classes), (e.predicted == e.y).double()
     pair = torch.unique(e.image * k + label)  # images and the clusters that they have a region in
@@ -855,7 +773,8 @@ def identify(label, k, e, criterion):
         score, chance = influence, torch.full_like(chance, torch.nan)
     parts = dict(gap=gap, weight=weight, acc_in=acc_in, acc_out=acc_out, n_in=n_in, n_out=n_out)
     parts.update(influence=influence, score=score, chance=chance, signs=signs, kept=kept)
-    return SimpleNamespace(ranking=descending(score).tolist(), **parts)
+    ranking = sorted(descending(score).tolist(), key=lambda c: not kept[c])
+    return SimpleNamespace(ranking=ranking, **parts)
 
 
 def why(v, c):
@@ -887,11 +806,6 @@ def stability(sweep, best, verdict, e, criterion):
     return {c: hit / len(at) for c, hit in hits.items()}
 
 
-def first_kept(verdict, members):
-    """The ranked regions of the best cluster that is kept; none if none is."""
-    return next((members[c] for c in verdict.ranking if verdict.kept[c]), members[0][:0])
-
-
 def listed(method, ranked):
     """A baseline's list of regions as the one cluster of discovery.json."""
     nothing = dict.fromkeys(("score", "chance", "influence", "stability"))
@@ -900,29 +814,20 @@ def listed(method, ranked):
 
 
 def described(v, medoids, members, stable, classes):
-    """The clusters for discovery.json: kept first, each part by score. v: what identify returns."""
+    """The clusters for discovery.json, in their ranking. v: what identify returns."""
     out = []
-    for c in sorted(v.ranking, key=lambda c: not v.kept[c]):
+    for c in v.ranking:
         gaps = {}
         for y in (~v.gap[:, c].isnan()).nonzero()[:, 0].tolist():
             numbers = {key: float(vars(v)[key][y, c]) for key in ("gap", "weight", "acc_in", "acc_out")}
             gaps[classes[y]] = dict(numbers, n_in=int(v.n_in[y, c]), n_out=int(v.n_out[y, c]))
-        numbers = {key: finite(vars(v)[key][c]) for key in ("score", "chance", "influence")}
+        numbers = {key: float(vars(v)[key][c]) for key in ("score", "chance", "influence")}
+        numbers = {key: n if math.isfinite(n) else None for key, n in numbers.items()}
         numbers.update(
             gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c), regions=members[c].tolist()
         )
         out.append(dict(id=c, kept=bool(v.kept[c]), reason=why(v, c), **numbers))
     return out
-
-
-def finite(value):
-    """A number for JSON, None if it is not finite."""
-    return float(value) if math.isfinite(value) else None
-
-
-def scored(ranked, target):
-    """A method's entry in discovery.json."""
-    return dict(precision_at_10=precision(ranked, target), top=ranked[:100].tolist())
 
 
 def precision(ranked, target, K=10):
@@ -956,21 +861,16 @@ def toward(e, direction, images):
 
 
 def failures(e, seed, l2):
-    """Distilling failures: in each class a linear classifier of right against wrong images; its regions by their
-    score toward wrong, the least accurate class first."""
+    """Distilling failures: in each class a linear classifier of right against wrong images; its regions by
+    their score toward wrong, the least accurate class first."""
     wrong, lists = (e.predicted != e.y).long(), []
-    for y in worst_classes(e):
+    errors = {y: float(wrong[e.y == y].double().mean()) for y in torch.unique(e.y).tolist()}
+    for y in sorted(errors, key=lambda y: -errors[y]):
         images = e.y == y
-        fitted = fit_probe(e.z[images], wrong[images], l2, classes=2)
-        lists.append(toward(e, fitted.weight[:, 1] - fitted.weight[:, 0], images))
+        if 0 < errors[y] < 1:
+            fitted = fit_probe(e.z[images], wrong[images], l2, classes=2)
+            lists.append(toward(e, fitted.weight[:, 1] - fitted.weight[:, 0], images))
     return torch.cat(lists) if lists else random(e, seed, l2)
-
-
-def worst_classes(e):
-    """Classes that have right and wrong images, the least accurate first."""
-    right = (e.predicted == e.y).double()
-    accuracy = {y: float(right[e.y == y].mean()) for y in torch.unique(e.y).tolist()}
-    return sorted((y for y, a in accuracy.items() if 0 < a < 1), key=accuracy.get)
 
 
 def george(e, seed, l2):
@@ -1039,13 +939,8 @@ def spurious_aware(e, seed, l2):
     return by(e.own, (e.predicted != e.y)[e.image])
 
 
-BASELINES = {
-    "random": random,
-    "failures": failures,
-    "george": george,
-    "domino": domino,
-    "spurious_aware": spurious_aware,
-}
+BASELINES = dict(random=random, failures=failures, george=george, domino=domino)
+BASELINES["spurious_aware"] = spurious_aware
 
 
 # ----------------------------------------------------------------------------------------------------------

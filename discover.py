@@ -104,7 +104,8 @@ def main():
     names = dict(method=(*CRITERIA, *BASELINES, "all"), clustering=("fast", "ravl"))
     names.update(region_encoder=("pool", "crop", "roi"), classifier=("auto", *CLASSIFIERS))
     config = flags(globals(), temperature="(0, inf)", outside="(0, 1]", **names)
-    low, high = k_of(k)
+    low, high = map(int, k.split(":")) if re.fullmatch("[0-9]{1,9}:[0-9]{1,9}", k) else (0, 0)
+    expect(not k or 2 <= low < high, "k", k, "LOW:HIGH with 2 <= LOW < HIGH, for instance 20:50 for 20 to 49")
     for flag in OF_IMAGES if embeddings else ():
         wanted = "nothing with --embeddings, where it has no effect"
         expect(config[flag] == default[flag], flag, config[flag], wanted)
@@ -152,7 +153,7 @@ def main():
         clusters = described(verdicts[rule], medoids, members, stable, e.classes)
     times.append(time.time())
 
-    at_10 = {name: precision(regions, e.target) for name, regions in ranked.items()}
+    at_10 = {name: precision(r, e.target) for name, r in ranked.items()}
     summary = dict(config=config, git=revision(), notes=e.notes, k=best, classes=e.classes, clusters=clusters)
     summary.update(on_published_distance(e.x, labels, best, mean, seed), mean_removed=bool(mean.any()))
     summary.update(silhouettes={str(c): s.silhouette for c, s in sweep.items()})
@@ -386,9 +387,8 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
 
     n: regions, D: dimensions. Returns a dict with the arrays of --embeddings, reg_emb [n, D] unit-norm.
     """
-    expect(
-        n >= per * C and D >= 2, "embeddings", f"random:{n},{D}", f"{per * C} regions, 2 dimensions or more"
-    )
+    wanted = f"at least {per * C} regions and 2 dimensions"
+    expect(n >= per * C and D >= 2, "embeddings", f"random:{n},{D}", wanted)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -417,8 +417,8 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
 
 
 def load_embeddings(path):
-    """The arrays of an .npz for --embeddings as tensors, with class_names (a list), region_target, notes. Raises
-    Complaint for anything that is not as it should be."""
+    """The arrays of an .npz for --embeddings as tensors, with class_names (a list), region_target and notes.
+    Raises Complaint for anything that is not as it should be."""
     with reading(path, "an .npz file of plain arrays"), np.load(path, allow_pickle=False) as file:
         absent = [key for key in ARRAYS if key not in file.files]
         if absent:
@@ -454,9 +454,9 @@ def check_arrays(path, a):
     demand(one_width and len(text), "reg_emb [N, D], text_emb [C, D], img_emb [n, D] with one D")
     numbers = all(v.ndim == 1 and v.dtype.kind in "iu" and len(v) == len(z) for v in (count, y))
     demand(numbers, "num_regions and true_label as whole numbers [n], one for each row of img_emb")
-    fits = sum(count.tolist()) == len(x) and (count >= 0).all()
-    demand(fits, f"num_regions that add up to the rows of reg_emb, found sum {sum(count.tolist())}")
-    low, high, C = min(y, default=0), max(y, default=0), len(text)
+    fits = count.sum() == len(x) and (count >= 0).all()
+    demand(fits, f"num_regions that add up to the rows of reg_emb, found sum {count.sum()}")
+    low, high, C = y.min(initial=0), y.max(initial=0), len(text)
     demand(0 <= low <= high < C, f"true_label from 0 to {C - 1}, {C} classes, found {low} to {high}")
     demand(a.get("region_target", x[:, 0]).shape == (len(x),), f"region_target [{len(x)}]")
     if "class_names" in a:
@@ -468,15 +468,6 @@ def check_arrays(path, a):
 # step 1: clusters
 
 Clustering = namedtuple("Clustering", "silhouette labels medoids")  # mean, [N], numbers of regions [k]
-
-
-def k_of(text):
-    """The flag --k -> (low, high), (0, 0) if it is empty."""
-    ends = re.fullmatch("([0-9]{1,9}):([0-9]{1,9})|", text)
-    low, high = (int(end or 0) for end in ends.groups()) if ends else (0, -1)
-    wanted = "LOW:HIGH with 2 <= LOW < HIGH, for instance 20:50 for 20 to 49"
-    expect(not text or 2 <= low < high, "k", text, wanted)
-    return low, high
 
 
 def k_range(low, high, C, n, clustering):
@@ -518,10 +509,9 @@ class Medoids:
 
     def __init__(self, x, index):
         K, N = len(index), len(x)
-        self.x, self.index = x, index
+        self.x, self.index, self.label = x, index, torch.full((N,), -1, device=x.device)
         self.cosine, self.s = x.new_empty(K, N), x.new_zeros(K, N)
         self.S, self.size = x.new_zeros(K, x.shape[1], dtype=torch.double), x.new_zeros(K)
-        self.label = torch.full((N,), -1, device=x.device)
         self.products(self.cosine, torch.arange(K, device=x.device), x[index])
 
     def products(self, out, clusters, v):
@@ -531,48 +521,40 @@ class Medoids:
 
     def settle(self, most=300):
         """Each region to its nearest medoid, each medoid to the member with the largest sum of cosines to its
-        cluster, until nothing moves."""
+        cluster, the first of equals, until nothing moves."""
         for _ in range(most):
-            nearest = self.cosine.argmax(0)
+            nearest, better = self.cosine.argmax(0), []
             moved = (nearest != self.label).nonzero()[:, 0]
-            if not len(moved):
-                return
-            changed = self.move(moved, nearest)
-            self.products(self.s, changed, self.S[changed].float())
-            better, index = self.better()
+            if len(moved):
+                self.products(self.s, *self.move(moved, nearest))
+                own = self.s.gather(0, nearest[None])[0]  # [N], to its own cluster
+                top = own.new_full((len(self.index),), -math.inf).scatter_reduce_(0, nearest, own, "amax")
+                now = self.s.gather(1, self.index[:, None])[:, 0]  # the medoids' own
+                better = ((top > now + 1e-6 * self.size) & (self.size > 0)).nonzero()[:, 0]
             if not len(better):
-                return
-            self.index[better] = index
-            self.products(self.cosine, better, self.x[index])
+                break
+            ties = (own == top[nearest]).nonzero()[:, 0]
+            first = self.index.scatter_reduce(0, nearest[ties], ties, "amin", include_self=False)
+            self.index[better] = first[better]
+            self.products(self.cosine, better, self.x[first[better]])
 
     def move(self, moved, nearest):
-        """Regions [m] to their new clusters; returns the clusters that changed."""
+        """Regions [m] to their nearest medoids [N]; returns the clusters that changed [c], their sums [c, D]."""
         was, now = self.label[moved], nearest[moved]
         for some in tiles(len(moved)):
             v, left = self.x[moved[some]].double(), was[some] >= 0
             self.S.index_add_(0, now[some], v)
             self.S.index_add_(0, was[some][left], v[left], alpha=-1)
-        self.label = nearest
-        self.size = torch.bincount(nearest, minlength=len(self.index)).float()
-        return torch.unique(torch.cat([was[was >= 0], now]))
-
-    def better(self):
-        """Clusters [c] whose medoid another member outdoes, and the first of the best of these [c]."""
-        K, N = self.s.shape
-        own = self.s.gather(0, self.label[None])[0]  # [N]
-        top = own.new_full((K,), -math.inf).scatter_reduce_(0, self.label, own, "amax")
-        now = self.s.gather(1, self.index[:, None])[:, 0]
-        ties = (own == top[self.label]).nonzero()[:, 0]
-        index = torch.full_like(self.index, N).scatter_reduce_(0, self.label[ties], ties, "amin")
-        better = (top > now + 1e-6 * self.size) & (self.size > 0)
-        return better.nonzero()[:, 0], index[better]
+        self.label, self.size = nearest, torch.bincount(nearest, minlength=len(self.index)).float()
+        changed = torch.unique(torch.cat([was[was >= 0], now]))
+        return changed, self.S[changed].float()
 
     def drop(self, want):
-        """Leaves out the medoids that cost least, a tenth of them at a time, until `want` are left: by how much
-        the sum of 1 - d1 / d2 over regions changes, d1, d2, d3 their distances to the nearest medoids."""
+        """Leaves out the medoids that cost least, a tenth of them at a time, until `want` are left: by how
+        much the sum of 1 - d1 / d2 over regions changes, d1 to d3 the distances to their nearest medoids."""
         while len(self.index) > want:
             K = len(self.index)
-            gain = self.size.new_zeros(K, dtype=torch.double)
+            gain = self.S.new_zeros(K)
             for rows in tiles(len(self.x)):
                 d, which = (1 - self.cosine[:, rows]).topk(min(3, K), dim=0, largest=False)
                 d1, d2, d3 = d[[0, 1, -1]].clamp(min=1e-6).double()
@@ -581,17 +563,9 @@ class Medoids:
             kept = gain.argsort(descending=True)[min(K - want, 1 + K // 10) :].sort().values
             new = torch.full((K + 1,), -1, device=kept.device)  # -1, no cluster, stays -1
             new[kept] = torch.arange(len(kept), device=kept.device)
+            self.label = new[self.label]
             for name in ("index", "cosine", "s", "S", "size"):
                 setattr(self, name, getattr(self, name)[kept])
-            self.label = new[self.label]
-
-    def clustering(self):
-        """What there is now, as a Clustering."""
-        sums = [
-            silhouettes(self.s[:, rows], self.size, self.label[rows]).double().sum()
-            for rows in tiles(len(self.x))
-        ]
-        return Clustering(float(sum(sums)) / len(self.x), self.label.int(), self.index.clone())
 
 
 def kmedoids(x, ks, seed):
@@ -603,12 +577,12 @@ def kmedoids(x, ks, seed):
     """
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(x), generator=generator)[: max(4096, 4 * max(ks))].sort().values.to(x.device)
-    medoids = Medoids(x, sample[seeds(x[sample], max(ks), generator)])
-    out = {}
+    m, out = Medoids(x, sample[seeds(x[sample], max(ks), generator)]), {}
     for want in sorted(ks, reverse=True):
-        medoids.drop(want)
-        medoids.settle()
-        out[len(medoids.index)] = medoids.clustering()
+        m.drop(want)
+        m.settle()
+        parts = [silhouettes(m.s[:, r], m.size, m.label[r]).double().sum() for r in tiles(len(x))]
+        out[len(m.index)] = Clustering(float(sum(parts)) / len(x), m.label.int(), m.index.clone())
     return dict(sorted(out.items()))
 
 
@@ -646,18 +620,18 @@ def published(x, ks):
     random_state 0) on clip(1 - x x^T, 0, 1), and scikit-learn's silhouettes, by tiles: the same labels
     without the N x N matrix. x: [N, D]; on the CPU. Returns {k: Clustering}."""
     rows = x.cpu().numpy()
-    found = {k: published_medoids(rows, k) for k in ks}
-    labels = {k: torch.from_numpy(distances(rows, m).argmin(0)) for k, m in found.items()}
-    total = dict.fromkeys(ks, 0.0)
+    medoids = {k: published_medoids(rows, k) for k in ks}
+    labels = {k: torch.from_numpy(distances(rows, m).argmin(0)) for k, m in medoids.items()}
+    total, out = dict.fromkeys(ks, 0.0), {}
     for part in tiles(len(rows), 1024):  # one tile of distances serves all k
         near = 1 - torch.from_numpy(distances(rows, np.arange(part.start, part.stop)))
         for k, label in labels.items():
             hot = F.one_hot(label, k).to(near.dtype)
             total[k] += float(silhouettes((near @ hot).T, hot.sum(0), label[part]).double().sum())
-    return {
-        k: Clustering(total[k] / len(x), labels[k].to(x.device), torch.from_numpy(found[k]).to(x.device))
-        for k in ks
-    }
+    for k in ks:
+        index = torch.from_numpy(medoids[k]).to(x.device)
+        out[k] = Clustering(total[k] / len(x), labels[k].to(x.device), index)
+    return out
 
 
 def distances(x, index, others=None):
@@ -709,10 +683,9 @@ def given(x, mean):
 
 
 def on_published_distance(x, label, k, mean, seed):
-    """What there is on the published distance, clip(1 - cosine, 0, 1) of the embeddings as they were given, to
-    compare ways of clustering: silhouette, the mean of all regions up to 10,000, of 1,000 drawn beyond;
-    silhouette_rows, how many; negative_pairs, the share of pairs that are clipped: of all up to 4,000 regions,
-    else of 2,000 drawn."""
+    """What there is on the published distance, clip(1 - cosine, 0, 1) of the embeddings as they were given:
+    silhouette, the mean of all regions up to 10,000, of 1,000 drawn beyond; silhouette_rows, how many;
+    negative_pairs, the share of pairs that are clipped, of all up to 4,000 regions, else of 2,000 drawn."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     pick = order[: len(x) if len(x) <= 10_000 else 1000].sort().values
     some, s = given(x[pick], mean), x.new_zeros(k, len(pick))
@@ -792,7 +765,7 @@ def why(v, c):
 
 
 def stability(sweep, best, verdict, e, criterion):
-    """{kept cluster: share of up to 15 values of k, spread over the sweep, at which a kept cluster shares half
+    """{kept cluster: share of up to 15 values of k, spread over the sweep, at which a kept one shares half
     of its regions (Jaccard >= 0.5)}: a finding that hangs on one k is suspect. Ours, not in the paper."""
     hits, label = dict.fromkeys(verdict.kept.nonzero()[:, 0].tolist(), 0), sweep[best].labels
     ks, at = list(sweep), np.linspace(0, len(sweep) - 1, min(15, len(sweep))).round().astype(int)
@@ -823,15 +796,14 @@ def described(v, medoids, members, stable, classes):
             gaps[classes[y]] = dict(numbers, n_in=int(v.n_in[y, c]), n_out=int(v.n_out[y, c]))
         numbers = {key: float(vars(v)[key][c]) for key in ("score", "chance", "influence")}
         numbers = {key: n if math.isfinite(n) else None for key, n in numbers.items()}
-        numbers.update(
-            gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c), regions=members[c].tolist()
-        )
-        out.append(dict(id=c, kept=bool(v.kept[c]), reason=why(v, c), **numbers))
+        numbers.update(gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c))
+        cluster = dict(id=c, kept=bool(v.kept[c]), reason=why(v, c), **numbers, regions=members[c].tolist())
+        out.append(cluster)
     return out
 
 
 def precision(ranked, target, K=10):
-    """Share of the first K regions that show the planted feature, of those of which it is known; None if of none."""
+    """Share of the first K regions of which it is known that show the planted feature; None without any."""
     shown = torch.zeros(0) if target is None else target[ranked.to(target.device)]
     shown = shown[~shown.isnan()][:K]
     return float(shown.double().mean()) if len(shown) else None
@@ -874,8 +846,8 @@ def failures(e, seed, l2):
 
 
 def george(e, seed, l2):
-    """George: the least accurate cluster of image embeddings within a class; regions of its images by cosine to
-    its mean less the mean of the class's rest."""
+    """George: the least accurate cluster of image embeddings within a class; regions of its images by cosine
+    to its mean less the mean of the class's rest."""
     right, least, worst = (e.predicted == e.y).double(), math.inf, None
     for y in torch.unique(e.y).tolist():
         images = (e.y == y).nonzero()[:, 0]
@@ -891,11 +863,8 @@ def george(e, seed, l2):
     if worst is None:
         return random(e, seed, l2)
     group, rest = worst
-    return toward(
-        e,
-        e.z[group].mean(0) - e.z[rest].mean(0),
-        torch.isin(torch.arange(len(e.y), device=group.device), group),
-    )
+    images = torch.zeros_like(right, dtype=torch.bool).index_fill_(0, group, True)
+    return toward(e, e.z[group].mean(0) - e.z[rest].mean(0), images)
 
 
 def domino(e, seed, l2, slices=25, dims=128):
@@ -954,25 +923,21 @@ def verdict_line(kept):
     return f"{features}, {clear} with a score above twice that of chance"
 
 
-def gain(cluster, sign):
-    """The two classes that gain (1) or lose (-1) most by a cluster, with their accuracies."""
-    gaps = [(sign * g["gap"], name, g) for name, g in cluster["gaps"].items() if sign * g["gap"] > 0]
-    gaps = sorted(gaps, key=lambda gap: -gap[0])[:2]
-    return ", ".join(
-        f"{name} {g['gap']:+.2f} ({g['acc_in']:.2f} with, {g['acc_out']:.2f} without)" for _, name, g in gaps
-    )
+def gains(cluster, sign):
+    """The two classes that gain (1) or lose (-1) most by a cluster, with their accuracies; or nothing."""
+    gaps = sorted(cluster["gaps"].items(), key=lambda gap: -sign * gap[1]["gap"])[:2]
+    line = "{name} {gap:+.2f} ({acc_in:.2f} with, {acc_out:.2f} without)"
+    return ", ".join(line.format(name=name, **g) for name, g in gaps if sign * g["gap"] > 0)
 
 
 def console(summary, e):
     """The tables on the console."""
     config, clusters, N = summary["config"], summary["clusters"], len(e.x)
     kept, rows = [c for c in clusters if c["kept"]], summary["silhouette_rows"]
-    lines = [f"\nk = {summary['k']}, silhouette {summary['silhouette']:.3f} on the published distance"]
-    lines[0] += f" ({rows} regions)" * (rows < N) + "; the mean was taken off first" * summary["mean_removed"]
-    negative = f"{'about ' * (N > 4000)}{summary['negative_pairs']:.1%} of the pairs have a negative cosine"
-    lines[0] += (
-        f"; {negative}, which {'fast does not clip' if config['clustering'] == 'fast' else 'is clipped'}"
-    )
+    head = f"\nk = {summary['k']}, silhouette {summary['silhouette']:.3f} on the published distance"
+    head += f" ({rows} regions)" * (rows < N) + "; the mean was taken off first" * summary["mean_removed"]
+    head += f"; {'about ' * (N > 4000)}{summary['negative_pairs']:.1%} of the pairs have a negative cosine"
+    lines = [head + f", which {'fast does not clip' if config['clustering'] == 'fast' else 'is clipped'}"]
     if config["method"] not in BASELINES:
         none = "No spurious feature was found. The nearest candidates:"
         lines.append(verdict_line(kept) + ":" if kept else none)
@@ -980,7 +945,7 @@ def console(summary, e):
         for c in (kept or sorted(clusters, key=lambda c: -(c["score"] or 0))[:3])[:20]:
             at_10 = precision(torch.tensor(c["regions"]), e.target)
             reason = "" if c["kept"] else c["reason"]
-            tied = "; ".join(filter(None, (reason, gain(c, 1), gain(c, -1))))
+            tied = "; ".join(filter(None, (reason, gains(c, 1), gains(c, -1))))
             numbers = [c[key] for key in ("score", "chance", "influence")]
             rows.append((str(c["id"]), *numbers, len(c["regions"]), c["stability"], at_10, tied))
         tied = "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"
@@ -999,7 +964,7 @@ def console(summary, e):
 
 
 def report(summary, e, similarity, M):
-    """The page: each kept cluster's regions as crops and in their images, and the accuracy with and without it."""
+    """The page: each kept cluster's regions as crops and in their images, accuracy with and without it."""
     config, clusters = summary["config"], summary["clusters"]
     kept, sections = [c for c in clusters if c["kept"]], []
     can_read = kept and e.encoder and e.encoder.tokenizer and config["method"] not in BASELINES
@@ -1028,9 +993,9 @@ def report(summary, e, similarity, M):
 
 
 def nearest_words(encoder, M, mean_removed):
-    """For each medoid M [k, D] the six nearest words, {cluster: text}. Embeddings of text and images lie apart:
-    each is compared without its mean."""
-    vocabulary = (ASSETS / "words.txt").read_text().split()
+    """For each medoid M [k, D] the six nearest words, {cluster: text}. Embeddings of text and of images lie
+    apart: each is compared without its mean."""
+    vocabulary = (ASSETS / "words.txt").read_text().splitlines()
     words = encoder.prompts([[f"a photo of a {word}."] for word in vocabulary])
     words, M = unit(words - words.mean(0)), M if mean_removed else unit(M - M.mean(0))
     nearest = (M @ words.T).topk(6).indices.tolist()
@@ -1039,23 +1004,16 @@ def nearest_words(encoder, M, mean_removed):
 
 def cluster_parts(c, words, e, similarity):
     """What the page says and shows of a cluster."""
-    gaps = sorted(c["gaps"].items(), key=lambda g: -abs(g[1]["gap"]))
-    helps, harms = (
-        ", ".join([name for name, g in c["gaps"].items() if sign * g["gap"] > 0][:4]) or "no class"
-        for sign in (1, -1)
-    )
-    lead = f"Images of {helps} are classified better with it, images of {harms} worse. " if gaps else ""
+    lead = f"Better with it: {gains(c, 1) or 'no class'}; worse: {gains(c, -1) or 'no class'}. "
     lead += f"Influence {c['influence']:.2f}. " if c["influence"] is not None else ""
     lead += f"Found at {c['stability']:.0%} of the k tried. " if c["stability"] is not None else ""
     lead += "" if c["kept"] else f"Not kept: {c['reason']}."
     parts = [tag("p", lead)] + ([tag("p", f"Nearest words: {words}")] if words else [])
     if e.pictures:
         parts.append(tag("h3", "Its regions, the most typical first, with their cosine to the medoid"))
-        crops = [Crop(e.pictures[e.image[r]], tuple(e.box[r].tolist())) for r in c["regions"][:10]]
-        pairs = zip(crops, similarity[c["regions"][:10]].tolist(), strict=True)
-        parts.append(
-            tag("div", *[thumb(crop.image(), f"{cosine:.2f}", 84) for crop, cosine in pairs], class_="small")
-        )
+        crops = {r: Crop(e.pictures[e.image[r]], tuple(e.box[r].tolist())) for r in c["regions"][:10]}
+        crops = [thumb(crop.image(), f"{similarity[r]:.2f}", 84) for r, crop in crops.items()]
+        parts.append(tag("div", *crops, class_="small"))
         parts.append(tag("h3", "In their images"))
         firsts = {}
         for r in c["regions"]:
@@ -1065,12 +1023,11 @@ def cluster_parts(c, words, e, similarity):
         for i, r in firsts.items():
             caption = f"{e.classes[e.y[i]]}, taken for {e.classes[e.predicted[i]]}"
             parts.append(thumb(outlined(e.pictures[i].image(), e.box[r].tolist()), caption))
-    if gaps:
-        rows = []
-        for name, g in gaps[:8]:
-            rows.append((f"{name}, with it", g["acc_in"], None, f"n={g['n_in']}"))
-            rows.append((f"{name}, without", g["acc_out"], None, f"n={g['n_out']}"))
-        parts += [tag("h3", "Accuracy of the classifier"), bars(rows)]
+    rows = []
+    for name, g in sorted(c["gaps"].items(), key=lambda gap: -abs(gap[1]["gap"]))[:8]:
+        rows.append((f"{name}, with it", g["acc_in"], None, f"n={g['n_in']}"))
+        rows.append((f"{name}, without", g["acc_out"], None, f"n={g['n_out']}"))
+    parts += [tag("h3", "Accuracy of the classifier"), bars(rows)] if rows else []
     return parts
 
 
@@ -1078,11 +1035,9 @@ def outlined(image, box):
     """A picture with a frame around a box of it, in shares."""
     image = opaque(image).copy()
     image.thumbnail((300, 300))
-    left, top, right, bottom = (min(n - 1, round(v * n)) for v, n in zip(box, image.size * 2, strict=True))
-    pencil, width = ImageDraw.Draw(image), max(2, max(image.size) // 80)
-    pencil.rectangle((left, top, right, bottom), outline="black", width=width + 2)
-    if min(right - left, bottom - top) > 2:
-        pencil.rectangle((left + 1, top + 1, right - 1, bottom - 1), outline="#ffd23f", width=width)
+    box = [min(n - 1, round(v * n)) for v, n in zip(box, image.size * 2, strict=True)]
+    for colour, width in (("black", 6), ("#ffd23f", 4)):
+        ImageDraw.Draw(image).rectangle(box, outline=colour, width=width)
     return image
 
 

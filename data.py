@@ -1031,7 +1031,7 @@ def scenes(root, facts):
             g, y, home = rng(facts.seed, "scene", s, k), k % 2, (k // 2 + 0.5) / (n / 2) < facts.confounder
             place = (y if home else 1 - y) if s == 0 else k // 2 % 2
             figure, ground = (draw_one(at[name], g) for name in (classes[y], places[place]))
-            item = Composite(Cutout(figure), Ground(ground), draw_pose(g, False), draw_view(g, 0.2, 0.1))
+            item = Composite(Cutout(figure), Ground(ground), draw_pose(g, False), draw_view(g, 0.3, 0.15))
             what, where = (Path(path).stem.partition("__")[0] for path in (figure, ground))
             caption = f"a picture of a {classes[y]} ({what}) with {where} behind it"
             yield Row(item, classes[y], places[place], s, caption, replace(item, ground=None))

@@ -539,7 +539,7 @@ class Medoids:
             self.products(self.cosine, better, self.x[first[better]])
 
     def move(self, moved, nearest):
-        """Regions [m] to their nearest medoids [N]; returns the clusters that changed [c], their sums [c, D]."""
+        """Regions [m] to their nearest medoids [N]; returns the changed clusters [c] and their sums [c, D]."""
         was, now = self.label[moved], nearest[moved]
         for some in tiles(len(moved)):
             v, left = self.x[moved[some]].double(), was[some] >= 0
@@ -804,7 +804,9 @@ def described(v, medoids, members, stable, classes):
 
 def precision(ranked, target, K=10):
     """Share of the first K regions of which it is known that show the planted feature; None without any."""
-    shown = torch.zeros(0) if target is None else target[ranked.to(target.device)]
+    if target is None:
+        return None
+    shown = target[torch.as_tensor(ranked, device=target.device).long()]
     shown = shown[~shown.isnan()][:K]
     return float(shown.double().mean()) if len(shown) else None
 
@@ -943,7 +945,7 @@ def console(summary, e):
         lines.append(verdict_line(kept) + ":" if kept else none)
         rows = []
         for c in (kept or sorted(clusters, key=lambda c: -(c["score"] or 0))[:3])[:20]:
-            at_10 = precision(torch.tensor(c["regions"]), e.target)
+            at_10 = precision(c["regions"], e.target)
             reason = "" if c["kept"] else c["reason"]
             tied = "; ".join(filter(None, (reason, gains(c, 1), gains(c, -1))))
             numbers = [c[key] for key in ("score", "chance", "influence")]

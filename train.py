@@ -86,7 +86,7 @@ from model import (
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
-out_dir = "out"           # results.json, report.html, ckpt.pt; of a trained encoder weights.safetensors, log.csv
+out_dir = "out"           # results.json, report.html, ckpt.pt; trained: weights.safetensors, log.csv
 cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
 resume = False            # go on where an interrupted run of the same flags stopped
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
@@ -246,8 +246,8 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     additive = how_additive(encoder, cells, z, i, j, s)
     lap("additivity")
 
-    # 3. the biased data. Its training foregrounds are worth having among the composites, and need no labels: a
-    # cutter that learned from composites what a foreground looks like cuts them out
+    # 3. the biased data. Its training foregrounds are worth having among the composites, and need no labels:
+    # a cutter that learned from composites what a foreground looks like cuts them out
     x = encoder.embed(samples.items, "target")
     good = x.isfinite().all(1)
     if not good.all():

@@ -83,10 +83,12 @@ class Encoder:
         return self.device.startswith("cuda")
 
     @functools.cached_property
+    @torch.inference_mode(False)  # whoever asks first: what is loaded in inference mode cannot be trained
     def module(self):
         return self.build().eval().to(self.device)
 
     @functools.cached_property
+    @torch.inference_mode(False)
     def fast(self):
         """The module as it embeds fastest: channels last, batch norms of timm's networks folded into
         convolutions."""
@@ -121,7 +123,7 @@ class Encoder:
             if able and F.cosine_similarity(z, self.run(x, "bfloat16")).median() > 0.98:
                 facts["precision"] = "bfloat16"
         scale, head = getattr(self.module, "logit_scale", None), self.head()
-        facts.update(dim=z.shape[1], logit_scale=scale and scale.exp().item())
+        facts.update(dim=z.shape[1], logit_scale=None if scale is None else scale.exp().item())
         if head:  # some networks put more than this layer behind the embedding
             with torch.inference_mode():
                 logits = self.fast(x)
@@ -222,6 +224,8 @@ class Encoder:
             torch.set_num_threads(1)  # of this thread
             return forward(*decode(batch))
 
+        if chunks:
+            _ = self.facts, self.fast  # loaded once, before the threads ask for them all at the same time
         batches = [[chunk[k : k + self.batch] for k in range(0, len(chunk), self.batch)] for chunk in chunks]
         results = ahead(decode if self.on_gpu else both, itertools.chain(*batches), self.threads)
         for chunk in batches:
@@ -288,8 +292,9 @@ class Encoder:
         resize, crop = size.get("Resize"), size.get("CenterCrop")
         if resize is None or crop is None:  # the whole picture, squeezed
             return 0.0, 0.0, 1.0, 1.0
-        sides = [resize * n / min(width, height) for n in (width, height)]
-        if not isinstance(resize, int):
+        if isinstance(resize, int):
+            sides = [resize * n / min(width, height) for n in (width, height)]
+        else:
             sides = resize[::-1]
         w, h = (crop[k] / side / 2 for k, side in zip((1, 0), sides, strict=True))
         return tuple(min(1.0, max(0.0, v)) for v in (0.5 - w, 0.5 - h, 0.5 + w, 0.5 + h))

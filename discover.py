@@ -539,7 +539,7 @@ class Medoids:
             self.products(self.cosine, better, self.x[first[better]])
 
     def move(self, moved, nearest):
-        """Regions [m] to their nearest medoids [N]; returns the changed clusters [c] and their sums [c, D]."""
+        """Regions [m] to their nearest medoids [N]; returns changed clusters [c] and their sums [c, D]."""
         was, now = self.label[moved], nearest[moved]
         for some in tiles(len(moved)):
             v, left = self.x[moved[some]].double(), was[some] >= 0

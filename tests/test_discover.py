@@ -214,6 +214,14 @@ def test_duplicates_stay_together():
         assert torch.equal(found.labels[:150], found.labels[150:])
 
 
+def test_of_equally_good_members_the_first_becomes_the_medoid():
+    middle, e = unit(torch.ones(4)), torch.eye(4)
+    x = torch.stack([*unit(middle + e), middle, middle, -e[0]])
+    found = discover.Medoids(x, torch.tensor([2, 6]))
+    found.settle()
+    assert found.index.tolist() == [4, 6] and found.label.tolist() == [0] * 6 + [1]
+
+
 def test_the_silhouette_that_is_told_is_on_the_published_distance_of_the_given_embeddings():
     x = some_rows("cone")
     moved = x.clone()
@@ -761,20 +769,7 @@ FLAGS = {  # a word and what the line about it says
     "--methd=ravl": ("--methd", "method"),
     "--method=magic": ("--method", "spurious_aware"),
     "--clustering=exact": ("--clustering", "fast or ravl"),
-    "--batch_size=0": ("--batch_size",),
-    "--threads=-1": ("--threads",),
-    "--region_encoder=roll": ("--region_encoder",),
-    "--classifier=knn": ("--classifier",),
-    "--temperature=0": ("--temperature",),
-    "--l2=inf": ("--l2",),
-    "--outside=0": ("--outside",),
-    "--outside=1.1": ("--outside",),
-    "--seed=-1": ("--seed",),
     "--k=20": ("--k", "LOW:HIGH"),
-    "--k=1:5": ("--k",),
-    "--k=9:9": ("--k",),
-    "--k=²:5": ("--k",),
-    f"--k=2:{'9' * 5000}": ("--k",),
     "--k=5000:6000": ("--k", "5000 clusters of 400 regions"),
     "--embeddings=nowhere.npz": ("nowhere.npz", "no such file"),
     "--embeddings=random:many": ("random:N,D",),
@@ -789,6 +784,12 @@ OF_IMAGES += (
 OF_IMAGES += "model=tiny pretrained=x quick_gelu=on"
 for word in OF_IMAGES.split():
     FLAGS[f"--{word}"] = f"--{word.partition('=')[0]}: ", "nothing with --embeddings"
+WRONG = (
+    "batch_size=0 threads=-1 region_encoder=roll classifier=knn temperature=0 l2=inf outside=0 outside=1.1 "
+)
+WRONG += f"seed=-1 k=1:5 k=9:9 k=²:5 k=2:{'9' * 5000}"
+for word in WRONG.split():
+    FLAGS[f"--{word}"] = (f"--{word.partition('=')[0]}: found",)
 
 
 @pytest.mark.parametrize("word", FLAGS)
@@ -886,8 +887,8 @@ def test_help_prints_the_block_of_defaults(capsys):
 
 def errors(n=40, D=8, seed=0):
     """Two classes; class 0's second half shows a feature (dimension 2) and is taken for class 1. Each image
-    has a region of its object and one of the feature or of another ground (dimension 3). Returns evidence, the
-    regions that show the feature in class 0, and the images."""
+    has a region of its object and one of the feature or of another ground (dimension 3). Returns evidence,
+    the regions that show the feature in class 0, and the images."""
     g, e = torch.Generator().manual_seed(seed), torch.eye(D)
 
     def noise():

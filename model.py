@@ -525,9 +525,10 @@ class Cells(nn.Module):
         layers = []
         for sizes in ((3, a, 4, 2, 1), (a, b, 3, 2, 1), (b, c, 3, 2, 1), (c, c, 3, 1, 1), (c, c, 1)):
             layers += [nn.Conv2d(*sizes), nn.ReLU()]
-            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
-            nn.init.zeros_(layers[-2].bias)
         self.body = nn.Sequential(*layers[:-1])
+        for conv in self.body[::2]:
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
 
     def forward_features(self, x):
         m = self.body(x)

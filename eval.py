@@ -3,10 +3,9 @@
     python eval.py --data=counteranimal:DIR --model=ViT-B-16 --pretrained=laion400m_e32
     python eval.py --data=waterbirds:DIR --models=lite0,ViT-B-32@openai,timm:resnet50 --protocol=probe,dfr
     python eval.py --data=folder:DIR --model=ViT-L-14 --pretrained=openai --prompts=FILE
-    torchrun --nproc_per_node=4 eval.py ...                      shares out the images; the numbers are the same
-    python eval.py --protocol=ravl --settings=5 --mitigate=2     controlled settings, the end of this file:
-                                                                 fine-tune, discover, mitigate
-    python eval.py --protocol=ravl --data=cutouts --feature=scene     the same with photos; or --data=coco:DIR
+    torchrun --nproc_per_node=4 eval.py ...                     shares the images out, with the same numbers
+    python eval.py --protocol=ravl --settings=5 --mitigate=2    controlled settings, the end of this file; with
+                                                                --data=cutouts or coco:DIR of photos
 
 1. Embed the images, once: what was computed before is read from the cache, and then no weights are loaded.
 2. Classify them by the heads of each protocol (PROTOCOLS); with --ckpt through a map of train.py.
@@ -23,8 +22,6 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,18 +35,16 @@ from data import composites as compose
 from data import load_data, load_regions, near, open_mask, page, read_json, reading, region_truth, revision
 from data import rng, run, say, table, tag, thumb, write, write_json, write_table
 from model import additivity, dfr, fit_probe, group_metrics, join, load_checkpoint, load_encoder, load_map
-from model import mean_std, paired_bootstrap, region_embeddings, unit, wilson, with_map
+from model import mean_std, paired_bootstrap, region_embeddings, sums, unit, wilson, with_map
 
-# --- I/O ------------------------------------------------------------------------------------------------------------
-out_dir = (
-    "out"  # eval.json, eval.html, eval.csv, groups.csv, predictions.csv; of ravl protocol.json, .csv, .html
-)
+# --- I/O --------------------------------------------------------------------------------------------------
+out_dir = "out"  # eval.json, .html, .csv, groups.csv, predictions.csv; of ravl protocol.json, .html, .csv
 cache_dir = "cache"  # embeddings, reused by every run; --cache_dir= for none
 skip_bad = False  # leave out images that cannot be read, counted and named, instead of stopping
-# --- data -----------------------------------------------------------------------------------------------------------
-data = ""  # NAME:DIR with NAME waterbirds, celeba, counteranimal, nico, cocogender, in9, imagenet, folder, csv, coco;
-# or scenes, digits, cutouts, which need no folder. Empty: scenes, or for --protocol=ravl digits
-split = "auto"  # photos to measure on: train, val, test, all; auto: test, or all where splits are ours and not used
+# --- data -------------------------------------------------------------------------------------------------
+data = ""  # NAME:DIR, NAME waterbirds, celeba, counteranimal, nico, cocogender, in9, imagenet, folder, csv or
+# coco; or, without a folder, scenes, digits or cutouts. Empty: scenes, for --protocol=ravl digits
+split = "auto"  # photos to measure on: train, val, test, all; auto: test, or all where the splits are ours
 classes = ""  # only these, as in car,truck; or a file of names, one a line
 places = ""  # only these; with as many as --classes the k-th is the k-th class's own
 prompts = ""  # file of templates with {}, or of class<TAB>prompt lines
@@ -58,8 +53,8 @@ confounder = 1.0  # scenes and pairs: share of the training images on their clas
 strength = 0.0  # digits, cutouts, coco: Cramer's V of a class and the planted feature in the training split,
 spurious = "0"  # that class, by number or name (ravl goes through strengths and classes by itself),
 feature = ""  # and that feature, where there is a choice
-# --- models ---------------------------------------------------------------------------------------------------------
-model = ""  # lite0 if empty; timm:NAME, any open_clip name such as ViT-L-14, or small CLIPs: lite0-clip, tiny, tiny-conv
+# --- models -----------------------------------------------------------------------------------------------
+model = ""  # empty: lite0; timm:NAME, an open_clip name, or the small CLIPs lite0-clip, tiny, tiny-conv
 pretrained = ""  # open_clip tag or local file
 models = ""  # several instead, comma-separated, each NAME or NAME@PRETRAINED
 quick_gelu = "auto"  # auto follows the record of the weights; on, off
@@ -68,17 +63,17 @@ device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # of the forward pass: auto, float32, bfloat16
 batch_size = 8  # small batches are faster on a CPU; raise it on a GPU
 threads = 0  # that decode images and, on a CPU, embed them; 0 for one per core
-# --- protocols ------------------------------------------------------------------------------------------------------
-protocol = "auto"  # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; auto: the first three,
-# where they can be; or ravl
+# --- protocols --------------------------------------------------------------------------------------------
+protocol = "auto"  # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; or ravl;
+# auto: the first three, where they can be
 l2 = 0.8  # penalty of probe and fewshot, as in train.py
 shots = "1,4,16"  # fewshot: training images per class
-picker = "auto"  # CounterAnimal 1v20: what picks each class's 20 labels: NAME@PRETRAINED, or self, the model measured;
-# auto: the published one, ViT-B-32@laion400m_e32, if its weights are on this machine, else self
+picker = "auto"  # CounterAnimal 1v20: what picks each class's 20 labels: NAME@PRETRAINED, or self; auto: the
+# published one, ViT-B-32@laion400m_e32, if its weights are on this machine, else self
 composites = 0  # additivity also on composites of so many foregrounds, 0 for none
 foregrounds = "assets/foregrounds"  # for them: folder of RGBA cut-outs
 backgrounds = "assets/backgrounds"  # folder of photos
-# --- controlled settings (--protocol=ravl); 0 and empty: the family's own, see FAMILIES -------------------------------
+# --- controlled settings (--protocol=ravl); 0 and empty: the family's own, see FAMILIES -----------------
 settings = 50  # how many, strongest first: Cramer's V .99 for each class, then .95, .9, .8, .7
 mitigate = 10  # how many of the valid ones also with every mitigation
 base_steps = 0  # pre-training of a small CLIP on uncorrelated images
@@ -86,21 +81,18 @@ steps = 0  # of fine-tuning and of every mitigation
 learning_rate = 0.0  # of both
 pairs = 0  # image-caption pairs in a step
 regions = ""  # grid:N, as in discover.py
-region_weight = 0.8  # w of RaVL's loss, and
-region_temperature = (
-    0.3  # its temperature: at 0.07 a small margin contents it, and the image follows the feature
-)
-# --- system ---------------------------------------------------------------------------------------------------------
+region_weight = 0.8  # w of RaVL's loss,
+region_temperature = 0.3  # its temperature: at 0.07 a small margin is enough, and images follow the feature
+# --- system -----------------------------------------------------------------------------------------------
 seed = 0
-# --- end ------------------------------------------------------------------------------------------------------------
+# --- end --------------------------------------------------------------------------------------------------
 
 DRAWS = 5  # of few shots, averaged; worst_group, too, is the mean of each draw's own
+TAILS = 0.025, 0.975  # of intervals
+STEP = 1 << 13  # photos classified at a time
 PAPERS_PICKER = "ViT-B-32@laion400m_e32"
-
-# CounterAnimal's table: common, counter in per cent, over 1000 labels (NeurIPS 2024; PROTOCOLS of this project,
-# section 5). A name counts whole: which of timm's tags the paper took is not known here
-PUBLISHED = {
-    PAPERS_PICKER: (67.13, 36.95),
+PUBLISHED = {  # CounterAnimal's table: common, counter in per cent, over 1000 labels (NeurIPS 2024). A name
+    PAPERS_PICKER: (67.13, 36.95),  # counts whole: which of timm's tags the paper took is not known here
     "ViT-B-16@laion400m_e32": (73.11, 52.17),
     "ViT-L-14@openai": (85.38, 70.28),
     "ViT-B-32@openai": (69.13, 45.62),
@@ -112,34 +104,22 @@ PUBLISHED = {
 
 
 def main():
-    at_least_0 = dict.fromkeys(
-        ("composites", "mitigate", "base_steps", "steps", "pairs", "learning_rate"), "[0, inf)"
-    )
-    limits = dict(settings="[1, 50]", region_weight="[0, 1]", region_temperature="(0, inf)")
-    config = flags(globals(), split=("auto", *SPLITS, "all"), **at_least_0, **limits)
+    numbers = dict.fromkeys("composites mitigate base_steps steps pairs learning_rate".split(), "[0, inf)")
+    numbers.update(settings="[1, 50]", region_weight="[0, 1]", region_temperature="(0, inf)")
+    config = flags(globals(), split=("auto", *SPLITS, "all"), **numbers)
     if protocol == "ravl":
         return controlled_settings(config)
     config.update(data=data or "scenes", model=model or "lite0")
     asked = [] if protocol == "auto" else protocol.split(",")
     for p in asked:
-        expect(
-            p in PROTOCOLS, "protocol", p, f"auto, ravl, or of {', '.join(PROTOCOLS)}; {near(p, PROTOCOLS)}"
-        )
-    expect(
-        all(s.isdecimal() and int(s) for s in shots.split(",")),
-        "shots",
-        shots,
-        "whole numbers from 1, comma-separated",
-    )
-    for flag in ("model", "pretrained"):
-        expect(
-            not (models and globals()[flag]),
-            flag,
-            globals()[flag],
-            "nothing with --models; give the tag behind @ there",
-        )
+        expect(p in PROTOCOLS, "protocol", p, f"of {', '.join(PROTOCOLS)}; {near(p, PROTOCOLS)}")
+    whole = all(s.isdecimal() and int(s) for s in shots.split(","))
+    expect(whole, "shots", shots, "whole numbers from 1, comma-separated")
+    for flag, value in dict(model=model, pretrained=pretrained).items():
+        expect(not models or not value, flag, value, "nothing with --models; tags go behind @ in --models")
     names = [n.strip() for n in (models or f"{config['model']}@{pretrained}".rstrip("@")).split(",")]
-    expect(len(set(names)) == len(names) and all(names), "models", models, "different names, comma-separated")
+    different = len(set(names)) == len(names) and all(names)
+    expect(different, "models", models, "different names, comma-separated")
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     samples = load_data(config["data"], classes, places, prompts, masks, False, seed, **planted)
@@ -154,14 +134,13 @@ def main():
                 results[name] = measured(outcomes[name], additive, samples, seed)
         except Exception as problem:
             full = isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError)
-            if len(names) == 1 or full or world > 1:  # a full disk is no fault of the model; and of several
-                raise  # processes the others would wait for one that goes on to the next model
+            if len(names) == 1 or full or world > 1:  # a full disk is no fault of the model, and of several
+                raise  # processes the others would wait for the one that goes on to the next model
             kind = "" if isinstance(problem, Complaint) else type(problem).__name__ + ": "
             failed[name] = f"{kind}{problem}".splitlines()[0]
             say(f"{name}: FAILED, {failed[name]}")
         if name in results and len(names) > 1:
-            leading = list(results[name]["metrics"].items())[:3]
-            say(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in leading if isinstance(v, float)))
+            say(headline(name, results[name]))
             write_json(out / "eval.json", contract(config, git, samples, names, results, failed, started))
     if rank:
         return
@@ -171,95 +150,68 @@ def main():
     blocks = blocks_of(results, outcomes, samples, failed)
     say("\n" + console(blocks))
     write_tables(out, results, outcomes, samples)
-    flags_of = flags_section(config, git, samples.notes)
-    write(
-        out / "eval.html",
-        page("flock: how robust is it?", lead(results, samples), [*sections(blocks), flags_of]),
-    )
+    lead = f"{samples.name}; {headline(*next(iter(results.items())))}."
+    body = [*sections(blocks), flags_section(config, git, samples.notes)]
+    write(out / "eval.html", page("flock: how robust is it?", lead, body))
     # last: nothing is pending only if all the rest is there
     write_json(out / "eval.json", contract(config, git, samples, names, results, failed, started))
-    say(
-        f"\n{out}/eval.json, eval.html, eval.csv, groups.csv and predictions.csv written, {time.time() - started:.1f} s"
-    )
+    written = "eval.json, eval.html, eval.csv, groups.csv and predictions.csv written"
+    say(f"\n{out}/{written}, {time.time() - started:.1f} s")
+
+
+def headline(name, entry):
+    """What is said of a model in one line."""
+    figures = [f"{k} {v:.3f}" for k, v in entry["metrics"].items() if isinstance(v, float)]
+    return f"{name} {entry['protocol']}: {', '.join(figures[:2])}"
 
 
 def contract(config, git, samples, names, results, failed, started):
     """The tree of eval.json."""
-    facts = dict(name=samples.name, classes=samples.classes, places=samples.places, photos=len(samples.items))
-    facts.update(
-        notes=samples.notes,
-        splits=[int((samples.split == s).sum()) for s in range(3)],
-        official=samples.official,
-    )
-    pending = [n for n in names if n not in results and n not in failed]
-    seconds = time.time() - started
-    return dict(
-        config=config, git=git, data=facts, seconds=seconds, models=results, failed=failed, pending=pending
-    )
+    facts = {k: getattr(samples, k) for k in ("name", "classes", "places", "notes", "official")}
+    facts.update(photos=len(samples.items), splits=torch.bincount(samples.split, minlength=3).tolist())
+    pending, seconds = [n for n in names if n not in results and n not in failed], time.time() - started
+    tree = dict(config=config, git=git, data=facts, seconds=seconds, models=results)
+    return dict(tree, failed=failed, pending=pending)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # one model: what it makes of each photo
 
 
-@dataclass
 class Embedded:
-    """What a protocol has at hand. z [n, D]: embeddings of the samples; good: bool [n], which of them could be read; g: the
-    map that probes see them through."""
+    """What a protocol has at hand: embeddings z [n, D] of samples; y, group [n] on their device; good: bool [n],
+    which could be read; g: the map that heads see them through; l2, seed: the flags."""
 
-    encoder: object
-    samples: object
-    z: torch.Tensor
-    good: torch.Tensor
-    g: object
-    l2: float
-    seed: int
-
-    def through(self, index):
-        """g(z[index]) [m, D], in parts, so that there are no two copies of many."""
-        out = self.z.new_empty(len(index), self.z.shape[1])
-        for start, part in parts_of(index, 1 << 14):
-            out[start : start + len(part)] = self.g(self.z[part.to(self.z.device)])
-        return out
-
-    def labels(self, index):
-        return self.samples.y[index].to(self.z.device)
+    def __init__(self, encoder, samples, z, g, l2, seed):
+        self.encoder, self.samples, self.z, self.g, self.l2, self.seed = encoder, samples, z, g, l2, seed
+        self.y, self.group = samples.y.to(z.device), samples.group().to(z.device)
+        self.good = z.isfinite().all(1).cpu()
 
     def usable(self, split):
         """Index [m] of the labelled photos of a split that could be read."""
         return ((self.samples.split == split) & self.good & (self.samples.y >= 0)).nonzero()[:, 0]
 
+    def through(self, index):
+        """What probes are fitted to: g(z[index]) [m, D]."""
+        return self.g(self.z[index])
 
-@dataclass
-class Outcome:
-    """What a protocol makes of photos, on the CPU. index [m]: which; predicted [R, m] in R draws; confidence [R, m]; target [m]:
-    what would be right; names: what predictions are called. one_of_20 [m]: CounterAnimal's 1v20, by picker. region_photo,
-    region_predicted [K]: regions that show the object, the same way."""
 
-    index: torch.Tensor
-    predicted: torch.Tensor
-    confidence: torch.Tensor
-    target: torch.Tensor
-    names: list
-    seen: int = 0
-    skipped: int = 0
-    one_of_20: torch.Tensor | None = None
-    picker: str = ""
-    region_photo: torch.Tensor | None = None
-    region_predicted: torch.Tensor | None = None
-
-    def called(self, k, whole=False):
-        """The name of what is predicted, the first of its synonyms unless whole."""
-        name = self.names[k] if k >= 0 else "none of them"
-        return name if whole else name.split(",")[0]
+Outcome = namedtuple(
+    "Outcome",
+    "index predicted confidence target names seen skipped of_20 picker region_photo region_predicted",
+    defaults=(0, 0, None, "", None, None),
+)
+Outcome.__doc__ = """What a protocol makes of photos, on the CPU. index: [m], which; predicted, confidence: [R, m],
+of R draws; target: [m], what would be right; names: of what is predicted; seen: how many the heads learned from;
+skipped: how many could not be read; of_20: [m], CounterAnimal's 1v20, whose labels picker chose; region_photo,
+region_predicted: [K], of regions that show the object."""
 
 
 def evaluate(name, samples, asked):
-    """({protocol: Outcome}, additivity) of one model. (None, None) on ranks above 0, which only embed: all embedding first."""
-    how = dict(
-        device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir, skip_bad=skip_bad
-    )
-    encoder = open_encoder(name, quick_gelu, how)
+    """({protocol: Outcome}, additivity) of one model; (None, None) on ranks above 0, which only embed."""
+    how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
+    how["skip_bad"] = skip_bad
+    encoder = load_encoder(*name.partition("@")[::2], quick_gelu, **how)
     for note in encoder.notes:
         say(note)
     state = load_checkpoint(ckpt, encoder) if ckpt else None
@@ -269,293 +221,243 @@ def evaluate(name, samples, asked):
     if is_counteranimal(samples) and {"zeroshot", "classifier"} & set(todo):
         picks = choose_picker(picker)
         if picks != "self":
-            judge = open_encoder(picks, quick_gelu, how)
+            judge = load_encoder(*picks.partition("@")[::2], quick_gelu, **how)
             judged = judge.embed(samples.items, f"picker {picks}")
     cells = object_cells(encoder, samples, masks) if masks else None
     grid = composed(encoder, foregrounds, backgrounds, composites, skip_bad, seed) if composites else None
     if z is None:
         return None, None
-    twenty = pick_labels(judge, judged, samples) if picks else None
-    good = z.isfinite().all(1).cpu()
-    e = Embedded(encoder, samples, z, good, load_map(state, z.device) if state else unit, l2, seed)
-    outcomes = {}
+    e = Embedded(encoder, samples, z, load_map(state, z.device) if state else unit, l2, seed)
+    twenty, outcomes = pick_labels(judge, judged, samples) if picks else None, {}
     for p in todo:
-        kinds = [f"fewshot_{k}" for k in shots.split(",")] if p == "fewshot" else [p]
-        for kind in kinds:
-            heads = PROTOCOLS[p].heads(e, *map(int, kind.split("_")[1:] if p == "fewshot" else ()))
-            outcomes[kind] = classify(e, p, heads, split, twenty, cells)
-            outcomes[kind].picker = picks
+        for k in shots.split(",") if p == "fewshot" else [""]:
+            heads = PROTOCOLS[p].heads(e, *([int(k)] if k else []))
+            out = classify(e, PROTOCOLS[p], heads, split, twenty, cells)._replace(picker=picks)
+            outcomes[f"{p}_{k}".rstrip("_")] = out
+            if out.seen:
+                photos = f"{out.seen} of the {len(out.index)} photos that it is measured on"
+                say(f"WARNING: {p} was trained on {photos}; see --split")
     return outcomes, additive_parts(e, grid)
-
-
-def open_encoder(name, quick_gelu, how):
-    known, _, weights = name.partition("@")
-    return load_encoder(known, weights, quick_gelu, **how)
 
 
 def is_counteranimal(samples):
     return samples.places == ["common", "counter"] and len(samples.labels) == 1000
 
 
-def parts_of(index, size):
-    """(start, part) of an index [m], each of a size."""
-    return zip(range(0, len(index), size), index.split(size), strict=True)
-
-
-def offered(encoder, samples, asked):
-    """The protocols to run: those asked for, or for none what this model and these data allow. Complaint if one cannot be."""
-    lacks = {p: PROTOCOLS[p].lacks(encoder, samples) for p in asked or ("zeroshot", "classifier", "probe")}
-    for p in asked:
-        if lacks[p]:
-            raise Complaint(lacks[p])
-    if asked:
-        return sorted(set(asked), key=list(PROTOCOLS).index)
-    can = [p for p in ("zeroshot", "classifier") if not lacks[p]]
-    if not lacks["probe"] and (samples.official or len(samples.classes) == 2 or not can):
-        can.append("probe")
-    if not can:
-        raise Complaint(lacks["zeroshot"])
-    return can
-
-
-def classify(e, p, heads, split, twenty, cells):
-    """The Outcome of a protocol's heads; of regions that show the object, too, where they are known (by the first head)."""
-    row, samples, wide = PROTOCOLS[p], e.samples, len(e.samples.labels) == 1000
-    where = split if split != "auto" else "test" if samples.official or row.trained_on is not None else "all"
-    index = (e.good if where == "all" else e.good & (samples.split == SPLITS.index(where))).nonzero()[:, 0]
+def classify(e, row, heads, split, twenty, cells):
+    """The Outcome of a protocol's heads on photos and, if they are given, on cells that show the object."""
+    samples, source = e.samples, SOURCES.get(row.needs)
+    if split == "auto":
+        split = "test" if samples.official or source is not None else "all"
+    index = (e.good if split == "all" else e.good & (samples.split == SPLITS.index(split))).nonzero()[:, 0]
     if not len(index):
         raise Complaint(f"--split={split}: {samples.name} has no photos there")
-    seen = int((samples.split[index] == row.trained_on).sum()) if row.trained_on is not None else 0
-    if seen:
-        say(
-            f"WARNING: {p} was trained on {seen} of the {len(index)} photos that it is measured on; see --split"
-        )
-    chosen, target = (
-        (samples.classes, samples.y) if row.trained_on is not None else names_and_targets(samples)
-    )
-    predicted, confidence = (
-        torch.empty(len(heads), len(index), dtype=torch.long),
-        torch.empty(len(heads), len(index)),
-    )
-    of_20 = (
-        torch.empty(len(index), dtype=torch.long) if twenty is not None and row.trained_on is None else None
-    )
+    names, target = (samples.classes, samples.y) if source is not None else choice(samples)
+    predicted, confidence = (torch.empty(len(heads), len(index), dtype=t) for t in (torch.long, torch.float))
+    of_20 = torch.empty_like(index) if twenty is not None and source is None else None
     for r, head in enumerate(heads):
-        for start, part in parts_of(index, 1 << 13):
-            here = slice(start, start + len(part))
-            logits, owner = head(e.z[part.to(e.z.device)])
-            confidence[r, here], predicted[r, here] = sure_of(logits, owner)
+        for here in (slice(k, k + STEP) for k in range(0, len(index), STEP)):
+            logits, owner = head(e.z[index[here]])
+            predicted[r, here], confidence[r, here] = surest(logits, owner)
             if of_20 is not None:
-                mine = twenty[samples.y[part]].to(logits.device)  # [N, 20]
-                of_20[here] = mine.gather(1, logits.gather(1, mine).argmax(1, keepdim=True))[:, 0].cpu()
-    skipped = int((~e.good).sum())
-    out = Outcome(index, predicted, confidence, target[index], chosen, seen, skipped, of_20)
-    if cells is not None:
-        r, photo = cells
-        inside = torch.isin(photo, index)
-        out.region_photo, out.region_predicted = photo[inside], sure_of(*heads[0](r[inside.to(r.device)]))[1]
-    return out
+                mine = twenty[samples.y[index[here]]].to(logits.device)  # [N, 20]
+                of_20[here] = mine.gather(1, logits.gather(1, mine).argmax(1)[:, None])[:, 0].cpu()
+    seen = 0 if source is None else int((samples.split[index] == source).sum())
+    out = Outcome(index, predicted, confidence, target[index], names, seen, int((~e.good).sum()), of_20)
+    if cells is None:
+        return out
+    inside = torch.isin(cells[1], index)
+    taken = surest(*heads[0](cells[0][inside]))[0]
+    return out._replace(region_photo=cells[1][inside], region_predicted=taken)
 
 
-def sure_of(logits, owner):
-    """Logits [N, C], and the class that owns each column or None -> confidence [N] and prediction [N], on the CPU."""
-    top = logits.softmax(1).max(1)
-    return top.values.cpu(), (top.indices if owner is None else owner[top.indices]).cpu()
+def called(out, k, whole=False):
+    """The name of a prediction k, the first of its synonyms unless whole."""
+    name = out.names[k] if k >= 0 else "none of them"
+    return name if whole else name.split(",")[0]
 
 
-def names_and_targets(samples):
-    """What rows of text or of a classifier choose among, and what is right for each photo [n]: its class, or among 1000
-    labels its ImageNet label."""
-    if len(samples.labels) == 1000 and samples.imagenet:
-        return samples.labels, torch.tensor([labels[0] for labels in samples.imagenet])[samples.y]
-    unlabelled = len(samples.y) and samples.y.max() < 0
-    return samples.labels if unlabelled or len(samples.labels) == 1000 else samples.classes, samples.y
+def surest(logits, owner):
+    """Logits [N, C] and the owners of columns, or None -> prediction and confidence [N], on the CPU."""
+    confidence, k = logits.softmax(1).max(1)
+    return (k if owner is None else owner[k]).cpu(), confidence.cpu()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# protocols: what each lacks here (a line, or None), and its heads: embeddings [N, D] -> logits [N, C], and the class that
-# owns each column (None: column k is class k; -1: none of them)
+def choice(samples):
+    """What rows of texts or of a classifier choose among, and what is right for each photo [n]: its class, or
+    among 1000 labels its ImageNet label."""
+    wide = len(samples.labels) == 1000 or (len(samples.y) and samples.y.max() < 0)
+    if len(samples.labels) < 1000 or not samples.imagenet:
+        return samples.labels if wide else samples.classes, samples.y
+    return samples.labels, torch.tensor([labels[0] for labels in samples.imagenet])[samples.y]
 
 
-def lacks_texts(encoder, samples):
-    cure = "zero-shot needs one; take --protocol=classifier or probe, or a CLIP-like model"
-    return None if encoder.tokenizer else f"--model={encoder.name}: it has no text tower, {cure}"
-
-
-def lacks_rows(encoder, samples):
-    if not encoder.facts["rows"]:
-        return f"--model={encoder.name}: it has no ImageNet classifier; take --protocol=zeroshot or probe"
-    cure = " (put in_to_in9.json into its folder)" * samples.name.startswith("in9")
-    return None if samples.imagenet else f"{samples.name}: its classes are not ImageNet's{cure}"
-
-
-def lacks_training(encoder, samples):
-    shown = torch.unique(samples.y[(samples.split == 0) & (samples.y >= 0)])
-    return (
-        None
-        if len(shown) > 1
-        else f"{samples.name}: a probe needs a training split with at least two classes"
-    )
-
-
-def lacks_validation(encoder, samples):
-    val = (samples.split == 1) & (samples.y >= 0)
-    if int(torch.bincount(samples.y[val], minlength=len(samples.classes)).min()) < 8:
-        return f"{samples.name}: dfr needs at least 8 validation images of each class"
-    least = smallest(samples.group()[val])
-    return (
-        f"{samples.name}: dfr needs at least 2 validation images of each group (found {least})"
-        if least < 2
-        else None
-    )
-
-
-def smallest(group):
-    """The size of the smallest group that is there."""
-    return int(torch.unique(group, return_counts=True)[1].min())
+# ----------------------------------------------------------------------------------------------------------
+# protocols, each with its heads: embeddings [N, D] -> (logits [N, C], the class [C] that owns each column: None
+# where column k is class k, -1 for none of them)
 
 
 def prompt_heads(e):
     rows = e.encoder.prompts(e.samples.prompts) * (e.encoder.facts["logit_scale"] or 100.0)
-    return [rows_head(e, rows, 0.0, True, [])]
-
-
-def classifier_heads(e):
-    rows, bias = e.encoder.classifier()
-    return [rows_head(e, rows, bias, False, e.samples.imagenet if len(e.samples.labels) < len(rows) else [])]
-
-
-def rows_head(e, rows, bias, normed, labels):
-    """Rows [C, D] over all 1000 labels for CounterAnimal, ImageNet and ImageNet-9; else among the classes, each by the best
-    of its labels. normed: of unit embeddings."""
-    owner = None
-    if labels and e.samples.name.startswith("in9"):
-        owner = torch.full((len(rows),), -1, device=rows.device)
-        for c, mine in enumerate(labels):
-            owner[mine] = c
 
     def head(v):
         v = v if e.g is unit else repaired(e.g, v)
-        logits = (unit(v) if normed else v) @ rows.T + bias
-        if labels and owner is None:
-            logits = torch.stack([logits[:, mine].amax(1) for mine in labels], 1)
-        return logits, owner
+        return unit(v) @ rows.T, None
 
-    return head
+    return [head]
+
+
+def classifier_heads(e):
+    """Over all 1000 labels for CounterAnimal, ImageNet, ImageNet-9; else each class by the best of its labels."""
+    (rows, bias), owner, labels = e.encoder.classifier(), None, e.samples.imagenet
+    if e.samples.name.startswith("in9"):
+        owner = torch.full((len(rows),), -1, device=rows.device)
+        for c, mine in enumerate(labels):
+            owner[mine] = c
+    best = owner is None and len(e.samples.labels) < len(rows)
+
+    def head(v):
+        v = v if e.g is unit else repaired(e.g, v)
+        logits = v @ rows.T + bias
+        return torch.stack([logits[:, k].amax(1) for k in labels], 1) if best else logits, owner
+
+    return [head]
 
 
 def repaired(g, z):
-    """Embeddings [N, D] -> the same with the foreground only, in their own space, for text and classifier rows: mu + g(z),
-    taken back through the map's power and to the length of z. Our reading: BAP names no zero-shot use."""
+    """Embeddings [N, D] -> the same with the foreground only, in their own space, for rows of texts or a classifier:
+    mu + g(z), back through the map's power and to the length of z. Our reading: BAP names no zero-shot use."""
     v = g.mu + g(z)
     return unit(v.sign() * v.abs() ** (1 / g.power)) * z.norm(dim=1, keepdim=True)
 
 
 def probe_head(fit, g):
-    def head(v):
-        return fit.logits(g(v)), None
-
-    return head
+    return lambda v: (fit.logits(g(v)), None)
 
 
 def probe_heads(e):
     train = e.usable(0)
-    fit = fit_probe(e.through(train), e.labels(train), e.l2, classes=len(e.samples.classes))
-    return [probe_head(fit, e.g)]
+    return [probe_head(fit_probe(e.through(train), e.y[train], e.l2, classes=len(e.samples.classes)), e.g)]
 
 
 def clip_probe_heads(e, C=0.316):
-    """As CLIP's authors run it: raw embeddings, all images alike; C counts in the embeddings' own units."""
-    train, g = e.usable(0), e.g if e.g is not unit else torch.nn.Identity()
-    x = e.through(train) if e.g is not unit else e.z[train.to(e.z.device)]
-    scale, alike = float(mean_std(x)[1].mean()), torch.ones(len(x), device=x.device)
-    fit = fit_probe(x, e.labels(train), 1 / (C * len(x) * scale * scale), alike, len(e.samples.classes))
-    return [probe_head(fit, g)]
+    """Raw embeddings, all images alike; C counts in the embeddings' own units."""
+    train, raw = e.usable(0), e.g is unit
+    x = e.z[train] if raw else e.through(train)
+    scale, alike = float(mean_std(x)[1].mean()), torch.ones_like(x[:, 0])
+    fit = fit_probe(x, e.y[train], 1 / (C * len(x) * scale * scale), alike, len(e.samples.classes))
+    return [probe_head(fit, torch.nn.Identity() if raw else e.g)]
 
 
 def dfr_heads(e):
     val = e.usable(1)
-    group = e.samples.group()[val]
-    if smallest(group) < 8:
-        line = f"the smallest, which has {smallest(group)} images: expect noise"
-        say(f"WARNING: dfr balances the validation groups down to {line}")
-    return [probe_head(dfr(e.through(val), e.labels(val), group.to(e.z.device), e.seed), e.g)]
+    least = int(torch.unique(e.group[val], return_counts=True)[1].min())
+    if least < 8:
+        say(f"WARNING: dfr balances the validation groups down to the smallest, {least} images: expect noise")
+    return [probe_head(dfr(e.through(val), e.y[val], e.group[val], e.seed), e.g)]
 
 
 def fewshot_heads(e, shots):
     """One probe for each of DRAWS draws of so many training images of each class."""
-    train, C = e.usable(0), len(e.samples.classes)
+    train, C, heads = e.usable(0), len(e.samples.classes), []
     of_class = [train[e.samples.y[train] == c] for c in range(C)]
-    have = [len(mine) for mine in of_class]
-    short, least = sum(n < shots for n in have), have.index(min(have))
-    if short:
-        fewest = f"{e.samples.classes[least]} the fewest, {have[least]}; of these classes all are taken"
-        say(f"WARNING: fewshot_{shots}: {short} of {C} classes have fewer training images, {fewest}")
-    heads = []
+    least, name = min((len(mine), name) for mine, name in zip(of_class, e.samples.classes, strict=True))
+    if least < shots:
+        short = f"{sum(len(mine) < shots for mine in of_class)} of {C} classes have fewer training images"
+        say(f"WARNING: fewshot_{shots}: {short}, {name} the fewest, {least}; of these classes all are taken")
     for d in range(DRAWS):
-        order = [torch.from_numpy(rng(e.seed, "fewshot", shots, d, c).permutation(have[c])) for c in range(C)]
-        few = torch.cat([mine[k[:shots]] for mine, k in zip(of_class, order, strict=True)])
-        heads.append(probe_head(fit_probe(e.through(few), e.labels(few), e.l2, classes=C), e.g))
+        few = []
+        for c, mine in enumerate(of_class):
+            order = rng(e.seed, "fewshot", shots, d, c).permutation(len(mine))
+            few.append(mine[torch.from_numpy(order[:shots])])
+        few = torch.cat(few)
+        heads.append(probe_head(fit_probe(e.through(few), e.y[few], e.l2, classes=C), e.g))
     return heads
 
 
-Protocol = namedtuple("Protocol", "what lacks heads trained_on", defaults=(None,))
-Protocol.__doc__ = """what: in words. lacks: (encoder, samples) -> why it cannot be, or None. heads: (Embedded) -> list of
-heads, one for each draw. trained_on: the split that they learn from."""
-
+Protocol = namedtuple("Protocol", "what needs heads")  # heads: Embedded -> a list of heads, one a draw
+SOURCES = {"training": 0, "validation": 1}  # what is needed, and the split that heads then learn from
 PROTOCOLS = {
-    "zeroshot": Protocol("text prompts", lacks_texts, prompt_heads),
-    "classifier": Protocol("ImageNet classifier's own rows", lacks_rows, classifier_heads),
-    "probe": Protocol("linear probe, class-balanced, on unit embeddings", lacks_training, probe_heads, 0),
-    "clip_probe": Protocol(
-        "linear probe as CLIP's authors run it, C = 0.316", lacks_training, clip_probe_heads, 0
-    ),
-    "dfr": Protocol("last-layer retraining on the validation groups", lacks_validation, dfr_heads, 1),
-    "fewshot": Protocol("probe on a few images of each class", lacks_training, fewshot_heads, 0),
+    "zeroshot": Protocol("text prompts", "texts", prompt_heads),
+    "classifier": Protocol("ImageNet classifier's own rows", "rows", classifier_heads),
+    "probe": Protocol("linear probe, class-balanced, on unit embeddings", "training", probe_heads),
+    "clip_probe": Protocol("linear probe as CLIP's authors run it, C = 0.316", "training", clip_probe_heads),
+    "dfr": Protocol("last-layer retraining on the validation groups", "validation", dfr_heads),
+    "fewshot": Protocol("probe on a few images of each class", "training", fewshot_heads),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def offered(encoder, samples, asked):
+    """The protocols to run: those asked for, Complaint if one cannot be; else what model and data allow."""
+    lacks = lacking(encoder, samples)
+    for p in asked:
+        if PROTOCOLS[p].needs in lacks:
+            raise Complaint(lacks[PROTOCOLS[p].needs].format(p=p))
+    can = [p for p in ("zeroshot", "classifier") if PROTOCOLS[p].needs not in lacks]
+    if "training" not in lacks and (samples.official or len(samples.classes) == 2 or not can):
+        can.append("probe")
+    if not can and not asked:
+        raise Complaint(lacks["texts"])
+    return sorted(set(asked), key=list(PROTOCOLS).index) or can
+
+
+def lacking(encoder, samples):
+    """{what a protocol needs: the line that says that it is not there}."""
+    lacks, name = {}, f"--model={encoder.name}"
+    if encoder.tokenizer is None:
+        cure = "take --protocol=classifier or probe, or a CLIP-like model"
+        lacks["texts"] = f"{name}: it has no text tower, zero-shot needs one; {cure}"
+    if not encoder.facts["rows"]:
+        lacks["rows"] = f"{name}: it has no ImageNet classifier; take --protocol=zeroshot or probe"
+    elif not samples.imagenet:
+        cure = " (put in_to_in9.json into its folder)" * samples.name.startswith("in9")
+        lacks["rows"] = f"{samples.name}: its classes are not ImageNet's{cure}"
+    y, group = (v[samples.y >= 0] for v in (samples.y, samples.group()))
+    train, val = (samples.split[samples.y >= 0] == s for s in (0, 1))
+    if len(torch.unique(y[train])) < 2:
+        lacks["training"] = f"{samples.name}: {{p}} needs a training split with at least two classes"
+    if int(torch.bincount(y[val], minlength=len(samples.classes)).min()) < 8:
+        lacks["validation"] = f"{samples.name}: {{p}} needs at least 8 validation images of each class"
+    elif int(torch.unique(group[val], return_counts=True)[1].min()) < 2:
+        lacks["validation"] = f"{samples.name}: {{p}} needs at least 2 validation images of each group"
+    return lacks
+
+
+# ----------------------------------------------------------------------------------------------------------
 # the 20 labels, regions, additivity
 
 
 def choose_picker(picker):
     """--picker, auto resolved: no surprise of a download of 600 MB."""
-    if picker != "auto":
-        return picker
     from huggingface_hub.constants import HF_HUB_CACHE
 
     kept = Path(HF_HUB_CACHE) / "models--timm--vit_base_patch32_clip_224.laion400m_e32" / "snapshots"
-    if any(kept.glob("*/open_clip_*")):
-        return PAPERS_PICKER
+    if picker != "auto" or any(kept.glob("*/open_clip_*")):
+        return PAPERS_PICKER if picker == "auto" else picker
     cure = f"--picker={PAPERS_PICKER} fetches the one that the paper used"
     say(f"WARNING: 1v20: the model measured picks its own 20 labels; {cure}")
     return "self"
 
 
 def pick_labels(encoder, z, samples):
-    """CounterAnimal's 1v20: for each class the 20 of the 1000 labels with the highest mean score over its photos, [classes, 20]."""
-    reads = encoder.tokenizer is not None
-    rows, bias = (encoder.prompts(samples.prompts), 0.0) if reads else encoder.classifier()
-    y = samples.y.to(z.device)
-    mean = z.new_zeros(len(samples.classes), z.shape[1])
-    for start in range(0, len(z), 1 << 13):
-        part = z[start : start + (1 << 13)]
-        mean.index_add_(0, y[start : start + (1 << 13)], (unit(part) if reads else part).nan_to_num())
-    return (mean / torch.bincount(y).clamp(min=1)[:, None] @ rows.T + bias).topk(20).indices.cpu()
+    """CounterAnimal's 1v20: the 20 labels with the highest mean score over a class's photos, [classes, 20]."""
+    rows, bias = (encoder.prompts(samples.prompts), 0.0) if encoder.tokenizer else encoder.classifier()
+    v, y = (unit(z) if encoder.tokenizer else z).nan_to_num(), samples.y.to(z.device)
+    mean = sums(v, y, len(samples.classes)) / torch.bincount(y).clamp(min=1)[:, None]
+    return (mean @ rows.T + bias).topk(20).indices.cpu()
 
 
 def object_cells(encoder, samples, masks, n=3, share=0.5):
-    """Cells of an n x n grid over what the model sees of a photo, of which at least this share is the object by its mask:
-    (embeddings [K, D], number of the photo [K]); None on ranks above 0."""
+    """Cells of an n x n grid over what the model sees of a photo, of which at least this share is the object by
+    its mask: (embeddings [K, D], number of the photo [K]); None on ranks above 0."""
     index = [k for k, cut in enumerate(samples.cut) if cut is not None]
 
     def pool(x, _):
         m = rearrange(with_map(encoder.fast, encoder.kind, x)[1], "n h w d -> n d h w")
         return rearrange(F.adaptive_avg_pool2d(m, n), "n d r c -> (n r c) d")
 
-    pictures = [samples.items[k] for k in index]
-    r = encoder.embed(pictures, "regions", pool, f"grid {n}", [n * n] * len(index))
+    photos = [samples.items[k] for k in index]
+    r = encoder.embed(photos, "regions", pool, f"grid {n}", [n * n] * len(index))
     if r is None:
         return None
     cover = []
@@ -565,13 +467,13 @@ def object_cells(encoder, samples, masks, n=3, share=0.5):
         cover.append(np.asarray(mask.resize((n, n), Image.BOX, frame)).ravel() >= 255 * share)
     cover = torch.from_numpy(np.concatenate(cover)) & r.isfinite().all(1).cpu()
     if not cover.any():
-        line = f"no cell of a {n}x{n} grid is at least {share:.0%} object in any photo, so there are no regions to read"
-        raise Complaint(f"--masks={masks}: {line}")
-    return r[cover.to(r.device)], torch.tensor(index).repeat_interleave(n * n)[cover]
+        line = f"no cell of a {n}x{n} grid is at least {share:.0%} object in any photo"
+        raise Complaint(f"--masks={masks}: {line}, so there are no regions to read")
+    return r[cover], torch.tensor(index).repeat_interleave(n * n)[cover]
 
 
 def composed(encoder, foregrounds, backgrounds, instances, skip_bad, seed):
-    """Embeddings [N, D] of composites, 8 backgrounds for each foreground, and the two [N] of each."""
+    """Embeddings [N, D] of composites, 8 backgrounds for each foreground, and the two of each [N]."""
     figures, notes = layers(foregrounds, Cutout, "foregrounds", skip_bad)
     grounds, more = layers(backgrounds, Ground, "backgrounds", skip_bad)
     for note in notes + more:
@@ -581,162 +483,139 @@ def composed(encoder, foregrounds, backgrounds, instances, skip_bad, seed):
 
 
 def additive_parts(e, grid):
-    """Additivity of the mean embeddings of class x place cells, and with --composites that of composites, flat and on the sphere."""
-    out, C, P = {}, len(e.samples.classes), len(e.samples.places)
-    index = (e.good & (e.samples.y >= 0)).nonzero()[:, 0]
+    """Additivity, flat and on the sphere, of the mean embeddings of class x place cells, and of composites."""
+    out, P, index = {}, len(e.samples.places), (e.good & (e.samples.y >= 0)).nonzero()[:, 0]
     if P > 1 and len(index):
-        group = e.samples.group().to(e.z.device)
-        sums = torch.zeros(C * P, e.z.shape[1], dtype=torch.double, device=e.z.device)
-        for _, part in parts_of(index.to(e.z.device), 1 << 14):
-            sums.index_add_(0, group[part], unit(e.z[part]).double())
-        cells = torch.unique(group[index.to(e.z.device)])
+        mean = sums(unit(e.z[index]).double(), e.group[index], len(e.samples.classes) * P)
+        cells = torch.unique(e.group[index])
         heldout = 0.1 if len(cells) >= 20 else 0.0
-        out["cells"] = additivity(unit(sums[cells]), cells // P, cells % P, heldout, e.seed)
+        out["cells"] = additivity(unit(mean[cells]), cells // P, cells % P, heldout, e.seed)
     if grid is not None:
-        z, i, j = grid
-        here = z.isfinite().all(1)
-        i, j = (k.to(z.device)[here] for k in (i, j))
+        z, here = grid[0], grid[0].isfinite().all(1)
+        i, j = (k.to(z.device)[here] for k in grid[1:])
         out["composites"] = additivity(unit(z[here]), i, j, seed=e.seed)
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # what it amounts to
 
 
 def measured(outcomes, additive, samples, seed):
-    """Outcomes of one model -> {"metrics", "classes", "groups", "protocol", "protocols": {...}, "additivity"}, plain values; the
-    first three are those of the first protocol."""
+    """Outcomes of one model -> its entry in eval.json, with what the first protocol gives on top."""
     parts = {p: measure(out, samples, seed) for p, out in outcomes.items()}
-    head = next(iter(parts))
-    return dict(parts[head], protocol=head, protocols=parts, additivity=additive)
+    p = next(iter(parts))
+    return dict(parts[p], protocol=p, protocols=parts, additivity=additive)
 
 
 def measure(out, samples, seed):
-    """One Outcome -> metrics, classes, groups."""
+    """One Outcome -> dict of metrics, classes, groups."""
     y, place = samples.y[out.index], samples.place[out.index]
     if (y < 0).all():
-        taken = torch.bincount(out.predicted[0], minlength=len(samples.labels)).tolist()
+        taken = torch.bincount(out.predicted[0], minlength=len(out.names)).tolist()
+        classes = {name: dict(predicted=n) for name, n in zip(out.names, taken, strict=True)}
         metrics = dict(n=len(y), confidence=float(out.confidence.mean()))
-        return dict(
-            metrics=metrics,
-            groups=[],
-            classes={k: dict(predicted=n) for k, n in zip(samples.labels, taken, strict=True)},
-        )
+        return dict(metrics=metrics, classes=classes, groups=[])
     correct = out.predicted == out.target  # [R, m]
     mean = correct.double().mean(0)  # over the draws, [m]
-    metrics, groups = of_draws([group_metrics(c, samples, out.index) for c in correct])
-    metrics.update(
-        seen_in_training=out.seen,
-        average=float(mean.mean()),
-        ece=ece(out.confidence.flatten(), correct.flatten()),
-    )
-    metrics.update(n=len(y), skipped=out.skipped)
-    classes = classes_of(out, samples, mean, groups)
+    metrics, groups = over_draws([group_metrics(c, samples, out.index) for c in correct])
+    metrics.update(seen_in_training=out.seen, average=float(mean.mean()), n=len(y), skipped=out.skipped)
+    metrics["ece"] = ece(out.confidence.flatten(), correct.flatten())
+    classes = class_metrics(out, samples, mean, groups)
     if is_counteranimal(samples):
-        metrics = dict(counter_metrics(mean, y, place, classes, samples.classes, seed), **metrics)
-        if out.one_of_20 is not None:
-            right = out.one_of_20 == out.target
-            metrics.update(
-                counter_metrics(right, y, place, classes, samples.classes, seed, "_1v20"), picker=out.picker
-            )
+        rest = y, place, classes, samples.classes, seed
+        metrics = counter_metrics(mean, *rest) | metrics
+        if out.of_20 is not None:
+            metrics |= counter_metrics(out.of_20 == out.target, *rest, "_1v20") | dict(picker=out.picker)
     if samples.name.startswith("in9"):
-        metrics = dict(in9_metrics(mean, place, samples.places, seed), **metrics)
+        metrics = in9_metrics(mean, place, samples.places, seed) | metrics
     if out.region_photo is not None:
-        target = torch.full_like(samples.y, -1).index_copy_(0, out.index, out.target)
-        hit = out.region_predicted == target[out.region_photo]
-        worst = group_metrics(hit, samples, out.region_photo)["worst_group"]
-        metrics.update(region_overall=float(hit.double().mean()), region_worst_group=worst, regions=len(hit))
+        target = torch.zeros_like(samples.y).index_copy(0, out.index, out.target)
+        right = out.region_predicted == target[out.region_photo]
+        of = group_metrics(right, samples, out.region_photo)
+        metrics.update({f"region_{k}": of[k] for k in ("overall", "worst_group")}, regions=len(right))
     return dict(metrics=metrics, classes=classes, groups=groups)
 
 
-def of_draws(each):
+def over_draws(each):
     """Metrics and groups, means over draws, from a list of group_metrics; with an interval of the worst group."""
-    metrics = {}
+    metrics, groups = {}, []
     for key in ("worst_group", "avg_group_mean", "avg_train_weighted"):
         metrics[key] = None if each[0][key] is None else sum(m[key] for m in each) / len(each)
-    groups = []
     for same in zip(*[m["groups"] for m in each], strict=True):
         accuracy, n = sum(g["accuracy"] for g in same) / len(each), same[0]["n"]
         groups.append(dict(same[0], accuracy=accuracy, interval=list(wilson(accuracy * n, n))))
-    confidence = 1 - 0.05 / len(groups)  # simultaneous over the groups: the bootstrap of a minimum is biased
-    ends = torch.tensor(
-        [[wilson(g["accuracy"] * g["n"], g["n"], confidence) for g in m["groups"]] for m in each]
-    )
-    metrics["worst_group_interval"] = ends.double().amin(1).mean(0).tolist()  # [draws, groups, 2] -> [2]
+    together, ends = 1 - 0.05 / len(groups), []  # simultaneous: the bootstrap of a minimum is biased
+    for m in each:
+        ends.append([wilson(g["accuracy"] * g["n"], g["n"], together) for g in m["groups"]])
+    metrics["worst_group_interval"] = np.min(ends, 1).mean(0).tolist()  # [draws, groups, 2] -> [2]
     return metrics, groups
 
 
-def classes_of(out, samples, mean, groups):
+def class_metrics(out, samples, mean, groups):
     """For each class that is there its accuracy, interval, places, and what it is most often taken for."""
     y, wrong, classes = samples.y[out.index], out.predicted[0] != out.target, {}
     for c in torch.unique(y).tolist():
-        inside = y == c
-        k, n = float(mean[inside].mean()), int(inside.sum())
-        values, counts = torch.unique(out.predicted[0][inside & wrong], return_counts=True)
-        taken = sorted(zip(counts.tolist(), map(out.called, values.tolist()), strict=True), reverse=True)[:3]
-        entry = dict(
-            accuracy=k, n=n, interval=list(wilson(k * n, n)), taken_for={name: v for v, name in taken}
-        )
+        accuracy, n = float(mean[y == c].mean()), int((y == c).sum())
+        k, counts = torch.unique(out.predicted[0][wrong & (y == c)], return_counts=True)
+        taken = sorted(zip(counts.tolist(), [called(out, v) for v in k.tolist()], strict=True), reverse=True)[
+            :3
+        ]
+        entry = dict(accuracy=accuracy, n=n, interval=list(wilson(accuracy * n, n)))
+        entry["taken_for"] = {name: k for k, name in taken}
         if len(samples.places) > 1:
             entry["places"] = {samples.places[g["place"]]: g["accuracy"] for g in groups if g["y"] == c}
         classes[samples.classes[c]] = entry
     return classes
 
 
-def redraw(groups, seed, stream=0, times=2000):
-    """Accuracies of groups (n, accuracy), [times, G], if their photos are drawn anew: the bootstrap of n zeros and ones is binomial."""
-    n, accuracy = (np.array(column) for column in zip(*groups, strict=True))
-    return np.random.default_rng([seed, stream]).binomial(n, accuracy, (times, len(n))) / n
-
-
-def interval(drawn):
-    return [float(v) for v in np.quantile(drawn, (0.025, 0.975))]
+def redraw(cells, seed, stream=0, times=2000):
+    """Accuracies [times, G] of cells (n, accuracy), photos drawn anew: of zeros and ones that is binomial."""
+    n, accuracy = np.array(cells).T
+    return np.random.default_rng([seed, stream]).binomial(n.astype(int), accuracy, (times, len(n))) / n
 
 
 def ece(confidence, correct, bins=15):
-    """Expected calibration error: mean over photos of |accuracy - confidence| of their bin of confidence (Guo et al. 2017)."""
+    """Expected calibration error: photos' mean |accuracy - confidence| of their bin (Guo et al. 2017)."""
     b = (confidence * bins).long().clamp(0, bins - 1)
     gap = torch.zeros(bins, dtype=torch.double).index_add_(0, b, correct.double() - confidence.double())
     return float(gap.abs().sum() / len(b))
 
 
 def counter_metrics(correct, y, place, classes, names, seed, suffix=""):
-    """CounterAnimal: class-balanced common, counter and their drop, with the drop's bootstrap interval, and plain averages.
+    """CounterAnimal: class-balanced common, counter and their drop with its bootstrap interval, and plain averages.
 
-    correct: [m], bool or a share of draws; place 0 common, 1 counter. The class's own go into classes[name]. Source: the paper's
-    metric, the mean over classes of per-class accuracies; an interval draws photos anew within each class and place.
+    correct: [m], bool or share of draws; place: 0 common, 1 counter. The class's own go into classes[name]. Source:
+    the paper's metric, the mean over classes of per-class accuracies; the interval draws photos of each anew.
     """
-    cells = [[], []]  # of common and of counter: (n, accuracy) of each class that has such photos
+    cells = [[], []]  # of common and counter: (n, accuracy) of each class
     for c in torch.unique(y).tolist():
-        share = [None, None]
+        mine = [correct[(y == c) & (place == k)].double() for k in (0, 1)]
+        share = [float(v.mean()) if len(v) else None for v in mine]
         for k in (0, 1):
-            mine = correct[(y == c) & (place == k)]
-            if len(mine):
-                share[k] = float(mine.double().mean())
-                cells[k].append((len(mine), share[k]))
+            cells[k] += [(len(mine[k]), share[k])] * (len(mine[k]) > 0)
         drop = None if None in share else share[0] - share[1]
-        n = [int(((y == c) & (place == k)).sum()) for k in (0, 1)]
-        own = {"common" + suffix: share[0], "counter" + suffix: share[1], "drop" + suffix: drop}
-        classes.setdefault(names[c], {}).update(own, n_common=n[0], n_counter=n[1])
+        entry = classes.setdefault(names[c], {})
+        entry.update({"common" + suffix: share[0], "counter" + suffix: share[1], "drop" + suffix: drop})
+        entry.update(n_common=len(mine[0]), n_counter=len(mine[1]))
     common, counter = (sum(a for _, a in of) / len(of) if of else None for of in cells)
-    plain = [float(correct[place == k].double().mean()) if cells[k] else None for k in (0, 1)]
     out = dict(common=common, counter=counter, drop=None, drop_interval=None)
-    if cells[0] and cells[1]:
+    if all(cells):
         drawn = redraw(cells[0], seed).mean(1) - redraw(cells[1], seed, 1).mean(1)
-        out.update(drop=common - counter, drop_interval=interval(drawn))
-    out.update(common_plain=plain[0], counter_plain=plain[1])
+        out.update(drop=common - counter, drop_interval=np.quantile(drawn, TAILS).tolist())
+    for k, name in enumerate(("common_plain", "counter_plain")):
+        out[name] = float(correct[place == k].double().mean()) if cells[k] else None
     return {k + suffix: v for k, v in out.items()}
 
 
 def in9_metrics(correct, place, places, seed):
     """ImageNet-9: accuracy on each variation, and BG-Gap = mixed_same - mixed_rand. correct: [m]."""
     of = {name: correct[place == k] for k, name in enumerate(places) if (place == k).any()}
-    out = {name: float(c.mean()) for name, c in of.items()}
+    out = {name: float(v.mean()) for name, v in of.items()}
     if {"mixed_same", "mixed_rand"} <= set(of):
-        a, b = out["mixed_same"], out["mixed_rand"]
-        drawn = redraw([(len(of["mixed_same"]), a), (len(of["mixed_rand"]), b)], seed)
-        out = dict(bg_gap=a - b, bg_gap_interval=interval(drawn[:, 0] - drawn[:, 1]), **out)
+        drawn = redraw([(len(of[k]), out[k]) for k in ("mixed_same", "mixed_rand")], seed).T
+        gap, ends = out["mixed_same"] - out["mixed_rand"], np.quantile(drawn[0] - drawn[1], TAILS).tolist()
+        out = dict(bg_gap=gap, bg_gap_interval=ends, **out)
     return out
 
 
@@ -745,61 +624,50 @@ def logit(p):
     return np.log(p / (1 - p))
 
 
-def published_line():
-    """(intercept, slope) of the least-squares line between the logits of the published models' common and counter accuracy."""
-    x, y = logit(np.array(list(PUBLISHED.values())).T / 100)
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
-    return y.mean() - slope * x.mean(), slope
-
-
-def on_line(line, common):
-    """The counter accuracy that a line expects at a common accuracy."""
-    return float(1 / (1 + np.exp(-line[0] - line[1] * logit(common))))
+def expected(common):
+    """The counter accuracy at a common one, by the least-squares line through the published models' logits."""
+    slope, start = np.polyfit(*logit(np.array(list(PUBLISHED.values())).T / 100), 1)
+    return float(1 / (1 + np.exp(-start - slope * logit(common))))
 
 
 def compare(results, outcomes, samples, seed):
-    """What needs several models, put into results: effective robustness (counter accuracy over what the published line expects
-    at that common accuracy, Taori et al. 2020; fitted to logits, our reading), and the difference to the first model."""
-    for _, _, m in each_outcome(results) if is_counteranimal(samples) else ():
-        m, line = m["metrics"], published_line()
-        m["effective_robustness"] = None if m["drop"] is None else m["counter"] - on_line(line, m["common"])
-    base, *others = ((name, outcomes[name][r["protocol"]]) for name, r in results.items())
-    for name, a in others:
-        b = base[1]
+    """Puts into results effective robustness (counter accuracy over the expected, Taori et al. 2020; fitted to
+    logits, our reading), and what a model is better than the first by."""
+    for _, _, entry in each_outcome(results) if is_counteranimal(samples) else ():
+        m = entry["metrics"]
+        m["effective_robustness"] = None if m["drop"] is None else m["counter"] - expected(m["common"])
+    leading = [(name, outcomes[name][r["protocol"]]) for name, r in results.items()]
+    b = leading[0][1]
+    for name, a in leading[1:]:
         if samples.y[a.index].min() >= 0 and torch.equal(a.index, b.index):
             right = [out.predicted[0] == out.target for out in (a, b)]
-            low_high = paired_bootstrap(*right, samples.group()[a.index], seed=seed)
-            results[name]["metrics"]["worst_group_over_first"] = list(low_high)
+            ends = paired_bootstrap(*right, samples.group()[a.index], seed=seed)
+            results[name]["metrics"]["worst_group_over_first"] = list(ends)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # blocks: what the console and the page show, laid out once
 
 Block = namedtuple("Block", "title header rows parts notes said", defaults=((), (), (), (), False))
-Block.__doc__ = """A title, a table (header, rows), Html parts (bars, figures, drawings) and notes; said: on the console, too."""
+# under a title a table, Html parts (bars, figures, drawings) and notes; said: on the console, too
 
 
 def console(blocks):
-    """The tables and notes of blocks for the console, as text."""
+    """The tables and notes of blocks as text."""
     texts = []
-    for block in blocks:
-        if block.said and (block.rows or block.notes):
-            texts.append(
-                "\n".join(
-                    [block.title, *([table(block.header, block.rows)] if block.rows else []), *block.notes]
-                )
-            )
+    for b in blocks:
+        if b.said and b.rows:
+            texts.append("\n".join([b.title, table(b.header, b.rows), *b.notes]))
     return "\n\n".join(texts)
 
 
 def sections(blocks):
-    """The sections of a page of blocks."""
+    """Blocks as sections of a page; empty ones are left out."""
     out = []
-    for block in blocks:
-        rows = [html_table([h.replace("_", " ") for h in block.header], block.rows)] if block.rows else []
-        notes = [tag("p", note, class_="dim") for note in block.notes]
-        if rows or block.parts or notes:
-            out.append((block.title, *rows, *block.parts, *notes))
+    for b in blocks:
+        rows = [html_table([h.replace("_", " ") for h in b.header], b.rows)] if b.rows else []
+        if rows or b.parts:
+            out.append((b.title, *rows, *b.parts, *[tag("p", note, class_="dim") for note in b.notes]))
     return out
 
 
@@ -809,7 +677,7 @@ def each_outcome(results):
 
 
 def columns(results, samples):
-    """The metrics to show, in order: those that some row has; n first where rows differ in it, as probes see the test split only."""
+    """The metrics to show: those that some row has; n first where it differs, as probes see the test split."""
     wanted = ["bg_gap", *samples.places, "worst_group", "avg_group_mean", "avg_train_weighted", "average"]
     wanted += ["region_overall", "region_worst_group", "confidence", "ece"]
     if is_counteranimal(samples):
@@ -829,24 +697,31 @@ def group_name(samples, y, place):
 def blocks_of(results, outcomes, samples, failed):
     """All that the console and eval.html show."""
     name, head = next(iter(results.items()))
-    blocks = [results_block(results, samples, failed), line_block(results, samples)]
-    blocks.append(
-        counter_block(name, head) if is_counteranimal(samples) else groups_block(results, samples, head)
-    )
-    rows = [[c, v["accuracy"], v["n"], v["taken_for"]] for c, v in head["classes"].items() if "accuracy" in v]
-    rows = sorted(rows, key=lambda row: row[1])[:45]
-    rows = [(*row, ", ".join(f"{k} ({v})" for k, v in taken.items())) for *row, taken in rows]
+    counter = is_counteranimal(samples)
+    blocks = [results_block(results, samples, failed), line_block(results, counter)]
+    blocks.append(counter_block(name, head) if counter else groups_block(results, samples, head))
+    rows = []
+    for c, m in head["classes"].items():
+        taken = ", ".join(f"{k} ({v})" for k, v in m.get("taken_for", {}).items())
+        rows += [(c, m["accuracy"], m["n"], taken)] if "accuracy" in m else []
     title = f"What each class is taken for, {name} {head['protocol']}"
+    rows = sorted(rows, key=lambda row: row[1])[:45]
     blocks.append(Block(title, ("class", "accuracy", "n", "taken for"), rows))
     for name, r in list(results.items())[:3]:
         figures = worst(outcomes[name][r["protocol"]], samples) or [tag("p", "none")]
         blocks.append(Block(f"Worst confusions: wrong and sure, {name} {r['protocol']}", parts=figures))
-    blocks += [additivity_block(results)]
+    rows, parts = [], ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
+    for name, r in results.items():
+        for kind, fits in r["additivity"].items():
+            rows += [(name, kind, geometry, *[fit[k] for k in parts]) for geometry, fit in fits.items()]
+    title = (
+        "Additivity of mean embeddings of class x place (cells) or of composites, shares of their variance"
+    )
+    blocks.append(Block(title, ("model", "of", "geometry", *parts), rows, said=True))
+    rows = []
+    for label, texts in zip(samples.labels, samples.prompts, strict=True):
+        rows.append((label, "; ".join(texts[:4]) + f" and {len(texts) - 4} more" * (len(texts) > 4)))
     if any("zeroshot" in r["protocols"] for r in results.values()):
-        rows = [
-            (label, "; ".join(t[:4]) + f" and {len(t) - 4} more" * (len(t) > 4))
-            for label, t in zip(samples.labels, samples.prompts, strict=True)
-        ]
         notes = [f"and of {len(rows) - 45} more labels"] * (len(rows) > 45)
         blocks.append(Block("Prompts", ("label", "prompts, averaged"), rows[:45], notes=notes))
     return blocks
@@ -855,279 +730,185 @@ def blocks_of(results, outcomes, samples, failed):
 def results_block(results, samples, failed):
     keys, (name, head) = columns(results, samples), next(iter(results.items()))
     few = head["groups"] if len(head["groups"]) <= 8 and not is_counteranimal(samples) else []
-    alike = "n" not in keys
+    alike, best, rows, notes = "n" not in keys, head["metrics"], [], []
     groups = [group_name(samples, g["y"], g["place"]) + f" (n={g['n']})" * alike for g in few]
-    rows = []
     for model, p, m in each_outcome(results):
-        rows.append(
-            (
-                model,
-                p,
-                *[m["metrics"].get(k) for k in keys],
-                *[g["accuracy"] for g in m["groups"][: len(few)]],
-            )
-        )
-    notes, best = [], head["metrics"]
-    if any(p.startswith("fewshot") for _, p, _ in each_outcome(results)):
+        values = [m["metrics"].get(k) for k in keys] + [g["accuracy"] for g in m["groups"][: len(few)]]
+        rows.append((model, p, *values))
+    if any(p.startswith("fewshot") for _, p, *_ in rows):
         notes.append("fewshot: means over the draws; worst_group, too, is the mean of each draw's own")
     for k in [k for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")][:1]:
         low, high = best[k + "_interval"]
         notes.append(f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}")
-    for model in results if is_counteranimal(samples) else ():
-        if model in PUBLISHED:
-            notes.append("{}: published {:.2f} common, {:.2f} counter".format(model, *PUBLISHED[model]))
+    for model in set(results) & set(PUBLISHED) if is_counteranimal(samples) else ():
+        notes.append("{}: published {:.2f} common, {:.2f} counter".format(model, *PUBLISHED[model]))
     notes += [f"FAILED {model}: {problem}" for model, problem in failed.items()]
     title = samples.name + f": {best['n']} photos" * alike
     return Block(title, ("model", "protocol", *keys, *groups), rows, notes=notes, said=True)
 
 
-def line_block(results, samples):
-    counter = is_counteranimal(samples)
+def line_block(results, counter):
     x, y = ("common", "counter") if counter else ("avg_group_mean", "worst_group")
     dots = [(name, a / 100, b / 100, "pale") for name, (a, b) in PUBLISHED.items() if counter]
     for name, r in results.items():
-        if r["metrics"].get(x) is not None and r["metrics"].get(y) is not None:
-            dots.append((name, r["metrics"][x], r["metrics"][y], "dot"))
-    if len(dots) < 2:
-        return Block("Accuracy on the line")
-    curve = [(v / 100, on_line(published_line(), v / 100)) for v in range(2, 99)] if counter else []
+        u, v = r["metrics"].get(x), r["metrics"].get(y)
+        dots += [(name, u, v, "dot")] if u is not None and v is not None else []
+    curve = [(v / 100, expected(v / 100)) for v in range(2, 99)] if counter else []
     notes = ["Pale: published models, over the same 1000 labels. The line is fitted to logits."] * counter
-    return Block("Accuracy on the line", parts=[scatter(dots, curve, x, y)], notes=notes)
+    parts = [scatter(dots, curve, x.replace("_", " "), y.replace("_", " "))] if len(dots) > 1 else []
+    return Block("Accuracy on the line", parts=parts, notes=notes)
 
 
 def scatter(dots, curve, xlabel, ylabel):
-    """Points (name, x, y, class) in the unit square and a curve of (x, y), zoomed to where the points are, as SVG."""
+    """Points (name, x, y, class) in the unit square and a curve of (x, y), zoomed to where the points are: SVG."""
     values = [v for _, x, y, _ in dots for v in (x, y)]
     low, high = max(0, math.floor(10 * min(values) - 0.5)), min(10, math.ceil(10 * max(values) + 0.5))
-    scale = 10 / (high - low)
 
     def at(x, y):
-        return 60 + 620 * (x - low / 10) * scale, 380 - 360 * (y - low / 10) * scale
+        return [a + b * (10 * v - low) / (high - low) for a, b, v in ((60, 620, x), (380, -360, y))]
 
     def text(x, y, words, anchor="middle", **more):
         return tag("text", words, x=f"{x:.0f}", y=f"{y:.0f}", **{"text-anchor": anchor}, **more)
 
-    parts = [text(370, 424, xlabel.replace("_", " "))]
-    parts.append(text(14, 200, ylabel.replace("_", " "), transform="rotate(-90 14 200)"))
+    parts = [text(370, 424, xlabel), text(14, 200, ylabel, transform="rotate(-90 14 200)")]
     for k in range(low, high + 1):
         x, y = at(k / 10, k / 10)
         parts.append(tag("path", d=f"M{x:.0f} 20V380M60 {y:.0f}H680", class_="grid"))
-        parts += [
-            text(x, 398, f"{k / 10:.1f}", class_="dim"),
-            text(52, y + 4, f"{k / 10:.1f}", "end", class_="dim"),
-        ]
-    parts.append(tag("path", d="M60 380L680 20", class_="grid", **{"stroke-dasharray": "4 4"}))
-    shown = ["{:.1f} {:.1f}".format(*at(*p)) for p in curve if low / 10 <= min(p) and max(p) <= high / 10]
-    parts += [tag("path", d="M" + "L".join(shown), class_="pale")] if shown else []
+        parts += [text(x, 398, f"{k / 10}", class_="dim"), text(52, y + 4, f"{k / 10}", "end", class_="dim")]
+    inside = [at(*p) for p in curve if low / 10 <= min(p) and max(p) <= high / 10] or [at(low / 10, low / 10)]
+    parts.append(tag("path", d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in inside), class_="pale"))
     taken = []
     for name, u, v, kind in sorted(dots, key=lambda dot: (dot[3] != "dot", dot[2])):
         x, y = at(u, v)
-        parts.append(
-            tag(
-                "circle",
-                tag("title", f"{name}: {u:.3f}, {v:.3f}"),
-                cx=f"{x:.1f}",
-                cy=f"{y:.1f}",
-                r=4,
-                class_=kind,
-            )
-        )
-        y += 4
+        title = tag("title", f"{name}: {u:.3f}, {v:.3f}")
+        parts.append(tag("circle", title, cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_=kind))
         while any(abs(y - b) < 13 and abs(x - a) < 190 for a, b in taken):  # no name over another
             y -= 13
         taken.append((x, y))
-        parts.append(text(x + (-9 if x > 500 else 9), y, name[:34], "end" if x > 500 else "start"))
+        parts.append(text(x + (-9 if x > 500 else 9), y + 4, name[:34], "end" if x > 500 else "start"))
     return tag("svg", *parts, viewBox="0 0 720 430", role="img")
 
 
 def counter_block(name, head):
     rows = []
-    for label, c in sorted(head["classes"].items(), key=lambda item: -(item[1]["drop"] or 0)):
-        for k in [k for k in ("common", "counter") if c[k] is not None]:
-            n = c["n_" + k]
-            rows.append((f"{label[:26]}, {k}", c[k], wilson(c[k] * n, n), f"n={n}"))
+    for label, m in sorted(head["classes"].items(), key=lambda item: -(item[1]["drop"] or 0)):
+        for k in [k for k in ("common", "counter") if m[k] is not None]:
+            n = m["n_" + k]
+            rows.append((f"{label[:26]}, {k}", m[k], wilson(m[k] * n, n), f"n={n}"))
     return Block(f"Common and counter photos by class, largest drop first, {name}", parts=[bars(rows)])
 
 
 def groups_block(results, samples, head):
     """Bars of the groups of each row of the table; from four rows on, bars of the rows for each group."""
-    charts, by_row = {}, len(each_outcome(results)) <= 3
-    for name, p, m in each_outcome(results) if len(head["groups"]) <= 60 else ():
+    charts, rows = {}, each_outcome(results)
+    for name, p, m in rows if len(head["groups"]) <= 60 else ():
         for g in m["groups"]:
-            label, group = f"{name} {p}", group_name(samples, g["y"], g["place"])
-            title, label = (label, group) if by_row else (group, label)
+            pair = [f"{name} {p}", group_name(samples, g["y"], g["place"])]
+            title, label = pair if len(rows) < 4 else reversed(pair)
             charts.setdefault(title, []).append((label[:34], g["accuracy"], g["interval"], f"n={g['n']}"))
-    parts = [part for title, rows in charts.items() for part in (tag("h3", title), bars(rows))]
+    parts = [part for title, chart in charts.items() for part in (tag("h3", title), bars(chart))]
     return Block("Accuracy per group, with 95 % intervals", parts=parts)
 
 
 def worst(out, samples, most=12):
-    """The photos that are wrong with the highest confidence, as figures."""
-    y, figures, of_class = samples.y[out.index], [], {}
-    wrong = (out.predicted[0] != out.target) & (y >= 0)
-    order = out.confidence[0].where(wrong, -1.0).argsort(descending=True)[: int(wrong.sum())]
-    for k in order.tolist():
-        c, photo = int(y[k]), int(out.index[k])
-        of_class[c] = of_class.get(c, 0) + 1
-        if of_class[c] > max(2, most // len(samples.classes)):  # not one class alone
-            continue
-        if len(figures) == most:
-            break
-        taken, confidence = out.called(int(out.predicted[0][k])), float(out.confidence[0][k])
-        caption = f"{group_name(samples, c, int(samples.place[photo]))}, taken for {taken} ({confidence:.2f})"
-        figures.append(thumb(samples.items[photo].image(), caption))
+    """The photos that are wrong with the highest confidence, as figures; not of one class alone."""
+    y, figures, shown = samples.y[out.index].tolist(), [], []
+    wrong = (out.predicted[0] != out.target) & (samples.y[out.index] >= 0)
+    for k in out.confidence[0].where(wrong, -1.0).argsort(descending=True)[: int(wrong.sum())].tolist():
+        if shown.count(y[k]) < max(2, most // len(samples.classes)) and len(figures) < most:
+            shown.append(y[k])
+            photo, taken = int(out.index[k]), called(out, int(out.predicted[0][k]))
+            group = group_name(samples, y[k], int(samples.place[photo]))
+            caption = f"{group}, taken for {taken} ({float(out.confidence[0][k]):.2f})"
+            figures.append(thumb(samples.items[photo].image(), caption))
     return figures
 
 
-def additivity_block(results):
-    parts, rows = ("r2", "r2_heldout", "foreground", "background", "residual", "cross"), []
-    for name, r in results.items():
-        for kind, geometries in r["additivity"].items():
-            rows += [(name, kind, geometry, *[a[q] for q in parts]) for geometry, a in geometries.items()]
-    what = "how far an embedding is a foreground's part plus a background's: shares of the variance in z = mu + a + c + e"
-    of = "of the mean embedding of each class on each place (cells), or of composites; flat, and after the log map"
-    return Block(
-        "Additivity",
-        ("model", "of", "geometry", *parts),
-        rows,
-        notes=[f"{what}, {of}"] * bool(rows),
-        said=True,
-    )
-
-
-def lead(results, samples):
-    """The sentence under the page's title."""
-    name, head = next(iter(results.items()))
-    m, p = head["metrics"], head["protocol"]
-    if m.get("drop") is not None:
-        says = f"common {m['common']:.1%}, counter {m['counter']:.1%}"
-    elif "worst_group" in m:
-        says = f"worst group {m['worst_group']:.1%}, mean of groups {m['avg_group_mean']:.1%}"
-    else:
-        says = f"{m['n']} photos without labels"
-    return f"{samples.name}; {name}, {PROTOCOLS['fewshot' if p.startswith('fewshot') else p].what}: {says}."
-
-
 def write_tables(out, results, outcomes, samples):
-    """eval.csv: a row for each model and protocol; groups.csv: for each group too; predictions.csv: for each photo."""
-    rows, keys = each_outcome(results), {}
-    for _, _, m in rows:
-        keys.update((k, None) for k, v in m["metrics"].items() if not isinstance(v, list))
-    table = [(name, p, *[m["metrics"].get(k) for k in keys]) for name, p, m in rows]
-    write_table(out / "eval.csv", ("model", "protocol", *keys), table)
-    table = []
-    for name, p, m in rows:
+    """eval.csv: a row for each model and protocol; groups.csv: each group, too; predictions.csv: each photo."""
+    rows, of_groups, photos = each_outcome(results), [], {}
+    keys = {k: None for _, _, m in rows for k, v in m["metrics"].items() if not isinstance(v, list)}
+    lines = [(name, p, *[m["metrics"].get(k) for k in keys]) for name, p, m in rows]
+    write_table(out / "eval.csv", ("model", "protocol", *keys), lines)
+    header = ["image", "class", "place", "split"]
+    for column, (name, p, m) in enumerate(rows):
         for g in m["groups"]:
             where = samples.classes[g["y"]], samples.places[g["place"]]
-            table.append((name, p, *where, g["n"], g["accuracy"], *g["interval"]))
-    write_table(
-        out / "groups.csv", ("model", "protocol", "class", "place", "n", "accuracy", "low", "high"), table
-    )
-    header, photos = ["image", "class", "place", "split"], {}
-    for column, (name, p, _) in enumerate(rows):
-        o, header = outcomes[name][p], [*header, f"{name} {p}", f"{name} {p} confidence"]
+            of_groups.append((name, p, *where, g["n"], g["accuracy"], *g["interval"]))
+        header += [f"{name} {p}", f"{name} {p} confidence"]
+        o = outcomes[name][p]
         for k, c, v in zip(o.index.tolist(), o.predicted[0].tolist(), o.confidence[0].tolist(), strict=True):
-            photos.setdefault(k, [""] * 2 * len(rows))[2 * column : 2 * column + 2] = (
-                o.called(c, True),
-                f"{v:.4f}",
-            )
-    table = []
-    for k, filled in sorted(photos.items()):
+            cells = photos.setdefault(k, [""] * 2 * len(rows))
+            cells[2 * column : 2 * column + 2] = called(o, c, True), f"{v:.4f}"
+    written = ("model", "protocol", "class", "place", "n", "accuracy", "low", "high")
+    write_table(out / "groups.csv", written, of_groups)
+    lines = []
+    for k, cells in sorted(photos.items()):
         image, c = getattr(samples.items[k], "path", samples.captions[k]), int(samples.y[k])
         where = samples.places[samples.place[k]], SPLITS[samples.split[k]]
-        table.append((image, samples.classes[c] if c >= 0 else "", *where, *filled))
-    write_table(out / "predictions.csv", header, table)
+        lines.append((image, samples.classes[c] if c >= 0 else "", *where, *cells))
+    write_table(out / "predictions.csv", header, lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# controlled settings: fine-tune where a planted feature goes with a class, discover it, mitigate it (RaVL, section 4)
+# ----------------------------------------------------------------------------------------------------------
+# controlled settings: fine-tune where a planted feature goes with a class, discover, mitigate (RaVL, section 4)
 
 STRENGTHS = 0.99, 0.95, 0.9, 0.8, 0.7
 MITIGATIONS = "finetune", "ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aware", "jtt", "subg"
 FIGURES = "image_overall", "image_worst_group", "region_overall", "region_worst_group"
-SMALL_CLIPS = "tiny", "tiny-conv", "lite0-clip"  # what base_steps pre-trains
-VALID = (
-    0.2  # a setting counts if the fine-tuned model loses so much accuracy on the class without the feature
-)
+VALID = 0.2  # what the feature must be worth, in accuracy on its class, to count as learned
 LEAST = 50  # images in each test group; of fewer the worst group would be noise
-FREE = (
-    "settings",
-    "mitigate",
-    "threads",
-    "cache_dir",
-    "out_dir",
-)  # flags that may differ when settings are resumed
-SHARED = (
-    "data",
-    "classes",
-    "feature",
-    "model",
-    "quick_gelu",
-    "device",
-    "dtype",
-    "batch_size",
-    "threads",
-    "cache_dir",
-)
+FREE = "settings", "mitigate", "threads", "cache_dir", "out_dir"  # flags that may differ when a run goes on
+DATASET = "data", "classes", "feature"
+SHARED = (*DATASET, "model", "quick_gelu", "device", "dtype", "batch_size", "threads", "cache_dir")
+PRETRAINED = {"tiny": "none", "tiny-conv": "none", "lite0-clip": "imagenet"}  # what a base model starts from
 
-# What a family takes where the flags say nothing. A base that knows the classes learns nothing spurious, so that of digits
-# is stopped early; the image tower of the others knows ImageNet, and their texts follow within these steps
+# What a family takes where the flags say nothing. A base that knows the classes learns nothing spurious: that of
+# digits is stopped early, and of the others only the image tower is trained; their texts follow in these steps
+FAMILY = "model", "base_steps", "steps", "learning_rate", "pairs", "regions"
 FAMILIES = {
-    "digits": dict(
-        model="tiny-conv", base_steps=130, steps=160, learning_rate=2e-3, pairs=64, regions="grid:2"
-    ),
-    "cutouts": dict(
-        model="lite0-clip", base_steps=0, steps=20, learning_rate=3e-4, pairs=32, regions="grid:2"
-    ),
-    "coco": dict(model="lite0-clip", base_steps=0, steps=20, learning_rate=3e-4, pairs=32, regions="grid:3"),
+    "digits": ("tiny-conv", 130, 160, 2e-3, 64, "grid:2"),
+    "cutouts": ("lite0-clip", 0, 20, 3e-4, 32, "grid:2"),
+    "coco": ("lite0-clip", 0, 20, 3e-4, 32, "grid:3"),
 }
 
 
 def controlled_settings(config):
     """--protocol=ravl: runs the settings, and writes protocol.json after each, .csv and .html at the end."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    expect(
-        alone,
-        "protocol",
-        protocol,
-        "another in several processes, as each would run all of it; start it without torchrun",
-    )
+    wanted = "another in several processes, as each would run all of it; start it without torchrun"
+    expect(alone, "protocol", protocol, wanted)
     config = of_family(config)
-    started, out, git = time.time(), Path(out_dir), revision()
-    resumable(out / "protocol.json", config)
-    classes = dataset(config, 0.0, 0).classes
-    chosen = [(v, c) for v in STRENGTHS for c in range(len(classes))][:settings]
-    base, done, mitigated = base_model(config), [], 0
-    for k, (v, label) in enumerate(chosen):
-        setting = one_setting(config, out / f"settings/{v:g}-{label}", v, label, base, mitigated < mitigate)
-        mitigated += bool(setting["mitigation"])
+    started, out, git, done = time.time(), Path(out_dir), revision(), []
+    check_resumed(out / "protocol.json", config)
+    classes = setting_data(config, 0.0, 0).classes
+    todo = [(v, c) for v in STRENGTHS for c in range(len(classes))][:settings]
+    base = base_model(config)
+    for k, (v, c) in enumerate(todo):
+        mitigating = sum(bool(s["mitigation"]) for s in done) < mitigate
+        setting = one_setting(config, out / f"settings/{v:g}-{c}", v, c, base, mitigating)
         done.append(setting)
-        tree = dict(
-            config=config, git=git, settings=done, summary=summarised(done), seconds=time.time() - started
-        )
-        write_json(out / "protocol.json", tree)
-        at_10 = ", ".join(
-            f"{m} {'-' if p is None else f'{p:.1f}'}" for m, p in setting["precision_at_10"].items()
-        )
-        gap = f"gap {setting['gap']:.2f}" + ("" if setting["valid"] else ", not valid")
-        say(
-            f"setting {k + 1}/{len(chosen)}: V {v:g}, {classes[label]}: {gap}; Precision@10 {at_10 or 'not looked for'}"
-        )
+        tree = dict(config=config, git=git, settings=done, summary=summarised(done))
+        write_json(out / "protocol.json", dict(tree, seconds=time.time() - started))
+        found = [f"{m} {'-' if p is None else f'{p:.1f}'}" for m, p in setting["precision_at_10"].items()]
+        gap = f"gap {setting['gap']:.2f}" + ", not valid" * (not setting["valid"])
+        at_10 = f"Precision@10 {', '.join(found) or 'not looked for'}"
+        say(f"setting {k + 1}/{len(todo)}: V {v:g}, {classes[c]}: {gap}; {at_10}")
     write_settings(out / "protocol.csv", done)
-    blocks, summary = setting_blocks(tree, classes), tree["summary"]
-    lead = f"{summary['valid']} of {len(done)} settings learned the planted feature ({config['data']}; {config['model']})."
+    blocks, of = setting_blocks(tree, classes), f"({config['data']}; {config['model']})"
+    lead = f"{tree['summary']['valid']} of {len(done)} settings learned the planted feature {of}."
     title = f"flock: controlled settings, {config['data'].partition(':')[0]}"
     write(out / "protocol.html", page(title, lead, [*sections(blocks), flags_section(config, git)]))
-    say("\n" + console(blocks))
+    say(f"\n{console(blocks)}")
     say(f"\n{out}/protocol.json, protocol.csv and protocol.html written, {time.time() - started:.0f} s")
 
 
 def of_family(config):
-    """The flags, with the family's own values where they are left open; says which these are."""
+    """The flags with the family's own values where they are left open; says which these are."""
     data = config["data"] or "digits"
     kind = data.partition(":")[0]
     expect(kind in FAMILIES, "data", data, "digits, cutouts or coco:DIR with --protocol=ravl")
-    taken = {flag: value for flag, value in FAMILIES[kind].items() if not config[flag]}
+    taken = {flag: value for flag, value in zip(FAMILY, FAMILIES[kind], strict=True) if not config[flag]}
     if taken:
         say(f"{kind}: " + " ".join(f"--{flag}={value}" for flag, value in taken.items()))
     config = {**config, **taken, "data": data}
@@ -1136,225 +917,167 @@ def of_family(config):
     return config
 
 
-def resumable(path, config):
-    """Raises Complaint where a protocol.json was made with other flags."""
-    if not path.is_file():
-        return
-    tree = read_json(path, "a protocol.json of eval.py")
-    with reading(path, "a protocol.json of eval.py", "move it away"):
-        differ = [
-            f"--{k}={tree['config'].get(k)}"
-            for k in config
-            if k not in FREE and tree["config"].get(k) != config[k]
-        ]
+def check_resumed(path, config):
+    """Complaint where a protocol.json was made with other flags."""
+    what = "a protocol.json of eval.py"
+    with reading(path, what, "move it away"):
+        made = read_json(path, what)["config"] if path.is_file() else config
+        differ = [f"--{k}={made.get(k)}" for k in config if k not in FREE and made.get(k) != config[k]]
     if differ:
         raise Complaint(f"{path}: made with {', '.join(differ)}; give the same flags, or another --out_dir")
 
 
-def dataset(config, strength, label):
+def setting_data(config, strength, label):
     """The Samples of a setting: its strength, and the class that the feature goes with."""
     planted = dict(strength=strength, spurious=str(label), feature=config["feature"])
     return load_data(config["data"], config["classes"], seed=config["seed"], **planted)
 
 
-def script_run(script, out, config, **more):
-    """Runs train.py or discover.py beside this file, its output into out/log.txt; raises Complaint with its last line."""
-    words = [f"--{k}={v}" for k, v in ({k: config[k] for k in SHARED} | dict(out_dir=out) | more).items()]
-    log = Path(out) / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as file:
-        command = [sys.executable, str(Path(__file__).with_name(script)), *words]
-        job = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
-    if job.returncode == 130:
+def script_run(name, out, config, **more):
+    """Runs train.py or discover.py beside this file, its output into out/log.txt; Complaint with its last line."""
+    words = [f"--{k}={v}" for k, v in ({k: config[k] for k in SHARED} | more).items()] + [f"--out_dir={out}"]
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.txt", "w") as log:
+        command = [sys.executable, str(Path(__file__).with_name(name)), *words]
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code == 130:
         raise KeyboardInterrupt
-    if job.returncode:
-        line = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise Complaint(f"{script} {' '.join(words)} failed: {''.join(line)}")
+    if code:
+        line = (out / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2]
+        raise Complaint(f"{name} {' '.join(words)} failed: {line}")
 
 
 def base_model(config):
-    """Weights of the base model, pre-trained on uncorrelated images of another seed unless --pretrained names some."""
-    model, steps = config["model"], config["base_steps"]
-    if config["pretrained"] or not steps or model not in SMALL_CLIPS:
+    """Weights of the base model: --pretrained, or trained on uncorrelated images of another seed."""
+    model, words = config["model"], dict(method="finetune", strength=0, steps=config["base_steps"])
+    if config["pretrained"] or not config["base_steps"] or model not in PRETRAINED:
         return config["pretrained"]
-    words = {k: config[k] for k in ("learning_rate", "pairs")}
-    words.update(method="finetune", strength=0, spurious=0, seed=1000 + config["seed"], steps=steps)
-    made = json.dumps([{k: config[k] for k in ("data", "classes", "feature")}, words, training_code()])
-    at = (
-        Path(config["cache_dir"] or config["out_dir"])
-        / f"base-{model}-{hashlib.sha256(made.encode()).hexdigest()[:12]}"
-    )
-    weights = at / "weights.safetensors"
-    if not weights.is_file():
-        started = time.time()
-        script_run(
-            "train.py", at, config, pretrained="imagenet" if model == "lite0-clip" else "none", **words
-        )
+    words.update({k: config[k] for k in ("learning_rate", "pairs")}, seed=1000 + config["seed"])
+    made = [json.dumps([[config[k] for k in DATASET], words]).encode()]  # and the code that makes it
+    made += [Path(__file__).with_name(name).read_bytes() for name in ("train.py", "model.py", "data.py")]
+    name = f"base-{model}-{hashlib.sha256(b''.join(made)).hexdigest()[:12]}"
+    at, started = Path(config["cache_dir"] or config["out_dir"]) / name, time.time()
+    if not (at / "weights.safetensors").is_file():
+        script_run("train.py", at, config, pretrained=PRETRAINED[model], **words)
         say(f"base model pre-trained in {time.time() - started:.0f} s, kept in {at}")
-    return str(weights)
-
-
-def training_code():
-    """The digest of what a base model is made by."""
-    files = [Path(__file__).with_name(name) for name in ("train.py", "model.py", "data.py")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return str(at / "weights.safetensors")
 
 
 def one_setting(config, at, strength, label, base, mitigating):
-    """Fine-tunes, discovers if the correlation was learned, mitigates if asked to: the setting's entry in protocol.json."""
-    samples, planted = (
-        dataset(config, strength, label),
-        dict(strength=strength, spurious=label, seed=config["seed"]),
-    )
-    training = {k: config[k] for k in ("steps", "learning_rate", "pairs")} | planted
-    of_ravl = {k: config[k] for k in ("region_weight", "region_temperature")}
+    """Fine-tunes, discovers if the correlation was learned, mitigates if asked to: an entry of protocol.json."""
+    samples, planted = setting_data(config, strength, label), dict(strength=strength, spurious=label)
+    planted["seed"] = config["seed"]
 
     def figures(method, **more):
+        keys = ["steps", "learning_rate", "pairs"]
+        keys += ["region_weight", "region_temperature"] if method == "ravl" else []
         if not (at / method / "weights.safetensors").is_file():
-            more |= of_ravl if method == "ravl" else {}
-            script_run("train.py", at / method, config, method=method, pretrained=base, **training, **more)
+            more |= {k: config[k] for k in keys} | planted
+            script_run("train.py", at / method, config, method=method, pretrained=base, **more)
         return reached(config, at / method, samples)
 
-    groups = figures("finetune")["groups"]
+    groups, where = figures("finetune")["groups"], at / "discovery"
     gap = groups[2 * label + 1] - groups[2 * label]
-    setting = dict(
-        strength=strength,
-        spurious_class=label,
-        valid=gap >= VALID,
-        gap=gap,
-        precision_at_10={},
-        mitigation={},
-    )
-    if not setting["valid"]:
-        return setting
-    tuned, path = at / "finetune/weights.safetensors", at / "discovery/discovery.json"
-    if not path.is_file():
-        script_run(
-            "discover.py",
-            path.parent,
-            config,
-            pretrained=tuned,
-            regions=config["regions"],
-            method="all",
-            **planted,
-        )
-    tree = read_json(path, "a discovery.json of discover.py")
-    setting["precision_at_10"] = {name: m["precision_at_10"] for name, m in tree["methods"].items()}
+    out = dict(strength=strength, spurious_class=label, valid=gap >= VALID, gap=gap)
+    out.update(precision_at_10={}, mitigation={})
+    if not out["valid"]:
+        return out
+    if not (where / "discovery.json").is_file():
+        more = dict(pretrained=at / "finetune/weights.safetensors", regions=config["regions"], method="all")
+        script_run("discover.py", where, config, **more, **planted)
+    tree = read_json(where / "discovery.json", "a discovery.json of discover.py")
+    out["precision_at_10"] = {name: m["precision_at_10"] for name, m in tree["methods"].items()}
     if mitigating and any(c["kept"] for c in tree["clusters"]):
         for method in MITIGATIONS:
-            m = figures(method, **({} if method == "finetune" else dict(discovery=path.parent)))
-            setting["mitigation"][method] = {k: m[k] for k in FIGURES}
-    return setting
+            m = figures(method, **({} if method == "finetune" else dict(discovery=where)))
+            out["mitigation"][method] = {k: m[k] for k in FIGURES}
+    return out
 
 
 def reached(config, at, samples):
-    """What the weights in a folder reach on the uncorrelated test split: the four figures, and groups, image accuracy of
-    class x feature [2 C]. Region figures: zero-shot accuracy of the regions that show the class object. Kept in figures.json."""
-    path = at / "figures.json"
+    """What the weights in a folder reach on the uncorrelated test split, kept there: FIGURES, zero-shot on images
+    and on regions that show the class object; and groups, the accuracies on images of class x feature [2 C]."""
+    path, test = at / "figures.json", samples.keep(samples.split == 2)
     if path.is_file():
-        return read_json(path, "the figures.json of a setting")
-    how = dict(
-        device=config["device"], dtype=config["dtype"], batch=config["batch_size"], threads=config["threads"]
-    )
-    encoder = load_encoder(config["model"], str(at / "weights.safetensors"), config["quick_gelu"], **how)
-    test = samples.keep(samples.split == 2)
+        return read_json(path, "the figures of a setting")
     n = test.counts(2).tolist()
-    if min(n) < LEAST:
-        few = [f"{group_name(test, *divmod(g, len(test.places)))}: {k}" for g, k in enumerate(n) if k < LEAST]
+    few = [f"{group_name(test, *divmod(g, 2))}: {k}" for g, k in enumerate(n) if k < LEAST]
+    if few:
         line = f"test groups with fewer than {LEAST} images ({'; '.join(few)})"
         raise Complaint(f"{samples.name}: {line}; the worst group would be noise")
+    how = dict(batch=config["batch_size"], **{k: config[k] for k in ("device", "dtype", "threads")})
+    encoder = load_encoder(config["model"], str(at / "weights.safetensors"), config["quick_gelu"], **how)
     pictures, _ = load_regions(config["regions"], test.items, encoder.frame)
     z, r = region_embeddings(encoder, pictures, label=f"{at.parent.name} {at.name}")
-    prompts = encoder.prompts(samples.class_prompts())
-    photo = torch.arange(len(pictures)).repeat_interleave(torch.tensor([len(p.boxes) for p in pictures]))
-    shown, figures = region_truth(pictures, test.shows)[0], {}
-    regions = r[shown.to(r.device)], photo[shown]
-    for name, (v, index) in dict(image=(z, torch.arange(len(z))), region=regions).items():
-        right = (unit(v) @ prompts.T).argmax(1).cpu() == test.y[index]
-        m = group_metrics(right, samples, (samples.split == 2).nonzero()[index, 0])
-        figures.update({f"{name}_overall": m["overall"], f"{name}_worst_group": m["worst_group"]})
-        if name == "image":
-            figures["groups"] = [g["accuracy"] for g in m["groups"]]
-    write_json(path, figures)
-    return figures
+    texts = encoder.prompts(samples.class_prompts())
+    photo = torch.arange(len(test.y)).repeat_interleave(torch.tensor([len(p.boxes) for p in pictures]))
+    shown, out = region_truth(pictures, test.shows)[0], {}
+    for name, v, index in (("image", z, torch.arange(len(z))), ("region", r[shown], photo[shown])):
+        m = group_metrics((unit(v) @ texts.T).argmax(1).cpu() == test.y[index], test, index)
+        out.update({f"{name}_overall": m["overall"], f"{name}_worst_group": m["worst_group"]})
+        out.setdefault("groups", [g["accuracy"] for g in m["groups"]])
+    write_json(path, out)
+    return out
 
 
 def mean_interval(values):
     """Mean of shares with its 95 % interval over settings, and their number; what was not found counts as zero."""
-    x = torch.tensor([v or 0.0 for v in values], dtype=torch.double)
-    mean, half = float(x.mean()), 1.96 * float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else 0.0
+    x = np.array([v or 0.0 for v in values])
+    half = 1.96 * float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else 0.0
+    mean = float(x.mean())
     return dict(mean=mean, low=max(0.0, mean - half), high=min(1.0, mean + half), n=len(x))
 
 
 def summarised(done):
-    """Mean Precision@10 by method, over all valid settings and by strength; mitigations' means over settings whose RaVL
-    Precision@10 exceeds .6 and .8, as in the paper."""
-    valid = [s for s in done if s["valid"]]
-    precision, mitigation = {}, {}
+    """Mean Precision@10 by method, over all valid settings and by strength; mitigations' means over settings whose
+    RaVL Precision@10 exceeds .6 and .8, as in the paper."""
+    valid, precision, mitigation = [s for s in done if s["valid"]], {}, {}
     for m in valid[0]["precision_at_10"] if valid else ():
-        of = {"all": [s["precision_at_10"][m] for s in valid]}
+        values = {"all": [s["precision_at_10"][m] for s in valid]}
         for s in sorted(valid, key=lambda s: -s["strength"]):
-            of.setdefault(f"{s['strength']:g}", []).append(s["precision_at_10"][m])
-        precision[m] = {name: mean_interval(values) for name, values in of.items()}
+            values.setdefault(f"{s['strength']:g}", []).append(s["precision_at_10"][m])
+        precision[m] = {name: mean_interval(v) for name, v in values.items()}
     for least in (0.6, 0.8):
-        each = [
-            s["mitigation"] for s in valid if s["mitigation"] and (s["precision_at_10"]["ravl"] or 0) > least
-        ]
+        each = [s for s in valid if s["mitigation"] and (s["precision_at_10"]["ravl"] or 0) > least]
         methods = {}
         for m in MITIGATIONS if each else ():
-            methods[m] = {k: sum(figures[m][k] for figures in each) / len(each) for k in FIGURES}
+            methods[m] = {k: sum(s["mitigation"][m][k] for s in each) / len(each) for k in FIGURES}
         mitigation[f"precision_above_{least:g}"] = dict(n=len(each), methods=methods)
     return dict(settings=len(done), valid=len(valid), precision_at_10=precision, mitigation=mitigation)
 
 
 def setting_blocks(tree, classes):
     """What was found, how well, what each mitigation reaches, every setting."""
-    summary = tree["summary"]
-    found, blocks = summary["precision_at_10"], []
-    chart = [
-        (m, v["all"]["mean"], (v["all"]["low"], v["all"]["high"]), f"n={v['all']['n']}")
-        for m, v in found.items()
-    ]
-    blocks.append(Block("Discovery: Precision@10", parts=[bars(chart)] if chart else []))
-    part = next((p for p in reversed(summary["mitigation"].values()) if p["n"]), dict(methods={}))
-    for k in FIGURES if part["methods"] else ():
-        chart = [(m, v[k], None, f"n={part['n']}") for m, v in part["methods"].items()]
-        blocks.append(Block(f"Mitigation: {k.replace('_', ' ')}", parts=[bars(chart)]))
-    shares = list(next(iter(found.values()))) if found else []
-    rows = []
-    for m, v in found.items():
-        rows.append((m, *["{mean:.3f} ({low:.2f} to {high:.2f})".format(**v[c]) for c in shares]))
-    of = f"over {summary['valid']} valid settings of {summary['settings']}, by Cramer's V, mean and 95 % interval"
-    blocks.append(Block(f"Precision@10 {of}", ("method", *shares), rows, said=True))
-    for name, part in summary["mitigation"].items():
+    summary, rows, chart, header, blocks = tree["summary"], [], [], ["method"], []
+    for m, v in summary["precision_at_10"].items():
+        header = ["method", *v]
+        rows.append((m, *["{mean:.3f} ({low:.2f} to {high:.2f})".format(**share) for share in v.values()]))
+        chart.append((m, v["all"]["mean"], (v["all"]["low"], v["all"]["high"]), f"n={v['all']['n']}"))
+    of = f"{summary['valid']} valid settings of {summary['settings']}, by Cramer's V"
+    title = f"Discovery: Precision@10 over {of}, mean and 95 % interval"
+    blocks.append(Block(title, header, rows, [bars(chart)], said=True))
+    for name, part in reversed(summary["mitigation"].items()):
         title = f"Mitigation, mean of {part['n']} settings with Precision@10 > {name.rpartition('_')[2]}"
-        rows = [(m, *[v[k] for k in FIGURES]) for m, v in part["methods"].items()]
-        blocks.append(Block(title, ("method", *FIGURES), rows, said=True))
+        methods, charts = part["methods"].items(), []
+        rows = [(m, *[v[k] for k in FIGURES]) for m, v in methods]
+        for k in FIGURES if rows else ():
+            charts += [tag("h3", k.replace("_", " ")), bars([(m, v[k], None, "") for m, v in methods])]
+        blocks.append(Block(title, ("method", *FIGURES), rows, charts, said=True))
     rows = []
     for s in tree["settings"]:
-        valid = "yes" if s["valid"] else "no"
-        rows.append(
-            (
-                f"{s['strength']:g}",
-                classes[s["spurious_class"]],
-                valid,
-                s["gap"],
-                s["precision_at_10"].get("ravl"),
-            )
-        )
-    blocks.append(Block("Every setting", ("V", "class", "valid", "gap", "RaVL Precision@10"), rows))
-    return blocks
+        valid, at_10 = "yes" if s["valid"] else "no", s["precision_at_10"].get("ravl")
+        rows.append((f"{s['strength']:g}", classes[s["spurious_class"]], valid, s["gap"], at_10))
+    return [*blocks, Block("Every setting", ("V", "class", "valid", "gap", "RaVL Precision@10"), rows)]
 
 
 def write_settings(path, done):
     """protocol.csv: a row for each setting and method of discovery, and for each mitigation."""
-    rows, empty = [], [None] * len(FIGURES)
+    rows, none = [], [None] * len(FIGURES)
     for s in done:
         head = (s["strength"], s["spurious_class"], s["valid"], s["gap"])
-        rows += [(*head, "discover", m, v, *empty) for m, v in s["precision_at_10"].items()]
-        if not s["precision_at_10"]:
-            rows.append((*head, "finetune", "", "", *empty))
-        rows += [(*head, "mitigate", m, "", *[v[k] for k in FIGURES]) for m, v in s["mitigation"].items()]
+        rows += [(*head, "discover", m, v, *none) for m, v in s["precision_at_10"].items()]
+        rows += [(*head, "finetune", None, None, *none)] * (not s["precision_at_10"])
+        rows += [(*head, "mitigate", m, None, *[v[k] for k in FIGURES]) for m, v in s["mitigation"].items()]
     header = ("strength", "spurious_class", "valid", "gap", "stage", "method", "precision_at_10", *FIGURES)
     write_table(path, header, rows)
 

@@ -1130,8 +1130,7 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     """
     (rank, world), module, steps, pairs = ranks(), encoder.module, config["steps"], config["pairs"]
     choose_parameters(encoder, row, config)
-    if config["checkpointing"]:
-        module.set_grad_checkpointing(True)
+    getattr(module, "set_grad_checkpointing", lambda on: None)(config["checkpointing"])
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY)]
     groups.append(dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0))
@@ -1150,7 +1149,7 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
         optimiser.load_state_dict(state["optimiser"])
         task.q, first, rows = state["q"].to(encoder.device), state["step"], state["rows"]
     amp = config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and encoder.on_gpu)
-    clock, count, share = time.time(), 0, pairs // world
+    clock, count, share, warned = time.time(), 0, pairs // world, False
     mine = slice(rank * share, (rank + 1) * share)  # of a batch, this process's images
     feed.ahead(draw(first)[mine])
     for step in range(first, steps):
@@ -1158,6 +1157,9 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
             group["lr"] = rate(step, steps, config["learning_rate"])
         ids, x = draw(step), feed.get()
         feed.ahead(draw(step + 1)[mine])
+        if row is not ANCHORS and len(task.y[ids].unique()) == 1 and not warned:
+            warned = True
+            say(f"step {step}: the batch has one class only and cannot tell classes apart; raise --pairs")
         with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
             e = forward(x, ids[mine])
         terms = row.cost(e, ids, task)
@@ -1165,13 +1167,13 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
         optimiser.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        bad = [name for name, (_, term) in terms.items() if not term.isfinite()]
-        if bad or not norm.isfinite():
+        bad = not_finite(terms | dict(gradient=(1.0, norm)))
+        if bad:
             if save:
                 save(**training_state(step, module, optimiser, task, rows))
             kept = f"the state before it is in {config['out_dir']}/training.pt"
             cure = "start anew with a lower --learning_rate, or with --dtype=float32"
-            raise Complaint(f"step {step}: {' and '.join(bad) or 'the gradient'} not finite; {kept}; {cure}")
+            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}; {cure}")
         optimiser.step()
         if hasattr(module, "logit_scale"):
             module.logit_scale.data.clamp_(0, math.log(100))
@@ -1192,6 +1194,10 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     feed.close()
     module.requires_grad_(True)
     return rows
+
+
+def not_finite(terms):
+    return [name for name, (_, term) in terms.items() if not term.isfinite()]
 
 
 def training_state(step, module, optimiser, task, rows):

@@ -243,7 +243,7 @@ def test_map_and_embedding_come_from_one_differentiable_pass(name, get):
     encoder, x = get(name), batch(get(name), 2).requires_grad_()
     z, m = with_map(encoder.module, encoder.kind, x)
     assert m.shape[0] == 2 and m.shape[3] == z.shape[1]
-    assert torch.allclose(z, encoder.run(x, "float32"), atol=1e-3 * float(z.abs().max()))
+    assert torch.allclose(z, encoder.run(x, "float32"), atol=1e-3 * float(z.detach().abs().max()))
     for out in (z, m):
         (g,) = torch.autograd.grad(out.square().sum(), x, retain_graph=True)
         assert g.isfinite().all() and g.abs().max() > 0
@@ -296,7 +296,6 @@ def test_prompts_of_a_label_are_averaged_as_unit_embeddings(get):
 
 def test_a_tokenizer_that_cannot_be_loaded_is_one_line_with_a_cure(monkeypatch):
     encoder = load_encoder("tiny", device="cpu")
-    encoder.tokenizer = functools.partial(pytest.fail, "no sentencepiece\nmore", pytrace=False)
     encoder.tokenizer = functools.partial(timm.create_model, "no such model")
     with complaint("--model=tiny", "tokenizer cannot be loaded", "pip install transformers"):
         encoder.texts(["a bird"])
@@ -322,12 +321,11 @@ def test_a_cell_of_tiny_conv_sees_32_pixels_and_none_outshouts_the_others(get):
 
 def test_rows_of_a_network_with_more_behind_its_embedding_are_no_classifier():
     net = timm.create_model("test_resnet", num_classes=1000)
-    build, whole = (lambda: net), type(net).forward
-    parts = "timm", build, open_clip.image_transform(64, is_train=False), "", ""
+    whole = net.forward
+    parts = "timm", lambda: net, open_clip.image_transform(64, is_train=False), "", ""
     assert model.Encoder("plain", *parts).embeds_with("cpu").facts["rows"]
-    net.forward = lambda x: whole(net, x) + torch.linspace(0, 1, 1000)
+    net.forward = lambda x: whole(x) + torch.linspace(0, 1, 1000)
     encoder = model.Encoder("more", *parts).embeds_with("cpu")
-    net.__class__.__deepcopy__ = None
     assert not encoder.facts["rows"]
     with complaint("more", "no linear classifier"):
         encoder.classifier()
@@ -433,3 +431,490 @@ def test_file_digest_of_a_blob_of_the_hub_is_its_name_and_reads_nothing(tmp_path
     link.symlink_to(blob)
     assert model.file_digest(link, "") == model.file_digest(blob, str(tmp_path / "c")) == blob.name
     assert not (tmp_path / "c").exists()
+
+
+# --- which encoders there are
+
+MISTAKES = [
+    (("--model=ViT-B-23", "ViT-B-32"), dict(model="ViT-B-23")),
+    (("--model=lite", "lite0"), dict(model="lite")),
+    (("--model=timm:resnet5", "resnet50"), dict(model="timm:resnet5")),
+    (("--pretrained=laion400m", "laion400m_e32"), dict(model="ViT-B-32", pretrained="laion400m")),
+    (("--pretrained=nowhere.pt", "ViT-B-32", "tag"), dict(model="ViT-B-32", pretrained="nowhere.pt")),
+    (("--pretrained=nowhere.pt", "no such file"), dict(model="tiny", pretrained="nowhere.pt")),
+    (("--device", "'gpu'", "cpu"), dict(model="tiny", device="gpu")),
+]
+
+
+@pytest.mark.parametrize("words, call", MISTAKES)
+def test_unknown_model_tag_file_or_device_is_named_with_its_neighbours(words, call):
+    with complaint(*words):
+        load_encoder(**call)
+
+
+def test_auto_device_is_the_process_own_gpu_under_torchrun(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for there, expected in ((False, "cpu"), (True, "cuda:0")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert model.auto_device("auto") == expected and model.auto_device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert model.auto_device("auto") == "cuda:3" and model.auto_device("cuda:1") == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with complaint("--device", "cuda:1", "no GPU"):
+        model.auto_device("cuda:1")
+
+
+def weights(encoder, **changed):
+    return {k: v.contiguous() for k, v in {**encoder.module.state_dict(), **changed}.items()}
+
+
+def saved(path, state, **record):
+    """A file of weights, with a record as train.py writes it if any; its path."""
+    if path.suffix == ".safetensors":
+        save_file(state, path, dict(record=json.dumps(record)) if record else None)
+    else:
+        torch.save(dict(state_dict=state) if path.stem == "wrapped" else state, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["tiny", "flock-vit", "timm:test_vit"])
+@pytest.mark.parametrize("file", ["plain.pt", "wrapped.pt", "w.safetensors"])
+def test_local_weights_are_loaded_whole(tmp_path, get, name, file):
+    state = {k: v + 0.01 if v.is_floating_point() else v for k, v in weights(get(name)).items()}
+    module = load_encoder(name, saved(tmp_path / file, state), device="cpu").module
+    assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tiny", "flock-vit", "lite0", "timm:test_vit"])
+def test_local_weights_that_do_not_fit_are_named(tmp_path, name, get):
+    torch.save(dict(something=torch.zeros(3)), tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for file in ("other.pt", "list.pt", "garbage.pt", "garbage.safetensors"):
+        if "garbage" in file:
+            (tmp_path / file).write_bytes(b"garbage" * 99)
+        with complaint(tmp_path / file, "weights"):
+            load_encoder(name, str(tmp_path / file), device="cpu").module.eval()
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["tiny", "flock-vit"])
+def test_local_weights_run_no_code_and_torchscript_is_refused_with_what_to_do(tmp_path, name, get):
+    path = tmp_path / "w.pt"
+    torch.save(dict(state_dict=Malice(str(tmp_path / "made by the file"))), path)
+    with complaint(path):
+        load_encoder(name, str(path), device="cpu").module.eval()
+    assert not (tmp_path / "made by the file").exists()
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    with complaint(path, "TorchScript", "--pretrained=openai"):
+        load_encoder(name, str(path), device="cpu").module.eval()
+
+
+def is_quick(encoder):
+    return any(type(m).__name__ == "QuickGELU" for m in encoder.module.modules())
+
+
+@pytest.mark.parametrize("choice, quick", [("auto", False), ("on", True), ("off", False)])
+def test_activation_of_a_local_file_without_a_record_is_said(tmp_path, get, choice, quick):
+    path = saved(tmp_path / "w.safetensors", weights(get("flock-vit")))
+    encoder = load_encoder("flock-vit", path, quick_gelu=choice, device="cpu")
+    assert is_quick(encoder) is quick and len(encoder.notes) == 2
+    assert ("QuickGELU" if quick else "flock-vit: GELU") in encoder.notes[0]
+    why = "there is no record; --quick_gelu=on|off" if choice == "auto" else f"--quick_gelu={choice}"
+    assert why in encoder.notes[0]
+
+
+@pytest.mark.parametrize(
+    "record, choice, quick", [(True, "auto", True), (False, "auto", False), (True, "off", False)]
+)
+def test_weights_that_train_saved_have_its_activation_and_preprocessing(tmp_path, get, record, choice, quick):
+    seen = dict(mean=[0.5, 0.25, 0.5], std=[0.5, 0.5, 0.125], resize_mode="squash")
+    path = saved(tmp_path / "w.safetensors", weights(get("flock-vit")), quick_gelu=record, preprocess=seen)
+    encoder = load_encoder("flock-vit", path, quick_gelu=choice, device="cpu")
+    assert is_quick(encoder) is quick and len(encoder.notes) == 1
+    assert ("the record of" if choice == "auto" else "--quick_gelu=off") in encoder.notes[0]
+    scaled = encoder.transform.transforms[-1]
+    assert (list(scaled.mean), list(scaled.std)) == (seen["mean"], seen["std"])
+    assert encoder.frame(300, 100) == (0, 0, 1, 1) != get("flock-vit").frame(300, 100)
+
+
+@pytest.mark.parametrize("name", ["flock-vit", "tiny"])
+def test_weights_written_and_read_again_are_the_same_encoder(tmp_path, get, name):
+    module = copy.deepcopy(get(name).module)
+    module.logit_bias = nn.Parameter(torch.tensor(-7.5))  # as SigLIP's loss trains
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(model.weights_bytes(get(name), module, step=3))
+    again = load_encoder(name, str(path), device="cpu")
+    assert again.module.logit_bias.item() == -7.5 and is_quick(again) == is_quick(get(name))
+    assert all(torch.equal(v, again.module.state_dict()[k]) for k, v in module.state_dict().items())
+    assert str(again.transform) == str(get(name).transform)
+
+
+@pytest.mark.parametrize("record", ["[1]", "{", '{"preprocess": {"mean": "x"}}', '{"preprocess": [1]}'])
+def test_a_record_edited_by_hand_is_one_line(tmp_path, get, record):
+    save_file(weights(get("flock-vit")), tmp_path / "w.safetensors", dict(record=record))
+    with complaint(tmp_path / "w.safetensors"):
+        load_encoder("flock-vit", str(tmp_path / "w.safetensors"), device="cpu").transform(Noise(0).image())
+
+
+def test_a_local_file_is_seen_as_the_models_tag_is_and_that_is_said(tmp_path, get, monkeypatch):
+    path = saved(tmp_path / "w.safetensors", weights(get("flock-vit")))
+    record = dict(mean=(0.5,) * 3, std=(0.5, 0.25, 0.5), interpolation="bicubic", resize_mode="squash")
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["webli"])
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: record)
+    encoder = load_encoder("flock-vit", path, device="cpu")
+    assert encoder.transform.transforms[-1].std == (0.5, 0.25, 0.5) and encoder.frame(400, 300) == (
+        0,
+        0,
+        1,
+        1,
+    )
+    assert any("its tag webli" in note and "local file" in note for note in encoder.notes)
+
+
+@pytest.mark.parametrize("file", ["w.pt", "w.safetensors"])
+def test_positions_for_another_size_of_images_are_resampled_and_that_is_said(tmp_path, get, file, capsys):
+    key = "visual.positional_embedding"
+    old = get("flock-vit").module.state_dict()[key]  # of a class token and 3x3 patches
+    state = weights(get("flock-vit"), **{key: gaussian(17, old.shape[1]).float()})
+    module = load_encoder("flock-vit", saved(tmp_path / file, state), device="cpu").module
+    assert module.state_dict()[key].shape == old.shape
+    said = capsys.readouterr().out
+    assert "WARNING" in said and "positions of 17 tokens, 10 are needed" in said and "resampled" in said
+
+
+TAGS = [
+    ("ViT-B-32", "openai", "auto", True, "QuickGELU, by the record of openai"),
+    ("ViT-B-32", "openai", "off", None, "GELU, by --quick_gelu=off"),
+    ("ViT-B-32-quickgelu", "openai", "auto", None, "QuickGELU, by the record of openai"),
+    ("ViT-B-32-quickgelu", "openai", "off", False, "GELU, by"),
+    ("ViT-B-32", "laion2b_s34b_b79k", "auto", None, "GELU, by"),
+]
+
+
+@pytest.mark.parametrize("name, tag, choice, quick, note", TAGS)
+def test_quick_gelu_follows_the_record_of_the_tag(monkeypatch, tmp_path, get, name, tag, choice, quick, note):
+    (tmp_path / "weights").write_bytes(b"as fetched")
+    asked = {}
+
+    def create(model_name, **how):
+        asked.update(how, name=model_name)
+        return get("tiny").module
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda record: tmp_path / "weights")
+    encoder = load_encoder(name, tag, quick_gelu=choice, device="cpu")
+    assert not asked and encoder.digest == model.sha256(b"as fetched") and f": {note}" in encoder.notes[0]
+    encoder.module.eval()
+    assert (asked["name"], asked["pretrained"], asked.get("quick_gelu")) == (name, tag, quick)
+
+
+def test_weights_that_cannot_be_fetched_are_one_line_with_a_cure(monkeypatch):
+    def refused(*_, **__):
+        raise RuntimeError("no network\nmore lines")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", refused)
+    with complaint("--model=ViT-B-32", "--pretrained=openai", "cannot be fetched (no network)", "local file"):
+        load_encoder("ViT-B-32", "openai", device="cpu")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
+    with complaint("--model=timm:resnet18", "cannot be fetched (no network)", "local file"):
+        load_encoder("timm:resnet18", device="cpu")
+
+
+# --- embedding and its cache
+
+
+def test_embed_gives_one_row_per_picture_in_order(get, monkeypatch):
+    tiny, pictures = get("tiny"), [Noise(k, wait=0.02 * (k % 3 == 0)) for k in range(13)]
+    alone = torch.cat([tiny.run(tiny.transform(p.image())[None], "float32") for p in pictures])
+    for threads, size, chunk in ((1, 4, 512), (5, 4, 512), (3, 32, 512), (2, 1, 512), (2, 4, 5), (2, 3, 1)):
+        monkeypatch.setattr(model, "CHUNK", chunk)
+        z = embed(tiny, pictures, threads=threads, batch=size)
+        assert z.dtype == torch.float32 and torch.allclose(z, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny", "flock-rn", "timm:resnet18"])
+def test_embeddings_are_equal_to_the_bit_twice_and_with_any_number_of_threads(name, get):
+    pictures = [Noise(k) for k in range(11)]
+    first = embed(get(name), pictures, threads=1)
+    for threads in (1, 2, 5):
+        assert torch.equal(embed(get(name), pictures, threads=threads), first)
+
+
+def test_embed_nothing(get):
+    assert embed(get("tiny"), []).shape == (0, 64)
+
+
+def test_weights_are_built_once_whichever_threads_ask_for_them():
+    encoder, build = load_encoder("tiny", device="cpu", dtype="float32", threads=4, batch=1), []
+    make = encoder.build
+    encoder.build = lambda: build.append(1) or time.sleep(0.1) or make()
+    z = encoder.embed([Noise(k) for k in range(8)])
+    assert len(build) == 1 and torch.equal(
+        z, load_encoder("tiny", device="cpu", batch=1).embed([Noise(k) for k in range(8)])
+    )
+
+
+def test_what_was_loaded_to_embed_can_be_trained(get):
+    encoder = load_encoder("timm:test_resnet", "none", device="cpu")
+    encoder.embed([Noise(0)])
+    assert not any(p.is_inference() for p in (*encoder.module.parameters(), *encoder.fast.parameters()))
+
+
+def test_with_all_in_the_cache_no_weights_are_loaded_and_nothing_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "CHUNK", 5)
+    how = dict(cache=str(tmp_path), batch=4)
+    for name, ask in (
+        ("tiny", lambda e: e.prompts([["a bird", "bird"], ["sea"]])),
+        ("lite0", model.Encoder.classifier),
+    ):
+        encoder, again = load_encoder(name, device="cpu", **how), unloadable(name, **how)
+        z, t, facts = encoder.embed([Noise(k) for k in range(12)]), ask(encoder), encoder.facts
+        assert torch.equal(again.embed([Once(k) for k in range(12)]), z)
+        assert all(torch.equal(a, b) for a, b in zip(ask(again), t, strict=True)) and again.facts == facts
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 * 3 + 2
+
+
+def test_facts_damaged_in_the_cache_are_found_out_anew(tmp_path):
+    facts = load_encoder("tiny", device="cpu", cache=str(tmp_path)).facts
+    (path,) = tmp_path.glob("encoder-*.json")
+    path.write_text("{")
+    assert (
+        load_encoder("tiny", device="cpu", cache=str(tmp_path)).facts == facts == json.loads(path.read_text())
+    )
+
+
+@pytest.mark.parametrize("what", ["picture", "order", "dtype", "encoder", "part"])
+def test_cache_of_something_else_is_not_used(get, tmp_path, what, capsys):
+    embed(get("tiny"), [Noise(k) for k in range(4)], tmp_path)
+    order = dict(picture=[9, 1, 2, 3], order=[3, 2, 1, 0]).get(what, range(4))
+    encoder = get("flock-vit" if what == "encoder" else "tiny")
+    how = dict(dtype="bfloat16") if what == "dtype" else dict(part="b") if what == "part" else {}
+    embed(encoder, [Noise(k) for k in order], tmp_path, **how)
+    assert capsys.readouterr().out.count("4 embedded") == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_several_rows_for_a_picture_keep_their_place_beside_bad_ones_and_in_the_cache(get, tmp_path, capsys):
+    tiny, rows = get("tiny"), [2, 3, 0, 1, 4]  # as regions are embedded: rows[k] rows for picture k
+
+    def compute(x, some):
+        parts = zip(tiny.module.encode_image(x), some, strict=True)
+        return torch.cat([v * (1 + r) for v, p in parts for r in range(rows[p.k])]).view(-1, 64)
+
+    def embedded(pictures):
+        how = dict(batch=2, skip_bad=True, part="rows", rows=[rows[p.k] for p in pictures])
+        return embed(tiny, pictures, tmp_path, compute, **how)
+
+    good = [Noise(k) for k in (0, 2, 3, 4)]
+    alone = embed(tiny, good)[[0, 0, 2, 3, 3, 3, 3]] * torch.tensor([1.0, 2, 1, 1, 2, 3, 4])[:, None]
+    z = embedded([Noise(k, broken=k == 1) for k in range(5)])
+    assert z.shape == (10, 64) and z.isnan().all(1).nonzero()[:, 0].tolist() == [2, 3, 4]
+    assert torch.allclose(z[[0, 1, 5, 6, 7, 8, 9]], alone, rtol=1e-3, atol=1e-5)  # batches of other sizes
+    assert "noise: 1 of 5 skipped" in capsys.readouterr().out
+    first, second = embedded(good), embedded(good)
+    assert torch.equal(first, second) and torch.allclose(first, alone, rtol=1e-3, atol=1e-5)
+    assert "4 from the cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "text", "rows"])
+def test_damaged_cache_file_is_computed_anew_and_said_so(get, tmp_path, damage, capsys, monkeypatch):
+    monkeypatch.setattr(model, "CHUNK", 4)
+    first = embed(get("tiny"), [Noise(k) for k in range(8)], tmp_path)
+    path = sorted(tmp_path.glob("*.safetensors"))[0]
+    raw = bytearray(path.read_bytes())
+    raw[-7] ^= 1
+    contents = dict(bit=raw, cut=raw[: len(raw) // 2], empty=b"", text=b"no tensors here", rows=raw)
+    path.write_bytes(contents[damage])
+    if damage == "rows":
+        model.write_cache(path, first[:3])
+    capsys.readouterr()
+    again = embed(get("tiny"), [Noise(k) for k in range(8)], tmp_path)
+    said = capsys.readouterr().out
+    assert f"{path}: damaged, computed anew" in said and "4 embedded" in said and "4 from the cache" in said
+    assert torch.equal(first, again) and torch.equal(
+        first, embed(get("tiny"), [Once(k) for k in range(8)], tmp_path)
+    )
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_skip_bad_leaves_a_nan_row_for_each_bad_picture_and_says_which(get, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model, "CHUNK", 4)
+    pictures = [Noise(k, broken=k in (2, 9)) for k in range(11)]
+    with complaint("noise 2", "cannot be decoded"):
+        embed(get("tiny"), pictures)
+    for _ in range(2):  # computed, and from the cache
+        z = embed(get("tiny"), pictures, tmp_path, skip_bad=True)
+        said = capsys.readouterr().out
+        assert "skipped noise 2: cannot be decoded" in said and "noise: 2 of 11 skipped" in said
+        assert z.isnan().all(1).nonzero()[:, 0].tolist() == [2, 9] and z.isfinite().all(1).sum() == 9
+    with complaint("noise 2", "cannot be decoded"):  # what was left out before is not left out in silence
+        embed(get("tiny"), pictures, tmp_path)
+    mended = [Noise(k) for k in range(11)]
+    embed(get("tiny"), mended, tmp_path, skip_bad=True)
+    assert "skipped picture 2: could not be read before; empty the cache" in capsys.readouterr().out
+    again = embed(get("tiny"), mended, tmp_path)
+    assert again.isfinite().all() and torch.allclose(again[[0, 5, 10]], z[[0, 5, 10]], atol=1e-5)
+
+
+def test_an_embedding_that_is_not_finite_names_the_picture(get, monkeypatch):
+    tiny, pictures = get("tiny"), [Noise(k) for k in range(6)]
+    marked, real = tiny.transform(pictures[4].image()), model.embeddings
+
+    def embeddings(module, kind, x):
+        bad = (x == marked).flatten(1).all(1)[:, None]
+        return torch.where(bad, torch.nan, real(module, kind, x))
+
+    monkeypatch.setattr(model, "embeddings", embeddings)
+    with complaint("noise 4", "not finite", "--dtype=float32"):
+        embed(tiny, pictures)
+
+
+@pytest.mark.parametrize("how", ["agrees", "differs", "raises", "unable"])
+def test_precision_is_bfloat16_only_where_it_gives_the_same_embeddings(how, monkeypatch):
+    real = model.Encoder.run
+
+    def run(encoder, x, precision, *more):
+        if precision == "bfloat16" and how == "raises":
+            raise RuntimeError("not implemented for 'BFloat16'")
+        z = real(encoder, x, "float32", *more)
+        return z * gaussian(64).float() if precision == "bfloat16" and how == "differs" else z
+
+    monkeypatch.setattr(model.Encoder, "run", run)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: how != "unable")
+    encoder = load_encoder("tiny", device="cpu")
+    assert encoder.precision == ("bfloat16" if how == "agrees" else "float32")
+    assert encoder.embeds_with("cpu", "bfloat16").precision == "bfloat16"
+
+
+TWO = """
+import sys, torch, data, model
+torch.set_num_threads(1)
+model.CHUNK, pictures = 3, [data.Digit(k % 10, (0, k)) for k in range(11)]
+rank, processes = model.join("cpu")
+how = dict(device="cpu", dtype="float32", batch=2, threads=1)
+encoder = model.load_encoder("tiny", cache=sys.argv[1], **how)
+z = encoder.embed(pictures, "shared")
+alone = encoder.embeds_with(**how).embed(pictures, "alone")
+print(rank, processes, model.from_first(rank), len(encoder.__dict__.get("module", "")and "x"))
+if rank:
+    assert z is None and alone is None
+else:
+    torch.save([z, alone], sys.argv[2])
+"""
+
+
+def test_two_processes_share_the_cache_and_the_first_gets_the_numbers_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "CHUNK", 3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        there = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+    words = [sys.executable, "-c", TWO, str(tmp_path / "two"), str(tmp_path / "z.pt")]
+    processes = []
+    for rank in ("0", "1"):
+        env = {**os.environ, **there, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)}
+        processes.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "0 2 0" in said[0] and "shared: 6 embedded" in said[0] and "alone: 11 embedded" in said[0]
+    assert said[1].split() == ["1", "2", "0", "1"]  # from the first comes 0; it embedded, and said nothing
+    one = load_encoder("tiny", device="cpu", dtype="float32", batch=2, threads=1, cache=str(tmp_path / "one"))
+    z = one.embed([data.Digit(k % 10, (0, k)) for k in range(11)])
+    shared, alone = torch.load(tmp_path / "z.pt")
+    assert torch.equal(shared, z) and torch.equal(alone, z)
+    files = [{path.name for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) == 4 + 1
+
+
+# --- regions
+
+
+def test_roi_regions_of_the_whole_image_are_the_image_embedding(get):
+    module, x, whole = get("flock-rn").fast, batch(get("flock-rn")), torch.tensor([[0.0, 0, 1, 1]])
+    with torch.inference_mode():
+        z, r = model.roi_regions(module, x, [whole, whole.repeat(2, 1), whole])
+        assert torch.allclose(z, module.encode_image(x), atol=1e-4 * float(z.abs().max()))
+    scale = (z[1] - z[0]).norm()  # on which embeddings of a random network differ
+    assert r.shape == (4, 24) and torch.allclose(r / scale, z[[0, 1, 1, 2]] / scale, atol=1e-3)
+
+
+def test_roi_regions_are_layer_3_read_under_the_box_then_layer_4_and_the_attention_pool(get):
+    module, x = get("flock-rn").fast, batch(get("flock-rn"), 2)
+    visual, boxes = module.visual, torch.tensor([[0.25, 0.125, 0.75, 0.5], [0, 0, 0.5, 0.5]])
+    share = (torch.arange(4) + 0.5) / 4  # 4x4 points: the grid that layer 4 halves for the attention pool
+    with torch.inference_mode():
+        z, r = model.roi_regions(module, x, [torch.zeros(0, 4), boxes])
+        m = visual.layer3(visual.layer2(visual.layer1(visual.stem(x[1:])))).contiguous()
+        for (x1, y1, x2, y2), region in zip(boxes, r, strict=True):
+            rows, columns = torch.meshgrid(y1 + share * (y2 - y1), x1 + share * (x2 - x1), indexing="ij")
+            at = torch.stack([columns, rows], -1)[None]  # [1, 4, 4, 2]
+            read = F.grid_sample(m, 2 * at - 1, padding_mode="border", align_corners=False)
+            expected = visual.attnpool(visual.layer4(read))[0]
+            assert (expected - region).norm() < 1e-3 * (z[1] - z[0]).norm()
+
+
+@pytest.mark.parametrize("name", ["flock-vit", "flock-timm"])
+def test_roi_regions_are_for_clip_s_resnets_only(get, name):
+    with complaint("--region_encoder", "roi", "pool or crop"):
+        model.roi_regions(get(name).fast, batch(get(name), 1), [torch.tensor([[0.0, 0, 1, 1]])])
+
+
+def test_region_embeddings_are_means_of_cells_and_crops_are_images(get, tmp_path):
+    encoder = get("tiny-conv").embeds_with("cpu", "float32", cache=str(tmp_path))
+    pictures, _ = data.load_regions("grid:1,2", [Noise(k) for k in range(3)], encoder.frame)
+    z, r = model.region_embeddings(encoder, pictures)
+    assert r.shape == (15, z.shape[1]) and torch.allclose(r[::5], z, atol=1e-5)
+    m = maps(encoder, torch.stack([encoder.transform(p.image()) for p in pictures]))
+    w = torch.tensor([1, 1, 1, 0.5, 0, 0, 0])
+    assert torch.allclose(r[1::5], torch.einsum("nhwd,h,w->nd", m, w, w) / w.sum() ** 2, atol=1e-5)
+    z2, c = model.region_embeddings(encoder, pictures, "crop")
+    assert torch.allclose(z, z2, atol=1e-5) and torch.allclose(c[::5], z, atol=1e-5)
+    corner = embed(encoder, [data.Crop(pictures[1].picture, pictures[1].boxes[4])])
+    assert torch.allclose(c[9], corner[0], atol=1e-5) and not torch.allclose(c[1::5], r[1::5], atol=1e-3)
+
+
+def test_roi_region_embeddings_come_through_the_cache(get, tmp_path):
+    encoder = get("flock-rn").embeds_with("cpu", "float32", 2, 1, str(tmp_path))
+    pictures, _ = data.load_regions("grid:2", [Noise(k) for k in range(3)], encoder.frame)
+    first, again = (model.region_embeddings(encoder, pictures, "roi") for _ in range(2))
+    x = torch.stack([encoder.transform(p.image()) for p in pictures[2:]])
+    with torch.inference_mode():
+        _, r = model.roi_regions(encoder.fast, x, [pictures[2].seen()])
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first[1].shape == (12, 24) and torch.allclose(first[1][8:], r, atol=1e-3 * float(r.abs().max()))
+
+
+def test_regions_of_masks_are_means_of_the_cells_that_they_share(get, tmp_path):
+    encoder = get("tiny-conv").embeds_with("cpu", "float32")
+    pixels = np.zeros((56, 56), "uint8")
+    pixels[8:24, 16:48], pixels[40:, :8] = 50, 200  # cells of 8 pixels
+    Image.fromarray(pixels).save(tmp_path / "m.png")
+    mask, boxes = data.Photo(str(tmp_path / "m.png")), ((0, 0, 1, 1),) * 2
+    whole = 0.0, 0.0, 1.0, 1.0
+    pictures = [
+        data.Regions(Noise(0, size=56), (), whole),
+        data.Regions(Noise(1, size=56), boxes, whole, mask, (50, 200)),
+    ]
+    z, r = model.region_embeddings(encoder, pictures)
+    m = maps(encoder, encoder.transform(Noise(1, size=56).image())[None])[0]
+    expected = torch.stack([m[1:3, 2:6].mean((0, 1)), m[5:, :1].mean((0, 1))])
+    assert z.shape == (2, 64) and torch.allclose(r, expected, atol=1e-5)
+
+
+def test_regions_beside_a_picture_that_cannot_be_read_keep_their_place(get, capsys):
+    encoder = get("tiny-conv").embeds_with("cpu", "float32", skip_bad=True)
+    pictures, _ = data.load_regions(
+        "grid:2", [Noise(0), Noise(1, broken=True), Noise(2)], encoder.frame, True
+    )
+    z, r = model.region_embeddings(encoder, pictures)
+    alone = model.region_embeddings(encoder, pictures[2:])
+    assert z.isnan().any(1).tolist() == [False, True, False] and r.shape == (8, 64) and r.isfinite().all()
+    assert torch.allclose(z[2:], alone[0], atol=1e-5) and torch.allclose(r[4:], alone[1], atol=1e-5)
+    assert "regions: 1 of 3 skipped" in capsys.readouterr().out

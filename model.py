@@ -630,8 +630,9 @@ def clip_model(model, pretrained, quick_gelu, cache):
             load_file(module, pretrained, clip=True)
         return module
 
-    digest = weights_digest(pretrained, cache)
-    if not local and pretrained != "none":
+    if local or pretrained == "none":
+        digest = weights_digest(pretrained, cache)
+    else:
         with fetching(f"--model={model} --pretrained={pretrained}"):
             digest = file_digest(open_clip.download_pretrained(record), cache)
     recipe = [model, quick, sorted(seen.items())]
@@ -658,7 +659,10 @@ def weights_record(path):
 
     with reading(path, "a file of weights in safetensors' format"):
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("record", "{}"))
+            record = dict(json.loads((file.metadata() or {}).get("record", "{}")))
+        seen = record["preprocess"] = dict(record.get("preprocess") or {})
+        seen.update({k: tuple(map(float, seen[k])) for k in ("mean", "std") if k in seen})
+        return record
 
 
 def weights_bytes(encoder, module, **metadata):
@@ -1183,7 +1187,7 @@ def wilson(k, n, confidence=0.95):
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     p, d = k / n, 1 + z * z / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / d), min(1.0, (centre + half) / d)
+    return max(0.0, min(p, (centre - half) / d)), min(1.0, max(p, (centre + half) / d))  # rounding aside
 
 
 def group_metrics(correct, samples, index):

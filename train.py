@@ -25,6 +25,7 @@ import copy
 import functools
 import itertools
 import math
+import os
 import re
 import signal
 import time
@@ -190,11 +191,12 @@ def main():
     dataset = functools.partial(load_data, data, classes, places, **rows)
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
     how["skip_bad"] = skip_bad
+    alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1
+    expect(alone, "method", method, "another under torchrun, as bap runs in one process")
     join(device)
     samples, encoder = dataset(seed=seed), load_encoder(model, pretrained, quick_gelu, **how)
     if method != "bap":
         return finetune(config, encoder, samples)
-    expect(ranks()[1] == 1, "method", method, "another under torchrun, as bap runs in one process")
     out, started = Path(out_dir), time.time()
     figures, notes = layers(foregrounds, Cutout, "foregrounds", skip_bad)
     grounds, more = grounds_of(backgrounds, skip_bad)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import types
-from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torchvision import transforms
 

@@ -186,7 +186,7 @@ def test_train_weighted_average_weighs_groups_as_the_training_set_has_them(plain
     for out, n in ((plain, (16, 0, 0, 16)), (full, (12, 4, 4, 12))):
         for m in results(out)["methods"].values():
             assert m["avg_train_weighted"] == pytest.approx(
-                sum(g["accuracy"] * k for g, k in zip(m["groups"], n)) / 32
+                sum(g["accuracy"] * k for g, k in zip(m["groups"], n, strict=True)) / 32
             )
 
 
@@ -332,7 +332,7 @@ def test_encoder_is_pretrained_toward_the_anchors(files, tmp_path, capsys, part)
     assert run(fine(files, tmp_path, part)) == 0
     said = capsys.readouterr().out
     found = [float(v) for v in re.findall(r"L_anchor ([\d.]+)", said)]
-    assert len(found) == 4 and found[-1] < 0.8 * found[0] and "zero-shot" in said
+    assert len(found) == 2 and found[-1] < 0.9 * found[0] and "zero-shot" in said
     tree = results(tmp_path)
     for name in ("bap", "bap_map", "bap_both"):
         check_method(tree["methods"][name], (8, 7, 6, 5))
@@ -471,7 +471,7 @@ def test_what_another_run_left_is_not_in_the_way(files, tmp_path, monkeypatch):
 
 def test_bap_is_not_for_torchrun(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, words(files, tmp_path), "--method=bap", "without torchrun")
+    refused(capsys, words(files, tmp_path), "--method=bap", "torchrun")
 
 
 # --- bad input: exit code 2 and one line
@@ -490,13 +490,13 @@ def refused(capsys, argv, *expected):
     [
         ("--instanses=3", ("--instanses", "instances")),
         ("--instances=many", ("--instances", "whole number")),
-        ("--instances=1", ("--instances", "from 8")),
+        ("--instances=1", ("--instances", "[8, inf)")),
         ("--method=magic", ("--method", "bap")),
-        ("--bap_map=cubic", ("--bap_map", "closed, linear or mlp")),
+        ("--bap_map=cubic", ("--bap_map", "closed or linear")),
         ("--l2=0", ("--l2",)),
         ("--l2=inf", ("--l2",)),
         ("--strength=2", ("--strength",)),
-        ("--data=scene", ("--data", "scenes", "waterbirds:DIR")),
+        ("--data=scene", ("--data", "scenes", "waterbirds")),
         ("--data=waterbirds:nowhere", ("nowhere", "no such folder")),
         ("--model=lite1", ("--model=lite1", "lite0")),
         ("--model=timm:resnet5", ("timm:resnet5", "resnet50")),
@@ -509,14 +509,14 @@ def refused(capsys, argv, *expected):
         ("--masks=nowhere", ("--masks",)),
         ("--seed=-1", ("--seed",)),
         ("--own=2", ("--own",)),
-        ("--log_to=paper", ("--log_to", "wandb")),
-        ("--weight_decay=-1", ("--weight_decay",)),
+        ("--wandb=paper", ("--wandb", "True or False")),
+        ("--lam=0", ("--lam", "(0, inf)")),
         ("--train=all", ("--train", "last_blocks")),
         ("--text_weight=-1", ("--text_weight",)),
         ("--pairs=1", ("--pairs",)),
-        ("--place_backgrounds=a,b,c", ("--place_backgrounds", "3 folders")),
+        ("--place_backgrounds=a,b,c", ("--place_backgrounds", "one folder for each")),
         ("--masks=nowhere", ("--masks", "no such folder")),
-        (f"--out_dir={__file__}/out", ("--out_dir", "not a folder")),
+        (f"--out_dir={__file__}/out", ("--out_dir", "may be written")),
     ],
 )
 def test_bad_flag_is_one_line_and_exit_code_2(files, tmp_path, capsys, word, expected):
@@ -525,7 +525,7 @@ def test_bad_flag_is_one_line_and_exit_code_2(files, tmp_path, capsys, word, exp
 
 
 def test_bad_confounder(tmp_path, capsys):
-    refused(capsys, ["--confounder=0.3", f"--out_dir={tmp_path}", "--model=tiny"], "--confounder")
+    refused(capsys, ["--confounder=0", f"--out_dir={tmp_path}", "--model=tiny"], "--confounder")
 
 
 def test_in_a_process_of_its_own_stderr_is_that_one_line(files, tmp_path):
@@ -634,8 +634,9 @@ def test_other_data_sets_are_trained_on_too(files, tmp_path, kind):
             image, shape = ground(100 * a + k, PLACES[a % 2]), figure(100 * a + k, a % 2)
             image.paste(shape, (0, 0), shape)
             image.save(tmp_path / "set" / name / f"{k}.png")
-    spec = {"folder": "", "counteranimal": ":brambling,bulbul", "nico": ":car,truck"}[kind]
-    assert run([*words(files, tmp_path / "out", "--own=0"), f"--data={kind}:{tmp_path / 'set'}{spec}"]) == 0
+    pair = {"folder": "", "counteranimal": "brambling,bulbul", "nico": "car,truck"}[kind]
+    more = "--own=0", f"--data={kind}:{tmp_path / 'set'}", f"--classes={pair}"
+    assert run(words(files, tmp_path / "out", *more)) == 0
     r = results(tmp_path / "out")
     groups = r["methods"]["bap"]["groups"]
     assert len(groups) == (2 if kind == "folder" else 4) and (r["invariance"]["place_probe_raw"] is None) == (
@@ -863,7 +864,7 @@ def close(a, b, atol):
 
 
 def discovery(files, out, kept=True, source=None, fingerprint=None):
-    """A discovery of 2 x 2 regions: clusters are those of place 0 (the feature), of place 1, and the upper left ones, which hold the figure."""
+    """A discovery of 2 x 2 regions; its clusters: of place 0 (the feature), of place 1, upper left ones."""
     encoder, samples = (
         model.load_encoder("tiny", device="cpu"),
         data.load_data(f"waterbirds:{files / 'most/set'}"),
@@ -901,7 +902,7 @@ def test_fine_tuning_writes_weights_that_load_a_log_and_the_accuracies(files, tu
     assert (
         [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
         and float(rows[0]["L_CL"]) > 0
-        and float(rows[3]["images_per_s"]) > 0
+        and float(rows[0]["images_per_s"]) > 0
     )
     assert {"worst_group", "overall", "groups"} <= set(r["after"]) and r["config"]["pairs"] == 8
     samples = data.load_data(f"waterbirds:{files / 'most/set'}")
@@ -914,7 +915,7 @@ def test_fine_tuning_writes_weights_that_load_a_log_and_the_accuracies(files, tu
 def test_fine_tuning_learns_the_pairs(files, tmp_path, capsys):
     assert run(tune_words(files, tmp_path, "--steps=40", "--pairs=16", "--learning_rate=0.002")) == 0
     found = [float(v) for v in re.findall(r"L_CL ([\d.]+)", capsys.readouterr().out)]
-    assert found[-1] < found[0] - 0.3
+    assert found[-1] < np.log(16) - 0.3  # at first pairs are told apart no better than by chance
 
 
 @pytest.mark.parametrize("method", ["finetune", "ravl", "vl_gdro", "jtt"])
@@ -945,7 +946,7 @@ def test_interrupted_fine_tuning_resumes_to_the_same_weights_bit_for_bit(
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(a[k], b[k]) for k in a) and "training.pt" not in os.listdir(tmp_path / "cut")
     steps = [row["step"] for row in csv.DictReader((tmp_path / "cut/log.csv").read_text().splitlines())]
-    assert steps == [str(k) for k in range(1, 7)]
+    assert steps == ["6"]
 
 
 def ctrl_c(real, at):
@@ -1044,7 +1045,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_term_and_the_last_good_state(f
     refused(
         capsys,
         tune_words(files, tmp_path, "--learning_rate=1e30"),
-        "L_CL not finite",
+        "L_CL and gradient not finite",
         "training.pt",
         "--learning_rate",
     )

@@ -745,6 +745,8 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         samples = samples_of(spec, SETS[name].rows(Path(root) if root else None, facts), facts)
     finally:
         gc.enable()
+    if name in ("digits", "cutouts", "coco"):  # as a discovery of one setting says nothing of another
+        samples.name += f" V {facts.strength:g} of {facts.spurious} seed {seed}"
     if renamed and facts.classes is not renamed:
         if len(renamed) != len(samples.labels):
             there = f"{len(samples.labels)} ({', '.join(samples.labels[:5])}, ...)"

@@ -1,4 +1,5 @@
 """What the tests of several files share."""
+
 import runpy
 import sys
 

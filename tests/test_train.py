@@ -471,7 +471,7 @@ def test_what_another_run_left_is_not_in_the_way(files, tmp_path, monkeypatch):
 
 def test_bap_is_not_for_torchrun(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, words(files, tmp_path), "--method=bap", "torchrun")
+    refused(capsys, words(files, tmp_path), "--method", "torchrun")
 
 
 # --- bad input: exit code 2 and one line
@@ -900,7 +900,7 @@ def test_fine_tuning_writes_weights_that_load_a_log_and_the_accuracies(files, tu
     r = json.loads((tuned / "finetune.json").read_text())
     rows = list(csv.DictReader((tuned / "log.csv").read_text().splitlines()))
     assert (
-        [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+        [int(row["step"]) for row in rows] == [6]
         and float(rows[0]["L_CL"]) > 0
         and float(rows[0]["images_per_s"]) > 0
     )

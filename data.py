@@ -1022,9 +1022,9 @@ def find_masks(paths, masks):
 
 def scenes(root, facts):
     """scenes[:DIR]      the embedded default: birds on places; or a folder of your own, composed anew
-    DIR/train/landbird/*.webp, DIR/train/waterbird/*.webp      cut-outs (RGBA) of two classes, so for val and test
-    DIR/train/land/*.webp, DIR/train/water/*.webp              backgrounds
-    In train the share --confounder of each class stands on its own place; val and test are balanced."""
+    DIR/train/landbird/*.webp, DIR/train/waterbird/*.webp      cut-outs (RGBA) of two classes, so for val
+    and test DIR/train/land/*.webp, DIR/train/water/*.webp              backgrounds In train the share
+    --confounder of each class stands on its own place; val and test are balanced."""
     root, classes, places = root or ASSETS / "scenes", ("landbird", "waterbird"), ("land", "water")
     for s, n in enumerate((600, 200, 600)):
         at = {name: root / SPLITS[s] / name for name in (*classes, *places)}
@@ -1044,11 +1044,10 @@ def draw_one(items, g):
 
 
 def waterbirds(root, facts):
-    """waterbirds:DIR
-    Download waterbird_complete95_forest2water2.tar.gz, linked from the README of the repository
-    kohpangwei/group_DRO (the 100 % set, waterbird_1.0_forest2water2, from spetryk/GALS), and unpack it.
-    Any folder of this layout will do, with any number of classes and places:
-    DIR/metadata.csv     columns img_id,img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
+    """waterbirds:DIR Download waterbird_complete95_forest2water2.tar.gz, linked from the README of the
+    repository kohpangwei/group_DRO (the 100 % set, waterbird_1.0_forest2water2, from spetryk/GALS), and
+    unpack it. Any folder of this layout will do, with any number of classes and places: DIR/metadata.csv
+    columns img_id,img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
     DIR/001.Black_footed_Albatross/....jpg     as img_filename says"""
     columns = ("img_id", "img_filename", "y", "split", "place", "place_filename")
     table = folder(root, "data waterbirds") / "metadata.csv"
@@ -1130,13 +1129,13 @@ def celeba_table(root, name):
 
 
 def counteranimal(root, facts):
-    """counteranimal:DIR       45 ImageNet classes, common and counter backgrounds, over all 1000 labels
-    Two as a binary task, groups: class x background: --classes=brambling,bulbul; or ptarmigan,prairie chicken.
-    Download LAION-final.zip of the CounterAnimal project (NeurIPS 2024, tmlr-group) and unpack it:
-    DIR/9 ostrich/common-ground/*.jpg       (or easy-ground; or in DIR/LAION-final)
-    DIR/9 ostrich/counter-water/*.jpg       (or hard-water)
-    DIR/imagenet_names.txt                  idx<TAB>full name; without it timm's names are used
-    Splits are ours: of common photos 3/5 train, 1/5 val, 1/5 test; of counter photos 1/5 val, 4/5 test."""
+    """counteranimal:DIR       45 ImageNet classes, common and counter backgrounds, over all 1000 labels Two
+    as a binary task, groups: class x background: --classes=brambling,bulbul; or ptarmigan,prairie chicken.
+    Download LAION-final.zip of the CounterAnimal project (NeurIPS 2024, tmlr-group) and unpack it: DIR/9
+    ostrich/common-ground/*.jpg       (or easy-ground; or in DIR/LAION-final) DIR/9
+    ostrich/counter-water/*.jpg       (or hard-water) DIR/imagenet_names.txt                  idx<TAB>full
+    name; without it timm's names are used Splits are ours: of common photos 3/5 train, 1/5 val, 1/5 test;
+    of counter photos 1/5 val, 4/5 test."""
     outer, rows, skipped = folder(root, "data counteranimal"), [], set()
     inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
     root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
@@ -1204,10 +1203,9 @@ def synsets():
 
 def nico(root, facts):
     """nico:DIR       NICO++, groups: class x context; splits ours, 3/5, 1/5, 1/5 of each group
-    --classes=car,truck --places=autumn,rock: car on autumn, truck on rock in training; without --places the two
-    contexts on which the smallest group is largest.
-    Download NICO++ (xxgege/NICO-plus; its track 1) and unpack it; DIR (or a folder train in it) holds
-    DIR/autumn/car/*.jpg"""
+    --classes=car,truck --places=autumn,rock: car on autumn, truck on rock in training; without --places
+    the two contexts on which the smallest group is largest. Download NICO++ (xxgege/NICO-plus; its track
+    1) and unpack it; DIR (or a folder train in it) holds DIR/autumn/car/*.jpg"""
     outer = folder(root, "data nico")
     root, around = outer, {"train", "test", "val", "NICO_DG", "public_dg_0416", "track_1"}
     if {p.name for p in outer.iterdir() if p.is_dir()} <= around:  # but "train" is a class, too
@@ -1277,9 +1275,9 @@ def cocogender(root, facts):
 
 
 def coco_photos(root):
-    """The photos of COCO's instances_*.json, by part and id: part (train2017), at (the file), id, path, objects
-    {category: boxes in shares}, crowds (categories), kinds (names of categories and supercategories of its
-    objects). And {category: supercategory}."""
+    """The photos of COCO's instances_*.json, by part and id: part (train2017), at (the file), id, path,
+    objects {category: boxes in shares}, crowds (categories), kinds (names of categories and
+    supercategories of its objects). And {category: supercategory}."""
     at = first_folder(folder(root, "data coco"), "annotations")
     files, everything, categories = sorted(at.glob("instances_*.json")), {}, {}
     if not files:
@@ -1385,13 +1383,12 @@ def imagenet(root, facts):
 
 
 def image_folder(root, facts):
-    """folder:DIR       your own images, in one of the layouts
-    DIR/split/class/place/*    split: train, val or test; the folder below the class is the place (the group)
-    DIR/split/class/*    DIR/class/place/*    DIR/class/*
-    DIR/*                unlabelled; --classes says what to choose from
-    --classes=FILE: names in order, one a line; a class folder must bear one of them (but for case and _).
-    --prompts=FILE: templates with {} for the name, or lines class<TAB>prompt; several are averaged.
-    Without split folders 3/5, 1/5, 1/5 of each group are train, val, test; without val a fifth of train is."""
+    """folder:DIR       your own images, in one of the layouts DIR/split/class/place/*    split: train, val or
+    test; the folder below the class is the place (the group) DIR/split/class/*    DIR/class/place/*
+    DIR/class/* DIR/*                unlabelled; --classes says what to choose from --classes=FILE: names
+    in order, one a line; a class folder must bear one of them (but for case and _). --prompts=FILE:
+    templates with {} for the name, or lines class<TAB>prompt; several are averaged. Without split folders
+    3/5, 1/5, 1/5 of each group are train, val, test; without val a fifth of train is."""
     paths, facts.classes = scan(root), facts.renamed
     top = {p[0] for p in paths if len(p) > 1}
     splits = {t for t in top if t.lower() in SPLIT_NAMES}
@@ -1473,8 +1470,9 @@ QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0
 
 @dataclass(frozen=True)
 class Quadrants(Picture):
-    """A figure in one box and, perhaps, a mark in another, each as large as its box (shares of the image) lets
-    it be, mirrored if flips says so; size x size pixels on a view of a ground, black if there is none."""
+    """A figure in one box and, perhaps, a mark in another, each as large as its box (shares of the image)
+    lets it be, mirrored if flips says so; size x size pixels on a view of a ground, black if there is
+    none."""
 
     figure: Picture
     mark: Picture | None
@@ -1547,9 +1545,10 @@ def digits(root, facts):
 def planted(facts, each, most=None):
     """How many training images without and with the planted feature of each class: LongTensor [C, 2].
 
-    each: images a class, or what `most`, the images that there are [C, 2], allow. The feature is as frequent as the class, 1/C; then Cramer's V of (class, feature) = V
-    where P(feature | class) = 1/C + V (1 - 1/C) and P(feature | another class) = (1 - V) / C. At strength 0 the
-    base set: the feature in half of every class. --spurious is a number or a name. A note says what came out.
+    each: images a class, or what `most`, the images that there are [C, 2], allow. The feature is as
+    frequent as the class, 1/C; then Cramer's V of (class, feature) = V where P(feature | class) = 1/C + V
+    (1 - 1/C) and P(feature | another class) = (1 - V) / C. At strength 0 the base set: the feature in half
+    of every class. --spurious is a number or a name. A note says what came out.
     """
     C, V, names = len(facts.classes), facts.strength, [plain(c) for c in facts.classes]
     word, numbers = plain(str(facts.spurious)), [str(k) for k in range(C)]
@@ -1586,13 +1585,13 @@ def planted_row(picture, y, on, split, facts, g, *shows):
 
 
 def cutouts(root, facts, most=6, few=4):
-    """cutouts[:DIR]       a controlled setting: cut-outs on places, 224 pixels
-    --strength and --spurious as in digits. --feature goes with that class: object (the default; or object=KIND),
-    a cut-out of another kind in another quadrant; or scene (or scene=KIND), a kind of background. DIR or assets/:
-    DIR/foregrounds/kind/*.png or kind__name.png    RGBA; at least four of a kind, as each split shows others
-    DIR/backgrounds/kind/*.jpg or kind__name.jpg    at least two kinds for scene
-    The six kinds with most cut-outs are classes, that with fewest the second object, the first kind of
-    background the scene. Our reading: no individual and no background of one split is in another."""
+    """cutouts[:DIR]       a controlled setting: cut-outs on places, 224 pixels --strength and --spurious as
+    in digits. --feature goes with that class: object (the default; or object=KIND), a cut-out of another
+    kind in another quadrant; or scene (or scene=KIND), a kind of background. DIR or assets/:
+    DIR/foregrounds/kind/*.png or kind__name.png    RGBA; at least four of a kind, as each split shows
+    others DIR/backgrounds/kind/*.jpg or kind__name.jpg    at least two kinds for scene The six kinds with
+    most cut-outs are classes, that with fewest the second object, the first kind of background the scene.
+    Our reading: no individual and no background of one split is in another."""
     root, (what, _, wanted) = root or ASSETS, (facts.feature or "object").partition("=")
     expect(what in ("object", SCENE), "feature", facts.feature, "object, object=KIND, scene or scene=KIND")
     figures = kinds_of(root / "foregrounds", Cutout, few, facts)
@@ -1645,14 +1644,14 @@ def kinds_of(where, kind, few, facts):
 
 
 def coco(root, facts):
-    """coco:DIR       a controlled setting: photos with objects of one of --classes=a,b,c, and of --feature=d or not
-    --strength and --spurious as in digits. Classes and feature: categories of MS COCO (2014 or 2017).
-    Download its images and annotations, train and val, from cocodataset.org and unpack them:
-    DIR/annotations/instances_train2017.json, instances_val2017.json
-    DIR/train2017/*.jpg, DIR/val2017/*.jpg  (or in DIR/images)
-    Each class needs 150 photos with the feature and without; photos with a crowd of any are left out. Splits
-    are ours, the same for all strengths and seeds: val and test have a third of the smallest group, at most 100
-    images; training images are drawn from the rest, as many as the asked Cramer's V allows: a note says so."""
+    """coco:DIR       a controlled setting: photos with objects of one of --classes=a,b,c, and of --feature=d
+    or not --strength and --spurious as in digits. Classes and feature: categories of MS COCO (2014 or
+    2017). Download its images and annotations, train and val, from cocodataset.org and unpack them:
+    DIR/annotations/instances_train2017.json, instances_val2017.json DIR/train2017/*.jpg, DIR/val2017/*.jpg
+    (or in DIR/images) Each class needs 150 photos with the feature and without; photos with a crowd of any
+    are left out. Splits are ours, the same for all strengths and seeds: val and test have a third of the
+    smallest group, at most 100 images; training images are drawn from the rest, as many as the asked
+    Cramer's V allows: a note says so."""
     (photos, categories), classes, feature = coco_photos(root), facts.chosen, facts.feature
     gone, names = set(missing([p.path for p in photos])), list(categories)
     if gone:
@@ -1691,8 +1690,9 @@ def coco(root, facts):
 
 
 def mnist(root, seed):
-    """MNIST's images for each split and digit, shuffled: 3 lists of 10 uint8 arrays [n, 784]. Train and val are
-    the first 5/6 and the rest of each digit's training images, test is t10k's. IDX files, whole or .gz."""
+    """MNIST's images for each split and digit, shuffled: 3 lists of 10 uint8 arrays [n, 784]. Train and val
+    are the first 5/6 and the rest of each digit's training images, test is t10k's. IDX files, whole or
+    .gz."""
 
     def idx(name, *shape):
         path = next((p for p in (root / name, root / f"{name}.gz") if p.is_file()), root / name)
@@ -1860,9 +1860,9 @@ def load_regions(spec, pictures, frame, skip_bad=False):
     """Regions in each picture, list of Regions, and notes.
 
     spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns path,x1,y1,x2,y2 in pixels;
-    coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg. frame: (width, height)
-    -> the box that the model sees. skip_bad: a picture that cannot be read has no regions, instead of a
-    Complaint, which comes for a box outside its picture or without area, too.
+    coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg. frame: (width,
+    height) -> the box that the model sees. skip_bad: a picture that cannot be read has no regions, instead
+    of a Complaint, which comes for a box outside its picture or without area, too.
     """
     kind, _, where = spec.partition(":")
     known = kind in READERS and where
@@ -1988,10 +1988,12 @@ READERS = {"grid": grid_regions, "masks": mask_regions, "boxes": box_regions, "c
 
 
 def region_truth(pictures, shows, share=0.5, outside=0.9):
-    """Which regions of pictures (n Regions) show the class object, which the planted feature: two bool [sum R].
+    """Which regions of pictures (n Regions) show the class object, which the planted feature: two bool [sum
+    R].
 
     shows: as Row.shows. A region does if what it shares with a box of the thing is at least `share` of the
-    smaller of the two; it shows a planted scene if at least `outside` of it is not the class object (our reading).
+    smaller of the two; it shows a planted scene if at least `outside` of it is not the class object (our
+    reading).
     """
     objects, features = [], []
     for picture, (thing, mark) in zip(pictures, shows, strict=True):
@@ -2044,7 +2046,8 @@ class Html(str):
 
 
 def tag(name, *parts, **attributes):
-    """An element of a page; parts that are not Html are escaped. An attribute in a trailing _ loses it: class_."""
+    """An element of a page; parts that are not Html are escaped. An attribute in a trailing _ loses it:
+    class_."""
     inner = "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in parts)
     given = "".join(f' {k.rstrip("_")}="{html.escape(str(v))}"' for k, v in attributes.items())
     return Html(f"<{name}{given}>{inner}</{name}>" if name != "img" else f"<img{given}>")

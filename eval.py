@@ -1,10 +1,12 @@
-"""How robust is this model? Zero-shot, classifier rows and probes on data sets with groups; one or many models.
+"""How robust is this model? Zero-shot, classifier rows and probes on data sets with groups; one or many
+models.
 
     python eval.py --data=counteranimal:DIR --model=ViT-B-16 --pretrained=laion400m_e32
     python eval.py --data=waterbirds:DIR --models=lite0,ViT-B-32@openai,timm:resnet50 --protocol=probe,dfr
     python eval.py --data=folder:DIR --model=ViT-L-14 --pretrained=openai --prompts=FILE
     torchrun --nproc_per_node=4 eval.py ...                     shares the images out, with the same numbers
-    python eval.py --protocol=ravl --settings=5 --mitigate=2    controlled settings, the end of this file; with
+    python eval.py --protocol=ravl --settings=5 --mitigate=2    controlled settings, the end of this file;
+    with
                                                                 --data=cutouts or coco:DIR of photos
 
 1. Embed the images, once: what was computed before is read from the cache, and then no weights are loaded.
@@ -179,8 +181,8 @@ def contract(config, git, samples, names, results, failed, started):
 
 
 class Embedded:
-    """What a protocol has at hand: embeddings z [n, D] of samples; y, group [n] on their device; good: bool [n],
-    which could be read; g: the map that heads see them through; l2, seed: the flags."""
+    """What a protocol has at hand: embeddings z [n, D] of samples; y, group [n] on their device; good: bool
+    [n], which could be read; g: the map that heads see them through; l2, seed: the flags."""
 
     def __init__(self, encoder, samples, z, g, l2, seed):
         self.encoder, self.samples, self.z, self.g, self.l2, self.seed = encoder, samples, z, g, l2, seed
@@ -308,7 +310,8 @@ def prompt_heads(e):
 
 
 def classifier_heads(e):
-    """Over all 1000 labels for CounterAnimal, ImageNet, ImageNet-9; else each class by the best of its labels."""
+    """Over all 1000 labels for CounterAnimal, ImageNet, ImageNet-9; else each class by the best of its
+    labels."""
     (rows, bias), owner, labels = e.encoder.classifier(), None, e.samples.imagenet
     if e.samples.name.startswith("in9"):
         owner = torch.full((len(rows),), -1, device=rows.device)
@@ -325,8 +328,9 @@ def classifier_heads(e):
 
 
 def repaired(g, z):
-    """Embeddings [N, D] -> the same with the foreground only, in their own space, for rows of texts or a classifier:
-    mu + g(z), back through the map's power and to the length of z. Our reading: BAP names no zero-shot use."""
+    """Embeddings [N, D] -> the same with the foreground only, in their own space, for rows of texts or a
+    classifier: mu + g(z), back through the map's power and to the length of z. Our reading: BAP names no
+    zero-shot use."""
     v = g.mu + g(z)
     return unit(v.sign() * v.abs() ** (1 / g.power)) * z.norm(dim=1, keepdim=True)
 
@@ -448,8 +452,8 @@ def pick_labels(encoder, z, samples):
 
 
 def object_cells(encoder, samples, masks, n=3, share=0.5):
-    """Cells of an n x n grid over what the model sees of a photo, of which at least this share is the object by
-    its mask: (embeddings [K, D], number of the photo [K]); None on ranks above 0."""
+    """Cells of an n x n grid over what the model sees of a photo, of which at least this share is the object
+    by its mask: (embeddings [K, D], number of the photo [K]); None on ranks above 0."""
     index = [k for k, cut in enumerate(samples.cut) if cut is not None]
 
     def pool(x, _):
@@ -538,7 +542,8 @@ def measure(out, samples, seed):
 
 
 def over_draws(each):
-    """Metrics and groups, means over draws, from a list of group_metrics; with an interval of the worst group."""
+    """Metrics and groups, means over draws, from a list of group_metrics; with an interval of the worst
+    group."""
     metrics, groups = {}, []
     for key in ("worst_group", "avg_group_mean", "avg_train_weighted"):
         metrics[key] = None if each[0][key] is None else sum(m[key] for m in each) / len(each)
@@ -583,10 +588,12 @@ def ece(confidence, correct, bins=15):
 
 
 def counter_metrics(correct, y, place, classes, names, seed, suffix=""):
-    """CounterAnimal: class-balanced common, counter and their drop with its bootstrap interval, and plain averages.
+    """CounterAnimal: class-balanced common, counter and their drop with its bootstrap interval, and plain
+    averages.
 
-    correct: [m], bool or share of draws; place: 0 common, 1 counter. The class's own go into classes[name]. Source:
-    the paper's metric, the mean over classes of per-class accuracies; the interval draws photos of each anew.
+    correct: [m], bool or share of draws; place: 0 common, 1 counter. The class's own go into
+    classes[name]. Source: the paper's metric, the mean over classes of per-class accuracies; the interval
+    draws photos of each anew.
     """
     cells = [[], []]  # of common and counter: (n, accuracy) of each class
     for c in torch.unique(y).tolist():
@@ -631,8 +638,8 @@ def expected(common):
 
 
 def compare(results, outcomes, samples, seed):
-    """Puts into results effective robustness (counter accuracy over the expected, Taori et al. 2020; fitted to
-    logits, our reading), and what a model is better than the first by."""
+    """Puts into results effective robustness (counter accuracy over the expected, Taori et al. 2020; fitted
+    to logits, our reading), and what a model is better than the first by."""
     for _, _, entry in each_outcome(results) if is_counteranimal(samples) else ():
         m = entry["metrics"]
         m["effective_robustness"] = None if m["drop"] is None else m["counter"] - expected(m["common"])
@@ -760,7 +767,8 @@ def line_block(results, counter):
 
 
 def scatter(dots, curve, xlabel, ylabel):
-    """Points (name, x, y, class) in the unit square and a curve of (x, y), zoomed to where the points are: SVG."""
+    """Points (name, x, y, class) in the unit square and a curve of (x, y), zoomed to where the points are:
+    SVG."""
     values = [v for _, x, y, _ in dots for v in (x, y)]
     low, high = max(0, math.floor(10 * min(values) - 0.5)), min(10, math.ceil(10 * max(values) + 0.5))
 
@@ -934,7 +942,8 @@ def setting_data(config, strength, label):
 
 
 def script_run(name, out, config, **more):
-    """Runs train.py or discover.py beside this file, its output into out/log.txt; Complaint with its last line."""
+    """Runs train.py or discover.py beside this file, its output into out/log.txt; Complaint with its last
+    line."""
     words = [f"--{k}={v}" for k, v in ({k: config[k] for k in SHARED} | more).items()] + [f"--out_dir={out}"]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.txt", "w") as log:
@@ -995,8 +1004,9 @@ def one_setting(config, at, strength, label, base, mitigating):
 
 
 def reached(config, at, samples):
-    """What the weights in a folder reach on the uncorrelated test split, kept there: FIGURES, zero-shot on images
-    and on regions that show the class object; and groups, the accuracies on images of class x feature [2 C]."""
+    """What the weights in a folder reach on the uncorrelated test split, kept there: FIGURES, zero-shot on
+    images and on regions that show the class object; and groups, the accuracies on images of class x
+    feature [2 C]."""
     path, test = at / "figures.json", samples.keep(samples.split == 2)
     if path.is_file():
         return read_json(path, "the figures of a setting")
@@ -1021,7 +1031,8 @@ def reached(config, at, samples):
 
 
 def mean_interval(values):
-    """Mean of shares with its 95 % interval over settings, and their number; what was not found counts as zero."""
+    """Mean of shares with its 95 % interval over settings, and their number; what was not found counts as
+    zero."""
     x = np.array([v or 0.0 for v in values])
     half = 1.96 * float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else 0.0
     mean = float(x.mean())
@@ -1029,8 +1040,8 @@ def mean_interval(values):
 
 
 def summarised(done):
-    """Mean Precision@10 by method, over all valid settings and by strength; mitigations' means over settings whose
-    RaVL Precision@10 exceeds .6 and .8, as in the paper."""
+    """Mean Precision@10 by method, over all valid settings and by strength; mitigations' means over settings
+    whose RaVL Precision@10 exceeds .6 and .8, as in the paper."""
     valid, precision, mitigation = [s for s in done if s["valid"]], {}, {}
     for m in valid[0]["precision_at_10"] if valid else ():
         values = {"all": [s["precision_at_10"][m] for s in valid]}

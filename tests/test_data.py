@@ -7,8 +7,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -158,7 +156,9 @@ def test_run_leaves_our_own_mistakes_their_traceback():
 
 
 def test_rng_depends_on_seed_purpose_and_index_only():
-    draw = lambda *k: data.rng(*k).random()
+    def draw(*k):
+        return data.rng(*k).random()
+
     assert draw(1, "pose", 3) == draw(1, "pose", 3)
     assert len({draw(1, "pose", 3), draw(2, "pose", 3), draw(1, "view", 3), draw(1, "pose", 4)}) == 4
 
@@ -391,7 +391,10 @@ def test_waterbirds_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
 @pytest.mark.parametrize("column", COLUMNS)
 def test_waterbirds_missing_column_is_named(tmp_path, column):
     k = COLUMNS.index(column)
-    drop = lambda r: r[:k] + r[k + 1 :]
+
+    def drop(r):
+        return r[:k] + r[k + 1 :]
+
     with complaint("metadata.csv", f"no column '{column}'", "found:", ",".join(COLUMNS)):
         load(birds(tmp_path, [drop(r) for r in table()], drop(COLUMNS)))
 
@@ -547,7 +550,7 @@ def rows(samples):
     return [
         (data.SPLITS[s], samples.classes[y] if y >= 0 else None, samples.places[p], Path(i.path).name)
         for s, y, p, i in zip(
-            samples.split.tolist(), samples.y.tolist(), samples.place.tolist(), samples.items
+            samples.split.tolist(), samples.y.tolist(), samples.place.tolist(), samples.items, strict=False
         )
     ]
 
@@ -802,7 +805,10 @@ def test_csv_that_cannot_be_used(tmp_path, header, line, words):
 def faces(root, csv_files=False, n=12):
     """A small CelebA: photo k is blond if k is odd, male if k // 2 is."""
     touch(root, *[f"img_align_celeba/{k:06}.jpg" for k in range(n)])
-    sign = lambda v: "1" if v else "-1"
+
+    def sign(v):
+        return "1" if v else "-1"
+
     lines = [(f"{k:06}.jpg", sign(k % 2), sign(0), sign(k // 2 % 2)) for k in range(n)]
     parts = [(f"{k:06}.jpg", str(k // 4)) for k in range(n)]
     join = ",".join if csv_files else "  ".join
@@ -1014,14 +1020,19 @@ def coco(root, parts=("train2017", "val2017"), n=20):
     ]
     for p, part in enumerate(parts):
         touch(root / part, *[f"{p}{k:03}.jpg" for k in range(n + 3)])
-        words = lambda k: (
-            "A man and a Woman."
-            if k == n
-            else "A dog."
-            if k == n + 1
-            else ("A woman's hat", "The MAN, here")[k % 2]
-        )
-        things = lambda k: (37, 48) if k == n + 2 else (37,) if k % 4 < 2 else (48,)
+
+        def words(k):
+            return (
+                "A man and a Woman."
+                if k == n
+                else "A dog."
+                if k == n + 1
+                else ("A woman's hat", "The MAN, here")[k % 2]
+            )
+
+        def things(k):
+            return (37, 48) if k == n + 2 else (37,) if k % 4 < 2 else (48,)
+
         images = [dict(id=100 * p + k, file_name=f"{p}{k:03}.jpg", width=16, height=12) for k in range(n + 3)]
         (root / "annotations").mkdir(exist_ok=True)
         (root / f"annotations/captions_{part}.json").write_text(
@@ -1269,20 +1280,23 @@ def test_composites_of_one_seed_are_the_same_in_any_order_and_number(tmp_path):
 
 def test_composites_of_another_seed_differ(tmp_path):
     a, b = layered(tmp_path)[0], layered(tmp_path, seed=2)[0]
-    assert all(x != y and x.key() != y.key() and digest(x.image()) != digest(y.image()) for x, y in zip(a, b))
+    assert all(
+        x != y and x.key() != y.key() and digest(x.image()) != digest(y.image())
+        for x, y in zip(a, b, strict=False)
+    )
 
 
 def test_composites_one_instance_has_one_figure_and_pose_on_different_backgrounds(tmp_path):
     items, i, j = layered(tmp_path)
     for k in range(6):
-        mine = [c for c, a in zip(items, i.tolist()) if a == k]
+        mine = [c for c, a in zip(items, i.tolist(), strict=False) if a == k]
         assert (
             len(mine) == 3
             and len({(c.figure, c.pose) for c in mine}) == 1
             and len({c.ground for c in mine}) == 3
         )
     assert len({c.pose for c in items}) == 6
-    assert all(c.ground.path.endswith(f"/{b}.jpg") for c, b in zip(items, j.tolist()))
+    assert all(c.ground.path.endswith(f"/{b}.jpg") for c, b in zip(items, j.tolist(), strict=False))
 
 
 def test_composite_alone_on_grey_and_background_alone(tmp_path):
@@ -1328,14 +1342,20 @@ def test_pose_area_is_the_share_of_the_frame_and_the_figure_stays_inside(area):
 def test_pose_flip_mirrors():
     figure = Image.new("RGBA", (40, 40), (255, 0, 0, 255))
     figure.paste((0, 0, 255, 255), (0, 0, 20, 40))
-    left = lambda flip: data.posed(figure, data.Pose(0.2, flip=flip), 200)[0].getpixel((10, 20))[:3]
+
+    def left(flip):
+        return data.posed(figure, data.Pose(0.2, flip=flip), 200)[0].getpixel((10, 20))[:3]
+
     assert left(False) == (0, 0, 255) and left(True) == (255, 0, 0)
 
 
 def test_key_changes_with_the_file(tmp_path):
     path = photo(tmp_path / "a.png", 0)
     before = data.Photo(path).key(), data.Composite(None, data.Ground(path), None).key()
-    keys = lambda: {data.Photo(path).key(), data.Composite(None, data.Ground(path), None).key()}
+
+    def keys():
+        return {data.Photo(path).key(), data.Composite(None, data.Ground(path), None).key()}
+
     at = os.stat(path)
     os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns + 1))
     assert not set(before) & keys()
@@ -1434,7 +1454,8 @@ def test_real_birds_cutouts_and_scenes():
     assert samples.counts(0).tolist() == [502, 0, 0, 264] and len(samples.items) == 2882 and all(samples.cut)
     assert any("100 % correlated" in note for note in samples.notes)
     assert all(
-        cut.image().size == item.image().size for cut, item in list(zip(samples.cut, samples.items))[::400]
+        cut.image().size == item.image().size
+        for cut, item in list(zip(samples.cut, samples.items, strict=False))[::400]
     )
     figures = [data.Cutout(str(p)) for p in pictures(real / "cutouts", "foregrounds")]
     assert len(figures) == 127 and all(f.image().mode == "RGBA" for f in figures[::9])
@@ -1463,9 +1484,10 @@ def test_a_digit_and_a_rectangle_lie_where_the_sample_says():
     for k in (0, 950, 5000, 12001):
         image = np.asarray(s.items[k].image(), int)
         assert image.shape == (56, 56, 3)
-        quarter = lambda box: image[
-            round(box[1] * 56) : round(box[3] * 56), round(box[0] * 56) : round(box[2] * 56)
-        ]
+
+        def quarter(box):
+            return image[round(box[1] * 56) : round(box[3] * 56), round(box[0] * 56) : round(box[2] * 56)]
+
         figure, mark = s.shows[k]
         white, red = (quarter(figure)[..., 2] > 128).sum(), (image[..., 0] - image[..., 1] > 128)
         assert 20 < white < 400 and s.captions[k].rstrip(".").endswith(s.classes[s.y[k]])
@@ -1524,7 +1546,7 @@ def test_mnist_files_are_read_used_once_each_and_refused_where_they_are_broken(t
     samples = load(f"digits:0.95:3:{tmp_path}")
     pixels = [item.figure.pixels for item in samples.items]
     assert len(set(pixels)) == len(pixels) == 14000 and all(
-        item.figure.digit == y for item, y in zip(samples.items, samples.y.tolist())
+        item.figure.digit == y for item, y in zip(samples.items, samples.y.tolist(), strict=False)
     )
     idx(tmp_path / "train-labels-idx1-ubyte", np.arange(7) % 10)
     with complaint("15000 images and 7 labels"):
@@ -1642,7 +1664,7 @@ def test_region_truth_is_by_the_smaller_of_region_and_thing():
 def test_grid_tiles_the_frame_at_every_scale_row_by_row(spec, sides):
     boxes = data.grid(spec)
     assert boxes.shape == (sum(n * n for n in sides), 4)
-    for n, part in zip(sides, boxes.split([n * n for n in sides])):
+    for n, part in zip(sides, boxes.split([n * n for n in sides]), strict=False):
         for k, box in enumerate(part.tolist()):
             assert box == pytest.approx([k % n / n, k // n / n, (k % n + 1) / n, (k // n + 1) / n])
 
@@ -1658,7 +1680,10 @@ def test_grid_that_is_none(spec):
 def test_crop_is_a_part_of_the_picture_and_never_empty(tmp_path):
     path = photo(tmp_path / "a.png", 3, (40, 20))
     whole = np.asarray(Image.open(path))
-    part = lambda *box: np.asarray(data.Crop(data.Photo(path), box).image())
+
+    def part(*box):
+        return np.asarray(data.Crop(data.Photo(path), box).image())
+
     assert np.array_equal(part(0.25, 0.5, 0.75, 1.0), whole[10:20, 10:30]) and np.array_equal(
         part(0.0, 0.0, 1.0, 1.0), whole
     )
@@ -1962,7 +1987,10 @@ def test_find_masks_takes_the_longest_end_of_the_path(tmp_path):
     for name in ("m/0.png", "m/s/0.png", "m/1.png", "m/p/s/2.png"):
         photo(tmp_path / name)
     paths = [f"{tmp_path}/p/s/{name}" for name in ("0.jpg", "1_real.png", "1_a_b.jpg", "2.webp", "3.jpg")]
-    end = lambda p: p and p.removeprefix(f"{tmp_path}/m/")
+
+    def end(p):
+        return p and p.removeprefix(f"{tmp_path}/m/")
+
     assert [end(p) for p in data.find_masks(paths, str(tmp_path / "m"))] == [
         "s/0.png",
         "1.png",
@@ -2023,7 +2051,7 @@ def test_cutouts_go_with_an_object_or_a_scene_as_strongly_as_asked(tmp_path):
             2 * len(samples.classes)
         )
         files = [
-            {i.figure.path for i, k in zip(samples.items, samples.split.tolist()) if k == part}
+            {i.figure.path for i, k in zip(samples.items, samples.split.tolist(), strict=False) if k == part}
             for part in range(3)
         ]
         assert not files[0] & files[1] and not files[1] & files[2] and not files[0] & files[2]
@@ -2031,7 +2059,7 @@ def test_cutouts_go_with_an_object_or_a_scene_as_strongly_as_asked(tmp_path):
             assert samples.classes == classes and samples.places == places
             marks = {Path(i.mark.path).name[:3] for i in samples.items if i.mark}
             assert marks == {"cup"} and all(
-                bool(i.mark) == bool(p) for i, p in zip(samples.items, samples.place.tolist())
+                bool(i.mark) == bool(p) for i, p in zip(samples.items, samples.place.tolist(), strict=False)
             )
         else:
             sea = ["/sea/" in i.ground.path for i in samples.items]
@@ -2083,7 +2111,7 @@ def test_coco_reaches_the_correlation_with_the_same_test_photos_for_every_seed(t
         and one.classes == ["cat", "dog"]
         and one.places == ["no cup", "cup"]
     )
-    held = [{i.path for i, k in zip(s.items, s.split.tolist()) if k == 2} for s in (one, other)]
+    held = [{i.path for i, k in zip(s.items, s.split.tolist(), strict=False) if k == 2} for s in (one, other)]
     assert held[0] == held[1] and not any(path.endswith(("/8.jpg", "/12.jpg")) for path in held[0])
     assert {shows[0] for shows in one.shows} == {((0.25, 0.25, 0.75, 0.75),)}
 

@@ -42,7 +42,7 @@ def picture(path, seed, *names, size=32):
 
 def pets(root, counts=((9, 1, 1, 9), (8, 8, 8, 8), (6, 5, 4, 7))):
     """folder:DIR with groups cat/dog x sea/wood. counts: per split, images per group."""
-    for split, groups in zip(data.SPLITS, counts):
+    for split, groups in zip(data.SPLITS, counts, strict=False):
         for g, n in enumerate(groups):
             for k in range(n):
                 c, p = ("cat", "dog")[g // 2], ("sea", "wood")[g % 2]
@@ -139,10 +139,10 @@ def test_contract_of_a_grouped_set(everything):
         )
         assert part["metrics"]["avg_group_mean"] == pytest.approx(sum(accuracy) / 4)
         assert part["metrics"]["avg_train_weighted"] == pytest.approx(
-            sum(a * n for a, n in zip(accuracy, (9, 1, 1, 9))) / 20
+            sum(a * n for a, n in zip(accuracy, (9, 1, 1, 9), strict=False)) / 20
         )
         assert part["metrics"]["average"] == pytest.approx(
-            sum(a * n for a, n in zip(accuracy, (6, 5, 4, 7))) / 22
+            sum(a * n for a, n in zip(accuracy, (6, 5, 4, 7), strict=False)) / 22
         )
         assert all(g["interval"][0] <= g["accuracy"] <= g["interval"][1] for g in part["groups"])
         low, high = part["metrics"]["worst_group_interval"]
@@ -150,7 +150,7 @@ def test_contract_of_a_grouped_set(everything):
             bounds = [
                 model.wilson(g["accuracy"] * g["n"], g["n"], 2.4977) for g in part["groups"]
             ]  # simultaneous over four groups
-            assert (low, high) == pytest.approx(tuple(map(min, zip(*bounds))), abs=1e-4)
+            assert (low, high) == pytest.approx(tuple(map(min, zip(*bounds, strict=False))), abs=1e-4)
         assert part["metrics"]["seen_in_training"] == 0
         assert 0 <= low <= part["metrics"]["worst_group"] + 1e-9 and low <= high <= 1
     assert (
@@ -289,8 +289,13 @@ def test_rows_on_different_photos_say_how_many():
     samples = data.Samples(
         "x", [], torch.empty(0), torch.empty(0), torch.empty(0), ["a", "b"], ["anywhere"], [], []
     )
-    row = lambda n: dict(metrics=dict(n=n, average=0.5), groups=[])
-    both = lambda *ns: dict(m=dict(protocols={str(k): row(n) for k, n in enumerate(ns)}))
+
+    def row(n):
+        return dict(metrics=dict(n=n, average=0.5), groups=[])
+
+    def both(*ns):
+        return dict(m=dict(protocols={str(k): row(n) for k, n in enumerate(ns)}))
+
     assert script.columns(both(12, 12), samples) == ["average"] and script.columns(both(60, 12), samples) == [
         "n",
         "average",
@@ -411,7 +416,10 @@ def fixture():
 )
 def test_published_class_tables_give_the_published_averages(name, common, counter):
     rows, n = fixture(), 10000
-    right = lambda k: torch.arange(n) < round(100 * float(k))
+
+    def right(k):
+        return torch.arange(n) < round(100 * float(k))
+
     correct = torch.cat([right(r[f"{name}_{kind}"]) for r in rows for kind in ("common", "counter")])
     y, place = torch.arange(45).repeat_interleave(2 * n), torch.arange(2).repeat_interleave(n).repeat(45)
     classes = {}
@@ -428,7 +436,9 @@ def test_published_class_tables_give_the_published_averages(name, common, counte
 
 
 def test_b16_laion400m_is_73_11_and_52_18():
-    mean = lambda column: sum(float(r[column]) for r in fixture()) / 45
+    def mean(column):
+        return sum(float(r[column]) for r in fixture()) / 45
+
     assert (round(mean("L400M_B16_common"), 2), round(mean("L400M_B16_counter"), 2)) == (73.11, 52.18)
 
 
@@ -485,7 +495,7 @@ def compared(shares):
             zeroshot=outcome(
                 [
                     7 + c if k % 10 < 10 * share[p] else 0
-                    for k, (c, p) in enumerate(zip(y.tolist(), place.tolist()))
+                    for k, (c, p) in enumerate(zip(y.tolist(), place.tolist(), strict=False))
                 ]
             )
         )
@@ -645,18 +655,21 @@ def test_checkpoint_of_train_is_applied_first_and_one_of_another_encoder_is_refu
 ):
     samples, z = embedded
     g = model.Map(unit(z).mean(0), torch.diag(torch.linspace(1, 0, 64)))
-    save = lambda name, **more: model.save_checkpoint(
-        tmp_path / name,
-        dict(
+
+    def save(name, **more):
+        return model.save_checkpoint(
+            tmp_path / name,
             dict(
-                config=dict(model="tiny", pretrained=""),
-                fingerprint=tiny.fingerprint,
-                map=g.state_dict(),
-                power=1.0,
+                dict(
+                    config=dict(model="tiny", pretrained=""),
+                    fingerprint=tiny.fingerprint,
+                    map=g.state_dict(),
+                    power=1.0,
+                ),
+                **more,
             ),
-            **more,
-        ),
-    )
+        )
+
     save("ckpt.pt")
     assert (
         run(words(files, tmp_path / "out", f"--ckpt={tmp_path / 'ckpt.pt'}", "--protocol=zeroshot,probe"))
@@ -894,9 +907,12 @@ def test_a_remembered_encoder_becomes_itself_when_it_is_asked_for_more(tmp_path,
 
 def test_a_remembered_encoder_with_other_weights_is_another(tmp_path):
     weights(tmp_path / "w.pt", 1)
-    load = lambda: model.recall_encoder(
-        "tiny", str(tmp_path / "w.pt"), device="cpu", cache=str(tmp_path / "cache")
-    )
+
+    def load():
+        return model.recall_encoder(
+            "tiny", str(tmp_path / "w.pt"), device="cpu", cache=str(tmp_path / "cache")
+        )
+
     before = load().fingerprint
     weights(tmp_path / "w.pt", 2)
     assert load().fingerprint != before
@@ -984,16 +1000,17 @@ def in_two_processes(argv):
         for r in (0, 1)
     ]
     said = [job.communicate(timeout=100) for job in ranks]
-    return [(job.returncode, *text) for job, text in zip(ranks, said)]
+    return [(job.returncode, *text) for job, text in zip(ranks, said, strict=False)]
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     pets(
         tmp_path / "set", ((60, 4, 4, 60), (40, 40, 40, 40), (130, 130, 130, 130))
     )  # two chunks of the cache
-    flags = lambda out: words(
-        tmp_path, tmp_path / out, "--cache_dir=", "--protocol=zeroshot,probe", "--batch_size=50"
-    )
+
+    def flags(out):
+        return words(tmp_path, tmp_path / out, "--cache_dir=", "--protocol=zeroshot,probe", "--batch_size=50")
+
     ranks = in_two_processes(flags("two"))
     assert [code for code, *_ in ranks] == [0, 0] and "(a shard of 2)" in ranks[0][1] and not ranks[1][1], (
         ranks
@@ -1188,7 +1205,9 @@ def done_setting(out, name, gap, precision, scale):
     for k, method in enumerate(script.MITIGATIONS):
         groups = [0.9] * 20
         groups[2 * label] -= gap * (method == "finetune")
-        values = dict(zip(script.FIGURES, (scale * (0.5 + 0.05 * k), scale * 0.1 * k, 0.8, 0.7)))
+        values = dict(
+            zip(script.FIGURES, (scale * (0.5 + 0.05 * k), scale * 0.1 * k, 0.8, 0.7), strict=False)
+        )
         data.write(out / f"settings/{name}/{method}/weights.safetensors", b"")
         data.write_json(out / f"settings/{name}/{method}/figures.json", dict(values, groups=groups))
     methods = {m: dict(precision_at_10=v) for m, v in precision.items()}
@@ -1406,7 +1425,7 @@ def test_a_natural_family_runs_through_the_scripts_with_a_clip_resnet(tmp_path, 
     at = out / "settings/0.99-0/finetune"
     data.write_json(
         at / "figures.json",
-        dict(zip(script.FIGURES, (0.6, 0.1, 0.8, 0.7)), groups=[0.1, 0.9] * (groups // 2)),
+        dict(zip(script.FIGURES, (0.6, 0.1, 0.8, 0.7), strict=False), groups=[0.1, 0.9] * (groups // 2)),
     )  # it was learned
     assert run(argv) == 0
     tree = json.loads((out / "protocol.json").read_text())

@@ -177,7 +177,8 @@ def revision():
 
 
 def rng(seed, purpose, *index):
-    """A generator of its own for each (seed, purpose, index): any order of use, any sharding draws the same."""
+    """A generator of its own for each (seed, purpose, index): any order of use, any sharding draws the
+    same."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *index])
 
 
@@ -285,7 +286,8 @@ def read_table(path, needed=()):
 
 
 def whole(path, column, values, high=0):
-    """A column of strings -> list of whole numbers from 0 below high, or the number of values; or Complaint."""
+    """A column of strings -> list of whole numbers from 0 below high, or the number of values; or
+    Complaint."""
     high = high or max(3, len(values))
     numbers = {v: int(v) if v.strip().isdecimal() and len(v) < 19 else -1 for v in set(values)}
     if not all(0 <= number < high for number in numbers.values()):
@@ -370,7 +372,8 @@ def open_image(path):
 
 
 def open_mask(path):
-    """A foreground mask -> PIL image, "L", 255 on the foreground. Complaint where it is not white on black."""
+    """A foreground mask -> PIL image, "L", 255 on the foreground. Complaint where it is not white on
+    black."""
     mask = open_image(path).convert("L")
     brightest = mask.getextrema()[1]
     if 0 < brightest < 128:
@@ -428,7 +431,8 @@ class Cutout(Photo):
 
 @functools.lru_cache(2048)
 def layer(path, cut):
-    """The picture of a Ground or Cutout, kept at no more than 512 pixels: thousands of composites share it."""
+    """The picture of a Ground or Cutout, kept at no more than 512 pixels: thousands of composites share
+    it."""
     image = open_image(path) if cut else opaque(open_image(path))
     if cut:
         cure = "cut it out, move it away, or use --skip_bad"
@@ -864,7 +868,8 @@ def plain(name):
 
 
 def make_splits(group, shares=(0.6, 0.2, 0.2)):
-    """Splits [n] by a rule, the same for the same files: of each group [n] the shares for train, val, test."""
+    """Splits [n] by a rule, the same for the same files: of each group [n] the shares for train, val,
+    test."""
     group, split = np.asarray(group), np.zeros(len(group), np.int64)
     order = np.argsort(group, kind="stable")
     for members in np.split(order, np.unique(group[order], return_index=True)[1][1:]):
@@ -875,7 +880,8 @@ def make_splits(group, shares=(0.6, 0.2, 0.2)):
 
 
 def completed(split, group, notes):
-    """Splits [n] where none is missing: without test val is test, without val a fifth of each group's train."""
+    """Splits [n] where none is missing: without test val is test, without val a fifth of each group's
+    train."""
     n = torch.bincount(split, minlength=3).tolist()
     if n[0] and n[1] and not n[2]:
         notes.append("no test split: val is used as test")
@@ -1314,7 +1320,8 @@ def coco_photos(root):
 
 
 def corners(annotation):
-    """bbox x, y, width, height of one of COCO's annotations -> x1, y1, x2, y2; ValueError if they are none."""
+    """bbox x, y, width, height of one of COCO's annotations -> x1, y1, x2, y2; ValueError if they are
+    none."""
     x, y, w, h = map(float, annotation["bbox"])
     if not all(map(math.isfinite, (x, y, w, h))):
         raise ValueError(f"bbox {annotation['bbox']}")
@@ -1460,7 +1467,7 @@ def csv_table(path, facts):
 
 
 # --------------------------------------------------------------------------------------------------------
-# controlled settings: a planted feature that goes with one class, as strongly as one says (RaVL, NeurIPS 2024)
+# controlled settings: a planted feature that goes with one class, as strongly as one says (RaVL)
 
 LEAST = 50  # images of each group of val and test
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -1627,7 +1634,8 @@ def box_in(quadrant, g):
 
 
 def kinds_of(where, kind, few, facts):
-    """Pictures of a folder by their kind, {name: 3 lists, of train, val, test}, largest first; no small ones."""
+    """Pictures of a folder by their kind, {name: 3 lists, of train, val, test}, largest first; no small
+    ones."""
     found, out = {}, {}
     for parts in scan(where):
         name, mark, _ = Path(parts[-1]).stem.partition("__")
@@ -1732,14 +1740,15 @@ STROKES = """
 76 12 32 12, 32 12 28 46, 28 46 58 40 78 62 62 88 22 84|30 12 26 48 56 44 76 66 56 92 20 82, 30 12 78 10
 70 10 42 26 24 60 36 88 66 88 74 64 52 52 28 66|56 8 32 40 26 74 48 92 72 74 58 54 30 66
 20 14 78 14, 78 14 52 50 42 92|20 14 78 12, 78 12 42 92, 34 52 68 50|22 26 24 12, 24 12 78 14, 78 14 46 92
-70 20 46 8 28 24 44 44 68 62 68 84 46 92 26 78 36 56 62 38 70 20 56 10|50 48 28 30 48 8 70 28 50 48 36 54 26 74\
- 50 92 74 74 62 54 50 48
+70 20 46 8 28 24 44 44 68 62 68 84 46 92 26 78 36 56 62 38 70 20 56 10|50 48 28 30 48 8 70 28 50 48 36\
+ 54 26 74 50 92 74 74 62 54 50 48
 72 28 52 8 26 26 40 50 70 34 74 22, 74 24 70 60 58 92|70 30 48 10 26 32 46 52 70 34, 70 34 74 70 54 92 28 84
 """
 
 
 def draw_digit(digit, seed, side=28):
-    """PIL L (side, side), white on black: one of its ways, each point moved, slanted, turned, bent, by a pen."""
+    """PIL L (side, side), white on black: one of its ways, each point moved, slanted, turned, bent, by a
+    pen."""
     g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * side
     strokes = draw_one(STROKES.strip().splitlines()[digit].split("|"), g).split(",")
     turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
@@ -2091,7 +2100,8 @@ def flags_section(config, git, notes=()):
 
 
 def page(title, lead, sections):
-    """One self-contained HTML page. lead: a sentence. sections: (heading, *parts); all but Html is escaped."""
+    """One self-contained HTML page. lead: a sentence. sections: (heading, *parts); all but Html is
+    escaped."""
     body = [tag("section", tag("h2", heading), *parts) for heading, *parts in sections]
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -2105,7 +2115,8 @@ STYLE = """
  :root{--ink:#e6e8e3;--dim:#a3b0ab;--paper:#171c1b;--line:#343d3a;--bar:#4f9d92;--mark:#f2efe6}}
 body{overflow-wrap:anywhere;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);
  color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-h1{margin:0;font-size:28px}h2{margin:40px 0 10px;font-size:19px}h3{margin:18px 0 4px;font-size:15px}p{max-width:70ch}
+h1{margin:0;font-size:28px}h2{margin:40px 0 10px;font-size:19px}
+h3{margin:18px 0 4px;font-size:15px}p{max-width:70ch}
 small,.dim{color:var(--dim);fill:var(--dim)}pre{overflow-x:auto;font-size:12.5px}
 figure{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}
 figure img{width:100%;border-radius:6px;display:block}.small figure{width:84px}
@@ -2114,9 +2125,11 @@ table{border-collapse:collapse;font-size:14px}td{white-space:nowrap}
 th,td{padding:4px 14px 4px 0;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child,.text{text-align:left}svg{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}
 .dot{fill:var(--bar)}.pale{fill:none;stroke:var(--dim)}.grid{stroke:var(--line);fill:none}
-.bars{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;gap:5px 12px;align-items:center;
+.bars{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;
+ gap:5px 12px;align-items:center;
  max-width:760px;font-size:13px;margin:6px 0 14px}
-.bars span:nth-child(3n+1){text-align:right}.track{position:relative;height:15px;border-right:1px solid var(--line);
+.bars span:nth-child(3n+1){text-align:right}
+.track{position:relative;height:15px;border-right:1px solid var(--line);
  background:linear-gradient(90deg,var(--line) 1px,transparent 1px) 0/20% 100%}
 .bars b{display:block;height:100%;background:var(--bar);border-radius:2px}
 .bars s{position:absolute;top:3px;height:9px;border:solid var(--mark);border-width:0 1.4px;

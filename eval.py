@@ -203,10 +203,10 @@ Outcome = namedtuple(
     "index predicted confidence target names seen skipped of_20 picker region_photo region_predicted",
     defaults=(0, 0, None, "", None, None),
 )
-Outcome.__doc__ = """What a protocol makes of photos, on the CPU. index: [m], which; predicted, confidence: [R, m],
-of R draws; target: [m], what would be right; names: of what is predicted; seen: how many the heads learned from;
-skipped: how many could not be read; of_20: [m], CounterAnimal's 1v20, whose labels picker chose; region_photo,
-region_predicted: [K], of regions that show the object."""
+Outcome.__doc__ = """What a protocol makes of photos, on the CPU. index: [m], which; predicted, confidence:
+[R, m], of R draws; target: [m], what would be right; names: of what is predicted; seen: how many the heads
+learned from; skipped: how many could not be read; of_20: [m], CounterAnimal's 1v20, whose labels picker
+chose; region_photo, region_predicted: [K], of regions that show the object."""
 
 
 def evaluate(name, samples, asked):
@@ -295,8 +295,8 @@ def choice(samples):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# protocols, each with its heads: embeddings [N, D] -> (logits [N, C], the class [C] that owns each column: None
-# where column k is class k, -1 for none of them)
+# protocols, each with its heads: embeddings [N, D] -> (logits [N, C], the class [C] that owns each column:
+# None where column k is class k, -1 for none of them)
 
 
 def prompt_heads(e):
@@ -444,7 +444,8 @@ def choose_picker(picker):
 
 
 def pick_labels(encoder, z, samples):
-    """CounterAnimal's 1v20: the 20 labels with the highest mean score over a class's photos, [classes, 20]."""
+    """CounterAnimal's 1v20: the 20 labels with the highest mean score over a class's photos, [classes,
+    20]."""
     rows, bias = (encoder.prompts(samples.prompts), 0.0) if encoder.tokenizer else encoder.classifier()
     v, y = (unit(z) if encoder.tokenizer else z).nan_to_num(), samples.y.to(z.device)
     mean = sums(v, y, len(samples.classes)) / torch.bincount(y).clamp(min=1)[:, None]
@@ -487,7 +488,8 @@ def composed(encoder, foregrounds, backgrounds, instances, skip_bad, seed):
 
 
 def additive_parts(e, grid):
-    """Additivity, flat and on the sphere, of the mean embeddings of class x place cells, and of composites."""
+    """Additivity, flat and on the sphere, of the mean embeddings of class x place cells, and of
+    composites."""
     out, P, index = {}, len(e.samples.places), (e.good & (e.samples.y >= 0)).nonzero()[:, 0]
     if P > 1 and len(index):
         mean = sums(unit(e.z[index]).double(), e.group[index], len(e.samples.classes) * P)
@@ -632,7 +634,8 @@ def logit(p):
 
 
 def expected(common):
-    """The counter accuracy at a common one, by the least-squares line through the published models' logits."""
+    """The counter accuracy at a common one, by the least-squares line through the published models'
+    logits."""
     slope, start = np.polyfit(*logit(np.array(list(PUBLISHED.values())).T / 100), 1)
     return float(1 / (1 + np.exp(-start - slope * logit(common))))
 
@@ -684,7 +687,8 @@ def each_outcome(results):
 
 
 def columns(results, samples):
-    """The metrics to show: those that some row has; n first where it differs, as probes see the test split."""
+    """The metrics to show: those that some row has; n first where it differs, as probes see the test
+    split."""
     wanted = ["bg_gap", *samples.places, "worst_group", "avg_group_mean", "avg_train_weighted", "average"]
     wanted += ["region_overall", "region_worst_group", "confidence", "ece"]
     if is_counteranimal(samples):
@@ -833,7 +837,8 @@ def worst(out, samples, most=12):
 
 
 def write_tables(out, results, outcomes, samples):
-    """eval.csv: a row for each model and protocol; groups.csv: each group, too; predictions.csv: each photo."""
+    """eval.csv: a row for each model and protocol; groups.csv: each group, too; predictions.csv: each
+    photo."""
     rows, of_groups, photos = each_outcome(results), [], {}
     keys = {k: None for _, _, m in rows for k, v in m["metrics"].items() if not isinstance(v, list)}
     lines = [(name, p, *[m["metrics"].get(k) for k in keys]) for name, p, m in rows]
@@ -859,7 +864,7 @@ def write_tables(out, results, outcomes, samples):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# controlled settings: fine-tune where a planted feature goes with a class, discover, mitigate (RaVL, section 4)
+# controlled settings: fine-tune where a planted feature goes with a class, discover, mitigate (RaVL)
 
 STRENGTHS = 0.99, 0.95, 0.9, 0.8, 0.7
 MITIGATIONS = "finetune", "ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aware", "jtt", "subg"
@@ -871,8 +876,8 @@ DATASET = "data", "classes", "feature"
 SHARED = (*DATASET, "model", "quick_gelu", "device", "dtype", "batch_size", "threads", "cache_dir")
 PRETRAINED = {"tiny": "none", "tiny-conv": "none", "lite0-clip": "imagenet"}  # what a base model starts from
 
-# What a family takes where the flags say nothing. A base that knows the classes learns nothing spurious: that of
-# digits is stopped early, and of the others only the image tower is trained; their texts follow in these steps
+# What a family takes where the flags say nothing. A base that knows the classes learns nothing spurious: that
+# of digits is stopped early; of the others only the image tower is trained, and texts follow in these steps
 FAMILY = "model", "base_steps", "steps", "learning_rate", "pairs", "regions"
 FAMILIES = {
     "digits": ("tiny-conv", 130, 160, 2e-3, 64, "grid:2"),
@@ -973,7 +978,8 @@ def base_model(config):
 
 
 def one_setting(config, at, strength, label, base, mitigating):
-    """Fine-tunes, discovers if the correlation was learned, mitigates if asked to: an entry of protocol.json."""
+    """Fine-tunes, discovers if the correlation was learned, mitigates if asked to: an entry of
+    protocol.json."""
     samples, planted = setting_data(config, strength, label), dict(strength=strength, spurious=label)
     planted["seed"] = config["seed"]
 

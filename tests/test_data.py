@@ -123,7 +123,7 @@ def test_flags_bad_word_is_named(word, words):
 
 
 def test_flags_help_prints_the_block_and_nothing_after_it(tmp_path, capsys):
-    source = '"""What it does."""\nimport this\n\n# --- I/O ---\nout = "o"  # where to\n# --- end ---\nsecret = 1\n'
+    source = '"""What."""\nimport this\n\n# --- I/O ---\nout = "o"  # where to\n# --- end ---\nsecret = 1\n'
     (tmp_path / "s.py").write_text(source)
     with pytest.raises(SystemExit) as stop:
         data.flags(dict(out="o", __file__=str(tmp_path / "s.py"), __doc__="What it does."), ["--help"])
@@ -944,13 +944,13 @@ def test_counteranimal_wrong_folder(tmp_path):
 
 
 def contexts(root, swap=False, n=10):
-    for a, b, k in (
+    for first, second, k in (
         (a, b, k)
         for a in ("autumn", "grass", "water")
         for b in ("car", "hot air balloon", "truck")
         for k in range(n - 2 * (a == "grass"))
     ):
-        touch(root, f"{b}/{a}/{k}.jpg" if swap else f"{a}/{b}/{k}.jpg")
+        touch(root, f"{second}/{first}/{k}.jpg" if swap else f"{first}/{second}/{k}.jpg")
     return root
 
 
@@ -1012,7 +1012,8 @@ def test_nico_pair(tmp_path):
 
 
 def coco(root, parts=("train2017", "val2017"), n=20):
-    """A small COCO: by k % 4 a man or a woman with a ball or a fork; then an image of both, one of nobody, and one with both objects."""
+    """A small COCO: by k % 4 a man or a woman with a ball or a fork; then an image of both, one of nobody,
+    and one with both objects."""
     kinds = [
         dict(id=1, name="person", supercategory="person"),
         dict(id=37, name="sports ball", supercategory="sports"),
@@ -1176,7 +1177,8 @@ def test_every_data_set_says_what_a_wrong_folder_holds(tmp_path, name):
 
 
 def test_a_table_is_read_and_checked_in_little_more_than_reading_it_row_by_row(tmp_path):
-    """A million rows take 3 s; in one run, so that the machine does not matter. Row by row with all checks it is four times this."""
+    """A million rows take 3 s; in one run, so that the machine does not matter. Row by row with all checks
+    it is four times this."""
     for k in range(10):
         (tmp_path / f"{k}").mkdir()
     for k in range(20000):
@@ -1485,7 +1487,7 @@ def test_a_digit_and_a_rectangle_lie_where_the_sample_says():
         image = np.asarray(s.items[k].image(), int)
         assert image.shape == (56, 56, 3)
 
-        def quarter(box):
+        def quarter(box, image=image):
             return image[round(box[1] * 56) : round(box[3] * 56), round(box[0] * 56) : round(box[2] * 56)]
 
         figure, mark = s.shows[k]
@@ -1507,29 +1509,6 @@ def test_drawn_digits_differ_repeat_and_share_nothing_between_splits():
     assert len(set(keys)) == len(keys) and s.name != other.name
     ones, eights = ([np.asarray(data.draw_digit(d, (0, k)), float).mean() for k in range(30)] for d in (1, 8))
     assert np.mean(ones) < np.mean(eights)
-
-
-def idx(path, array, parts=1, zipped=True):
-    import gzip
-
-    for n, part in enumerate(np.array_split(array, parts)):
-        raw = (
-            bytes([0, 0, 8, part.ndim])
-            + np.array(part.shape, ">i4").tobytes()
-            + part.astype("uint8").tobytes()
-        )
-        suffix = (f".part{n}" if parts > 1 else "") + (".gz" if zipped else "")
-        (path.parent / (path.name + suffix)).write_bytes(gzip.compress(raw) if zipped else raw)
-
-
-def mnist_files(root, n=1300):
-    g = np.random.default_rng(0)
-    for name, each, parts in (("train", n, 4), ("t10k", 210, 1)):
-        y = np.arange(10 * each) % 10
-        x = g.integers(0, 256, (10 * each, 28, 28), "uint8")
-        x[:, 0, 0] = y  # its label, in a corner
-        idx(root / f"{name}-images-idx3-ubyte", x, parts)
-        idx(root / f"{name}-labels-idx1-ubyte", y, 1, False)
 
 
 def idx(path, array):
@@ -1564,68 +1543,6 @@ def test_mnist_files_are_read_used_once_each_and_refused_where_they_are_broken(t
 def test_a_spurious_class_that_is_none_is_one_line(spurious):
     with complaint("--spurious", spurious, "zero"):
         data.load_data("digits", strength=0.9, spurious=spurious)
-
-
-@pytest.fixture
-def few_images(monkeypatch):
-    """Natural settings with 1,200 training images, to be fast."""
-    monkeypatch.setattr(data, "IMAGES", 1200)
-
-
-def crossing(a, b):
-    """Do two boxes share any area?"""
-    return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
-
-
-def cut_kinds(root, kinds=(("birds", 10), ("fish", 6), ("cats", 5), ("apes", 3)), flat=False):
-    """Folders cut (cut-outs: kind/n.png, or kind__n.png) and scenes (forest and sea, 5 each)."""
-    for kind, n in kinds:
-        for k in range(n):
-            cutout(root / (f"cut/{kind}__{k}.png" if flat else f"cut/{kind}/{k}.png"), 60, (10 * k, 200, 40))
-    for kind in ("forest", "sea"):
-        for k in range(5):
-            photo(root / f"scenes/{kind}/{k}.png", k, (40, 30))
-    return f"{root}/cut:{root}/scenes"
-
-
-def objects(root, groups=dict(dog=(300, 170), cat=(200, 400), bus=(160, 149)), missing=0):
-    """A small COCO of groups: class -> photos without and with a person; also photos of dog and cat, of two dogs, of a dog in a crowd."""
-    names = dict(person=1, dog=18, cat=17, bus=6)
-    plans = [
-        ([name] + ["person"] * on, 0)
-        for name, counts in groups.items()
-        for on in (0, 1)
-        for _ in range(counts[on])
-    ]
-    plans += [(["dog", "cat"], 0)] * 30 + [(["dog"], 1)] * 20 + [(["dog", "dog"], 0)]
-    for part in ("train2017", "val2017"):
-        mine = [(k, plan) for k, plan in enumerate(plans) if (k % 5 == 0) == (part == "val2017")]
-        touch(root / part, *[f"{k:06}.jpg" for k, _ in mine[missing:]])
-        rows = [
-            dict(id=9 * k + j, image_id=k, category_id=names[n], iscrowd=0, bbox=[10 + 60 * j, 20, 50, 60])
-            for k, (what, _) in mine
-            for j, n in enumerate(what)
-        ]
-        rows += [
-            dict(id=9 * k + 8, image_id=k, category_id=1, iscrowd=1, bbox=[0, 0, 100, 100])
-            for k, (_, crowd) in mine
-            if crowd
-        ]
-        (root / "annotations").mkdir(exist_ok=True)
-        data.write_json(
-            root / f"annotations/instances_{part}.json",
-            dict(
-                images=[dict(id=k, file_name=f"{k:06}.jpg", width=200, height=100) for k, _ in mine],
-                annotations=rows,
-                categories=[dict(id=i, name=n) for n, i in names.items()],
-            ),
-        )
-    return root
-
-
-@pytest.fixture(scope="module")
-def small_coco(tmp_path_factory):
-    return objects(tmp_path_factory.mktemp("coco"))
 
 
 def test_region_truth_is_by_the_smaller_of_region_and_thing():

@@ -1,4 +1,5 @@
-"""eval.py from its command line and piece by piece: protocols, metrics, cache, comparison of models, shards, bad input."""
+"""eval.py from its command line and piece by piece: protocols, metrics, cache, comparison of models,
+shards, bad input."""
 
 import csv
 import functools
@@ -858,7 +859,7 @@ def test_a_protocol_of_many_runs_is_for_one_process(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(
         capsys,
-        [f"--protocol={protocol}", "--settings=0", "--repeats=0", f"--out_dir={tmp_path}"],
+        [f"--protocol={protocol}", "--settings=1", f"--out_dir={tmp_path}"],
         "--protocol",
         "several processes",
         "without torchrun",

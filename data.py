@@ -231,8 +231,8 @@ def reading(path, what, cure="mend it, or fetch it again"):
         yield
     except Complaint:
         raise
-    except FileNotFoundError:
-        raise Complaint(f"{path}: no such file; expected {what}") from None
+    except FileNotFoundError as problem:  # of several files that make it up, the one that is missing
+        raise Complaint(f"{problem.filename or path}: no such file; expected {what}") from None
     except Exception as problem:  # KeyError, RecursionError, MemoryError, zlib.error, ...: all say damage
         found = f"{type(problem).__name__}: {one_line(problem)}"
         if os.path.isfile(path) and not os.path.getsize(path):

@@ -1,4 +1,4 @@
-"""train.py from its command line: results, checkpoint and page, bad input, repeatability, interruption."""
+"""train.py: BAP's maps, results and pages, seeds and interruption, fine-tuning and its losses, bad input."""
 
 import csv
 import errno
@@ -9,31 +9,39 @@ import re
 import signal
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, SigLipLoss
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 import data
 import kernels
 import model
+import train
 from conftest import run_script
+from data import Complaint
+from model import additive_solve, load_encoder, unit
 
 TRAIN = str(Path(data.__file__).with_name("train.py"))
-run = functools.partial(run_script, TRAIN)
-COLUMNS = "img_id,img_filename,y,split,place,place_filename".split(",")
 PLACES = (60, 90, 200), (200, 180, 60), (90, 90, 90)
 CLASSES = (30, 200, 60), (220, 40, 40), (240, 240, 240)
+COUNTS = ["16 0 0 16", "5 5 5 5", "8 7 6 5"]  # images of each group, class by class, in train, val, test
+run = functools.partial(run_script, TRAIN)
 
 
 def ground(seed, colour, size=64):
     g = np.random.default_rng(seed)
-    return Image.fromarray(
-        (g.normal(0, 25, (size, size, 3)) + colour + g.normal(0, 15, 3)).clip(0, 255).astype("uint8")
-    )
+    pixels = g.normal(0, 25, (size, size, 3)) + colour + g.normal(0, 15, 3)
+    return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
 
 
 def figure(seed, y, size=64):
@@ -46,30 +54,36 @@ def figure(seed, y, size=64):
     return image
 
 
-def birds(root, counts, classes=2, places=2):
-    """A folder in the Waterbirds layout, with masks. counts: for each split, images per group."""
-    rows = []
-    for split, groups in enumerate(counts):
-        for g, n in enumerate(groups):
-            for _ in range(n):
-                k, (y, place) = len(rows), divmod(g, places)
-                image, bird = ground(1000 + k, PLACES[place]), figure(k, y)
-                image.paste(bird, (0, 0), bird)
-                for folder in ("set", "masks"):
-                    (root / folder).mkdir(parents=True, exist_ok=True)
-                image.save(root / f"set/{k}.png")
-                bird.getchannel("A").save(root / f"masks/{k}.png")
-                rows.append((k, f"{k}.png", y, split, place, "-"))
-    with open(root / "set/metadata.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+def photo(path, seed, y, place):
+    """A figure of a class on a ground of a place, as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image, shape = ground(seed, PLACES[place]), figure(seed, y)
+    image.paste(shape, (0, 0), shape)
+    image.save(path)
+
+
+def birds(root, counts, places=2):
+    """A folder in the Waterbirds layout, with masks. counts: as COUNTS. Returns the flag that reads it."""
+    groups = [
+        (s, g) for s, line in enumerate(counts) for g, n in enumerate(line.split()) for _ in range(int(n))
+    ]
+    lines = ["img_id,img_filename,y,split,place,place_filename"]
+    (root / "masks").mkdir(parents=True)
+    for k, (split, group) in enumerate(groups):
+        y, place = divmod(group, places)
+        photo(root / f"set/{k}.png", k, y, place)
+        figure(k, y).getchannel("A").save(root / f"masks/{k}.png")
+        lines.append(f"{k},{k}.png,{y},{split},{place},-")
+    (root / "set/metadata.csv").write_text("\n".join(lines))
+    return f"--data=waterbirds:{root / 'set'}"
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Biased data at 100 % and at 75 %, cut-outs, backgrounds, and backgrounds of each place."""
     root = tmp_path_factory.mktemp("files")
-    birds(root / "all", ((16, 0, 0, 16), (5, 5, 5, 5), (8, 7, 6, 5)))
-    birds(root / "most", ((12, 4, 4, 12), (6, 6, 6, 6), (8, 7, 6, 5)))
+    birds(root / "all", COUNTS)
+    birds(root / "most", ["12 4 4 12", "6 6 6 6", "8 7 6 5"])
     for folder in ("cutouts", "photos", "land", "water"):
         (root / folder).mkdir()
     for k in range(12):
@@ -80,625 +94,653 @@ def files(tmp_path_factory):
     return root
 
 
-def words(files, out, *more, which="all"):
-    return [
-        f"--data=waterbirds:{files / which / 'set'}",
-        f"--foregrounds={files / 'cutouts'}",
-        f"--backgrounds={files / 'photos'}",
-        "--model=tiny",
-        "--instances=24",
-        "--per_instance=4",
-        f"--cache_dir={files / 'cache'}",
-        f"--out_dir={out}",
-        *more,
-    ]
+def words(files, out, text="", which="all"):
+    """A command line of bap; flags in text come last, and count."""
+    paths = dict(data=f"waterbirds:{files / which / 'set'}", cache_dir=files / "cache", out_dir=out)
+    paths.update(foregrounds=files / "cutouts", backgrounds=files / "photos")
+    small = f"--model=tiny --instances=16 --per_instance=2 {text}".split()
+    return [*[f"--{k}={v}" for k, v in paths.items()], *small]
 
 
-def results(out):
-    return json.loads((out / "results.json").read_text())
+def tune_words(files, out, text=""):
+    how = "--method=finetune --captions=class --pairs=8 --steps=6 --learning_rate=0.001"
+    return words(files, out, f"{how} {text}", "most")
+
+
+def bap(files, out, text="", which="all"):
+    return run(words(files, out, text, which))
+
+
+def tune(files, out, text=""):
+    return run(tune_words(files, out, text))
+
+
+def samples_of(files, which="most", masks=""):
+    return data.load_data(f"waterbirds:{files / which / 'set'}", masks=masks)
+
+
+def composed(files):
+    """The composites of the runs here."""
+    figures, _ = data.layers(files / "cutouts", data.Cutout, "foregrounds")
+    return data.composites(figures, data.layers(files / "photos", data.Ground, "backgrounds")[0], 16, 2, 0)
+
+
+def tiny(files=None, pretrained=""):
+    return load_encoder("tiny", str(pretrained), device="cpu", cache=str(files / "cache") if files else "")
+
+
+def tree(out, name="results.json"):
+    return json.loads((out / name).read_text())
 
 
 def numbers(out):
     """All that the seed decides."""
-    return {k: v for k, v in results(out).items() if k in ("methods", "additivity", "invariance")}
+    return {k: tree(out)[k] for k in ("methods", "additivity", "invariance", "zero_shot")}
 
 
-def process(argv, **more):
-    return subprocess.Popen(
-        [sys.executable, TRAIN, *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **more,
-    )
+def weights(out):
+    return load_file(out / "weights.safetensors")
+
+
+def logged(out):
+    """The rows of log.csv, numbers."""
+    rows = csv.DictReader((out / "log.csv").read_text().splitlines())
+    return [{k: float(v) for k, v in row.items()} for row in rows]
+
+
+def saved(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b, atol=0.0):
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a)
+
+
+def complaint(*texts):
+    """Expects a Complaint of one line that contains each of the texts."""
+    every = "".join(f"(?=.*{re.escape(str(text))})" for text in texts)
+    return pytest.raises(Complaint, match=rf"(?s)^{every}[^\n]*$")
+
+
+def refused(capture, argv, *expected):
+    """Expects exit code 2 and one line that contains each of the texts."""
+    capture.readouterr()
+    assert run(argv) == 2
+    line = capture.readouterr().err
+    assert line.startswith("train.py: ") and line.count("\n") == 1, line
+    assert not [text for text in map(str, expected) if text not in line], line
+
+
+def before_call(monkeypatch, module, name, number, action):
+    """Has a function do action first, on its call of that number."""
+    calls, real = [], getattr(module, name)
+
+    def counted(*arguments, **more):
+        calls.append(1)
+        if len(calls) == number:
+            action()
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(module, name, counted)
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+# --- what it writes
 
 
 @pytest.fixture(scope="module")
 def plain(files):
     """One run at 100 %: its out_dir."""
-    assert run(words(files, files / "plain")) == 0
+    assert bap(files, files / "plain") == 0
     return files / "plain"
 
 
 @pytest.fixture(scope="module")
 def full(files):
     """One run at 75 % with masks and backgrounds of the places."""
-    assert (
-        run(
-            words(
-                files,
-                files / "full",
-                f"--masks={files / 'most/masks'}",
-                f"--place_backgrounds={files / 'land'},{files / 'water'}",
-                which="most",
-            )
-        )
-        == 0
-    )
+    more = f"--masks={files / 'most/masks'} --place_backgrounds={files / 'land'},{files / 'water'}"
+    assert bap(files, files / "full", more, "most") == 0
     return files / "full"
 
 
-# --- what it writes
-
-
-def check_method(m, n):
+def check_method(m):
     accuracy = [g["accuracy"] for g in m["groups"]]
-    assert m["worst_group"] == min(accuracy) and m["avg_group_mean"] == pytest.approx(
-        sum(accuracy) / len(accuracy)
-    )
-    assert all(
-        0 <= v <= 1 for v in (*accuracy, m["worst_group"], m["avg_group_mean"], m["avg_train_weighted"])
-    )
-    assert [(g["y"], g["place"], g["n"]) for g in m["groups"]] == [
-        (k // 2, k % 2, v) for k, v in enumerate(n)
-    ]
-    assert all(
-        g["interval"][0] <= g["accuracy"] <= g["interval"][1]
-        and g["accuracy"] * g["n"] == pytest.approx(round(g["accuracy"] * g["n"]))
-        for g in m["groups"]
-    )
+    assert m["worst_group"] == min(accuracy) and m["over_erm"][0] <= m["over_erm"][1]
+    assert m["avg_group_mean"] == pytest.approx(np.mean(accuracy))
+    keys = [(0, 0, 8), (0, 1, 7), (1, 0, 6), (1, 1, 5)]
+    assert [(g["y"], g["place"], g["n"]) for g in m["groups"]] == keys
+    for g in m["groups"]:
+        assert 0 <= g["interval"][0] <= g["accuracy"] <= g["interval"][1] <= 1
+        assert g["accuracy"] * g["n"] == pytest.approx(round(g["accuracy"] * g["n"]))
 
 
-@pytest.mark.parametrize("which", ["plain", "full"])
-def test_results_keep_the_contract(which, request):
-    r = results(request.getfixturevalue(which))
-    assert {"config", "git", "seconds", "additivity", "invariance", "methods"} <= set(r)
-    assert set(r["additivity"]) == {"flat", "sphere"} and all(
-        -1 <= g["cos_sum"] <= 1 for g in r["additivity"].values()
-    )
+@pytest.mark.parametrize("which, train_counts", [("plain", (16, 0, 0, 16)), ("full", (12, 4, 4, 12))])
+def test_results_keep_the_contract(which, train_counts, request):
+    out = request.getfixturevalue(which)
+    r, needy = tree(out), {"group_weighted", "copy_paste", "balanced_train"}  # of minority groups or masks
+    assert r.keys() == set("config git notes additivity invariance zero_shot methods seconds".split())
+    assert r["additivity"].keys() == {"flat", "sphere"} and r["zero_shot"] is None
     for part in r["additivity"].values():
-        assert {"r2", "r2_heldout", "foreground", "background", "residual"} <= set(part) and 0 < part[
-            "r2"
-        ] < 1
-    assert set(r["invariance"]) == {"place_probe_raw", "place_probe_map", "cos_within", "cos_between"}
-    assert all(0 <= r["invariance"][k] <= 1 for k in ("place_probe_raw", "place_probe_map"))
-    assert {"erm", "nullspace", "leace", "bap_closed", "bap", "val_probe"} <= set(r["methods"])
+        assert {"r2", "r2_heldout", "foreground", "background", "residual", "cross"} <= set(part)
+        assert 0 < part["r2"] < 1 and -1 <= part["cos_sum"] <= 1 and -1 <= part["cos_sum_shuffled"] <= 1
+    assert r["invariance"].keys() == {"place_probe_raw", "place_probe_map", "cos_within", "cos_between"}
+    assert {"erm", "nullspace", "leace", "bap_closed", "bap", "dfr", "val_probe"} <= set(r["methods"])
+    assert needy & set(r["methods"]) == (needy if which == "full" else set())
+    assert list(r["methods"]) == [name for name in train.ROWS if name in r["methods"]]
     for m in r["methods"].values():
-        check_method(m, (8, 7, 6, 5))
-        assert len(m["seeds"]) == 1 and {k: m["seeds"][0][k] for k in ("worst_group", "groups")} == {
-            k: m[k] for k in ("worst_group", "groups")
-        }
-    assert r["config"]["model"] == "tiny" and r["config"]["instances"] == 24 and r["seconds"]["total"] > 0
+        check_method(m)
+        mean = sum(g["accuracy"] * k for g, k in zip(m["groups"], train_counts, strict=True)) / 32
+        assert m["avg_train_weighted"] == pytest.approx(mean)  # as the training set has the groups
+        (alone,) = m["seeds"]
+        assert alone == {k: m[k] for k in alone} and m["spread"] == 0
+    assert r["config"]["model"] == "tiny" and r["config"]["instances"] == 16 and r["seconds"]["total"] > 0
+    assert any("100 % correlated" in note for note in r["notes"]) == (which == "plain")
+    assert sorted(os.listdir(out)) == ["ckpt.pt", "report.html", "results.json"]
 
 
-def test_train_weighted_average_weighs_groups_as_the_training_set_has_them(plain, full):
-    for out, n in ((plain, (16, 0, 0, 16)), (full, (12, 4, 4, 12))):
-        for m in results(out)["methods"].values():
-            assert m["avg_train_weighted"] == pytest.approx(
-                sum(g["accuracy"] * k for g, k in zip(m["groups"], n, strict=True)) / 32
-            )
+def test_additivity_and_erm_are_those_of_the_embeddings(files, plain):
+    (cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")
+    flat = model.additivity(unit(encoder.embed(cells)), i, j)["flat"]
+    assert {k: tree(plain)["additivity"]["flat"][k] for k in flat} == pytest.approx(flat)
+    x, fit, test = unit(encoder.embed(samples.items)), samples.split == 0, samples.split == 2
+    right = model.fit_probe(x[fit], samples.y[fit], 0.8).predict(x[test]) == samples.y[test]
+    groups = model.group_metrics(right, samples, test.nonzero()[:, 0])["groups"]
+    assert groups == tree(plain)["methods"]["erm"]["groups"]
 
 
-def test_rows_that_need_minority_groups_or_masks_are_there_only_with_them(plain, full):
-    needy = {"group_weighted", "copy_paste", "balanced_train"}
-    assert not needy & set(results(plain)["methods"]) and needy | {"dfr"} <= set(results(full)["methods"])
+def groups_of(kept, probe, z, samples, g):
+    right, test = model.load_probe(kept, probe).predict(g(z)) == samples.y, samples.split == 2
+    return model.group_metrics(right[test], samples, test.nonzero()[:, 0])["groups"]
 
 
-def test_notes_say_that_the_training_set_is_fully_correlated(plain, full):
-    def says(out):
-        return any("100 % correlated" in note for note in results(out)["notes"])
+def test_checkpoint_loads_without_code_and_its_probe_gives_the_numbers(files, plain):
+    state, encoder, r = saved(plain / "ckpt.pt"), tiny(files), tree(plain)
+    kept, samples = model.load_checkpoint(plain / "ckpt.pt", encoder), samples_of(files, "all")
+    assert state["config"] == kept["config"] == r["config"] and state["git"] == r["git"]
+    z = encoder.embed(samples.items)
+    for name, g in (("erm", unit), ("bap", model.load_map(kept))):
+        assert groups_of(kept, name, z, samples, g) == r["methods"][name]["groups"]
 
-    assert says(plain) and not says(full)
+
+class Page(HTMLParser):
+    """The tags of a page, and the names and values of their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes = set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += attributes
 
 
 @pytest.mark.parametrize("which", ["plain", "full"])
 def test_report_is_one_self_contained_page(which, request):
-    text = (request.getfixturevalue(which) / "report.html").read_text()
-    links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", text)
+    out = request.getfixturevalue(which)
+    text = (out / "report.html").read_text()
+    links = [value for name, value in Page(text).attributes if name in ("src", "href")]
     assert len(links) > 12 and all(link.startswith("data:image/jpeg;base64,") for link in links)
     assert not re.search(r"https?:|url\(|@import|<script", text)
-    worst = results(request.getfixturevalue(which))["methods"]["bap"]["worst_group"]
-    assert f"{worst:.3f}" in text and "--instances=24" in text
+    assert f"{tree(out)['methods']['bap']['worst_group']:.3f}" in text and "--instances=16" in text
 
 
-def test_checkpoint_loads_without_code_and_its_probe_gives_the_numbers(plain):
-    state = torch.load(plain / "ckpt.pt", weights_only=True)
-    encoder = model.load_encoder("tiny", device="cpu")
-    assert model.load_checkpoint(plain / "ckpt.pt", encoder)["fingerprint"] == encoder.fingerprint
-    r = results(plain)
-    assert state["config"] == r["config"] and state["git"] == r["git"]
-    samples = data.load_data(r["config"]["data"])
-    z = encoder.embed(samples.items)
-    g = model.Map(state["map"]["mu"], state["map"]["W"], state["power"])
-    correct = model.Probe(**state["probes"]["bap"]).predict(g(z)) == samples.y
-    test = samples.split == 2
-    m = model.group_metrics(correct[test], samples, test.nonzero()[:, 0])
-    assert [v["accuracy"] for v in m["groups"]] == pytest.approx(
-        [v["accuracy"] for v in r["methods"]["bap"]["groups"]], abs=0.15
-    )
-
-
-def test_nothing_but_the_three_files_is_left(plain, full):
-    for out in (plain, full):
-        assert sorted(os.listdir(out)) == ["ckpt.pt", "report.html", "results.json"]
+def test_report_escapes_whatever_the_data_set_says(files, tmp_path):
+    names, places = ("egg", "<script>alert(1)</script>"), ("land", "<img src=x onerror=alert(2)>")
+    folder, lines = tmp_path / "<b onclick=x>", ["path,label,place,split"]
+    for k in range(24):
+        y, place, split = k % 2, k % 2 if k < 12 else k // 2 % 2, 0 if k < 12 else 1 + k % 3 % 2
+        photo(folder / f"{k}.png", k, y, place)
+        lines.append(f"{k}.png,{names[y]},{places[place]},{split}")
+    (folder / "set.csv").write_text("\n".join(lines))
+    assert run([*words(files, tmp_path / "out", "--own=0"), f"--data=csv:{folder / 'set.csv'}"]) == 0
+    text = (tmp_path / "out/report.html").read_text()
+    page, notes = Page(text), tree(tmp_path / "out")["notes"]
+    assert "&lt;script&gt;alert(1)" in text and "&lt;img src=x onerror" in text and "&lt;b onclick" in text
+    assert any(names[1] in note for note in notes)  # which the page shows, too
+    assert "script" not in page.tags and "x" not in [value for _, value in page.attributes]
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
 # --- repeatability, seeds, interruption
 
 
 def test_same_seed_gives_the_same_numbers_in_another_process_without_a_cache(files, plain, tmp_path):
-    job = process(words(files, tmp_path / "out", "--cache_dir=", "--threads=3"))
-    _, problem = job.communicate(timeout=100)
-    assert job.returncode == 0, problem
+    argv = [sys.executable, TRAIN, *words(files, tmp_path / "out", "--cache_dir= --threads=3")]
+    few = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.run(argv, capture_output=True, text=True, timeout=200, env=few)
+    assert job.returncode == 0 and not job.stderr, job.stderr
     assert numbers(tmp_path / "out") == numbers(plain)
 
 
-def test_seeds_are_averaged_and_one_interrupted_between_them_resumes_to_the_same(
-    files, plain, tmp_path, monkeypatch, capsys
-):
-    assert run(words(files, tmp_path / "two", "--seeds=2")) == 0
-    methods = results(tmp_path / "two")["methods"]
+def test_seeds_are_averaged_and_resume_between_them(files, plain, tmp_path, monkeypatch, capsys):
+    two, alone, cut = (tmp_path / name for name in ("two", "alone", "cut"))
+    assert bap(files, two, "--seeds=2") == 0
+    data.write(alone / "weights.safetensors", "old")
+    capsys.readouterr()
+    assert bap(files, alone, "--seed=1") == 0
+    assert "weights.safetensors: of another run" in capsys.readouterr().out
+    methods = tree(two)["methods"]
     for name, m in methods.items():
-        first, second = m["seeds"]
-        assert first == results(plain)["methods"][name]["seeds"][0]
-        assert m["worst_group"] == pytest.approx((first["worst_group"] + second["worst_group"]) / 2)
-        assert m["groups"][2]["accuracy"] == pytest.approx(
-            (first["groups"][2]["accuracy"] + second["groups"][2]["accuracy"]) / 2
-        )
-        assert m["spread"] == pytest.approx(
-            np.std([first["worst_group"], second["worst_group"]], ddof=1), abs=1e-6
-        )
+        assert m["seeds"] == [tree(out)["methods"][name]["seeds"][0] for out in (plain, alone)]
+        worst = [v["worst_group"] for v in m["seeds"]]
+        assert m["worst_group"] == pytest.approx(np.mean(worst))
+        assert m["spread"] == pytest.approx(np.std(worst, ddof=1), abs=1e-6)
+        third = [v["groups"][2]["accuracy"] for v in m["seeds"]]
+        assert m["groups"][2]["accuracy"] == pytest.approx(np.mean(third))
     assert any(m["seeds"][0] != m["seeds"][1] for m in methods.values())
 
-    calls, real = [], model.additivity
-
-    def interrupted(*arguments, **more):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments, **more)
-
-    monkeypatch.setattr(model, "additivity", interrupted)
-    assert run(words(files, tmp_path / "cut", "--seeds=2")) == 130
-    assert "--resume" in capsys.readouterr().err and not (tmp_path / "cut/results.json").exists()
-    assert run(words(files, tmp_path / "cut", "--seeds=2", "--resume", "--l2=3")) == 2
-    assert "--l2=" in capsys.readouterr().err
-    assert run(words(files, tmp_path / "cut", "--seeds=2", "--resume")) == 0 and len(calls) == 3
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "two") and sorted(
-        os.listdir(tmp_path / "cut")
-    ) == ["ckpt.pt", "report.html", "results.json"]
+    before_call(monkeypatch, model, "additivity", 2, stop)
+    assert bap(files, cut, "--seeds=2") == 130
+    assert "--resume" in capsys.readouterr().err and os.listdir(cut) == ["partial.pt"]
+    refused(capsys, words(files, cut, "--seeds=2 --resume --l2=3"), "--l2=0.8", "same flags")
+    assert bap(files, cut, "--seeds=2 --resume") == 0
+    assert numbers(cut) == numbers(two) and "partial.pt" not in os.listdir(cut)
 
 
-def test_what_one_seed_lacks_is_left_out_of_the_means(script):
+def test_what_one_seed_lacks_is_left_out_of_the_means():
     def one(worst, r2):
         methods = {name: dict(worst_group=w) for name, w in worst.items()}
         return dict(methods=methods, additivity=dict(flat=dict(r2=r2)), invariance={}, zero_shot=None)
 
     notes = []
-    mean = script.average([one(dict(erm=0.2, dfr=0.8), 0.5), one(dict(erm=0.4), None)], notes)
+    mean = train.average([one(dict(erm=0.2, dfr=0.8), 0.5), one(dict(erm=0.4), None)], notes)
     assert list(mean["methods"]) == ["erm"] and mean["methods"]["erm"]["worst_group"] == pytest.approx(0.3)
-    assert mean["additivity"]["flat"]["r2"] is None and "1 of 2 seeds" in notes[0]
+    assert mean["additivity"]["flat"]["r2"] is None and notes == ["dfr: only 1 of 2 seeds have it, left out"]
 
 
-def test_a_seed_is_the_same_alone_and_among_others(files, tmp_path):
-    drawn = ("--own=0",)
-    assert (
-        run(words(files, tmp_path / "alone", *drawn, "--seed=1")) == 0
-        and run(words(files, tmp_path / "both", *drawn, "--seeds=2")) == 0
-    )
-    for name, m in results(tmp_path / "both")["methods"].items():
-        assert m["seeds"][1] == results(tmp_path / "alone")["methods"][name]["seeds"][0]
+def test_what_another_run_left_is_not_in_the_way(files, tmp_path, monkeypatch, capsys):
+    for name in train.PARTIAL:
+        model.save_checkpoint(tmp_path / name, dict(config={}, fingerprint="other"))
+    before_call(monkeypatch, model, "additivity", 1, stop)
+    refused(capsys, words(files, tmp_path, "--resume"), "partial.pt", "not with the weights")
+    assert bap(files, tmp_path) == 130 and os.listdir(tmp_path) == []
 
 
-def losses(text):
-    return [float(v) for v in re.findall(r"step \d+: loss ([\d.]+)", text)]
+# --- the maps
 
 
-def test_a_trained_map_learns(files, tmp_path, capsys):
-    assert run(words(files, tmp_path, "--bap_map=linear", "--steps=60", "--learning_rate=0.003")) == 0
-    found = losses(capsys.readouterr().out)
-    assert len(found) >= 2 and found[-1] < found[0]
-    check_method(results(tmp_path)["methods"]["bap"], (8, 7, 6, 5))
+def gaussian(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+def grid(n, m, share, D, noise=0.0, seed=0):
+    """An incomplete grid, every foreground and background in it: z, i, j, a, c; the effects sum to zero."""
+    keep = torch.rand(n, m, generator=torch.Generator().manual_seed(seed)) < share
+    row, column = torch.arange(n)[:, None] % m, torch.arange(m)
+    i, j = (keep | (row == column) | ((row + 1) % m == column)).nonzero().T
+    a, c = (gaussian(k, D, seed=seed + s) for k, s in ((n, 1), (m, 2)))
+    a, c = a - a.mean(0), c - c.mean(0)
+    z = gaussian(D, seed=seed + 3) + a[i] + c[j] + noise * gaussian(len(i), D, seed=seed + 4)
+    return z, i, j, a, c
+
+
+def skewed(noise=0.3, seed=0):
+    """Additive data in which foreground and background vary along different, skewed directions."""
+    mix = gaussian(6, 6, seed=9) * torch.tensor([3.0, 2.0, 1.0, 0.5, 0.3, 0.2])
+    _, i, j, a, c = grid(80, 40, 0.15, 6, seed=seed)
+    errors = noise * gaussian(len(i), 6, seed=seed + 5)
+    return 5 + a[i] @ mix + 2 * c[j] @ gaussian(6, 6, seed=8).tril() + errors, i, j
+
+
+def share_within(y, i):
+    """Share of the variance that is within foregrounds."""
+    i = model.renumber(i)
+    means = torch.stack([y[i == k].mean(0) for k in range(int(i.max()) + 1)])
+    return float((y - means[i]).square().sum() / (y - y.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("noise", [0.3, 30.0])  # in much noise S_f has negative eigenvalues to clip
+def test_wiener_is_its_equation(noise):
+    z, i, _ = skewed(noise)
+    x, n = unit(z).numpy(), int(i.max()) + 1
+    anchors = np.stack([x[i.numpy() == k].mean(0) for k in range(n)])
+    mu, r = x.mean(0), x - anchors[i.numpy()]
+    S_w = sum(np.outer(v, v) for v in r) / (len(x) - n)
+    S_f = sum(np.outer(v, v) for v in anchors - mu) / n - S_w / (len(x) / n)
+    value, vector = np.linalg.eigh(S_f)
+    assert (value.min() < 0) == (noise > 1)
+    S_f = vector @ np.diag(value.clip(0)) @ vector.T
+    for lam in (0.1, 1.0):
+        W = np.linalg.inv(S_f + S_w + lam * np.trace(S_f + S_w) / 6 * np.eye(6)) @ S_f
+        g = train.wiener([(1.0, z, i)], lam)
+        assert np.allclose(g.W, W, atol=1e-6) and not np.allclose(g.W, W.T, atol=1e-2 * abs(W).max())
+        assert np.allclose(g(z.float()), (x - mu) @ W, atol=1e-5)
+
+
+def test_wiener_of_two_grids_averages_their_moments():
+    (z, i, _), (v, k, _) = skewed(), skewed(seed=50)
+    moments = zip(train.scatter(unit(z), i), train.scatter(unit(v), k), strict=True)
+    mu, S_f, S_w = (0.75 * a + 0.25 * b for a, b in moments)
+    value, vector = torch.linalg.eigh(S_f)
+    S_f = (vector * value.clamp(min=0)) @ vector.T
+    W = torch.linalg.solve(S_f + S_w + 0.5 * (S_f + S_w).trace() / 6 * torch.eye(6), S_f)
+    g = train.wiener([(0.6, z, i), (0.2, v, k)], 0.5)
+    assert torch.allclose(g.W.double(), W, atol=1e-6) and torch.allclose(g.mu.double(), mu, atol=1e-6)
+
+
+def test_wiener_power_works_on_signed_powers():
+    z, i, _ = skewed()
+    z = z - 5
+    rooted = unit(z.sign() * z.abs().sqrt())
+    powered, usual = train.wiener([(1.0, z, i)], power=0.5), train.wiener([(1.0, rooted, i)])
+    assert torch.allclose(powered(z.float()), usual(rooted.float()), atol=1e-5)
+
+
+def test_wiener_finds_anchors_on_unseen_backgrounds_and_the_transposed_product_does_not():
+    z, i, j = skewed()
+    x, seen = unit(z), j < 25
+    W = train.wiener([(1.0, x[seen], i[seen])], 1e-3).W.double()
+    anchor = torch.stack([x[i == k].mean(0) for k in range(80)])[i] - x.mean(0)
+
+    def error(W):
+        return float(((x - x.mean(0)) @ W - anchor)[~seen].square().sum() / anchor[~seen].square().sum())
+
+    assert error(W) < 0.8 * error(W.T) and error(W) < error(torch.eye(6).double())
+
+
+def test_maps_make_backgrounds_that_were_never_seen_matter_less():
+    z, i, j, _, c = grid(60, 60, 0.15, 32, 0.05)
+    z = z - c[j] + 3 * c[j][:, :4] @ gaussian(4, 32, seed=7)  # backgrounds vary in four directions only
+    seen, before = j < 40, share_within(unit(z)[j >= 40], i[j >= 40])
+    cells = z[seen], i[seen], j[seen]
+    for g in (train.wiener([(1.0, *cells[:2])], 0.1), train.nullspace(*cells, 4), train.leace(*cells, 4)):
+        assert share_within(g(z.float())[~seen], i[~seen]) < 0.5 * before
+
+
+def test_nullspace_is_a_projection_after_which_no_background_effect_is_left():
+    z, i, j, _, _ = grid(40, 6, 0.5, 20, 0.1)
+    g = train.nullspace(z, i, j)
+    W, (before, after) = g.W, (additive_solve(x, i, j)[2].norm() for x in (unit(z), g(z.float())))
+    assert torch.allclose(W, W.T, atol=1e-6) and torch.allclose(W @ W, W, atol=1e-5)
+    assert after < 1e-4 * before
+
+
+@pytest.mark.parametrize("eraser", [train.nullspace, train.leace])
+@pytest.mark.parametrize("m, k, removed", [(6, 32, 5), (6, 3, 3), (30, 32, 20)])
+def test_erasers_remove_no_more_directions_than_backgrounds_span(eraser, m, k, removed):
+    z, i, j, _, _ = grid(40, m, 0.5, 20, 0.3)
+    rest = torch.eye(20) - eraser(z, i, j, k).W
+    assert int((torch.linalg.svdvals(rest) > 1e-3).sum()) == removed
+
+
+def explained(x, target):
+    """R2 of the least-squares prediction of target from x, on the data that it is fitted on."""
+    x, target = torch.cat([x.double(), torch.ones(len(x), 1)], 1), target - target.mean(0)
+    rest = target - x @ torch.linalg.lstsq(x, target, driver="gelsd", rcond=1e-5).solution
+    return 1 - float(rest.square().sum() / target.square().sum())
+
+
+@pytest.mark.parametrize("k", [2, 32])
+def test_leace_leaves_nothing_that_a_linear_probe_could_find(k):
+    z, i, j, _, _ = grid(60, 8, 0.5, 24, 0.3)
+    u, s, _ = torch.linalg.svd(additive_solve(unit(z), i, j)[2], full_matrices=False)
+    concept = (u * s)[:, : min(k, 7)][j]
+    maps = unit, train.leace(z, i, j, k), train.nullspace(z, i, j, k)
+    raw, erased, projected = (explained(g(z.float()), concept) for g in maps)
+    assert raw > 0.5 and erased < 1e-4 and projected > 1e-3  # projecting the means out is not enough
+
+
+def test_contrast_trains_the_linear_map_and_starts_at_the_closed_form(capsys):
+    z, i, j, _, _ = grid(12, 8, 0.5, 6, 0.5)
+    mu, a, _ = additive_solve(unit(z), i, j)
+    r, closed = unit(z) - mu - a[i], train.wiener([(1.0, z, i)], 0.1).W.double()
+
+    def loss(W):
+        """Every virtual composite a_i + r_k is to point at anchor i."""
+        cosine = unit((a[:, None] + r) @ W) @ unit(a @ W).T  # [n, N, n]
+        return F.cross_entropy(20 * cosine.flatten(0, 1), torch.arange(12).repeat_interleave(len(r)))
+
+    g = train.contrast(train.wiener([(1.0, z, i)], 0.1), z, i, j, 0, 60, 0.02)
+    said = [float(v) for v in re.findall(r"step \d+: loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(said) == 3 and said[0] == pytest.approx(loss(closed).item(), abs=1e-4)
+    assert loss(g.W.double()) < loss(closed) - 0.01 and not g.W.requires_grad
+    with complaint("--bap_map=linear", "not finite", "--learning_rate"):
+        train.contrast(train.wiener([(1.0, z, i)]), z, i, j, 0, 9, 1e38)
+
+
+def test_a_trained_map_is_a_run_of_its_own(files, plain, tmp_path):
+    assert bap(files, tmp_path, "--bap_map=linear --steps=20 --learning_rate=0.01") == 0
+    a, b = (saved(out / "ckpt.pt")["map"] for out in (plain, tmp_path))
+    assert torch.equal(a["mu"], b["mu"]) and 1e-4 < (a["W"] - b["W"]).norm() / a["W"].norm() < 1
+    check_method(tree(tmp_path)["methods"]["bap"])
+
+
+def test_invariance_compares_two_composites_of_one_foreground_and_of_two():
+    z, i = torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1], [0, 2]]), torch.tensor([0, 0, 1, 1])
+    samples = SimpleNamespace(place=torch.zeros(4).long(), split=torch.tensor([0, 1, 2, 2]))
+    v = train.invariance(lambda z: z, z, i, z, z, samples, 1.0, 0)
+    assert (v["cos_within"], v["cos_between"]) == pytest.approx(((0.6 + 1) / 2, (0 + 0 + 0.8 + 0.8) / 4))
+    assert v["place_probe_raw"] is None  # one place only
+
+
+# --- foregrounds of the target: cut out, or by their masks
+
+
+def test_cutter_learns_from_composites_to_cut_foregrounds_out_of_others():
+    kinds = ("foregrounds", data.Cutout), ("backgrounds", data.Ground)
+    figures, grounds = (data.layers(data.ASSETS / name, kind, name)[0] for name, kind in kinds)
+    cells, encoder = data.composites(figures, grounds, 40, 2, 0)[0], load_encoder("lite0", device="cpu")
+    cutter, overlap = train.Cutter(encoder, cells[:64]), []
+    with torch.inference_mode():
+        masks = cutter.masks(torch.stack([encoder.transform(c.image()) for c in cells[64:]]))
+    assert masks.shape == (16, cutter.grid[0] * cutter.grid[1]) and 0 <= masks.min() and masks.max() <= 1
+    for c, mask in zip(cells[64:], masks, strict=True):
+        cut, true = cutter.cut(c, mask).image().getchannel("A"), c.alpha()
+        cut, true = np.asarray(cut) > 128, np.asarray(true) > 128
+        overlap.append((cut & true).sum() / (cut | true).sum())
+    assert 0.5 < cutter.iou <= 1 and np.mean(overlap) > 0.5
+    assert cutter.iou == pytest.approx(np.mean(overlap), abs=0.2)
+
+
+def test_a_cut_lies_in_the_box_that_the_encoder_saw():
+    whole = SimpleNamespace(image=lambda: Image.new("RGB", (40, 20), "red"))
+    cut = train.Cut(whole, bytes([255]), (1, 1), (0.25, 0.0, 0.75, 1.0)).image()
+    assert cut.mode == "RGBA" and cut.getchannel("A").getbbox() == (10, 0, 30, 20)
+
+
+@pytest.mark.parametrize("iou, last", [(0.6, 0.49), (0.59, 0.49), (1.0, 0.51)])
+def test_a_cutter_is_not_trusted_if_it_misses_foregrounds_or_finds_implausible_ones(monkeypatch, iou, last):
+    shares, trusted = [0.01, 0.3, 0.3, 0.03, 0.6, last], iou >= 0.6 and last < 0.5
+    fake = SimpleNamespace(iou=iou, masks=None, name="", cut=lambda picture, mask: picture)
+    monkeypatch.setattr(train, "Cutter", lambda encoder, scenes, seed: fake)
+    encoder = SimpleNamespace(embed=lambda pictures, *_: torch.tensor([[shares[p]] * 9 for p in pictures]))
+    assert train.cut_own(encoder, list(range(6)), [0], 0) == ([1, 2, 3, 5] if trusted else [])
+
+
+def test_own_foregrounds_stand_on_several_backgrounds_of_the_composites():
+    items, i, j = train.own_composites(["x", "y"], list("abcdefgh"), 3)
+    assert i.tolist() == [0] * train.OWN_PER + [1] * train.OWN_PER and len(set(j.tolist())) > 2
+    pairs = [("xy"[a], "abcdefgh"[b]) for a, b in zip(i, j, strict=True)]
+    assert [(c.figure, c.ground) for c in items] == pairs
+    assert train.own_composites(["x", "y"], list("abcdefgh"), 3)[0] == items
+
+
+def test_training_foregrounds_go_by_their_masks_onto_other_backgrounds(files):
+    samples, seen = samples_of(files, masks=str(files / "most/masks")), {}
+    samples.cut[1] = None
+    grounds, land, water = (data.layers(files / k, data.Ground, k)[0] for k in ("photos", "land", "water"))
+
+    def embed(pictures, label):
+        seen[label] = pictures
+        return torch.arange(float(len(pictures)))[:, None]
+
+    encoder, masked = SimpleNamespace(embed=embed), [k for k in range(32) if k != 1]
+    out = train.recomposed(encoder, samples, grounds, [land, water], 0)
+    for name, choices in (("copy_paste", (grounds, grounds)), ("balanced_train", (land, water))):
+        assert [c.figure for c in seen[name]] == [samples.cut[k].figure for k in masked for _ in range(2)]
+        assert all(c.ground in choices[k % 2] for k, c in enumerate(seen[name]))
+        assert out[name][1].tolist() == [int(samples.y[k]) for k in masked for _ in range(2)]
+        assert out[name][0][:, 0].tolist() == list(range(62))
+    a, b = (np.asarray(v.image()).astype(int) for v in (samples.items[0], seen["copy_paste"][0]))
+    inside = np.asarray(Image.open(files / "most/masks/0.png")) == 255
+    assert (a[inside] == b[inside]).all() and (a[~inside] != b[~inside]).mean() > 0.9
+    assert train.recomposed(encoder, samples, grounds, [], 0).keys() == {"copy_paste"}
+
+
+def test_the_smallest_convolutional_clip_cuts_out_foregrounds_too(files, tmp_path, capsys):
+    assert bap(files, tmp_path, "--model=tiny-conv --pretrained=none") == 0
+    assert "cutter: IoU" in capsys.readouterr().out
 
 
 # --- BAP on the encoder itself
 
+FINE = "--train=last_blocks --steps=6 --pairs=8 --learning_rate=0.001 --save_every=2"
 
-def fine(files, out, part, *more):
-    return words(
-        files,
-        out,
-        f"--train={part}",
-        "--steps=40",
-        "--pairs=16",
-        "--learning_rate=0.001",
-        *more,
-    )
+
+@pytest.fixture(scope="module")
+def fine(files):
+    """A run that pre-trains the encoder's last blocks for a few steps."""
+    assert bap(files, files / "fine", FINE) == 0
+    return files / "fine"
+
+
+def test_a_pretrained_encoder_comes_with_what_belongs_to_it(files, fine):
+    r, old, new = tree(fine), tiny(files), tiny(files, fine / "weights.safetensors")
+    for name in ("bap", "bap_map", "bap_both"):
+        check_method(r["methods"][name])
+    assert all(0 <= r["zero_shot"][k]["overall"] <= 1 for k in ("before", "after"))
+    assert "<h2>Zero-shot</h2>" in (fine / "report.html").read_text()
+    kept, samples = model.load_checkpoint(fine / "ckpt.pt", new), samples_of(files, "all")
+    assert set(kept["probes"]) == {"erm", "bap", "val_probe_bap"}  # no probe of the encoder as it was
+    with complaint("not with the weights"):
+        model.load_checkpoint(fine / "ckpt.pt", old)
+    z = new.embed(samples.items)
+    for name, g in (("erm", unit), ("bap", model.load_map(kept))):
+        assert groups_of(kept, name, z, samples, g) == r["methods"]["bap"]["groups"]
+
+
+def test_pretraining_of_the_encoder_resumes_to_the_same_numbers(files, fine, tmp_path, monkeypatch, capsys):
+    before_call(monkeypatch, torch.nn.utils, "clip_grad_norm_", 4, stop)
+    assert bap(files, tmp_path, FINE) == 130 and saved(tmp_path / "training.pt")["step"] == 2
+    refused(capsys, words(files, tmp_path, f"{FINE} --resume --pairs=9"), "--pairs=8", "same flags")
+    assert bap(files, tmp_path, f"{FINE} --resume") == 0
+    assert numbers(tmp_path) == numbers(fine) and same(weights(tmp_path), weights(fine))
+    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(fine))
 
 
 @pytest.mark.parametrize("part", ["last_blocks", "image"])
-def test_encoder_is_pretrained_toward_the_anchors(files, tmp_path, capsys, part):
-    assert run(fine(files, tmp_path, part)) == 0
-    said = capsys.readouterr().out
-    found = [float(v) for v in re.findall(r"L_anchor ([\d.]+)", said)]
-    assert len(found) == 2 and found[-1] < 0.9 * found[0] and "zero-shot" in said
-    tree = results(tmp_path)
-    for name in ("bap", "bap_map", "bap_both"):
-        check_method(tree["methods"][name], (8, 7, 6, 5))
-    assert all(0 <= tree["zero_shot"][k]["overall"] <= 1 for k in ("before", "after"))
-    assert "<h2>Zero-shot</h2>" in (tmp_path / "report.html").read_text()
-    first, last = (
-        model.load_encoder("tiny"),
-        model.load_encoder("tiny", str(tmp_path / "weights.safetensors")),
-    )
-    kept = model.load_checkpoint(tmp_path / "ckpt.pt", last)
-    assert kept["config"]["train"] == part and set(kept["probes"]) == {
-        "erm",
-        "bap",
-        "val_probe_bap",
-    }  # no probe of the encoder as it was
-    with pytest.raises(data.Complaint, match="not with the weights"):
-        model.load_checkpoint(tmp_path / "ckpt.pt", first)
-    a, b = first.module.state_dict(), last.module.state_dict()
-    changed = {k for k in a if not torch.equal(a[k], b[k])}
+def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
+    (cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")
+    how = dict(train=part, steps=16, pairs=16, learning_rate=1e-3, out_dir=str(tmp_path))
+    z, config = encoder.embed(cells), {**tree(plain)["config"], **how}
+    trained, _ = train.pretrain(encoder, cells, [(1.0, z, i)], j, samples, 0, tmp_path, config)
+    mu, a, _ = additive_solve(z, i, model.renumber(j))
+    before, after = ((v - (mu + a)[i]).square().sum() for v in (z, trained.embed(cells)))
+    assert after < 0.8 * before
+    old, new = encoder.module.state_dict(), trained.module.state_dict()
+    changed = {k for k in old if not torch.equal(old[k], new[k])}
     late = {
-        k for k in a if k.startswith(("visual.transformer.resblocks.3.", "visual.ln_post", "visual.proj"))
+        k for k in old if k.startswith(("visual.transformer.resblocks.3.", "visual.ln_post", "visual.proj"))
     }
-    assert changed <= (late if part == "last_blocks" else {k for k in a if k.startswith("visual.")}) and len(
-        changed
-    ) > 0.8 * len(late)
-    samples = data.load_data(f"waterbirds:{files / 'all/set'}")
-    z, test = last.embed(samples.items), samples.split == 2
-    for probe, name, g in (("erm", "bap", model.unit), ("bap", "bap", model.load_map(kept))):
-        right = model.Probe(**kept["probes"][probe]).predict(g(z)) == samples.y
-        found = model.group_metrics(right[test], samples, test.nonzero()[:, 0])["groups"]
-        groups = tree["methods"][name]["groups"]
-        assert [v["accuracy"] for v in found] == [v["accuracy"] for v in groups]
+    wanted = late if part == "last_blocks" else {k for k in old if k.startswith("visual.")}
+    assert changed <= wanted and len(changed) > 0.8 * len(wanted)
 
 
-def test_pretraining_of_the_encoder_resumes_to_the_same_numbers(files, tmp_path, monkeypatch):
-    assert run(fine(files, tmp_path / "whole", "last_blocks", "--save_every=10")) == 0
-    real, count = model.embeddings, []
-
-    def interrupted(*arguments):
-        count.append(1)
-        if len(count) == 25:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(
-        model, "embeddings", interrupted
-    )  # train.py's own name: the steps, not the cached embeddings
-    assert run(
-        fine(files, tmp_path / "cut", "last_blocks", "--save_every=10")
-    ) == 130 and "training.pt" in os.listdir(tmp_path / "cut")
-    assert torch.load(tmp_path / "cut/training.pt", weights_only=True)["step"] in (10, 20)
-    monkeypatch.undo()
-    assert (
-        run(
-            fine(
-                files, tmp_path / "cut", "last_blocks", "--save_every=10", "--resume", "--learning_rate=0.01"
-            )
-        )
-        == 2
-    )
-    assert run(fine(files, tmp_path / "cut", "last_blocks", "--save_every=10", "--resume")) == 0
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole") and "training.pt" not in os.listdir(
-        tmp_path / "cut"
-    )
-
-
-def test_loss_of_the_encoder_by_hand(script):
+def test_loss_of_the_encoder_by_hand():
     anchors, mu = torch.tensor([[1.0, 0], [-1, 0]]), torch.tensor([1.0, 1])
     z, y = torch.tensor([[2.0, 1], [1, 1], [0, 2]]), torch.tensor([0, 0, 1])
     task = SimpleNamespace(y=y, mu=mu, anchors=anchors, read=lambda v: v, text_weight=0.1)
-    terms = script.anchor_cost(dict(z=z), torch.arange(3), task)
+    terms = train.anchor_cost(dict(z=z), torch.arange(3), task)
     assert terms["L_anchor"][0] == 1 and terms["L_anchor"][1].item() == pytest.approx((0 + 1 + 1) / 3)
-    want = []
-    for said, wanted in (([2, 1], [2, 1]), ([1, 1], [2, 1]), ([0, 2], [0, 1])):
-        p, q = softmax(said), softmax(wanted)
-        want.append((q * (np.log(q) - np.log(p))).sum())
-    assert terms["L_text"][0] == 0.1 and terms["L_text"][1].item() == pytest.approx(sum(want) / 3)
+    p, q = (v.double().softmax(1) for v in (z, torch.tensor([[2.0, 1], [2, 1], [0, 1]])))
+    divergence = (q * (q.log() - p.log())).sum(1).mean().item()
+    assert terms["L_text"][0] == 0.1 and terms["L_text"][1].item() == pytest.approx(divergence)
     task.read = None
-    assert set(script.anchor_cost(dict(z=z), torch.arange(3), task)) == {"L_anchor"}
+    assert train.anchor_cost(dict(z=z), torch.arange(3), task).keys() == {"L_anchor"}
 
 
-def softmax(v):
-    e = np.exp(v)
-    return e / e.sum()
+LAST = dict(tf_efficientnet_lite0="blocks.5. blocks.6. conv_head bn2", resnet10t="layer4.")
 
 
-@pytest.mark.parametrize(
-    "name, last, heads",
-    [
-        ("tf_efficientnet_lite0", ("blocks.5.", "blocks.6.", "conv_head", "bn2"), "classifier"),
-        ("resnet10t", ("layer4.",), "fc"),
-        ("test_vit", ("blocks.", "norm."), "head"),
-    ],
-)
-def test_last_blocks_are_the_last_quarter_and_no_classifier(script, name, last, heads):
-    import timm
-
-    module = timm.create_model(name, pretrained=False)
+@pytest.mark.parametrize("name, begins", [*LAST.items(), ("test_vit", "blocks.4. blocks.5. norm.")])
+def test_last_blocks_are_the_last_quarter_and_no_classifier(name, begins):
+    module, begins = timm.create_model(name, pretrained=False), tuple(begins.split())
     config = dict(train="last_blocks", loss="auto")
-    script.choose_parameters(SimpleNamespace(module=module, kind="timm"), script.ANCHORS, config)
+    train.choose_parameters(SimpleNamespace(module=module, kind="timm"), train.ANCHORS, config)
     chosen = {n for n, p in module.named_parameters() if p.requires_grad}
-    assert chosen and all(n.startswith(last) for n in chosen) and not any(n.startswith(heads) for n in chosen)
-    assert {n.split(".")[0] for n in chosen} == {n.split(".")[0] for n in last} and len(chosen) < len(
-        list(module.parameters())
-    )
+    assert chosen == {n for n, _ in module.named_parameters() if n.startswith(begins)}
+    with complaint("--train=last_blocks", "--train=image"):
+        train.last_quarter(["conv1.weight", "head.proj.weight"])
 
 
-def test_last_blocks_of_a_network_without_any_is_one_line(files, tmp_path, capsys):
-    refused(
-        capsys,
-        fine(files, tmp_path, "last_blocks", "--model=tiny-conv", "--pretrained=none", "--own=0"),
-        "--train=last_blocks",
-        "--train=image",
-    )
+PARTS = dict(all="", image="visual.", projection="visual.proj text_projection")
 
 
-def test_the_smallest_convolutional_clip_cuts_out_foregrounds_too(files, tmp_path, capsys):
-    assert run(words(files, tmp_path, "--model=tiny-conv", "--pretrained=none")) == 0
-    assert "cutter: IoU" in capsys.readouterr().out
-
-
-def test_what_another_run_left_is_not_in_the_way(files, tmp_path, monkeypatch):
-    for name in ("training.pt", "partial.pt"):
-        model.save_checkpoint(tmp_path / name, dict(config={}, fingerprint="other"))
-
-    def interrupted(*arguments, **more):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model, "additivity", interrupted)
-    assert (
-        run(words(files, tmp_path, "--resume")) == 2
-        and run(words(files, tmp_path)) == 130
-        and os.listdir(tmp_path) == []
-    )
-
-
-def test_bap_is_not_for_torchrun(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(capsys, words(files, tmp_path), "--method", "torchrun")
-
-
-# --- bad input: exit code 2 and one line
-
-
-def refused(capsys, argv, *expected):
-    assert run(argv) == 2
-    line = capsys.readouterr().err
-    assert (
-        line.startswith("train.py: ") and line.count("\n") == 1 and all(str(w) in line for w in expected)
-    ), line
-
-
-@pytest.mark.parametrize(
-    "word, expected",
-    [
-        ("--instanses=3", ("--instanses", "instances")),
-        ("--instances=many", ("--instances", "whole number")),
-        ("--instances=1", ("--instances", "[8, inf)")),
-        ("--method=magic", ("--method", "bap")),
-        ("--bap_map=cubic", ("--bap_map", "closed or linear")),
-        ("--l2=0", ("--l2",)),
-        ("--l2=inf", ("--l2",)),
-        ("--strength=2", ("--strength",)),
-        ("--data=scene", ("--data", "scenes", "waterbirds")),
-        ("--data=waterbirds:nowhere", ("nowhere", "no such folder")),
-        ("--model=lite1", ("--model=lite1", "lite0")),
-        ("--model=timm:resnet5", ("timm:resnet5", "resnet50")),
-        ("--model=ViT-B-32", ("--pretrained",)),
-        ("--pretrained=nowhere.pt", ("nowhere.pt",)),
-        ("--device=gpu", ("--device",)),
-        ("--dtype=half", ("--dtype",)),
-        ("--quick_gelu=perhaps", ("--quick_gelu",)),
-        ("--foregrounds=nowhere", ("--foregrounds", "no such folder")),
-        ("--masks=nowhere", ("--masks",)),
-        ("--seed=-1", ("--seed",)),
-        ("--own=2", ("--own",)),
-        ("--wandb=paper", ("--wandb", "True or False")),
-        ("--lam=0", ("--lam", "(0, inf)")),
-        ("--train=all", ("--train", "last_blocks")),
-        ("--text_weight=-1", ("--text_weight",)),
-        ("--pairs=1", ("--pairs",)),
-        ("--place_backgrounds=a,b,c", ("--place_backgrounds", "one folder for each")),
-        ("--masks=nowhere", ("--masks", "no such folder")),
-        (f"--out_dir={__file__}/out", ("--out_dir", "may be written")),
-    ],
-)
-def test_bad_flag_is_one_line_and_exit_code_2(files, tmp_path, capsys, word, expected):
-    refused(capsys, words(files, tmp_path / "out", word), *expected)
-    assert not (tmp_path / "out/results.json").exists()
-
-
-def test_bad_confounder(tmp_path, capsys):
-    refused(capsys, ["--confounder=0", f"--out_dir={tmp_path}", "--model=tiny"], "--confounder")
-
-
-def test_in_a_process_of_its_own_stderr_is_that_one_line(files, tmp_path):
-    birds(tmp_path, ((8, 0, 0, 8), (2, 2, 2, 2), (2, 2, 2, 2)))
-    (tmp_path / "set/3.png").write_bytes((tmp_path / "set/3.png").read_bytes()[:500])
-    job = process([*words(files, tmp_path / "out", "--own=0"), f"--data=waterbirds:{tmp_path / 'set'}"])
-    _, problem = job.communicate(timeout=100)
-    assert (
-        job.returncode == 2
-        and problem.count("\n") == 1
-        and "set/3.png" in problem
-        and not (tmp_path / "out/results.json").exists()
-    )
-
-
-def test_skip_bad_counts_and_names_what_is_left_out(files, tmp_path, capsys):
-    birds(tmp_path, ((8, 0, 0, 8), (3, 3, 3, 3), (3, 3, 3, 3)))
-    for k in (3, 30):
-        (tmp_path / f"set/{k}.png").write_bytes(b"")
-    argv = [*words(files, tmp_path / "out"), f"--data=waterbirds:{tmp_path / 'set'}", "--skip_bad=True"]
-    assert run(argv) == 0
-    said = capsys.readouterr().out
-    assert "set/3.png" in said and "set/30.png" in said and "2 of 40 skipped" in said
-    assert sum(g["n"] for g in results(tmp_path / "out")["methods"]["bap"]["groups"]) == 11
-
-
-def test_skip_bad_that_leaves_a_class_without_images_says_so(files, tmp_path, capsys):
-    birds(tmp_path, ((8, 0, 0, 8), (2, 2, 1, 0), (2, 2, 2, 2)))
-    (tmp_path / "set/20.png").write_bytes(b"")
-    refused(
-        capsys,
-        [*words(files, tmp_path / "out"), f"--data=waterbirds:{tmp_path / 'set'}", "--skip_bad=True"],
-        "split 1 (val)",
-        "class 1",
-    )
-
-
-def test_full_disk_leaves_nothing_half_written(files, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(data.os, "fsync", full)
-    refused(
-        capsys,
-        words(files, tmp_path / "out", f"--cache_dir={tmp_path / 'cache'}"),
-        tmp_path,
-        "free some space",
-    )
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-
-
-def test_out_dir_that_is_a_file(files, tmp_path, capsys):
-    (tmp_path / "out").write_text("mine")
-    refused(capsys, words(files, tmp_path / "out"), tmp_path / "out")
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_weights_full_of_nan_name_the_picture(files, tmp_path, capsys):
-    state = model.load_encoder("tiny", device="cpu").module.state_dict()
-    state["visual.proj"] = state["visual.proj"] * torch.nan
-    torch.save(state, tmp_path / "w.pt")
-    refused(capsys, words(files, tmp_path / "out", f"--pretrained={tmp_path / 'w.pt'}"), "not finite")
+@pytest.mark.parametrize("part, begins", [*PARTS.items(), ("text", "token pos trans ln_final text_proj")])
+def test_train_chooses_what_changes(part, begins):
+    encoder, begins = tiny(), tuple(begins.split()) or ("",)
+    train.choose_parameters(encoder, train.METHODS["finetune"], dict(train=part, loss="auto"))
+    chosen = {n for n, p in encoder.module.named_parameters() if p.requires_grad} - {"logit_scale"}
+    wanted = {n for n, _ in encoder.module.named_parameters() if n.startswith(begins)} - {"logit_scale"}
+    assert chosen == wanted and encoder.module.logit_scale.requires_grad
 
 
 # --- other shapes of the problem
 
 
 def test_three_classes_on_three_places_with_the_least_of_everything(files, tmp_path):
-    birds(tmp_path, ((6, 0, 0, 0, 6, 0, 0, 0, 6), (2,) * 9, (2,) * 9), 3, 3)
-    argv = [
-        *words(files, tmp_path / "out", "--instances=8", "--per_instance=2"),
-        f"--data=waterbirds:{tmp_path / 'set'}",
-    ]
-    assert run(argv) == 0
-    for m in results(tmp_path / "out")["methods"].values():
-        assert [(g["y"], g["place"], g["n"]) for g in m["groups"]] == [
-            (y, p, 2) for y in range(3) for p in range(3)
-        ]
+    counts = ["6 0 0 0 6 0 0 0 6", "2 2 2 2 2 2 2 2 2", "2 2 2 2 2 2 2 2 2"]
+    assert bap(files, tmp_path / "out", f"--instances=8 {birds(tmp_path, counts, 3)}") == 0
+    groups = [(y, place, 2) for y in range(3) for place in range(3)]
+    for m in tree(tmp_path / "out")["methods"].values():
+        assert [(g["y"], g["place"], g["n"]) for g in m["groups"]] == groups
 
 
-def test_help_prints_the_block_of_defaults(capsys):
-    assert run(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert (
-        all(f"\n{k}" in shown for k in ("out_dir", "data", "foregrounds", "model", "seed"))
-        and "def main" not in shown
-    )
+NICO = ["grass/car", "grass/truck", "water/car", "water/truck"]
+FOLDER = ["train/box", "train/egg", "val/box", "val/egg", "test/box", "test/egg"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "counteranimal", "nico"])
-def test_other_data_sets_are_trained_on_too(files, tmp_path, kind):
-    """Without places; pairs, 100 % correlated by their own splits."""
-    names = {
-        "folder": [f"{s}/{c}" for s in ("train", "val", "test") for c in ("box", "egg")],
-        "counteranimal": [
-            "10 brambling/common-grass",
-            "10 brambling/counter-sky",
-            "16 bulbul/common-sky",
-            "16 bulbul/counter-grass",
-        ],
-        "nico": [f"{p}/{c}" for p in ("grass", "water") for c in ("car", "truck")],
-    }[kind]
-    for a, name in enumerate(names):
-        (tmp_path / "set" / name).mkdir(parents=True)
-        for k in range(10):
-            image, shape = ground(100 * a + k, PLACES[a % 2]), figure(100 * a + k, a % 2)
-            image.paste(shape, (0, 0), shape)
-            image.save(tmp_path / "set" / name / f"{k}.png")
-    pair = {"folder": "", "counteranimal": "brambling,bulbul", "nico": "car,truck"}[kind]
-    more = "--own=0", f"--data={kind}:{tmp_path / 'set'}", f"--classes={pair}"
-    assert run(words(files, tmp_path / "out", *more)) == 0
-    r = results(tmp_path / "out")
-    groups = r["methods"]["bap"]["groups"]
-    assert len(groups) == (2 if kind == "folder" else 4) and (r["invariance"]["place_probe_raw"] is None) == (
-        kind == "folder"
-    )
-    assert any("100 % correlated" in n for n in r["notes"]) == (kind != "folder")
+@pytest.mark.parametrize("kind, folders, pair", [("nico", NICO, "car,truck"), ("folder", FOLDER, "")])
+def test_sets_without_places_and_pairs_are_trained_on_too(files, tmp_path, kind, folders, pair):
+    for a, k in np.ndindex(len(folders), 10):
+        photo(tmp_path / "set" / folders[a] / f"{k}.png", 100 * a + k, a % 2, a % 2)
+    assert bap(files, tmp_path / "out", f"--own=0 --data={kind}:{tmp_path / 'set'} --classes={pair}") == 0
+    r, bare = tree(tmp_path / "out"), kind == "folder"
+    assert len(r["methods"]["bap"]["groups"]) == (2 if bare else 4)
+    assert (r["invariance"]["place_probe_raw"] is None) == bare
+    assert any("100 % correlated" in n for n in r["notes"]) != bare
 
 
-# --- fine-tuning: losses by hand
+# --- fine-tuning: losses, draws and the pass through the network, by hand
 
 
-@pytest.fixture(scope="module")
-def script():
-    """train.py as a module."""
-    import train
-
-    return train
-
-
-def by_hand(cos, state, y, tau):
-    """RaVL's L_R and L_A as their definition reads, sums of exponentials and loops; cos [B][R][C]."""
-    B = range(len(y))
-    rest = [[cos[i][r] for r in range(len(state[i])) if state[i][r] == 0] for i in B]
-    spurious = [cos[i][r] for i in B for r in range(len(state[i])) if state[i][r] == 1]
+def ravl_by_definition(cos, state, y, tau):
+    """RaVL's L_R and L_A as their definition reads, sums of exponentials and loops; cos [B, R, C]."""
+    regions = list(np.ndindex(state.shape))
+    spurious = [cos[at] / tau for at in regions if state[at] == 1]
+    rest = {i: [cos[at] / tau for at in regions if at[0] == i and state[at] == 0] for i in range(len(y))}
+    rest = {i: rows for i, rows in rest.items() if rows}
 
     def sigma(i, c):
-        return np.exp(max(v[c] for v in rest[i]) / tau)
+        return np.exp(max(v[c] for v in rest[i]))
 
-    labels = sorted({int(v) for v in y})
-    L_R, L_A = [], []
-    for i in B:
-        if not rest[i]:
-            continue
-        down_R = sum(sigma(i, c) for c in labels) + sum(
-            np.exp(max(v[c] for c in labels) / tau) for v in spurious
-        )
-        down_A = (
-            sigma(i, y[i])
-            + sum(sigma(j, y[i]) for j in B if y[j] != y[i] and rest[j])
-            + sum(np.exp(v[y[i]] / tau) for v in spurious)
-        )
-        L_R.append(-np.log(sigma(i, y[i]) / down_R))
-        L_A.append(-np.log(sigma(i, y[i]) / down_A))
+    labels, L_R, L_A = sorted(set(y)), [], []
+    for i in rest:
+        R = sum(sigma(i, c) for c in labels) + sum(np.exp(max(v[labels])) for v in spurious)
+        A = sigma(i, y[i]) + sum(sigma(j, y[i]) for j in rest if y[j] != y[i])
+        A += sum(np.exp(v[y[i]]) for v in spurious)
+        L_R.append(-np.log(sigma(i, y[i]) / R))
+        L_A.append(-np.log(sigma(i, y[i]) / A))
     return np.mean(L_R), np.mean(L_A)
 
 
-def test_region_terms_of_two_images_worked_out_on_paper(script):
+def test_region_terms_of_two_images_worked_out_on_paper():
     # one free region each, along its own class; one spurious region at 45 degrees between the two; tau = 1
-    r, g = torch.tensor([[[1.0, 0], [0.5**0.5, 0.5**0.5]], [[0.0, 1], [1, 0]]]), torch.eye(2)
-    L_R, L_A = script.region_terms(r, torch.tensor([[0, 1], [0, -1]]), g, torch.tensor([0, 1]), 1.0)
-    # for both: sigma(own) = e, sigma(other) = 1, the spurious region e^0.7071: log((e + 1 + e^0.7071) / e)
-    assert L_R.item() == pytest.approx(
-        np.log((np.e + 1 + np.exp(0.5**0.5)) / np.e), abs=1e-6
-    ) and L_A.item() == pytest.approx(L_R.item(), abs=1e-6)
+    half, g, state = 0.5**0.5, torch.eye(2), torch.tensor([[0, 1], [0, -1]])
+    r = torch.tensor([[[1.0, 0], [half, half]], [[0.0, 1], [1, 0]]])
+    terms = [v.item() for v in train.region_terms(r, state, g, torch.tensor([0, 1]), 1.0)]
+    # for both: sigma(own) = e, sigma(other) = 1, the spurious region e^0.7071
+    assert terms == pytest.approx([np.log((np.e + 1 + np.exp(half)) / np.e)] * 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", ["mixed", "none spurious", "some images all spurious", "one class"])
-def test_region_terms_are_the_definition(script, case):
+def test_region_terms_are_the_definition(case):
     g = torch.Generator().manual_seed(3)
-    r, texts = (
-        torch.nn.functional.normalize(torch.randn(*n, 5, generator=g), dim=-1) for n in ((6, 4), (3,))
-    )
+    r, texts = (unit(torch.randn(*n, 5, generator=g)) for n in ((6, 4), (3,)))
     y, state = torch.tensor([0, 0, 1, 2, 1, 0]), torch.randint(0, 2, (6, 4), generator=g)
     state[:, 0], state[2, 3] = 0, -1
     if case == "none spurious":
@@ -707,35 +749,30 @@ def test_region_terms_are_the_definition(script, case):
         state[1], state[4] = 1, torch.tensor([1, 1, -1, 1])
     if case == "one class":
         y[:] = 1
-    r.requires_grad_()
-    L_R, L_A = script.region_terms(r, state, texts, y, 0.07)
-    expected = by_hand((r @ texts.T).detach().double().numpy(), state.tolist(), y.tolist(), 0.07)
-    assert (L_R.item(), L_A.item()) == pytest.approx(expected, rel=1e-4)
+    L_R, L_A = train.region_terms(r.requires_grad_(), state, texts, y, 0.07)
+    wanted = ravl_by_definition((r @ texts.T).detach().double().numpy(), state.numpy(), y.tolist(), 0.07)
+    assert (L_R.item(), L_A.item()) == pytest.approx(wanted, rel=1e-4)
     (L_R + L_A).backward()
     assert r.grad.isfinite().all() and not r.grad[state == -1].any()
 
 
-def test_region_terms_without_any_free_region_are_zero_and_harmless(script):
-    r = torch.nn.functional.normalize(torch.randn(3, 2, 4), dim=-1).requires_grad_()
-    L_R, L_A = script.region_terms(r, torch.ones(3, 2), torch.eye(4)[:2], torch.tensor([0, 1, 0]))
+def test_region_terms_without_any_free_region_are_zero_and_harmless():
+    r = unit(torch.randn(3, 2, 4)).requires_grad_()
+    L_R, L_A = train.region_terms(r, torch.ones(3, 2), torch.eye(4)[:2], torch.tensor([0, 1, 0]))
     (L_R + L_A).backward()
     assert L_R.item() == L_A.item() == 0 and r.grad.eq(0).all()
 
 
-def test_gradient_of_region_terms_reaches_the_map_through_region_pool_and_draws_the_free_region_to_its_label(
-    script,
-):
+def test_gradient_of_region_terms_draws_the_free_region_to_its_label_through_region_pool():
     torch.manual_seed(0)
     m, texts = torch.randn(2, 4, 4, 3, requires_grad=True), torch.eye(3)[:2]
-    boxes, state = torch.tensor([[[0, 0, 2, 2], [2, 0, 4, 2.0]]] * 2), torch.tensor([[0, 1], [0, 1]])
+    boxes, state = torch.tensor([[0, 0, 2, 2], [2, 0, 4, 2.0]] * 2), torch.tensor([[0, 1], [0, 1]])
 
     def pooled(m):
-        return torch.nn.functional.normalize(
-            kernels.region_pool(m, boxes.flatten(0, 1), torch.tensor([0, 0, 1, 1])), dim=-1
-        ).unflatten(0, (2, 2))
+        return unit(kernels.region_pool(m, boxes, torch.tensor([0, 0, 1, 1]))).unflatten(0, (2, 2))
 
     def value(m):
-        return sum(script.region_terms(pooled(m), state, texts, torch.tensor([0, 1]), 0.5))
+        return sum(train.region_terms(pooled(m), state, texts, torch.tensor([0, 1]), 0.5))
 
     value(m).backward()
     assert m.grad[:, :2].abs().sum() > 0 and not m.grad[:, 2:].any()  # nothing lies under the lower half
@@ -745,400 +782,464 @@ def test_gradient_of_region_terms_reaches_the_map_through_region_pool_and_draws_
     assert after[0, 1, :2].max() < before[0, 1, :2].max()  # the spurious region is held off the labels
 
 
-def test_contrastive_and_sigmoid_losses_are_open_clip_s(script):
-    from open_clip.loss import ClipLoss, SigLipLoss
-
-    z, t = (
-        torch.nn.functional.normalize(torch.randn(7, 5, generator=torch.Generator().manual_seed(k)), dim=1)
-        for k in (1, 2)
-    )
-    assert torch.allclose(script.infonce(z, t, torch.tensor(9.0)), ClipLoss()(z, t, torch.tensor(9.0)))
-    assert torch.allclose(
-        script.sigmoid(z, t, torch.tensor(9.0), torch.tensor(-3.0)),
-        SigLipLoss()(z, t, torch.tensor(9.0), torch.tensor(-3.0)),
-    )
+Z, T = (unit(gaussian(7, 5, seed=k).float()) for k in (1, 2))
+SCALE, BIAS = torch.tensor(9.0), torch.tensor(-3.0)
 
 
-def test_spurious_aware_loss_contrasts_only_pairs_that_agree_on_the_feature(script):
-    z, t = (
-        torch.nn.functional.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(k)), dim=1)
-        for k in (1, 2)
-    )
-    f = torch.tensor([True, False, True, False, False, True])
-    inside = [script.infonce(z[f == v], t[f == v], torch.tensor(4.0)) for v in (True, False)]
-    assert torch.allclose(
-        script.infonce(z, t, torch.tensor(4.0), f[:, None] == f), (inside[0] + inside[1]) / 2
-    )
+def test_contrastive_losses_are_open_clip_s_and_the_model_s():
+    wanted = [ClipLoss()(Z, T, SCALE), SigLipLoss()(Z, T, SCALE, BIAS)]
+    assert torch.allclose(train.infonce(Z, T, SCALE), wanted[0])
+    assert torch.allclose(train.sigmoid(Z, T, SCALE, BIAS), wanted[1])
+    for loss, bias, k in (("auto", {}, 0), ("auto", dict(bias=BIAS), 1), ("infonce", dict(bias=BIAS), 0)):
+        e, task = dict(z=Z, t=T, scale=SCALE, **bias), SimpleNamespace(loss=loss)
+        assert torch.allclose(train.contrast_cost(e, None, task)["L_CL"][1], wanted[k])
 
 
-def test_group_dro_weighs_up_the_group_with_the_larger_loss(script):
-    z = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
-    feature = torch.tensor([False, False, True, False])
-    task = SimpleNamespace(y=torch.tensor([0, 0, 1, 1]), feature=feature, C=2, q=torch.full((4,), 0.25))
-    e = dict(z=z, g=torch.eye(2), scale=torch.tensor(2.0))
-    value = script.gdro_cost(e, torch.arange(4), task)["DRO"][1]
+def test_two_pairs_by_hand():
+    z, low, high = torch.eye(2), np.log1p(np.exp(-2.0)), np.log1p(np.exp(-1.0))
+    assert train.infonce(z, z, 2.0).item() == pytest.approx(low, rel=1e-6)
+    assert train.sigmoid(z, z, 2.0, -1.0).item() == pytest.approx(high + high, rel=1e-6)  # 2 - 1, -(0 - 1)
+
+
+def test_spurious_aware_loss_contrasts_only_pairs_that_agree_on_the_feature():
+    feature, ids = torch.tensor([1, 0, 1, 0, 0, 1, 0]).bool(), torch.arange(6, -1, -1)
+    has, task = feature[ids], SimpleNamespace(loss="auto", feature=feature)
+    cost = train.spurious_aware_cost(dict(z=Z, t=T, scale=SCALE), ids, task)["L_CL"][1]
+    with_it, without = (train.infonce(Z[v], T[v], SCALE) for v in (has, ~has))
+    assert torch.allclose(cost, (3 * with_it + 4 * without) / 7)
+
+
+def test_group_dro_weighs_up_the_group_with_the_larger_loss():
+    y, feature = torch.tensor([0, 0, 1, 1]), torch.tensor([False, False, True, False])
+    task = SimpleNamespace(y=y, feature=feature, C=2, q=torch.full((4,), 0.25))
+    e = dict(z=torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]]), g=torch.eye(2), scale=torch.tensor(2.0))
+    value = train.gdro_cost(e, torch.arange(4), task)["DRO"][1]
     low, high = np.log(1 + np.exp(-2)), np.log(1 + np.exp(2))  # right and wrong; group 1 is not in the batch
-    w = 0.25 * np.exp(0.01 * np.array([low, 0, high, low]))
+    w = np.exp(0.01 * np.array([low, 0, high, low]))
     w /= w.sum()
     assert task.q.tolist() == pytest.approx(w, rel=1e-5)
     assert value.item() == pytest.approx((w * [low, 0, high, low]).sum(), rel=1e-5)
+    assert train.erm_cost(e, torch.arange(4), task)["CE"][1].item() == pytest.approx((3 * low + high) / 4)
 
 
-def counted(script, method, task, draws=400):
-    """How often each image is drawn, as a share [n]."""
-    draw = script.METHODS[method].draw(task, 50)
-    assert torch.equal(draw(3), script.METHODS[method].draw(task, 50)(3))
-    rows = torch.cat([draw(k) for k in range(draws)])
-    return torch.bincount(rows, minlength=len(task.y)).double() / (50 * draws)
+def counted(method, task, draws=400):
+    """How often each image is drawn, as a share [n]; draws are functions of the step alone."""
+    draw = train.METHODS[method].draw(task, 50)
+    rows = [draw(k) for k in range(draws)]
+    assert torch.equal(rows[3], train.METHODS[method].draw(task, 50)(3))
+    return torch.bincount(torch.cat(rows), minlength=len(task.y)).double() / (50 * draws)
 
 
-def test_images_are_drawn_as_the_methods_say(script):
+def test_images_are_drawn_as_the_methods_say():
     y, n = torch.tensor([0] * 60 + [1] * 40), torch.arange(100)
     weight = torch.where(n < 5, 20.0, 1.0)
     task = SimpleNamespace(y=y, feature=(n % 10 == 0) ^ (y == 1), C=2, weight=weight, seed=0)
-    share = counted(script, "finetune", task, 4)
-    assert share.min() == share.max()  # two epochs, each image once in each
+    assert counted("finetune", task, 4).unique().tolist() == [0.01]  # two epochs, each image once in each
     group = 2 * y + task.feature.long()
     for method, wanted in (("upsampled", [0.3, 0.3, 0.2, 0.2]), ("vl_gdro", [0.25] * 4)):
-        share = counted(script, method, task)
-        per = torch.stack([share[group == g].sum() for g in range(4)])
-        assert torch.allclose(per, torch.tensor(wanted).double(), atol=0.02), method
-    share = counted(script, "jtt", task)
+        share = counted(method, task)
+        assert [float(share[group == g].sum()) for g in range(4)] == pytest.approx(wanted, abs=0.02), method
+    share = counted("jtt", task)
     assert (share[:5].mean() / share[5:].mean()).item() == pytest.approx(20, rel=0.15)
-    share = counted(script, "subg", task, 16)
+    share = counted("subg", task, 16)
     assert [int((share[group == g] > 0).sum()) for g in range(4)] == [4, 4, 4, 4]
 
 
-def test_clusters_used_are_those_as_frequent_in_each_class_not_the_class_s_own_object(script):
-    def gap(*n):
-        return {str(k): dict(n_in=a, n_out=b) for k, (a, b) in enumerate(n)}
+def test_learning_rate_warms_up_and_falls_as_a_cosine():
+    rates = np.array([train.rate(step, 100, 2.0) for step in range(100)])
+    assert rates[:10] == pytest.approx(0.2 * np.arange(1, 11))
+    assert rates[10:] == pytest.approx(1 + np.cos(np.pi * np.arange(90) / 90))
 
-    def cluster(i, score, kept, *n):
-        return dict(id=i, kept=kept, score=score, gaps=gap(*n))
 
-    found = SimpleNamespace(
-        kept=[3, 0, 2, 1],
-        clusters=[
-            cluster(3, 0.80, True, (97, 1), (33, 36)),  # nearly every image of a class: its object; worth .39
-            cluster(0, 0.78, True, (47, 51), (31, 38)),  # .75
-            cluster(2, 0.70, True, (48, 50), (41, 28)),  # .63
-            cluster(1, 0.30, True, (48, 52), (33, 36)),  # even, but weak: .30
-            cluster(4, 9.0, False, (50, 50), (50, 50)),
-        ],
+def test_one_pass_gives_images_their_regions_and_their_texts(files):
+    encoder, samples, ids = tiny(files), samples_of(files), torch.tensor([4, 0, 0, 5])
+    pictures, _ = data.load_regions("grid:2", samples.items[:6], encoder.frame)
+    z, r = (unit(v) for v in model.region_embeddings(encoder, pictures))
+    task, towers = train.pairs_of(samples, "place", 8), train.Towers(encoder.module, "open_clip")
+    task.boxes = torch.stack([p.seen() for p in pictures])
+    forward = train.forward_of(towers, encoder, task, train.METHODS["ravl"])
+    with torch.no_grad():
+        e = forward(torch.stack([encoder.transform(samples.items[k].image()) for k in ids]), ids)
+    wanted = dict(z=z[ids], r=r.unflatten(0, (6, 4))[ids], t=encoder.texts([task.captions[k] for k in ids]))
+    wanted.update(g=encoder.texts(task.prompts), scale=encoder.module.logit_scale.exp())
+    assert e.keys() == wanted.keys() and all(torch.allclose(e[k], wanted[k], atol=1e-4) for k in e)
+
+
+@pytest.mark.parametrize("room, kept", [(0, 0), (1 << 20, 4)])
+def test_images_are_decoded_ahead_and_kept_while_they_fit(files, monkeypatch, room, kept):
+    monkeypatch.setattr(train, "ROOM", room)
+    encoder, items = tiny(), samples_of(files).items[:30]
+    feed = train.Feed(items, encoder)
+    for ids in ([3, 1, 29], [1, 2, 3]):
+        feed.ahead(torch.tensor(ids))
+        assert torch.equal(feed.get(), torch.stack([encoder.transform(items[k].image()) for k in ids]))
+    assert len(feed.kept) == kept
+    feed.close()
+
+
+def test_just_train_twice_weighs_what_a_first_quarter_leaves_wrong(files, monkeypatch):
+    encoder, task, calls = tiny(files), train.pairs_of(samples_of(files), "class", 8), []
+    start = {k: v.clone() for k, v in encoder.module.state_dict().items()}
+
+    def fit(encoder, task, row, config):
+        calls.append((row, config["steps"]))
+        encoder.module.visual.proj.data.neg_()
+
+    monkeypatch.setattr(train, "fit", fit)
+    weight = train.first_errors(encoder.with_module(encoder.module), task, dict(steps=43))
+    assert calls == [(train.METHODS["finetune"], 10)] and same(encoder.module.state_dict(), start)
+    wrong = (-unit(encoder.embed(task.items)) @ encoder.texts(task.prompts).T).argmax(1) != task.y
+    assert 0 < wrong.sum() < 32 and weight.tolist() == [20.0 if v else 1.0 for v in wrong.tolist()]
+
+
+def test_captions_name_the_class_or_the_place_too_and_must_be_there(files):
+    samples = samples_of(files)
+    bare, full = (train.pairs_of(samples, kind, 8).captions for kind in ("class", "place"))
+    places = [samples.places[k] for k in samples.place[samples.split == 0].tolist()]
+    assert full == [f"{text.rstrip('.')}, {place}" for text, place in zip(bare, places, strict=True)]
+    assert len(set(bare)) == 2 and len(set(full)) == 4
+    samples.captions[3] = " "
+    with complaint("1 of 32 images have no caption", "number 3", "--captions=class"):
+        train.pairs_of(samples, "own", 8)
+    with complaint("images are of one class"):
+        train.pairs_of(samples.keep((samples.split > 0) | (samples.y == 0)), "class", 8)
+
+
+# --- what discover.py found
+
+CLUSTERS = [dict(id=k, kept=k != 1) for k in (2, 0, 1)]
+
+
+def written(folder, clusters=CLUSTERS, **changes):
+    """A small discovery of three clusters in R^4, as discover.py writes it, with changes; None: without."""
+    arrays = dict(medoids=np.eye(3, 4, dtype="float32"), mean=np.zeros(4, "float32"), clipped=np.array(True))
+    arrays.update(fingerprint="f", regions="grid:3", region_encoder="pool", data="scenes", paths=["a", "b"])
+    arrays.update(image=np.array([0, 0, 1]), box=np.zeros((3, 4), "float32"), label=np.array([2, 0, 1]))
+    folder.mkdir(exist_ok=True, parents=True)
+    np.savez(folder / "discovery.npz", **{k: v for k, v in {**arrays, **changes}.items() if v is not None})
+    config = dict(model="tiny", pretrained="", quick_gelu="auto", embeddings="", method="ravl")
+    data.write_json(folder / "discovery.json", dict(config=config, clusters=clusters))
+    return folder
+
+
+def test_load_discovery(tmp_path):
+    folder = written(tmp_path / "out")
+    for path in (folder, folder / "discovery.json", str(folder)):
+        v = train.load_discovery(path)
+        assert v.kept == [2, 0] and v.clusters == CLUSTERS and v.clipped is True and v.paths == ["a", "b"]
+        assert (v.fingerprint, v.regions, v.region_encoder, v.data) == ("f", "grid:3", "pool", "scenes")
+        assert torch.equal(v.medoids, torch.eye(3, 4)) and not v.mean.any() and v.box.shape == (3, 4)
+        assert v.image.tolist() == [0, 0, 1] and v.label.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["discovery.json", "discovery.npz"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"clusters": [1]}', "cut", "bits", None])
+def test_a_damaged_discovery_is_one_line(tmp_path, name, content):
+    path = written(tmp_path / "out") / name
+    a, b = path.read_bytes()[:60], path.read_bytes()[60:]
+    path.write_bytes(
+        dict(cut=a, bits=a + bytes(v ^ 255 for v in b[:10]) + b[10:]).get(content, content or b"")
     )
-    assert script.clusters_used(found) == [0, 2, 3]
-    found.clusters[0]["gaps"] = gap((97, 1), (20, 49))
-    assert script.clusters_used(found) == [0, 2]
-    assert script.clusters_used(found, 1) == [0] and script.clusters_used(found, 9) == [0, 2, 1, 3]
-    assert script.clusters_used(
-        SimpleNamespace(kept=[7], clusters=[dict(id=7, kept=True, score=None, gaps={})])
-    ) == [7]
+    if content is None:
+        path.unlink()
+    with complaint(path.parent, "not discovery.json and discovery.npz" if content else name):
+        train.load_discovery(tmp_path / "out")
+
+
+@pytest.mark.parametrize("missing", ["medoids", "mean", "label", "paths", "fingerprint", "clipped"])
+def test_a_discovery_without_an_array_names_it(tmp_path, missing):
+    with complaint("not discovery.json and discovery.npz", missing, "run discover.py again"):
+        train.load_discovery(written(tmp_path, **{missing: None}))
+    with complaint("cluster without a medoid"):
+        train.load_discovery(written(tmp_path, [dict(id=9, kept=True)]))
+
+
+def test_assign_regions_takes_the_nearest_medoid_after_the_mean_is_taken_off():
+    medoids, mean = unit(gaussian(5, 8)).float(), 0.5 * unit(gaussian(8, seed=1)).float()
+    v, r = SimpleNamespace(medoids=medoids, mean=mean, clipped=False), gaussian(70_000, 8, seed=2).float()
+    label = train.assign_regions(9 * r, v)  # more than one block
+    assert torch.equal(label, (unit(unit(r) - mean) @ medoids.T).argmax(1)) and label.dtype == torch.long
+    assert not torch.equal(label, (unit(r) @ medoids.T).argmax(1))
+    assert train.assign_regions(r[:0], v).shape == (0,)
+    assert train.assign_regions(r[:1].double(), v).tolist() == label[:1].tolist()
+
+
+def test_assign_regions_with_clipped_cosines_takes_the_first_of_the_medoids_beyond_the_clip():
+    r = torch.tensor([[-1.0, -0.5, -0.1], [-1, -0.5, 0.1], [0.2, 0.5, 0.1]])
+    for clipped, wanted in ((True, [0, 2, 1]), (False, [2, 2, 1])):
+        v = SimpleNamespace(medoids=torch.eye(3), mean=torch.zeros(3), clipped=clipped)
+        assert train.assign_regions(r, v).tolist() == wanted
+
+
+def test_clusters_used_are_those_as_frequent_in_each_class_not_the_class_s_own_object():
+    def cluster(k, score, *n, kept=True):
+        return dict(
+            id=k, kept=kept, score=score, gaps={str(c): dict(n_in=a, n_out=b) for c, (a, b) in enumerate(n)}
+        )
+
+    best = cluster(3, 0.80, (97, 1), (33, 36))  # nearly every image of a class: its object; worth .39
+    others = [cluster(0, 0.78, (47, 51), (31, 38)), cluster(2, 0.70, (48, 50), (41, 28))]  # .75, .63
+    others.append(cluster(1, 0.30, (48, 52), (33, 36)))  # even, but weak: .30
+    others.append(cluster(4, 9.0, (50, 50), (50, 50), kept=False))
+    v = SimpleNamespace(kept=[3, 0, 2, 1], clusters=[best, *others])
+    assert train.clusters_used(v) == [0, 2, 3]
+    v.clusters[0] = cluster(3, 0.80, (97, 1), (20, 49))
+    assert train.clusters_used(v) == [0, 2]
+    assert train.clusters_used(v, 1) == [0] and train.clusters_used(v, 9) == [0, 2, 1, 3]
+    ranked = SimpleNamespace(kept=[7], clusters=[dict(id=7, kept=True, score=None, gaps={})])
+    assert train.clusters_used(ranked) == [7]
+
+
+def test_backgrounds_from_a_discovery_are_its_best_regions(files, tmp_path):
+    paths = [str(files / f"photos/{k}.png") for k in range(3)]
+    clusters = [dict(id=1, kept=True, regions=[2, 1] * 5), dict(id=0, kept=False, regions=[0])]
+    box = np.array([[0, 0, 1, 1], [0.5, 0, 1, 1], [0, 0.5, 1, 1]], "float32")
+    where, folder = dict(image=np.array([0, 1, 2]), box=box, paths=paths), tmp_path / "found"
+    word = f"discovery:{written(folder, clusters, **where)}"
+    grounds, notes = train.grounds_of(word, False)
+    assert len(grounds) == 10 and "10 regions" in notes[0]
+    for crop, path, corners in zip(grounds, paths[:0:-1], ((0, 32, 64, 64), (32, 0, 64, 64)), strict=False):
+        assert crop.image().tobytes() == Image.open(path).crop(corners).tobytes()
+    assert bap(files, tmp_path / "out", f"--backgrounds={word} --own=0") == 0
+    assert notes[0] in tree(tmp_path / "out")["notes"]
+    written(folder, clusters, **where | dict(paths=[""] * 3))
+    with complaint("--backgrounds", "a discovery on photos"):
+        train.grounds_of(word, False)
+    written(folder, [clusters[1]])
+    with complaint("--backgrounds", "a discovery that kept a cluster"):
+        train.grounds_of(word, False)
+
+
+def discovery(files, out, clusters=CLUSTERS[1:2], **changes):
+    """A discovery on the biased data in 2 x 2 regions: clusters of place 0, of place 1, of the upper left."""
+    encoder, samples = tiny(files), samples_of(files)
+    pictures, _ = data.load_regions("grid:2", samples.items[:32], encoder.frame)
+    r = unit(model.region_embeddings(encoder, pictures)[1]).unflatten(0, (32, 4))
+    mean, place = r.mean((0, 1)), samples.place[:32]
+    medoids = torch.stack([r[place == 0, 3].mean(0), r[place == 1, 3].mean(0), r[:, 0].mean(0)])
+    made = dict(medoids=unit(medoids - mean).numpy(), mean=mean.numpy(), clipped=np.array(False))
+    made.update(fingerprint=encoder.fingerprint, data=samples.name, regions="grid:2")
+    return written(out, clusters, **made | changes)
+
+
+@pytest.fixture(scope="module")
+def found(files):
+    return discovery(files, files / "found")
+
+
+def assigned(files, path):
+    task = train.pairs_of(samples_of(files), "class", 8)
+    return task, train.discovered(samples_of(files), tiny(files), task, str(path), 0)
+
+
+def test_regions_are_told_apart_by_the_discovery(files, found):
+    (task, notes), samples = assigned(files, found), samples_of(files)
+    assert task.boxes.shape == (32, 4, 4) and task.state.unique().tolist() == [0, 1]
+    assert torch.equal(task.state[:, 3], (samples.place[:32] == 0).long())  # the lower right shows the place
+    assert torch.equal(task.feature, (task.state == 1).any(1))
+    assert notes[-1].startswith(
+        f"{int(task.feature.sum())} of 32 training images have a region in the 1 clus"
+    )
+
+
+EYE, ZEROS = np.eye(64, dtype="float32"), np.zeros((1, 64), "float32")
+REFUSALS = [
+    ("no cluster was kept", dict(clusters=CLUSTERS[2:])),
+    ("which keeps no cluster", dict(clusters=[dict(id=0, kept=True, score=None)])),  # a ranked list
+    ("made on elsewhere", dict(data="elsewhere")),
+    ("weights are others", dict(fingerprint="0" * 32)),
+    ("0 of 32 training images", dict(medoids=np.concatenate([ZEROS, EYE, -EYE]))),
+    ("32 have no other", dict(medoids=EYE[:1])),
+    ("its regions are masks", dict(regions="masks:")),
+]
+
+
+@pytest.mark.parametrize("expected, changes", REFUSALS)
+def test_a_discovery_that_cannot_be_used_is_one_line(files, tmp_path, expected, changes):
+    if "regions" in changes:
+        changes = dict(regions=f"masks:{files / 'most/masks'}")
+    with complaint(f"--discovery={tmp_path}", expected):
+        assigned(files, discovery(files, tmp_path, **changes))
 
 
 # --- fine-tuning from the command line
 
 
-def tune_words(files, out, *more):
-    return [
-        f"--data=waterbirds:{files / 'most/set'}",
-        "--model=tiny",
-        "--captions=class",
-        "--pairs=8",
-        "--steps=6",
-        "--learning_rate=0.001",
-        f"--cache_dir={files / 'cache'}",
-        f"--out_dir={out}",
-        "--method=finetune",
-        *more,
-    ]
-
-
-def weights(out):
-    from safetensors.torch import load_file
-
-    return load_file(out / "weights.safetensors")
-
-
-def close(a, b, atol):
-    return all(torch.allclose(a[k], b[k], atol=atol) for k in a)
-
-
-def discovery(files, out, kept=True, source=None, fingerprint=None):
-    """A discovery of 2 x 2 regions; its clusters: of place 0 (the feature), of place 1, upper left ones."""
-    encoder, samples = (
-        model.load_encoder("tiny", device="cpu"),
-        data.load_data(f"waterbirds:{files / 'most/set'}"),
-    )
-    pictures, _ = data.load_regions("grid:2", samples.items[:32], encoder.frame)
-    r = model.unit(model.region_embeddings(encoder, pictures)[1]).unflatten(0, (32, 4))
-    mean, place = r.mean((0, 1)), samples.place[:32]
-    medoids = torch.stack([r[place == 0, 3].mean(0), r[place == 1, 3].mean(0), r[:, 0].mean(0)])
-    arrays = dict(
-        medoids=model.unit(medoids - mean).numpy(), mean=mean.numpy(), kept=np.array([0]), regions="grid:2"
-    )
-    arrays.update(
-        region_encoder="pool", data=source or samples.name, paths=["-"] * 8, image=np.arange(32) // 4
-    )
-    arrays.update(box=np.zeros((32, 4), np.float32), label=np.zeros(32, np.int64), clipped=np.array(False))
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "discovery.npz", fingerprint=fingerprint or encoder.fingerprint, **arrays)
-    config = dict(model="tiny", pretrained="", quick_gelu="auto", embeddings="", method="ravl")
-    data.write_json(out / "discovery.json", dict(config=config, clusters=[dict(id=0, kept=kept)]))
-    return f"--discovery={out}"
-
-
 @pytest.fixture(scope="module")
 def tuned(files):
-    assert run(tune_words(files, files / "tuned")) == 0
+    assert tune(files, files / "tuned") == 0
     return files / "tuned"
 
 
 def test_fine_tuning_writes_weights_that_load_a_log_and_the_accuracies(files, tuned):
     assert sorted(os.listdir(tuned)) == ["finetune.json", "log.csv", "weights.safetensors"]
-    encoder = model.load_encoder("tiny", str(tuned / "weights.safetensors"), device="cpu")
-    assert encoder.fingerprint != model.load_encoder("tiny", device="cpu").fingerprint
-    r = json.loads((tuned / "finetune.json").read_text())
-    rows = list(csv.DictReader((tuned / "log.csv").read_text().splitlines()))
-    assert (
-        [int(row["step"]) for row in rows] == [6]
-        and float(rows[0]["L_CL"]) > 0
-        and float(rows[0]["images_per_s"]) > 0
+    r, encoder, (row,) = (
+        tree(tuned, "finetune.json"),
+        tiny(files, tuned / "weights.safetensors"),
+        logged(tuned),
     )
-    assert {"worst_group", "overall", "groups"} <= set(r["after"]) and r["config"]["pairs"] == 8
-    samples = data.load_data(f"waterbirds:{files / 'most/set'}")
-    test = samples.keep((samples.split == 2).nonzero()[:, 0])
-    z, t = encoder.embed(test.items), encoder.prompts(samples.class_prompts())
-    right = (model.unit(z) @ t.T).argmax(1) == test.y
-    assert r["after"]["overall"] == pytest.approx(float(right.double().mean()), abs=0.1)
+    assert row["step"] == 6 and row["L_CL"] > 0 and row["images_per_s"] > 0 and r["config"]["pairs"] == 8
+    for name, e in (("before", tiny(files)), ("after", encoder)):
+        assert r[name] == train.zero_shot(e, samples_of(files))
+    assert encoder.fingerprint != tiny().fingerprint and {"worst_group", "overall", "groups"} <= set(
+        r["after"]
+    )
 
 
-def test_fine_tuning_learns_the_pairs(files, tmp_path, capsys):
-    assert run(tune_words(files, tmp_path, "--steps=40", "--pairs=16", "--learning_rate=0.002")) == 0
-    found = [float(v) for v in re.findall(r"L_CL ([\d.]+)", capsys.readouterr().out)]
-    assert found[-1] < np.log(16) - 0.3  # at first pairs are told apart no better than by chance
+def test_fine_tuning_learns_the_pairs(files, tmp_path):
+    assert tune(files, tmp_path, "--steps=25 --pairs=16 --learning_rate=0.003") == 0
+    assert logged(tmp_path)[-1]["L_CL"] < np.log(16) - 0.3  # at first pairs are told apart by chance
 
 
 @pytest.mark.parametrize("method", ["finetune", "ravl", "vl_gdro", "jtt"])
-def test_interrupted_fine_tuning_resumes_to_the_same_weights_bit_for_bit(
-    files, tmp_path, monkeypatch, capsys, method
-):
-    more = [f"--method={method}", "--save_every=2", discovery(files, tmp_path / "found")]
-    assert run(tune_words(files, tmp_path / "whole", *more)) == 0
-    calls, real = [], torch.nn.utils.clip_grad_norm_
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
-    assert run(tune_words(files, tmp_path / "cut", *more)) == 130
-    assert (
-        "training.pt" in os.listdir(tmp_path / "cut") and not (tmp_path / "cut/weights.safetensors").exists()
+def test_interrupted_fine_tuning_resumes_to_the_bit(files, found, tmp_path, monkeypatch, capsys, method):
+    how, one, cut = (
+        f"--method={method} --save_every=2 --discovery={found}",
+        tmp_path / "one",
+        tmp_path / "cut",
     )
-    capsys.readouterr()
-    assert (
-        run(tune_words(files, tmp_path / "cut", *more, "--resume", "--learning_rate=1")) == 2
-        and "--learning_rate" in capsys.readouterr().err
-    )
-    assert run(tune_words(files, tmp_path / "cut", *more, "--resume")) == 0
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(a[k], b[k]) for k in a) and "training.pt" not in os.listdir(tmp_path / "cut")
-    steps = [row["step"] for row in csv.DictReader((tmp_path / "cut/log.csv").read_text().splitlines())]
-    assert steps == ["6"]
+    assert tune(files, one, how) == 0
+    before_call(monkeypatch, torch.nn.utils, "clip_grad_norm_", 6, stop)
+    assert tune(files, cut, how) == 130 and os.listdir(cut) == ["training.pt"]
+    state = saved(cut / "training.pt")
+    assert state["step"] == 4 and ("weight" in state) == (method == "jtt")
+    refused(capsys, tune_words(files, cut, f"{how} --resume --learning_rate=1"), "--learning_rate=0.001")
+    assert tune(files, cut, f"{how} --resume") == 0
+    assert same(weights(one), weights(cut)) and sorted(os.listdir(cut)) == sorted(os.listdir(one))
 
 
-def ctrl_c(real, at):
-    """real, which presses Ctrl-C on its call number at."""
-    calls = []
-
-    def pressed(*arguments):
-        calls.append(1)
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*arguments)
-
-    return pressed
+def test_ctrl_c_keeps_the_step_it_comes_in(files, tuned, tmp_path, monkeypatch):
+    press = functools.partial(os.kill, os.getpid(), signal.SIGINT)
+    before_call(monkeypatch, torch.nn.utils, "clip_grad_norm_", 3, press)
+    assert tune(files, tmp_path) == 130 and saved(tmp_path / "training.pt")["step"] == 3
+    assert tune(files, tmp_path, "--resume") == 0 and same(weights(tuned), weights(tmp_path))
 
 
-def test_ctrl_c_keeps_the_step_it_comes_in(files, tmp_path, monkeypatch):
-    assert run(tune_words(files, tmp_path / "whole")) == 0
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", ctrl_c(torch.nn.utils.clip_grad_norm_, 3))
-    assert (
-        run(tune_words(files, tmp_path / "cut")) == 130
-        and torch.load(tmp_path / "cut/training.pt", weights_only=True)["step"] == 3
-    )
-    assert run(tune_words(files, tmp_path / "cut", "--resume")) == 0
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_what_another_method_left_in_the_folder_is_said(files, tmp_path, capsys):
-    for name in ("weights.safetensors", "report.html"):
-        (tmp_path / name).write_text("old")
-    assert run(words(files, tmp_path)) == 0
-    assert "weights.safetensors: of another run" in capsys.readouterr().out
-
-
-def test_processes_and_checkpointing_do_not_change_the_step(files, tmp_path):
-    more = ["--method=ravl", "--steps=3", discovery(files, tmp_path / "found")]
-    assert run(tune_words(files, tmp_path / "one", *more)) == 0
-    assert run(tune_words(files, tmp_path / "less", *more, "--checkpointing")) == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=29533",
-        TRAIN,
-    ]
-    two = [*launch, *tune_words(files, tmp_path / "two", *more)]
-    job = subprocess.run(two, capture_output=True, text=True, timeout=200)
+def test_processes_and_checkpointing_do_not_change_the_step(files, found, tmp_path):
+    how, (one, less, two) = f"--method=ravl --steps=2 --discovery={found}", (tmp_path / k for k in "abc")
+    assert tune(files, one, how) == 0 and tune(files, less, f"{how} --checkpointing") == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", TRAIN]
+    job = subprocess.run([*launch, *tune_words(files, two, how)], capture_output=True, text=True, timeout=200)
     assert job.returncode == 0, job.stderr
-    one, start = weights(tmp_path / "one"), model.load_encoder("tiny", device="cpu").module.state_dict()
-    for other in ("less", "two"):
-        assert close(one, weights(tmp_path / other), 2e-4), other
-    assert not close(one, start, 2e-4)
+    names = ("loss", "L_CL", "L_R", "L_A", "gradient")
+    for other in (less, two):
+        a, b = ([row[name] for row in logged(out) for name in names] for out in (one, other))
+        assert a == pytest.approx(b, rel=1e-3) and same(weights(one), weights(other), 2e-4)
+    assert not same(weights(one), tiny().module.state_dict(), 2e-4)
 
 
-def test_a_bias_of_siglip_s_loss_is_trained_saved_and_read_again(files, tmp_path):
-    assert run(tune_words(files, tmp_path, "--method=jtt", "--loss=sigmoid")) == 0
-    assert (
-        model.load_encoder(
-            "tiny", str(tmp_path / "weights.safetensors"), device="cpu"
-        ).module.logit_bias.item()
-        != -10
+@pytest.mark.parametrize("method", [name for name in train.METHODS if name != "finetune"])
+def test_every_mitigation_runs_and_differs_from_plain_fine_tuning(files, found, tuned, tmp_path, method):
+    assert tune(files, tmp_path, f"--method={method} --discovery={found}") == 0
+    assert not same(weights(tuned), weights(tmp_path), 1e-6)
+
+
+def test_weights_go_back_in_with_their_activation_preprocessing_and_bias(files, tmp_path):
+    text = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1)
+    vision = dict(image_size=48, layers=2, width=32, patch_size=16, head_width=16)
+    data.write_json(tmp_path / "flock-tune.json", dict(embed_dim=24, vision_cfg=vision, text_cfg=text))
+    open_clip.add_model_config(tmp_path)
+    encoder, path = load_encoder("flock-tune", "none", "on", device="cpu"), tmp_path / "one.safetensors"
+    encoder.module.visual.preprocess_cfg.update(mean=(0.1,) * 3, std=(0.5,) * 3)
+    data.write(path, model.weights_bytes(encoder, encoder.module))
+    how = f"--model=flock-tune --pretrained={path} --loss=sigmoid --dtype=bfloat16"
+    assert tune(files, tmp_path / "out", how) == 0
+    encoder = load_encoder("flock-tune", str(tmp_path / "out/weights.safetensors"), device="cpu")
+    normal, bias = encoder.transform.transforms[-1], encoder.module.logit_bias.item()
+    assert tuple(normal.mean) == (0.1,) * 3 and tuple(normal.std) == (0.5,) * 3 and 0 < abs(bias + 10) < 1
+    assert any(type(m).__name__ == "QuickGELU" for m in encoder.module.modules())
+
+
+# --- bad input: exit code 2 and one line
+
+BAD = """--instanses=3: did you mean instances; --instances=many: a whole number; --instances=1: [8, inf)
+--method=magic: bap or finetune; --bap_map=cubic: closed or linear; --l2=inf: (0, inf); --own=2: [0, 1]
+--data=scene: scenes, waterbirds; --data=waterbirds:nowhere: no such folder; --model=lite1: lite0
+--pretrained=nowhere.pt: no such file; --device=gpu: auto, cpu; --dtype=half: bfloat16; --strength=2: [0, 1]
+--foregrounds=nowhere: no such folder; --backgrounds=nowhere: no such folder; --masks=nowhere: no such folder
+--seed=-1: [0, 1e15); --steps=0: [1, inf); --wandb=paper: True or False; --lam=0: (0, inf)
+--confounder=0: (0, 1]; --pairs=1: [2, inf); --train=all: auto, map, last_blocks, image; --loss=l2: infonce
+--text_weight=-1: [0, inf); --place_backgrounds=a,b,c: one folder for each
+--out_dir=/dev/null/x: /dev/null"""
+BAD_TUNING = """--pairs=64: 32, the number of training images; --seeds=3: each --seed
+--batch_size=0: [1, inf)
+--threads=-1: [0, inf); --captions=long: own or class or place; --train=last_blocks: --method=finetune
+--model=lite0: no text tower; --discovery=nowhere: no such file; --learning_rate=0: (0, inf)
+--discovery= --method=ravl: this method needs what discover.py found"""
+
+
+def cases(text):
+    return [case.rpartition(": ")[::2] for case in re.split("; |\n", text)]
+
+
+@pytest.mark.parametrize("flag, expected", cases(BAD))
+def test_bad_flag_is_one_line_and_exit_code_2(files, tmp_path, capsys, flag, expected):
+    refused(capsys, words(files, tmp_path / "out", flag), flag.partition("=")[0], expected)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag, expected", cases(BAD_TUNING))
+def test_bad_flags_of_fine_tuning_are_one_line(files, tmp_path, capsys, flag, expected):
+    refused(capsys, tune_words(files, tmp_path / "out", flag), flag.partition("=")[0].strip("-"), expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bap_is_not_for_torchrun(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(capsys, words(files, tmp_path), "--method", "torchrun")
+
+
+@pytest.mark.parametrize("argv", [words, tune_words])
+def test_a_bad_picture_stops_it_or_is_left_out_and_counted(files, tmp_path, capfd, argv):
+    how = birds(tmp_path, ["9 1 0 8", "3 3 3 3", "3 3 3 3"]) + " --steps=2"
+    bad = tmp_path / "set/3.png", tmp_path / "set/30.png"
+    bad[0].write_bytes(bad[0].read_bytes()[:500])
+    refused(capfd, argv(files, tmp_path / "out", how), bad[0], "--skip_bad")  # no line of other threads, too
+    assert not (tmp_path / "out").exists()
+    bad[1].write_bytes(b"")
+    assert run(argv(files, tmp_path / "out", f"{how} --skip_bad")) == 0
+    said = capfd.readouterr().out
+    assert all(re.search(f"skipped .*{path.name}", said) for path in bad) and "2 of 42 skipped" in said
+    if argv is words:
+        assert [g["n"] for g in tree(tmp_path / "out")["methods"]["bap"]["groups"]] == [2, 3, 3, 3]
+
+
+def test_skip_bad_that_leaves_a_class_without_images_says_so(files, tmp_path, capsys):
+    how = birds(tmp_path, ["8 0 0 8", "2 2 1 0", "2 2 2 2"])
+    (tmp_path / "set/20.png").write_bytes(b"")
+    refused(capsys, words(files, tmp_path / "out", f"{how} --skip_bad"), "split 1 (val)", "class 1")
+
+
+def test_full_disk_leaves_nothing_half_written(files, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data.os, "fsync", full)
+    refused(
+        capsys, words(files, tmp_path / "out", f"--cache_dir={tmp_path / 'cache'}"), tmp_path, "free some"
     )
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-@pytest.mark.parametrize("part, moved", [("image", "visual."), ("text", ""), ("projection", "visual.proj")])
-def test_train_chooses_what_changes(files, tmp_path, part, moved):
-    assert run(tune_words(files, tmp_path, f"--train={part}", "--steps=2")) == 0
-    start = model.load_encoder("tiny", device="cpu").module.state_dict()
-    changed = {k for k, v in weights(tmp_path).items() if not torch.equal(v, start[k])} - {"logit_scale"}
-    wanted = {
-        "image": lambda k: k.startswith("visual."),
-        "text": lambda k: not k.startswith("visual."),
-        "projection": lambda k: k in ("visual.proj", "text_projection"),
-    }[part]
-    assert changed and all(wanted(k) for k in changed)
-
-
-@pytest.mark.parametrize(
-    "method", ["ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aware", "jtt", "subg"]
-)
-def test_every_mitigation_runs_and_differs_from_plain_fine_tuning(files, tuned, tmp_path, method):
-    assert (
-        run(tune_words(files, tmp_path / "out", f"--method={method}", discovery(files, tmp_path / "found")))
-        == 0
-    )
-    assert not close(weights(tuned), weights(tmp_path / "out"), 1e-6)
-
-
-def test_sigmoid_loss_and_bfloat16_run(files, tmp_path):
-    assert run(tune_words(files, tmp_path, "--loss=sigmoid", "--dtype=bfloat16", "--steps=2")) == 0
-    assert "logit_bias" in weights(tmp_path)
+def test_weights_full_of_nan_name_the_picture(files, tmp_path, capsys):
+    state = tiny().module.state_dict()
+    torch.save({**state, "visual.proj": state["visual.proj"] * torch.nan}, tmp_path / "w.pt")
+    refused(capsys, words(files, tmp_path / "out", f"--pretrained={tmp_path / 'w.pt'}"), "not finite")
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_term_and_the_last_good_state(files, tmp_path, capsys):
-    refused(
-        capsys,
-        tune_words(files, tmp_path, "--learning_rate=1e30"),
-        "L_CL and gradient not finite",
-        "training.pt",
-        "--learning_rate",
-    )
-    state = torch.load(tmp_path / "training.pt", weights_only=True)
-    assert state["step"] >= 1 and not (tmp_path / "weights.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-    "kind, words",
-    [
-        ("none kept", ("no cluster was kept", "--discovery")),
-        ("list", ("--method=random", "no cluster")),
-        ("other data", ("made on elsewhere", "run discover.py")),
-        ("other model", ("weights are others",)),
-        ("missing", ("--discovery",)),
-        ("no such file", ("no such file",)),
-        ("no fields", ("discovery.json", "not discovery.json and discovery.npz")),
-        ("never", ("0 of 32 training images",)),
-        ("always", ("32 have no other",)),
-    ],
-)
-def test_a_discovery_that_cannot_be_used_is_one_line(files, tmp_path, capsys, kind, words):
-    found = tmp_path / "found"
-    source, fingerprint = (
-        "elsewhere" if kind == "other data" else None,
-        "0" * 32 if kind == "other model" else None,
-    )
-    word = discovery(files, found, kind != "none kept", source, fingerprint)
-    config = dict(model="tiny", pretrained="", quick_gelu="auto", method="random")
-    if kind == "list":
-        data.write_json(
-            found / "discovery.json", dict(config=config, clusters=[dict(id=0, kept=True, score=None)])
-        )
-    if kind == "no fields":
-        data.write_json(found / "discovery.json", dict(config=config, clusters=[7]))
-    if kind in ("never", "always"):
-        with np.load(found / "discovery.npz") as file:
-            arrays = dict(file)
-        if kind == "never":
-            medoids = np.eye(64, dtype=np.float32)[:2]
-            medoids[0] = -arrays["mean"] / np.linalg.norm(arrays["mean"])
-            arrays.update(medoids=medoids, mean=0 * arrays["mean"])
-        else:
-            arrays["medoids"] = arrays["medoids"][:1]
-        np.savez(found / "discovery.npz", **arrays)
-    word = {"missing": "--discovery=", "no such file": f"--discovery={tmp_path / 'nowhere'}"}.get(kind, word)
-    refused(capsys, tune_words(files, tmp_path / "out", "--method=ravl", word), *words)
-
-
-def test_fine_tuning_stops_at_a_broken_image_or_skips_it(files, tmp_path, capsys):
-    birds(tmp_path, ((8, 2, 2, 8), (2, 2, 2, 2), (2, 2, 2, 2)))
-    (tmp_path / "set/3.png").write_bytes((tmp_path / "set/3.png").read_bytes()[:500])
-    argv = [*tune_words(files, tmp_path / "out", "--steps=4"), f"--data=waterbirds:{tmp_path / 'set'}"]
-    refused(capsys, argv, "set/3.png", "--skip_bad")
-    assert run([*argv, "--skip_bad=True"]) == 0
-    said = capsys.readouterr().out
-    assert re.search("skipped .*set/3.png", said) and "1 of 36 skipped" in said
-
-
-def test_captions_name_the_class_or_the_place_too(files, script):
-    samples = data.load_data(f"waterbirds:{files / 'most/set'}")
-    texts = {kind: script.pairs_of(samples, kind, 8).captions for kind in ("class", "place")}
-    places = [samples.places[k] for k in samples.place[samples.split == 0].tolist()]
-    both = zip(texts["class"], places, strict=True)
-    assert texts["place"] == [f"{text.rstrip('.')}, {place}" for text, place in both]
-    assert len(set(texts["class"])) == 2 and len(set(texts["place"])) == 4
-
-
-def test_missing_captions_and_one_class_are_complaints(files, script):
-    samples = data.load_data(f"waterbirds:{files / 'most/set'}")
-    samples.captions[3] = " "
-    with pytest.raises(data.Complaint, match="1 of 32 images have no caption.*--captions=class"):
-        script.pairs_of(samples, "own", 8)
-    with pytest.raises(data.Complaint, match="images are of one class"):
-        script.pairs_of(samples.keep((samples.split > 0) | (samples.y == 0)), "class", 8)
-
-
-@pytest.mark.parametrize(
-    "word, expected",
-    [
-        ("--pairs=64", "32, the number of training images"),
-        ("--seeds=3", "each --seed"),
-        ("--batch_size=0", "[1, inf)"),
-        ("--threads=-1", "[0, inf)"),
-        ("--strength=7", "[0, 1]"),
-        ("--train=last_blocks", "--method=finetune"),
-        ("--model=lite0", "no text tower"),
-    ],
-)
-def test_bad_flags_of_fine_tuning_are_one_line(files, tmp_path, capsys, word, expected):
-    refused(capsys, tune_words(files, tmp_path, word), word.split("=")[0], expected)
+    argv = tune_words(files, tmp_path, "--learning_rate=1e30")
+    refused(capsys, argv, "L_CL and gradient not finite", "training.pt", "--learning_rate")
+    assert saved(tmp_path / "training.pt")["step"] >= 1 and not (tmp_path / "weights.safetensors").exists()
 
 
 def test_a_batch_of_one_class_is_said_and_does_not_stop(files, tmp_path, capsys):
-    assert run(tune_words(files, tmp_path, "--pairs=2", "--steps=12")) == 0
-    assert "one class only" in capsys.readouterr().out
+    assert tune(files, tmp_path, "--pairs=2 --steps=12") == 0
+    assert capsys.readouterr().out.count("one class only") == 1
+
+
+def test_help_prints_the_first_screen(capsys):
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{k} " in shown for k in ("out_dir", "data", "foregrounds", "model", "seed"))
+    assert "def main" not in shown and "arXiv 2605.11107" in shown

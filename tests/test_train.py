@@ -1,7 +1,6 @@
 """train.py: BAP's maps, results and pages, seeds and interruption, fine-tuning and its losses, bad input."""
 
 import csv
-import errno
 import functools
 import json
 import os
@@ -9,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +22,6 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 import data
-import kernels
 import model
 import train
 from conftest import run_script
@@ -34,8 +31,9 @@ from model import additive_solve, load_encoder, unit
 TRAIN = str(Path(data.__file__).with_name("train.py"))
 PLACES = (60, 90, 200), (200, 180, 60), (90, 90, 90)
 CLASSES = (30, 200, 60), (220, 40, 40), (240, 240, 240)
-COUNTS = ["16 0 0 16", "5 5 5 5", "8 7 6 5"]  # images of each group, class by class, in train, val, test
-run = functools.partial(run_script, TRAIN)
+COUNTS = ["16 0 0 16", "10 0 5 5", "8 7 6 5"]  # images of each group, class by class, in train, val, test
+WEIGHTS = "weights.safetensors"
+run, saved = functools.partial(run_script, TRAIN), functools.partial(torch.load, weights_only=True)
 
 
 def ground(seed, colour, size=64):
@@ -64,9 +62,8 @@ def photo(path, seed, y, place):
 
 def birds(root, counts, places=2):
     """A folder in the Waterbirds layout, with masks. counts: as COUNTS. Returns the flag that reads it."""
-    groups = [
-        (s, g) for s, line in enumerate(counts) for g, n in enumerate(line.split()) for _ in range(int(n))
-    ]
+    counts = [(split, g, int(n)) for split, line in enumerate(counts) for g, n in enumerate(line.split())]
+    groups = [(split, g) for split, g, n in counts for _ in range(n)]
     lines = ["img_id,img_filename,y,split,place,place_filename"]
     (root / "masks").mkdir(parents=True)
     for k, (split, group) in enumerate(groups):
@@ -76,6 +73,14 @@ def birds(root, counts, places=2):
         lines.append(f"{k},{k}.png,{y},{split},{place},-")
     (root / "set/metadata.csv").write_text("\n".join(lines))
     return f"--data=waterbirds:{root / 'set'}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_tokenizer():
+    """A tokenizer takes as long to make as a small run takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip, "get_tokenizer", functools.cache(open_clip.get_tokenizer))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +144,13 @@ def numbers(out):
 
 
 def weights(out):
-    return load_file(out / "weights.safetensors")
+    return load_file(out / WEIGHTS)
 
 
 def logged(out):
     """The rows of log.csv, numbers."""
     rows = csv.DictReader((out / "log.csv").read_text().splitlines())
     return [{k: float(v) for k, v in row.items()} for row in rows]
-
-
-def saved(path):
-    return torch.load(path, weights_only=True)
 
 
 def same(a, b, atol=0.0):
@@ -171,21 +172,22 @@ def refused(capture, argv, *expected):
     assert not [text for text in map(str, expected) if text not in line], line
 
 
-def before_call(monkeypatch, module, name, number, action):
-    """Has a function do action first, on its call of that number."""
-    calls, real = [], getattr(module, name)
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """(module, name, k, times): Ctrl-C is pressed so many times on the k-th call of module.name."""
 
-    def counted(*arguments, **more):
-        calls.append(1)
-        if len(calls) == number:
-            action()
-        return real(*arguments, **more)
+    def press(module, name, k, times=1):
+        calls, real = [], getattr(module, name)
 
-    monkeypatch.setattr(module, name, counted)
+        def counted(*arguments, **more):
+            calls.append(1)
+            for _ in range(times if len(calls) == k else 0):
+                signal.raise_signal(signal.SIGINT)
+            return real(*arguments, **more)
 
+        monkeypatch.setattr(module, name, counted)
 
-def stop():
-    raise KeyboardInterrupt
+    return press
 
 
 # --- what it writes
@@ -220,14 +222,15 @@ def check_method(m):
 @pytest.mark.parametrize("which, train_counts", [("plain", (16, 0, 0, 16)), ("full", (12, 4, 4, 12))])
 def test_results_keep_the_contract(which, train_counts, request):
     out = request.getfixturevalue(which)
-    r, needy = tree(out), {"group_weighted", "copy_paste", "balanced_train"}  # of minority groups or masks
+    r = tree(out)
+    needy = {"group_weighted", "dfr", "copy_paste", "balanced_train"}  # of minority groups or masks
     assert r.keys() == set("config git notes additivity invariance zero_shot methods seconds".split())
     assert r["additivity"].keys() == {"flat", "sphere"} and r["zero_shot"] is None
     for part in r["additivity"].values():
         assert {"r2", "r2_heldout", "foreground", "background", "residual", "cross"} <= set(part)
         assert 0 < part["r2"] < 1 and -1 <= part["cos_sum"] <= 1 and -1 <= part["cos_sum_shuffled"] <= 1
     assert r["invariance"].keys() == {"place_probe_raw", "place_probe_map", "cos_within", "cos_between"}
-    assert {"erm", "nullspace", "leace", "bap_closed", "bap", "dfr", "val_probe"} <= set(r["methods"])
+    assert {"erm", "nullspace", "leace", "bap_closed", "bap", "val_probe"} <= set(r["methods"])
     assert needy & set(r["methods"]) == (needy if which == "full" else set())
     assert list(r["methods"]) == [name for name in train.ROWS if name in r["methods"]]
     for m in r["methods"].values():
@@ -241,68 +244,46 @@ def test_results_keep_the_contract(which, train_counts, request):
     assert sorted(os.listdir(out)) == ["ckpt.pt", "report.html", "results.json"]
 
 
-def test_additivity_and_erm_are_those_of_the_embeddings(files, plain):
-    (cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")
-    flat = model.additivity(unit(encoder.embed(cells)), i, j)["flat"]
-    assert {k: tree(plain)["additivity"]["flat"][k] for k in flat} == pytest.approx(flat)
-    x, fit, test = unit(encoder.embed(samples.items)), samples.split == 0, samples.split == 2
-    right = model.fit_probe(x[fit], samples.y[fit], 0.8).predict(x[test]) == samples.y[test]
-    groups = model.group_metrics(right, samples, test.nonzero()[:, 0])["groups"]
-    assert groups == tree(plain)["methods"]["erm"]["groups"]
-
-
 def groups_of(kept, probe, z, samples, g):
     right, test = model.load_probe(kept, probe).predict(g(z)) == samples.y, samples.split == 2
     return model.group_metrics(right[test], samples, test.nonzero()[:, 0])["groups"]
 
 
-def test_checkpoint_loads_without_code_and_its_probe_gives_the_numbers(files, plain):
-    state, encoder, r = saved(plain / "ckpt.pt"), tiny(files), tree(plain)
-    kept, samples = model.load_checkpoint(plain / "ckpt.pt", encoder), samples_of(files, "all")
-    assert state["config"] == kept["config"] == r["config"] and state["git"] == r["git"]
-    z = encoder.embed(samples.items)
+def test_numbers_are_those_of_the_embeddings_and_of_the_checkpoint_which_holds_no_code(files, plain):
+    (cells, i, j), encoder, samples, r = composed(files), tiny(files), samples_of(files, "all"), tree(plain)
+    flat = model.additivity(unit(encoder.embed(cells)), i, j)["flat"]
+    assert {k: r["additivity"]["flat"][k] for k in flat} == pytest.approx(flat)
+    kept, z, fit = saved(plain / "ckpt.pt"), encoder.embed(samples.items), samples.split == 0
+    assert kept["config"] == r["config"] and kept["git"] == r["git"]
     for name, g in (("erm", unit), ("bap", model.load_map(kept))):
         assert groups_of(kept, name, z, samples, g) == r["methods"][name]["groups"]
+    probe, x = model.load_probe(kept, "erm"), unit(z)
+    assert torch.allclose(probe.logits(x), model.fit_probe(x[fit], samples.y[fit], 0.8).logits(x), atol=1e-4)
 
 
-class Page(HTMLParser):
-    """The tags of a page, and the names and values of their attributes."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes = set(), []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.attributes += attributes
-
-
-@pytest.mark.parametrize("which", ["plain", "full"])
-def test_report_is_one_self_contained_page(which, request):
-    out = request.getfixturevalue(which)
-    text = (out / "report.html").read_text()
-    links = [value for name, value in Page(text).attributes if name in ("src", "href")]
-    assert len(links) > 12 and all(link.startswith("data:image/jpeg;base64,") for link in links)
-    assert not re.search(r"https?:|url\(|@import|<script", text)
-    assert f"{tree(out)['methods']['bap']['worst_group']:.3f}" in text and "--instances=16" in text
+def test_report_is_one_self_contained_page(plain, full):
+    for out in (plain, full):
+        text = (out / "report.html").read_text()
+        links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", text)
+        assert len(links) > 12 and all(link.startswith("data:image/jpeg;base64,") for link in links)
+        assert not re.search(r"https?:|url\(|@import|<script", text)
+        assert f"{tree(out)['methods']['bap']['worst_group']:.3f}" in text and "--instances=16" in text
 
 
 def test_report_escapes_whatever_the_data_set_says(files, tmp_path):
     names, places = ("egg", "<script>alert(1)</script>"), ("land", "<img src=x onerror=alert(2)>")
     folder, lines = tmp_path / "<b onclick=x>", ["path,label,place,split"]
     for k in range(24):
-        y, place, split = k % 2, k % 2 if k < 12 else k // 2 % 2, 0 if k < 12 else 1 + k % 3 % 2
+        y, place, split = k % 2, k % 2 if k < 18 else k // 2 % 2, "001122"[k // 4]
         photo(folder / f"{k}.png", k, y, place)
         lines.append(f"{k}.png,{names[y]},{places[place]},{split}")
     (folder / "set.csv").write_text("\n".join(lines))
     assert run([*words(files, tmp_path / "out", "--own=0"), f"--data=csv:{folder / 'set.csv'}"]) == 0
     text = (tmp_path / "out/report.html").read_text()
-    page, notes = Page(text), tree(tmp_path / "out")["notes"]
+    bare = re.sub(r'="[^"]*"', "", text)  # without the values of attributes
     assert "&lt;script&gt;alert(1)" in text and "&lt;img src=x onerror" in text and "&lt;b onclick" in text
-    assert any(names[1] in note for note in notes)  # which the page shows, too
-    assert "script" not in page.tags and "x" not in [value for _, value in page.attributes]
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert any(names[1] in note for note in tree(tmp_path / "out")["notes"])  # which the page shows, too
+    assert not re.search(r"<script|<b onclick|<[^>]*\s(on\w+|src=)", bare)
 
 
 # --- repeatability, seeds, interruption
@@ -316,10 +297,10 @@ def test_same_seed_gives_the_same_numbers_in_another_process_without_a_cache(fil
     assert numbers(tmp_path / "out") == numbers(plain)
 
 
-def test_seeds_are_averaged_and_resume_between_them(files, plain, tmp_path, monkeypatch, capsys):
+def test_seeds_are_averaged_and_resume_between_them(files, plain, tmp_path, ctrl_c, capsys):
     two, alone, cut = (tmp_path / name for name in ("two", "alone", "cut"))
     assert bap(files, two, "--seeds=2") == 0
-    data.write(alone / "weights.safetensors", "old")
+    data.write(alone / WEIGHTS, "old")
     capsys.readouterr()
     assert bap(files, alone, "--seed=1") == 0
     assert "weights.safetensors: of another run" in capsys.readouterr().out
@@ -333,7 +314,7 @@ def test_seeds_are_averaged_and_resume_between_them(files, plain, tmp_path, monk
         assert m["groups"][2]["accuracy"] == pytest.approx(np.mean(third))
     assert any(m["seeds"][0] != m["seeds"][1] for m in methods.values())
 
-    before_call(monkeypatch, model, "additivity", 2, stop)
+    ctrl_c(model, "additivity", 2)
     assert bap(files, cut, "--seeds=2") == 130
     assert "--resume" in capsys.readouterr().err and os.listdir(cut) == ["partial.pt"]
     refused(capsys, words(files, cut, "--seeds=2 --resume --l2=3"), "--l2=0.8", "same flags")
@@ -352,10 +333,10 @@ def test_what_one_seed_lacks_is_left_out_of_the_means():
     assert mean["additivity"]["flat"]["r2"] is None and notes == ["dfr: only 1 of 2 seeds have it, left out"]
 
 
-def test_what_another_run_left_is_not_in_the_way(files, tmp_path, monkeypatch, capsys):
+def test_what_another_run_left_is_not_in_the_way(files, tmp_path, ctrl_c, capsys):
     for name in train.PARTIAL:
         model.save_checkpoint(tmp_path / name, dict(config={}, fingerprint="other"))
-    before_call(monkeypatch, model, "additivity", 1, stop)
+    ctrl_c(model, "additivity", 1)
     refused(capsys, words(files, tmp_path, "--resume"), "partial.pt", "not with the weights")
     assert bap(files, tmp_path) == 130 and os.listdir(tmp_path) == []
 
@@ -411,20 +392,15 @@ def test_wiener_is_its_equation(noise):
         assert np.allclose(g(z.float()), (x - mu) @ W, atol=1e-5)
 
 
-def test_wiener_of_two_grids_averages_their_moments():
+def test_wiener_of_two_grids_averages_their_moments_and_power_works_on_signed_powers():
     (z, i, _), (v, k, _) = skewed(), skewed(seed=50)
     moments = zip(train.scatter(unit(z), i), train.scatter(unit(v), k), strict=True)
     mu, S_f, S_w = (0.75 * a + 0.25 * b for a, b in moments)
     value, vector = torch.linalg.eigh(S_f)
     S_f = (vector * value.clamp(min=0)) @ vector.T
     W = torch.linalg.solve(S_f + S_w + 0.5 * (S_f + S_w).trace() / 6 * torch.eye(6), S_f)
-    g = train.wiener([(0.6, z, i), (0.2, v, k)], 0.5)
+    g, z = train.wiener([(0.6, z, i), (0.2, v, k)], 0.5), z - 5
     assert torch.allclose(g.W.double(), W, atol=1e-6) and torch.allclose(g.mu.double(), mu, atol=1e-6)
-
-
-def test_wiener_power_works_on_signed_powers():
-    z, i, _ = skewed()
-    z = z - 5
     rooted = unit(z.sign() * z.abs().sqrt())
     powered, usual = train.wiener([(1.0, z, i)], power=0.5), train.wiener([(1.0, rooted, i)])
     assert torch.allclose(powered(z.float()), usual(rooted.float()), atol=1e-5)
@@ -523,23 +499,26 @@ def test_invariance_compares_two_composites_of_one_foreground_and_of_two():
 def test_cutter_learns_from_composites_to_cut_foregrounds_out_of_others():
     kinds = ("foregrounds", data.Cutout), ("backgrounds", data.Ground)
     figures, grounds = (data.layers(data.ASSETS / name, kind, name)[0] for name, kind in kinds)
-    cells, encoder = data.composites(figures, grounds, 40, 2, 0)[0], load_encoder("lite0", device="cpu")
-    cutter, overlap = train.Cutter(encoder, cells[:64]), []
+    cells, encoder = data.composites(figures, grounds, 32, 2, 0)[0], load_encoder("lite0", device="cpu")
+    cutter, overlap = train.Cutter(encoder, cells[:50]), []
     with torch.inference_mode():
-        masks = cutter.masks(torch.stack([encoder.transform(c.image()) for c in cells[64:]]))
-    assert masks.shape == (16, cutter.grid[0] * cutter.grid[1]) and 0 <= masks.min() and masks.max() <= 1
-    for c, mask in zip(cells[64:], masks, strict=True):
+        masks = cutter.masks(torch.stack([encoder.transform(c.image()) for c in cells[50:]]))
+    assert masks.shape == (14, cutter.grid[0] * cutter.grid[1]) and 0 <= masks.min() and masks.max() <= 1
+    for c, mask in zip(cells[50:], masks, strict=True):
         cut, true = cutter.cut(c, mask).image().getchannel("A"), c.alpha()
         cut, true = np.asarray(cut) > 128, np.asarray(true) > 128
         overlap.append((cut & true).sum() / (cut | true).sum())
-    assert 0.5 < cutter.iou <= 1 and np.mean(overlap) > 0.5
-    assert cutter.iou == pytest.approx(np.mean(overlap), abs=0.2)
+    assert 0.5 < cutter.iou <= 1 and np.mean(overlap) > 0.35
 
 
-def test_a_cut_lies_in_the_box_that_the_encoder_saw():
+def test_a_cut_lies_in_the_box_that_the_encoder_saw_and_stands_on_several_backgrounds():
     whole = SimpleNamespace(image=lambda: Image.new("RGB", (40, 20), "red"))
     cut = train.Cut(whole, bytes([255]), (1, 1), (0.25, 0.0, 0.75, 1.0)).image()
     assert cut.mode == "RGBA" and cut.getchannel("A").getbbox() == (10, 0, 30, 20)
+    items, i, j = train.own_composites(["x", "y"], list("abcdefgh"), 3)
+    assert i.tolist() == [0] * train.OWN_PER + [1] * train.OWN_PER and len(set(j.tolist())) > 2
+    pairs = [("xy"[a], "abcdefgh"[b]) for a, b in zip(i, j, strict=True)]
+    assert [(c.figure, c.ground) for c in items] == pairs
 
 
 @pytest.mark.parametrize("iou, last", [(0.6, 0.49), (0.59, 0.49), (1.0, 0.51)])
@@ -551,12 +530,17 @@ def test_a_cutter_is_not_trusted_if_it_misses_foregrounds_or_finds_implausible_o
     assert train.cut_own(encoder, list(range(6)), [0], 0) == ([1, 2, 3, 5] if trusted else [])
 
 
-def test_own_foregrounds_stand_on_several_backgrounds_of_the_composites():
-    items, i, j = train.own_composites(["x", "y"], list("abcdefgh"), 3)
-    assert i.tolist() == [0] * train.OWN_PER + [1] * train.OWN_PER and len(set(j.tolist())) > 2
-    pairs = [("xy"[a], "abcdefgh"[b]) for a, b in zip(i, j, strict=True)]
-    assert [(c.figure, c.ground) for c in items] == pairs
-    assert train.own_composites(["x", "y"], list("abcdefgh"), 3)[0] == items
+def test_own_foregrounds_have_their_weight_in_the_map(files, tmp_path, monkeypatch):
+    samples, encoder = samples_of(files, "all", str(files / "all/masks")), tiny(files)
+    kinds, cuts = (("cutouts", data.Cutout), ("photos", data.Ground)), [c.figure for c in samples.cut[:6]]
+    figures, grounds = (data.layers(files / name, kind, name)[0] for name, kind in kinds)
+    for name, value in dict(instances=16, per_instance=2, cut_own=lambda *_: cuts, own=0.3).items():
+        monkeypatch.setattr(train, name, value)
+    result, last = train.bap(0, encoder, figures, grounds, samples, tmp_path, {})
+    (cells, i, _), (items, k, _) = composed(files), train.own_composites(cuts, grounds, 0)
+    grids = [(0.7, encoder.embed(cells), i), (0.3, encoder.embed(items), k)]
+    assert torch.allclose(last.map.W, train.wiener(grids, 1.0).W, atol=1e-6) and last.cuts == cuts
+    assert result["methods"]["bap_synthetic"]["groups"]
 
 
 def test_training_foregrounds_go_by_their_masks_onto_other_backgrounds(files):
@@ -581,11 +565,6 @@ def test_training_foregrounds_go_by_their_masks_onto_other_backgrounds(files):
     assert train.recomposed(encoder, samples, grounds, [], 0).keys() == {"copy_paste"}
 
 
-def test_the_smallest_convolutional_clip_cuts_out_foregrounds_too(files, tmp_path, capsys):
-    assert bap(files, tmp_path, "--model=tiny-conv --pretrained=none") == 0
-    assert "cutter: IoU" in capsys.readouterr().out
-
-
 # --- BAP on the encoder itself
 
 FINE = "--train=last_blocks --steps=6 --pairs=8 --learning_rate=0.001 --save_every=2"
@@ -599,7 +578,7 @@ def fine(files):
 
 
 def test_a_pretrained_encoder_comes_with_what_belongs_to_it(files, fine):
-    r, old, new = tree(fine), tiny(files), tiny(files, fine / "weights.safetensors")
+    r, old, new = tree(fine), tiny(files), tiny(files, fine / WEIGHTS)
     for name in ("bap", "bap_map", "bap_both"):
         check_method(r["methods"][name])
     assert all(0 <= r["zero_shot"][k]["overall"] <= 1 for k in ("before", "after"))
@@ -613,8 +592,8 @@ def test_a_pretrained_encoder_comes_with_what_belongs_to_it(files, fine):
         assert groups_of(kept, name, z, samples, g) == r["methods"]["bap"]["groups"]
 
 
-def test_pretraining_of_the_encoder_resumes_to_the_same_numbers(files, fine, tmp_path, monkeypatch, capsys):
-    before_call(monkeypatch, torch.nn.utils, "clip_grad_norm_", 4, stop)
+def test_pretraining_of_the_encoder_resumes_to_the_same_numbers(files, fine, tmp_path, ctrl_c, capsys):
+    ctrl_c(torch.nn.utils, "clip_grad_norm_", 4, 2)
     assert bap(files, tmp_path, FINE) == 130 and saved(tmp_path / "training.pt")["step"] == 2
     refused(capsys, words(files, tmp_path, f"{FINE} --resume --pairs=9"), "--pairs=8", "same flags")
     assert bap(files, tmp_path, f"{FINE} --resume") == 0
@@ -625,7 +604,7 @@ def test_pretraining_of_the_encoder_resumes_to_the_same_numbers(files, fine, tmp
 @pytest.mark.parametrize("part", ["last_blocks", "image"])
 def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
     (cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")
-    how = dict(train=part, steps=16, pairs=16, learning_rate=1e-3, out_dir=str(tmp_path))
+    how = dict(train=part, steps=10, pairs=16, learning_rate=2e-3, out_dir=str(tmp_path))
     z, config = encoder.embed(cells), {**tree(plain)["config"], **how}
     trained, _ = train.pretrain(encoder, cells, [(1.0, z, i)], j, samples, 0, tmp_path, config)
     mu, a, _ = additive_solve(z, i, model.renumber(j))
@@ -633,10 +612,8 @@ def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
     assert after < 0.8 * before
     old, new = encoder.module.state_dict(), trained.module.state_dict()
     changed = {k for k in old if not torch.equal(old[k], new[k])}
-    late = {
-        k for k in old if k.startswith(("visual.transformer.resblocks.3.", "visual.ln_post", "visual.proj"))
-    }
-    wanted = late if part == "last_blocks" else {k for k in old if k.startswith("visual.")}
+    late = "visual.transformer.resblocks.3.", "visual.ln_post", "visual.proj"
+    wanted = {k for k in old if k.startswith(late if part == "last_blocks" else "visual.")}
     assert changed <= wanted and len(changed) > 0.8 * len(wanted)
 
 
@@ -653,56 +630,46 @@ def test_loss_of_the_encoder_by_hand():
     assert train.anchor_cost(dict(z=z), torch.arange(3), task).keys() == {"L_anchor"}
 
 
-LAST = dict(tf_efficientnet_lite0="blocks.5. blocks.6. conv_head bn2", resnet10t="layer4.")
+LATE = dict(tf_efficientnet_lite0="blocks.5. blocks.6. conv_head bn2", resnet10t="layer4.")
+LATE.update(test_vit="blocks.4. blocks.5. norm.")
+PARTS = dict(all="", image="visual.", projection="visual.proj text_projection")
+PARTS.update(text="token pos trans ln_final text_proj")
 
 
-@pytest.mark.parametrize("name, begins", [*LAST.items(), ("test_vit", "blocks.4. blocks.5. norm.")])
-def test_last_blocks_are_the_last_quarter_and_no_classifier(name, begins):
-    module, begins = timm.create_model(name, pretrained=False), tuple(begins.split())
-    config = dict(train="last_blocks", loss="auto")
-    train.choose_parameters(SimpleNamespace(module=module, kind="timm"), train.ANCHORS, config)
-    chosen = {n for n, p in module.named_parameters() if p.requires_grad}
-    assert chosen == {n for n, _ in module.named_parameters() if n.startswith(begins)}
+@pytest.mark.parametrize("name, begins", [*LATE.items(), *PARTS.items()])
+def test_train_chooses_the_last_quarter_of_blocks_without_classifier_or_parts_of_both_towers(name, begins):
+    part, row, encoder = name, train.METHODS["finetune"], tiny()
+    if name in LATE:
+        part, row = "last_blocks", train.ANCHORS
+        encoder = SimpleNamespace(module=timm.create_model(name, pretrained=False), kind="timm")
+    train.choose_parameters(encoder, row, dict(train=part, loss="auto"))
+    parameters = dict(encoder.module.named_parameters())
+    assert (name in LATE) or parameters.pop("logit_scale").requires_grad
+    chosen = {n for n, p in parameters.items() if p.requires_grad}
+    assert chosen == {n for n in parameters if n.startswith(tuple(begins.split()) or "")}
     with complaint("--train=last_blocks", "--train=image"):
         train.last_quarter(["conv1.weight", "head.proj.weight"])
-
-
-PARTS = dict(all="", image="visual.", projection="visual.proj text_projection")
-
-
-@pytest.mark.parametrize("part, begins", [*PARTS.items(), ("text", "token pos trans ln_final text_proj")])
-def test_train_chooses_what_changes(part, begins):
-    encoder, begins = tiny(), tuple(begins.split()) or ("",)
-    train.choose_parameters(encoder, train.METHODS["finetune"], dict(train=part, loss="auto"))
-    chosen = {n for n, p in encoder.module.named_parameters() if p.requires_grad} - {"logit_scale"}
-    wanted = {n for n, _ in encoder.module.named_parameters() if n.startswith(begins)} - {"logit_scale"}
-    assert chosen == wanted and encoder.module.logit_scale.requires_grad
 
 
 # --- other shapes of the problem
 
 
-def test_three_classes_on_three_places_with_the_least_of_everything(files, tmp_path):
-    counts = ["6 0 0 0 6 0 0 0 6", "2 2 2 2 2 2 2 2 2", "2 2 2 2 2 2 2 2 2"]
-    assert bap(files, tmp_path / "out", f"--instances=8 {birds(tmp_path, counts, 3)}") == 0
+def test_three_classes_on_three_places_by_the_smallest_convolutional_clip(files, tmp_path, capsys):
+    counts = ["6 0 0 0 6 0 0 0 6", "2 2 2 2 2 2 2 2 0", "2 2 2 2 2 2 2 2 2"]
+    how = f"--instances=8 --model=tiny-conv --pretrained=none {birds(tmp_path, counts, 3)}"
+    assert bap(files, tmp_path / "out", how) == 0 and "cutter: IoU" in capsys.readouterr().out
     groups = [(y, place, 2) for y in range(3) for place in range(3)]
     for m in tree(tmp_path / "out")["methods"].values():
         assert [(g["y"], g["place"], g["n"]) for g in m["groups"]] == groups
 
 
-NICO = ["grass/car", "grass/truck", "water/car", "water/truck"]
-FOLDER = ["train/box", "train/egg", "val/box", "val/egg", "test/box", "test/egg"]
-
-
-@pytest.mark.parametrize("kind, folders, pair", [("nico", NICO, "car,truck"), ("folder", FOLDER, "")])
-def test_sets_without_places_and_pairs_are_trained_on_too(files, tmp_path, kind, folders, pair):
-    for a, k in np.ndindex(len(folders), 10):
-        photo(tmp_path / "set" / folders[a] / f"{k}.png", 100 * a + k, a % 2, a % 2)
-    assert bap(files, tmp_path / "out", f"--own=0 --data={kind}:{tmp_path / 'set'} --classes={pair}") == 0
-    r, bare = tree(tmp_path / "out"), kind == "folder"
-    assert len(r["methods"]["bap"]["groups"]) == (2 if bare else 4)
-    assert (r["invariance"]["place_probe_raw"] is None) == bare
-    assert any("100 % correlated" in n for n in r["notes"]) != bare
+def test_a_set_without_places_is_trained_on_too(files, tmp_path):
+    for split, k in np.ndindex(3, 12):
+        folder = tmp_path / "set" / data.SPLITS[split] / ("egg", "box")[k % 2]
+        photo(folder / f"{k}.png", 100 * split + k, k % 2, 0)
+    assert bap(files, tmp_path / "out", f"--own=0 --data=folder:{tmp_path / 'set'}") == 0
+    r = tree(tmp_path / "out")
+    assert len(r["methods"]["bap"]["groups"]) == 2 and r["invariance"]["place_probe_raw"] is None
 
 
 # --- fine-tuning: losses, draws and the pass through the network, by hand
@@ -735,6 +702,9 @@ def test_region_terms_of_two_images_worked_out_on_paper():
     terms = [v.item() for v in train.region_terms(r, state, g, torch.tensor([0, 1]), 1.0)]
     # for both: sigma(own) = e, sigma(other) = 1, the spurious region e^0.7071
     assert terms == pytest.approx([np.log((np.e + 1 + np.exp(half)) / np.e)] * 2, abs=1e-6)
+    L_R, L_A = train.region_terms(r.requires_grad_(), torch.ones(2, 2), g, torch.tensor([0, 1]))
+    (L_R + L_A).backward()  # without any free region
+    assert L_R.item() == L_A.item() == 0 and r.grad.eq(0).all()
 
 
 @pytest.mark.parametrize("case", ["mixed", "none spurious", "some images all spurious", "one class"])
@@ -756,32 +726,6 @@ def test_region_terms_are_the_definition(case):
     assert r.grad.isfinite().all() and not r.grad[state == -1].any()
 
 
-def test_region_terms_without_any_free_region_are_zero_and_harmless():
-    r = unit(torch.randn(3, 2, 4)).requires_grad_()
-    L_R, L_A = train.region_terms(r, torch.ones(3, 2), torch.eye(4)[:2], torch.tensor([0, 1, 0]))
-    (L_R + L_A).backward()
-    assert L_R.item() == L_A.item() == 0 and r.grad.eq(0).all()
-
-
-def test_gradient_of_region_terms_draws_the_free_region_to_its_label_through_region_pool():
-    torch.manual_seed(0)
-    m, texts = torch.randn(2, 4, 4, 3, requires_grad=True), torch.eye(3)[:2]
-    boxes, state = torch.tensor([[0, 0, 2, 2], [2, 0, 4, 2.0]] * 2), torch.tensor([[0, 1], [0, 1]])
-
-    def pooled(m):
-        return unit(kernels.region_pool(m, boxes, torch.tensor([0, 0, 1, 1]))).unflatten(0, (2, 2))
-
-    def value(m):
-        return sum(train.region_terms(pooled(m), state, texts, torch.tensor([0, 1]), 0.5))
-
-    value(m).backward()
-    assert m.grad[:, :2].abs().sum() > 0 and not m.grad[:, 2:].any()  # nothing lies under the lower half
-    with torch.no_grad():
-        before, after = pooled(m), pooled(m - 0.5 * m.grad)
-    assert after[0, 0, 0] > before[0, 0, 0] and value(m - 0.5 * m.grad) < value(m)
-    assert after[0, 1, :2].max() < before[0, 1, :2].max()  # the spurious region is held off the labels
-
-
 Z, T = (unit(gaussian(7, 5, seed=k).float()) for k in (1, 2))
 SCALE, BIAS = torch.tensor(9.0), torch.tensor(-3.0)
 
@@ -793,10 +737,7 @@ def test_contrastive_losses_are_open_clip_s_and_the_model_s():
     for loss, bias, k in (("auto", {}, 0), ("auto", dict(bias=BIAS), 1), ("infonce", dict(bias=BIAS), 0)):
         e, task = dict(z=Z, t=T, scale=SCALE, **bias), SimpleNamespace(loss=loss)
         assert torch.allclose(train.contrast_cost(e, None, task)["L_CL"][1], wanted[k])
-
-
-def test_two_pairs_by_hand():
-    z, low, high = torch.eye(2), np.log1p(np.exp(-2.0)), np.log1p(np.exp(-1.0))
+    z, low, high = torch.eye(2), np.log1p(np.exp(-2.0)), np.log1p(np.exp(-1.0))  # by hand
     assert train.infonce(z, z, 2.0).item() == pytest.approx(low, rel=1e-6)
     assert train.sigmoid(z, z, 2.0, -1.0).item() == pytest.approx(high + high, rel=1e-6)  # 2 - 1, -(0 - 1)
 
@@ -865,15 +806,14 @@ def test_one_pass_gives_images_their_regions_and_their_texts(files):
     assert e.keys() == wanted.keys() and all(torch.allclose(e[k], wanted[k], atol=1e-4) for k in e)
 
 
-@pytest.mark.parametrize("room, kept", [(0, 0), (1 << 20, 4)])
-def test_images_are_decoded_ahead_and_kept_while_they_fit(files, monkeypatch, room, kept):
-    monkeypatch.setattr(train, "ROOM", room)
+def test_images_are_decoded_ahead_and_kept_while_they_fit(files, monkeypatch):
+    monkeypatch.setattr(train, "ROOM", 3 * 56 * 56 * 4 + 1)
     encoder, items = tiny(), samples_of(files).items[:30]
     feed = train.Feed(items, encoder)
     for ids in ([3, 1, 29], [1, 2, 3]):
         feed.ahead(torch.tensor(ids))
         assert torch.equal(feed.get(), torch.stack([encoder.transform(items[k].image()) for k in ids]))
-    assert len(feed.kept) == kept
+    assert list(feed.kept) == [3, 1]  # room is looked at before, not after
     feed.close()
 
 
@@ -937,9 +877,8 @@ def test_load_discovery(tmp_path):
 def test_a_damaged_discovery_is_one_line(tmp_path, name, content):
     path = written(tmp_path / "out") / name
     a, b = path.read_bytes()[:60], path.read_bytes()[60:]
-    path.write_bytes(
-        dict(cut=a, bits=a + bytes(v ^ 255 for v in b[:10]) + b[10:]).get(content, content or b"")
-    )
+    damage = dict(cut=a, bits=a + bytes(v ^ 255 for v in b[:10]) + b[10:])
+    path.write_bytes(damage.get(content, content or b""))
     if content is None:
         path.unlink()
     with complaint(path.parent, "not discovery.json and discovery.npz" if content else name):
@@ -962,20 +901,15 @@ def test_assign_regions_takes_the_nearest_medoid_after_the_mean_is_taken_off():
     assert not torch.equal(label, (unit(r) @ medoids.T).argmax(1))
     assert train.assign_regions(r[:0], v).shape == (0,)
     assert train.assign_regions(r[:1].double(), v).tolist() == label[:1].tolist()
-
-
-def test_assign_regions_with_clipped_cosines_takes_the_first_of_the_medoids_beyond_the_clip():
-    r = torch.tensor([[-1.0, -0.5, -0.1], [-1, -0.5, 0.1], [0.2, 0.5, 0.1]])
-    for clipped, wanted in ((True, [0, 2, 1]), (False, [2, 2, 1])):
-        v = SimpleNamespace(medoids=torch.eye(3), mean=torch.zeros(3), clipped=clipped)
-        assert train.assign_regions(r, v).tolist() == wanted
+    r, v = torch.tensor([[-1.0, -0.5, -0.1], [-1, -0.5, 0.1]]), dict(medoids=torch.eye(3), mean=0)
+    for clipped, wanted in ((True, [0, 2]), (False, [2, 2])):  # the first of the medoids beyond the clip
+        assert train.assign_regions(r, SimpleNamespace(**v, clipped=clipped)).tolist() == wanted
 
 
 def test_clusters_used_are_those_as_frequent_in_each_class_not_the_class_s_own_object():
     def cluster(k, score, *n, kept=True):
-        return dict(
-            id=k, kept=kept, score=score, gaps={str(c): dict(n_in=a, n_out=b) for c, (a, b) in enumerate(n)}
-        )
+        gaps = {str(c): dict(n_in=a, n_out=b) for c, (a, b) in enumerate(n)}
+        return dict(id=k, kept=kept, score=score, gaps=gaps)
 
     best = cluster(3, 0.80, (97, 1), (33, 36))  # nearly every image of a class: its object; worth .39
     others = [cluster(0, 0.78, (47, 51), (31, 38)), cluster(2, 0.70, (48, 50), (41, 28))]  # .75, .63
@@ -1037,9 +971,7 @@ def test_regions_are_told_apart_by_the_discovery(files, found):
     assert task.boxes.shape == (32, 4, 4) and task.state.unique().tolist() == [0, 1]
     assert torch.equal(task.state[:, 3], (samples.place[:32] == 0).long())  # the lower right shows the place
     assert torch.equal(task.feature, (task.state == 1).any(1))
-    assert notes[-1].startswith(
-        f"{int(task.feature.sum())} of 32 training images have a region in the 1 clus"
-    )
+    assert f"{int(task.feature.sum())} of 32 training images have a region" in notes[-1]
 
 
 EYE, ZEROS = np.eye(64, dtype="float32"), np.zeros((1, 64), "float32")
@@ -1066,53 +998,43 @@ def test_a_discovery_that_cannot_be_used_is_one_line(files, tmp_path, expected, 
 
 
 @pytest.fixture(scope="module")
-def tuned(files):
-    assert tune(files, files / "tuned") == 0
-    return files / "tuned"
+def tuned(files, found):
+    """The folder of a short run of each method, started once."""
+
+    @functools.cache
+    def by(method):
+        assert tune(files, files / method, f"--method={method} --discovery={found}") == 0
+        return files / method
+
+    return by
 
 
 def test_fine_tuning_writes_weights_that_load_a_log_and_the_accuracies(files, tuned):
-    assert sorted(os.listdir(tuned)) == ["finetune.json", "log.csv", "weights.safetensors"]
-    r, encoder, (row,) = (
-        tree(tuned, "finetune.json"),
-        tiny(files, tuned / "weights.safetensors"),
-        logged(tuned),
-    )
+    out = tuned("finetune")
+    assert sorted(os.listdir(out)) == ["finetune.json", "log.csv", WEIGHTS]
+    r, encoder, (row,) = tree(out, "finetune.json"), tiny(files, out / WEIGHTS), logged(out)
     assert row["step"] == 6 and row["L_CL"] > 0 and row["images_per_s"] > 0 and r["config"]["pairs"] == 8
+    assert encoder.fingerprint != tiny().fingerprint
     for name, e in (("before", tiny(files)), ("after", encoder)):
         assert r[name] == train.zero_shot(e, samples_of(files))
-    assert encoder.fingerprint != tiny().fingerprint and {"worst_group", "overall", "groups"} <= set(
-        r["after"]
-    )
 
 
 def test_fine_tuning_learns_the_pairs(files, tmp_path):
-    assert tune(files, tmp_path, "--steps=25 --pairs=16 --learning_rate=0.003") == 0
-    assert logged(tmp_path)[-1]["L_CL"] < np.log(16) - 0.3  # at first pairs are told apart by chance
+    assert tune(files, tmp_path, "--steps=20 --learning_rate=0.003") == 0
+    assert logged(tmp_path)[-1]["L_CL"] < np.log(8) - 0.3  # at first pairs are told apart by chance
 
 
-@pytest.mark.parametrize("method", ["finetune", "ravl", "vl_gdro", "jtt"])
-def test_interrupted_fine_tuning_resumes_to_the_bit(files, found, tmp_path, monkeypatch, capsys, method):
-    how, one, cut = (
-        f"--method={method} --save_every=2 --discovery={found}",
-        tmp_path / "one",
-        tmp_path / "cut",
-    )
-    assert tune(files, one, how) == 0
-    before_call(monkeypatch, torch.nn.utils, "clip_grad_norm_", 6, stop)
-    assert tune(files, cut, how) == 130 and os.listdir(cut) == ["training.pt"]
-    state = saved(cut / "training.pt")
-    assert state["step"] == 4 and ("weight" in state) == (method == "jtt")
-    refused(capsys, tune_words(files, cut, f"{how} --resume --learning_rate=1"), "--learning_rate=0.001")
-    assert tune(files, cut, f"{how} --resume") == 0
-    assert same(weights(one), weights(cut)) and sorted(os.listdir(cut)) == sorted(os.listdir(one))
-
-
-def test_ctrl_c_keeps_the_step_it_comes_in(files, tuned, tmp_path, monkeypatch):
-    press = functools.partial(os.kill, os.getpid(), signal.SIGINT)
-    before_call(monkeypatch, torch.nn.utils, "clip_grad_norm_", 3, press)
-    assert tune(files, tmp_path) == 130 and saved(tmp_path / "training.pt")["step"] == 3
-    assert tune(files, tmp_path, "--resume") == 0 and same(weights(tuned), weights(tmp_path))
+@pytest.mark.parametrize("method, times", [("finetune", 1), ("ravl", 2), ("vl_gdro", 1), ("jtt", 2)])
+def test_ctrl_c_and_resume_come_to_the_same_bits(found, tuned, tmp_path, ctrl_c, capsys, method, times):
+    files, how = found.parent, f"--method={method} --save_every=2 --discovery={found}"
+    jtt = method == "jtt"  # which takes a step before the first
+    ctrl_c(torch.nn.utils, "clip_grad_norm_", 5 + jtt, times)
+    assert tune(files, tmp_path, how) == 130 and os.listdir(tmp_path) == ["training.pt"]
+    state = saved(tmp_path / "training.pt")  # once: its step is kept; twice: it stops at once
+    assert state["step"] == (5 if times == 1 else 4) and ("weight" in state) == jtt
+    refused(capsys, tune_words(files, tmp_path, f"{how} --resume --learning_rate=1"), "--learning_rate=0.001")
+    assert tune(files, tmp_path, f"{how} --resume") == 0 and "training.pt" not in os.listdir(tmp_path)
+    assert same(weights(tuned(method)), weights(tmp_path))
 
 
 def test_processes_and_checkpointing_do_not_change_the_step(files, found, tmp_path):
@@ -1129,9 +1051,8 @@ def test_processes_and_checkpointing_do_not_change_the_step(files, found, tmp_pa
 
 
 @pytest.mark.parametrize("method", [name for name in train.METHODS if name != "finetune"])
-def test_every_mitigation_runs_and_differs_from_plain_fine_tuning(files, found, tuned, tmp_path, method):
-    assert tune(files, tmp_path, f"--method={method} --discovery={found}") == 0
-    assert not same(weights(tuned), weights(tmp_path), 1e-6)
+def test_every_mitigation_runs_and_differs_from_plain_fine_tuning(tuned, method):
+    assert not same(weights(tuned("finetune")), weights(tuned(method)), 1e-6)
 
 
 def test_weights_go_back_in_with_their_activation_preprocessing_and_bias(files, tmp_path):
@@ -1191,55 +1112,28 @@ def test_bap_is_not_for_torchrun(files, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv", [words, tune_words])
 def test_a_bad_picture_stops_it_or_is_left_out_and_counted(files, tmp_path, capfd, argv):
-    how = birds(tmp_path, ["9 1 0 8", "3 3 3 3", "3 3 3 3"]) + " --steps=2"
-    bad = tmp_path / "set/3.png", tmp_path / "set/30.png"
-    bad[0].write_bytes(bad[0].read_bytes()[:500])
-    refused(capfd, argv(files, tmp_path / "out", how), bad[0], "--skip_bad")  # no line of other threads, too
-    assert not (tmp_path / "out").exists()
-    bad[1].write_bytes(b"")
-    assert run(argv(files, tmp_path / "out", f"{how} --skip_bad")) == 0
+    flag, out = birds(tmp_path, ["9 1 0 8", "6 0 3 3", "3 3 3 3"]), tmp_path / "out"
+    broken = [tmp_path / f"set/{k}.png" for k in (3, 30, *range(24, 30))]  # the last: class 1 of val
+    broken[0].write_bytes(broken[0].read_bytes()[:500])
+    refused(capfd, argv(files, out, flag), broken[0], "--skip_bad")  # no line of other threads, too
+    assert not out.exists()
+    broken[1].write_bytes(b"")
+    assert run(argv(files, out, f"{flag} --skip_bad --steps=2")) == 0
     said = capfd.readouterr().out
-    assert all(re.search(f"skipped .*{path.name}", said) for path in bad) and "2 of 42 skipped" in said
+    assert all(re.search(f"skipped .*{path.name}", said) for path in broken[:2]) and "2 of 42 skipped" in said
     if argv is words:
-        assert [g["n"] for g in tree(tmp_path / "out")["methods"]["bap"]["groups"]] == [2, 3, 3, 3]
-
-
-def test_skip_bad_that_leaves_a_class_without_images_says_so(files, tmp_path, capsys):
-    how = birds(tmp_path, ["8 0 0 8", "2 2 1 0", "2 2 2 2"])
-    (tmp_path / "set/20.png").write_bytes(b"")
-    refused(capsys, words(files, tmp_path / "out", f"{how} --skip_bad"), "split 1 (val)", "class 1")
-
-
-def test_full_disk_leaves_nothing_half_written(files, tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(data.os, "fsync", full)
-    refused(
-        capsys, words(files, tmp_path / "out", f"--cache_dir={tmp_path / 'cache'}"), tmp_path, "free some"
-    )
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-
-
-def test_weights_full_of_nan_name_the_picture(files, tmp_path, capsys):
-    state = tiny().module.state_dict()
-    torch.save({**state, "visual.proj": state["visual.proj"] * torch.nan}, tmp_path / "w.pt")
-    refused(capsys, words(files, tmp_path / "out", f"--pretrained={tmp_path / 'w.pt'}"), "not finite")
+        assert [g["n"] for g in tree(out)["methods"]["bap"]["groups"]] == [2, 3, 3, 3]
+    for path in broken:
+        path.write_bytes(b"")
+    refused(capfd, argv(files, out, f"{flag} --skip_bad"), "split 1 (val)", "class 1")
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_term_and_the_last_good_state(files, tmp_path, capsys):
     argv = tune_words(files, tmp_path, "--learning_rate=1e30")
     refused(capsys, argv, "L_CL and gradient not finite", "training.pt", "--learning_rate")
-    assert saved(tmp_path / "training.pt")["step"] >= 1 and not (tmp_path / "weights.safetensors").exists()
+    assert saved(tmp_path / "training.pt")["step"] >= 1 and not (tmp_path / WEIGHTS).exists()
 
 
 def test_a_batch_of_one_class_is_said_and_does_not_stop(files, tmp_path, capsys):
     assert tune(files, tmp_path, "--pairs=2 --steps=12") == 0
     assert capsys.readouterr().out.count("one class only") == 1
-
-
-def test_help_prints_the_first_screen(capsys):
-    assert run(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert all(f"\n{k} " in shown for k in ("out_dir", "data", "foregrounds", "model", "seed"))
-    assert "def main" not in shown and "arXiv 2605.11107" in shown

@@ -89,11 +89,11 @@ def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("files")
     birds(root / "all", COUNTS)
     birds(root / "most", ["12 4 4 12", "6 6 6 6", "8 7 6 5"])
-    for folder in ("cutouts", "photos", "land", "water"):
+    for folder in ("foregrounds", "backgrounds", "land", "water"):
         (root / folder).mkdir()
     for k in range(12):
-        figure(500 + k, k % 3).save(root / f"cutouts/{k}.png")
-        ground(700 + k, np.random.default_rng(k).integers(40, 220, 3)).save(root / f"photos/{k}.png")
+        figure(500 + k, k % 3).save(root / f"foregrounds/{k}.png")
+        ground(700 + k, np.random.default_rng(k).integers(40, 220, 3)).save(root / f"backgrounds/{k}.png")
         for place, folder in enumerate(("land", "water")):
             ground(800 + k, PLACES[place]).save(root / f"{folder}/{k}.png")
     return root
@@ -102,7 +102,7 @@ def files(tmp_path_factory):
 def words(files, out, text="", which="all"):
     """A command line of bap; flags in text come last, and count."""
     paths = dict(data=f"waterbirds:{files / which / 'set'}", cache_dir=files / "cache", out_dir=out)
-    paths.update(foregrounds=files / "cutouts", backgrounds=files / "photos")
+    paths.update(foregrounds=files / "foregrounds", backgrounds=files / "backgrounds")
     small = f"--model=tiny --instances=16 --per_instance=2 {text}".split()
     return [*[f"--{k}={v}" for k, v in paths.items()], *small]
 
@@ -124,10 +124,11 @@ def samples_of(files, which="most", masks=""):
     return data.load_data(f"waterbirds:{files / which / 'set'}", masks=masks)
 
 
-def composed(files):
-    """The composites of the runs here."""
-    figures, _ = data.layers(files / "cutouts", data.Cutout, "foregrounds")
-    return data.composites(figures, data.layers(files / "photos", data.Ground, "backgrounds")[0], 16, 2, 0)
+def composed(root, instances=16):
+    """Figures and grounds in a folder, and composites of them, as the runs here have them: cells, i, j."""
+    kinds = ("foregrounds", data.Cutout), ("backgrounds", data.Ground)
+    figures, grounds = (data.layers(root / name, kind, name)[0] for name, kind in kinds)
+    return figures, grounds, *data.composites(figures, grounds, instances, 2, 0)
 
 
 def tiny(files=None, pretrained=""):
@@ -250,7 +251,8 @@ def groups_of(kept, probe, z, samples, g):
 
 
 def test_numbers_are_those_of_the_embeddings_and_of_the_checkpoint_which_holds_no_code(files, plain):
-    (cells, i, j), encoder, samples, r = composed(files), tiny(files), samples_of(files, "all"), tree(plain)
+    (*_, cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")
+    r = tree(plain)
     flat = model.additivity(unit(encoder.embed(cells)), i, j)["flat"]
     assert {k: r["additivity"]["flat"][k] for k in flat} == pytest.approx(flat)
     kept, z, fit = saved(plain / "ckpt.pt"), encoder.embed(samples.items), samples.split == 0
@@ -497,9 +499,7 @@ def test_invariance_compares_two_composites_of_one_foreground_and_of_two():
 
 
 def test_cutter_learns_from_composites_to_cut_foregrounds_out_of_others():
-    kinds = ("foregrounds", data.Cutout), ("backgrounds", data.Ground)
-    figures, grounds = (data.layers(data.ASSETS / name, kind, name)[0] for name, kind in kinds)
-    cells, encoder = data.composites(figures, grounds, 32, 2, 0)[0], load_encoder("lite0", device="cpu")
+    cells, encoder = composed(data.ASSETS, 32)[2], load_encoder("lite0", device="cpu")
     cutter, overlap = train.Cutter(encoder, cells[:50]), []
     with torch.inference_mode():
         masks = cutter.masks(torch.stack([encoder.transform(c.image()) for c in cells[50:]]))
@@ -532,12 +532,11 @@ def test_a_cutter_is_not_trusted_if_it_misses_foregrounds_or_finds_implausible_o
 
 def test_own_foregrounds_have_their_weight_in_the_map(files, tmp_path, monkeypatch):
     samples, encoder = samples_of(files, "all", str(files / "all/masks")), tiny(files)
-    kinds, cuts = (("cutouts", data.Cutout), ("photos", data.Ground)), [c.figure for c in samples.cut[:6]]
-    figures, grounds = (data.layers(files / name, kind, name)[0] for name, kind in kinds)
+    (figures, grounds, cells, i, _), cuts = composed(files), [c.figure for c in samples.cut[:6]]
     for name, value in dict(instances=16, per_instance=2, cut_own=lambda *_: cuts, own=0.3).items():
         monkeypatch.setattr(train, name, value)
     result, last = train.bap(0, encoder, figures, grounds, samples, tmp_path, {})
-    (cells, i, _), (items, k, _) = composed(files), train.own_composites(cuts, grounds, 0)
+    items, k, _ = train.own_composites(cuts, grounds, 0)
     grids = [(0.7, encoder.embed(cells), i), (0.3, encoder.embed(items), k)]
     assert torch.allclose(last.map.W, train.wiener(grids, 1.0).W, atol=1e-6) and last.cuts == cuts
     assert result["methods"]["bap_synthetic"]["groups"]
@@ -546,7 +545,8 @@ def test_own_foregrounds_have_their_weight_in_the_map(files, tmp_path, monkeypat
 def test_training_foregrounds_go_by_their_masks_onto_other_backgrounds(files):
     samples, seen = samples_of(files, masks=str(files / "most/masks")), {}
     samples.cut[1] = None
-    grounds, land, water = (data.layers(files / k, data.Ground, k)[0] for k in ("photos", "land", "water"))
+    _, grounds, *_ = composed(files)
+    land, water = (data.layers(files / place, data.Ground, place)[0] for place in ("land", "water"))
 
     def embed(pictures, label):
         seen[label] = pictures
@@ -603,7 +603,7 @@ def test_pretraining_of_the_encoder_resumes_to_the_same_numbers(files, fine, tmp
 
 @pytest.mark.parametrize("part", ["last_blocks", "image"])
 def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
-    (cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")
+    (*_, cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")
     how = dict(train=part, steps=10, pairs=16, learning_rate=2e-3, out_dir=str(tmp_path))
     z, config = encoder.embed(cells), {**tree(plain)["config"], **how}
     trained, _ = train.pretrain(encoder, cells, [(1.0, z, i)], j, samples, 0, tmp_path, config)
@@ -907,25 +907,23 @@ def test_assign_regions_takes_the_nearest_medoid_after_the_mean_is_taken_off():
 
 
 def test_clusters_used_are_those_as_frequent_in_each_class_not_the_class_s_own_object():
-    def cluster(k, score, *n, kept=True):
+    def cluster(k, score, *n):
         gaps = {str(c): dict(n_in=a, n_out=b) for c, (a, b) in enumerate(n)}
-        return dict(id=k, kept=kept, score=score, gaps=gaps)
+        return dict(id=k, kept=k < 4, score=score, gaps=gaps)
 
-    best = cluster(3, 0.80, (97, 1), (33, 36))  # nearly every image of a class: its object; worth .39
-    others = [cluster(0, 0.78, (47, 51), (31, 38)), cluster(2, 0.70, (48, 50), (41, 28))]  # .75, .63
-    others.append(cluster(1, 0.30, (48, 52), (33, 36)))  # even, but weak: .30
-    others.append(cluster(4, 9.0, (50, 50), (50, 50), kept=False))
-    v = SimpleNamespace(kept=[3, 0, 2, 1], clusters=[best, *others])
+    others = [cluster(0, 0.78, (47, 51), (31, 38)), cluster(2, 0.70, (48, 50), (41, 28))]  # worth .75, .63
+    others += [cluster(1, 0.30, (48, 52), (33, 36)), cluster(4, 9.0, (50, 50), (50, 50))]  # .30; not kept
+    object_ = cluster(3, 0.80, (97, 1), (33, 36))  # in nearly every image of a class: .39
+    v = SimpleNamespace(kept=[3, 0, 2, 1], clusters=[object_, *others])
     assert train.clusters_used(v) == [0, 2, 3]
     v.clusters[0] = cluster(3, 0.80, (97, 1), (20, 49))
-    assert train.clusters_used(v) == [0, 2]
-    assert train.clusters_used(v, 1) == [0] and train.clusters_used(v, 9) == [0, 2, 1, 3]
-    ranked = SimpleNamespace(kept=[7], clusters=[dict(id=7, kept=True, score=None, gaps={})])
-    assert train.clusters_used(ranked) == [7]
+    assert train.clusters_used(v) == [0, 2] and train.clusters_used(v, 1) == [0]
+    assert train.clusters_used(v, 9) == [0, 2, 1, 3]
+    assert train.clusters_used(SimpleNamespace(kept=[7], clusters=[dict(id=7, kept=True, score=None)])) == [7]
 
 
 def test_backgrounds_from_a_discovery_are_its_best_regions(files, tmp_path):
-    paths = [str(files / f"photos/{k}.png") for k in range(3)]
+    paths = [str(files / f"backgrounds/{k}.png") for k in range(3)]
     clusters = [dict(id=1, kept=True, regions=[2, 1] * 5), dict(id=0, kept=False, regions=[0])]
     box = np.array([[0, 0, 1, 1], [0.5, 0, 1, 1], [0, 0.5, 1, 1]], "float32")
     where, folder = dict(image=np.array([0, 1, 2]), box=box, paths=paths), tmp_path / "found"
@@ -982,16 +980,15 @@ REFUSALS = [
     ("weights are others", dict(fingerprint="0" * 32)),
     ("0 of 32 training images", dict(medoids=np.concatenate([ZEROS, EYE, -EYE]))),
     ("32 have no other", dict(medoids=EYE[:1])),
-    ("its regions are masks", dict(regions="masks:")),
+    ("its regions are masks", dict(regions="masks:{files}/most/masks")),
 ]
 
 
 @pytest.mark.parametrize("expected, changes", REFUSALS)
 def test_a_discovery_that_cannot_be_used_is_one_line(files, tmp_path, expected, changes):
-    if "regions" in changes:
-        changes = dict(regions=f"masks:{files / 'most/masks'}")
+    regions = changes.get("regions", "grid:2").format(files=files)
     with complaint(f"--discovery={tmp_path}", expected):
-        assigned(files, discovery(files, tmp_path, **changes))
+        assigned(files, discovery(files, tmp_path, **changes | dict(regions=regions)))
 
 
 # --- fine-tuning from the command line
@@ -1082,9 +1079,8 @@ BAD = """--instanses=3: did you mean instances; --instances=many: a whole number
 --confounder=0: (0, 1]; --pairs=1: [2, inf); --train=all: auto, map, last_blocks, image; --loss=l2: infonce
 --text_weight=-1: [0, inf); --place_backgrounds=a,b,c: one folder for each
 --out_dir=/dev/null/x: /dev/null"""
-BAD_TUNING = """--pairs=64: 32, the number of training images; --seeds=3: each --seed
---batch_size=0: [1, inf)
---threads=-1: [0, inf); --captions=long: own or class or place; --train=last_blocks: --method=finetune
+BAD_TUNE = """--pairs=64: 32, the number of training images; --threads=-1: [0, inf); --batch_size=0: [1, inf)
+--seeds=3: each --seed; --captions=long: own or class or place; --train=last_blocks: --method=finetune
 --model=lite0: no text tower; --discovery=nowhere: no such file; --learning_rate=0: (0, inf)
 --discovery= --method=ravl: this method needs what discover.py found"""
 
@@ -1099,7 +1095,7 @@ def test_bad_flag_is_one_line_and_exit_code_2(files, tmp_path, capsys, flag, exp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag, expected", cases(BAD_TUNING))
+@pytest.mark.parametrize("flag, expected", cases(BAD_TUNE))
 def test_bad_flags_of_fine_tuning_are_one_line(files, tmp_path, capsys, flag, expected):
     refused(capsys, tune_words(files, tmp_path / "out", flag), flag.partition("=")[0].strip("-"), expected)
     assert not (tmp_path / "out").exists()

@@ -38,6 +38,7 @@ GREY = (124, 116, 104)  # the mean colour of ImageNet
 SPLITS = ("train", "val", "test")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow would start Ghostscript for an EPS
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 SKIP = "replace it, or leave such files out with --skip_bad"
 
 
@@ -160,25 +161,16 @@ def expect(holds, flag, found, wanted):
 
 def revision():
     """The git revision of this checkout, with + if files differ from it; None outside one."""
-    words = [
-        "git",
-        "-C",
-        str(ASSETS.parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--exclude=*",
-        "--dirty=+",
-    ]
+    words = "describe --always --abbrev=40 --exclude=* --dirty=+".split()
     try:
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or None
+        git = subprocess.run(["git", "-C", str(ASSETS.parent), *words], capture_output=True, text=True)
     except OSError:
         return None
+    return git.stdout.strip() or None
 
 
 def rng(seed, purpose, *index):
-    """A generator of its own for each (seed, purpose, index): any order of use, any sharding draws the
-    same."""
+    """A generator of its own for each (seed, purpose, index): any order, any sharding draws the same."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *index])
 
 
@@ -286,8 +278,7 @@ def read_table(path, needed=()):
 
 
 def whole(path, column, values, high=0):
-    """A column of strings -> list of whole numbers from 0 below high, or the number of values; or
-    Complaint."""
+    """A column of strings -> list of whole numbers from 0 below high (the number of values)."""
     high = high or max(3, len(values))
     numbers = {v: int(v) if v.strip().isdecimal() and len(v) < 19 else -1 for v in set(values)}
     if not all(0 <= number < high for number in numbers.values()):
@@ -311,36 +302,30 @@ def first_folder(root, *names):
 
 def inside(root):
     """What a folder holds, for an error message; archives first, which have to be unpacked."""
-    names, archives = (
-        sorted(os.listdir(root)),
-        (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet"),
-    )
-    packed = [name for name in names if name.lower().endswith(archives)]
+    names = sorted(os.listdir(root))
+    packed = [name for name in names if name.lower().endswith(ARCHIVES)]
     return f"{', '.join(packed[:3])}: unpack it first" if packed else ", ".join(names[:5]) or "nothing"
 
 
 def scan(root, flag="data"):
     """Sorted image files below a folder, each a tuple of its parts; Complaint if there are none.
 
-    Hidden files and folders are passed over, links to folders followed, but for those that lead back to
-    where they come from. Raises Complaint for a link to nothing.
+    Hidden ones are passed over, links to folders followed unless they lead back to where they come from.
     """
     found, folders = [], [((), (os.path.realpath(folder(root, flag)),))]
     while folders:
         parts, above = folders.pop()
-        with os.scandir(os.path.join(root, *parts)) as entries:
-            entries = [entry for entry in entries if not entry.name.startswith(".")]
-        for entry in entries:
+        for entry in os.scandir(os.path.join(root, *parts)):
+            real, kind = entry.path, os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                continue
             if entry.is_dir():
                 real = os.path.realpath(entry.path)
-                if real not in above:
-                    folders.append(((*parts, entry.name), (*above, real)))
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                folders += [((*parts, entry.name), (*above, real))] if real not in above else []
+            elif kind in EXTENSIONS:
                 if entry.is_symlink() and not os.path.exists(entry.path):
                     gone = os.readlink(entry.path)
-                    raise Complaint(
-                        f"{entry.path}: a link to {gone}, which does not exist; mend or remove it"
-                    )
+                    raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
                 found.append((*parts, entry.name))
     if not found:
         raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)})")
@@ -348,16 +333,15 @@ def scan(root, flag="data"):
 
 
 def open_image(path):
-    """An image file -> PIL image, 8-bit RGB, or RGBA if it has transparency.
+    """An image file -> PIL image, 8-bit RGB, or RGBA if it has transparency, turned as its EXIF data says.
 
-    EXIF rotation is applied; CMYK, grey and palette images are converted, 16-bit ones scaled; of an animation
-    the first frame counts. Raises Complaint if it is missing, damaged, not an image, or below 8x8 pixels.
+    Of an animation the first frame counts. Complaint if it is missing, damaged, no image, or below 8x8.
     """
     with reading(path, "a picture", SKIP), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(path, formats=FORMATS)
         if min(image.size) < 8:
-            raise Complaint(f"{path}: {image.width}x{image.height} pixels, expected at least 8x8; {SKIP}")
+            raise Complaint(f"{path}: {image.width}x{image.height} pixels, expected 8x8 or more; {SKIP}")
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -372,8 +356,7 @@ def open_image(path):
 
 
 def open_mask(path):
-    """A foreground mask -> PIL image, "L", 255 on the foreground. Complaint where it is not white on
-    black."""
+    """A foreground mask -> PIL image, "L", 255 on the foreground. Complaint where nothing is white."""
     mask = open_image(path).convert("L")
     brightest = mask.getextrema()[1]
     if 0 < brightest < 128:
@@ -431,8 +414,7 @@ class Cutout(Photo):
 
 @functools.lru_cache(2048)
 def layer(path, cut):
-    """The picture of a Ground or Cutout, kept at no more than 512 pixels: thousands of composites share
-    it."""
+    """The picture of a Ground or Cutout, kept at 512 pixels at most: thousands of composites share it."""
     image = open_image(path) if cut else opaque(open_image(path))
     if cut:
         cure = "cut it out, move it away, or use --skip_bad"
@@ -440,9 +422,7 @@ def layer(path, cut):
             raise Complaint(f"{path}: no transparency, expected alpha 0 around the foreground; {cure}")
         box = image.getchannel("A").point([0] * 9 + [255] * 247).getbbox() or (0, 0, 0, 0)
         if min(box[2] - box[0], box[3] - box[1]) < 8:
-            raise Complaint(
-                f"{path}: nothing visible in it, expected a cut-out of 8x8 pixels or more; {cure}"
-            )
+            raise Complaint(f"{path}: nothing visible in it, expected 8x8 pixels or more; {cure}")
         image = image.crop(box)
     image.thumbnail((512, 512), Image.BICUBIC, reducing_gap=2)
     return image
@@ -632,16 +612,7 @@ def composites(figures, grounds, instances, per, seed, recolour=True):
 # data sets: each is a generator of rows, and its docstring is what --data=NAME:help prints
 
 SCENE = "scene"  # what an image shows whose planted feature is all but the class object
-SPLIT_NAMES = {
-    "train": 0,
-    "training": 0,
-    "val": 1,
-    "valid": 1,
-    "validation": 1,
-    "dev": 1,
-    "test": 2,
-    "testing": 2,
-}
+SPLIT_NAMES = dict(train=0, training=0, val=1, valid=1, validation=1, dev=1, test=2, testing=2)
 
 
 class Row(NamedTuple):
@@ -653,10 +624,9 @@ class Row(NamedTuple):
     split: int | None = None  # 0 train, 1 val, 2 test; None: splits are made here, for all rows
     caption: str = ""  # "": the usual one
     cut: Composite | None = None  # the foreground, without a ground, where there is a mask
-    shows: tuple | None = (
-        None  # of controlled settings: boxes of the class object and of the planted feature, in
-    )
-    # shares of the image: each is a box, a tuple of them, None or SCENE
+    # of controlled settings: boxes of the class object and of the planted feature, in shares of the image;
+    # each is a box, a tuple of them, None or SCENE
+    shows: tuple | None = None
 
 
 @dataclass
@@ -731,13 +701,11 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     many are named as classes, the k-th is the k-th class's own. prompts: a file of templates or of
     class<TAB>prompt lines. masks: a folder of foreground masks. splits: whether the set is to be trained on,
     and needs labels and images of every class in each split. planted_by: confounder, the share of training
-    images on their class's own place; strength (Cramer's V), spurious (a class) and feature of controlled
-    settings. Raises Complaint for anything that is not as it should be.
+    images on their class's own place; strength, spurious, feature of controlled settings. Raises Complaint.
     """
     name, _, root = spec.partition(":")
     if name not in SETS or not (root or SETS[name].alone):
-        there = ", ".join(SETS)
-        raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {there}; NAME:help says more")
+        raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {', '.join(SETS)}; see NAME:help")
     if root == "help":
         say(inspect.getdoc(SETS[name].rows))
         sys.exit(0)
@@ -751,22 +719,19 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         gc.enable()
     if name in ("digits", "cutouts", "coco"):  # as a discovery of one setting says nothing of another
         samples.name += f" V {facts.strength:g} of {facts.spurious} seed {seed}"
+    labels = samples.labels
     if renamed and facts.classes is not renamed:
-        if len(renamed) != len(samples.labels):
-            there = f"{len(samples.labels)} ({', '.join(samples.labels[:5])}, ...)"
-            raise Complaint(f"--classes={classes}: {len(renamed)} names, {name} has {there}")
-        samples.classes = renamed if samples.labels is samples.classes else samples.classes
-        samples.labels = renamed
+        n = f"{len(labels)} ({', '.join(labels[:5])}, ...)"
+        expect(len(renamed) == len(labels), "classes", classes, f"{n} names, it has {len(renamed)}")
+        samples.classes = renamed if labels is samples.classes else samples.classes
+        samples.labels = labels = renamed
     if masks:
-        photos = [getattr(item, "path", "") for item in samples.items]
-        cuts = [
-            m and Masked(p, Photo(m)) for p, m in zip(samples.items, find_masks(photos, masks), strict=True)
-        ]
-        samples.cut = [cut and Composite(cut, None, None) for cut in cuts]
-    template = SETS[name].template
-    samples.prompts = [[template.replace("{}", label)] for label in samples.labels]
+        files = find_masks([getattr(item, "path", "") for item in samples.items], masks)
+        pairs = zip(samples.items, files, strict=True)
+        samples.cut = [m and Composite(Masked(item, Photo(m)), None, None) for item, m in pairs]
+    samples.prompts = [[SETS[name].template.replace("{}", label)] for label in labels]
     if prompts:
-        samples.prompts = read_prompts(prompts, samples.labels)
+        samples.prompts = read_prompts(prompts, labels)
     return check(samples, splits)
 
 
@@ -780,7 +745,7 @@ def names_in(text, flag, least):
 
 def samples_of(name, rows, facts):
     """Samples of a generator of Rows: numbers names, makes splits, leaves out what does not exist."""
-    rows, short = list(rows), name.partition(":")[0]
+    rows = list(rows)
     if facts.chosen:
         rows, chosen = only(rows, "y", facts.chosen, "classes")
         facts.imagenet = facts.imagenet and [facts.imagenet[facts.classes.index(c)] for c in chosen]
@@ -788,29 +753,27 @@ def samples_of(name, rows, facts):
     if facts.wanted:
         rows, facts.places = only(rows, "place", facts.wanted, "places")
     if not rows:
-        raise Complaint(f"--data={name}: no images; --data={short}:help says how it must look")
+        raise Complaint(f"--data={name}: no images; see --data={name.partition(':')[0]}:help")
     picture, y, place, split, captions, cut, shows = map(list, zip(*rows, strict=True))
     y, classes = numbered(y, facts.classes, "class")
     place, places = numbered(place, facts.places, "place")
     place, places = place.clamp(min=0), places or ["anywhere"]
-    usual = [[f"a {c} on {p}" if len(places) > 1 else f"a {c}" for p in places] for c in classes]
-    if not all(captions):
-        captions = [usual[a][b] if a >= 0 else "" for a, b in zip(y.tolist(), place.tolist(), strict=True)]
     official, group = facts.official and None not in split, y * len(places) + place
+    if not all(captions):
+        usual = [f"a {c} on {p}" if len(places) > 1 else f"a {c}" for c in classes for p in places]
+        usual += [""] * len(places)  # where y is -1
+        captions = [usual[g] for g in group.tolist()]
     split = make_splits(group) if None in split else completed(torch.tensor(split), group, facts.notes)
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
     samples.labels, samples.imagenet, samples.official = facts.labels or classes, facts.imagenet, official
-    absent = missing(picture)
-    if absent:
-        line = (
-            f"{name}: {len(absent)} of its {len(rows)} images do not exist, the first is {picture[absent[0]]}"
-        )
-        if len(absent) == len(rows):
+    there = exists(picture)
+    if not there.all():
+        lost, first = int((~there).sum()), picture[int(there.int().argmin())]
+        line = f"{name}: {lost} of its {len(rows)} images do not exist, the first is {first}"
+        if lost == len(rows):
             raise Complaint(f"{line}; complete the folder")
         facts.notes.append(f"WARNING: {line}; they are left out")
-        there = torch.ones(len(rows), dtype=torch.bool)
-        there[absent] = False
         samples = samples.keep(there)
     if facts.published:
         compare(samples, facts.published)
@@ -834,17 +797,17 @@ def only(rows, column, names, flag):
     return [row for row in rows if getattr(row, column) in names], names
 
 
-def missing(pictures):
-    """Numbers of the files that do not exist; folders are listed once, as a million questions take long."""
-    there, out = {}, []
+def exists(pictures):
+    """Which pictures exist, bool [n]; folders are listed once, as a million questions take long."""
+    there, out = {}, np.ones(len(pictures), bool)
     for k, path in enumerate(pictures):
         if isinstance(path, str):
             at, _, name = path.rpartition("/")
             if at not in there:
-                there[at] = set(os.listdir(at or "/")) if os.path.isdir(at or "/") else set()
+                there[at] = set(os.listdir(at or "/")) if os.path.isdir(at or "/") else ()
             if name not in there[at]:
-                out.append(k)
-    return out
+                out[k] = False
+    return torch.from_numpy(out)
 
 
 def numbered(names, known, what):
@@ -868,8 +831,7 @@ def plain(name):
 
 
 def make_splits(group, shares=(0.6, 0.2, 0.2)):
-    """Splits [n] by a rule, the same for the same files: of each group [n] the shares for train, val,
-    test."""
+    """Splits [n] by a rule, the same for the same files: of each group [n] shares for train, val, test."""
     group, split = np.asarray(group), np.zeros(len(group), np.int64)
     order = np.argsort(group, kind="stable")
     for members in np.split(order, np.unique(group[order], return_index=True)[1][1:]):
@@ -880,8 +842,7 @@ def make_splits(group, shares=(0.6, 0.2, 0.2)):
 
 
 def completed(split, group, notes):
-    """Splits [n] where none is missing: without test val is test, without val a fifth of each group's
-    train."""
+    """Splits [n] with none missing: without test val is test, without val a fifth of each group's train."""
     n = torch.bincount(split, minlength=3).tolist()
     if n[0] and n[1] and not n[2]:
         notes.append("no test split: val is used as test")
@@ -900,19 +861,15 @@ def correlate(samples, own, confounder):
     """
     extra, said, short = torch.zeros(len(samples.y), dtype=torch.bool), [], False
     for y, name in enumerate(samples.classes):
-        expect(
-            own[name] in samples.places, "places", ",".join(samples.places), f"{own[name]}, of {name}, too"
-        )
+        expect(own[name] in samples.places, "places", samples.places, f"{own[name]}, of {name}, too")
         train, on = (samples.y == y) & (samples.split == 0), samples.place == samples.places.index(own[name])
         home, away = int((train & on).sum()), (train & ~on).nonzero()[:, 0]
         allowed = round(home * (1 - confounder) / confounder)
         extra[away[torch.from_numpy(rng(0, "confounder", y).permutation(len(away)))][allowed:]] = True
         said.append(f"{home / max(1, home + min(allowed, len(away))):.0%} of {name} on {own[name]}")
         short |= len(away) < allowed
-    if short:
-        line = f"WARNING: --confounder={confounder:g} is not reached: too few images on other places"
-        samples.notes.append(line)
-    samples.notes.append("training split: " + ", ".join(said))
+    few = f"WARNING: --confounder={confounder:g} is not reached: too few images on other places; "
+    samples.notes.append((few if short else "") + "training split: " + ", ".join(said))
     if samples.official:
         return samples.keep(~extra)
     samples.split[extra] = 2
@@ -926,9 +883,7 @@ def compare(samples, published):
     counts["groups"] = [samples.counts(s).tolist() for s in range(3)]
     counts, line = {k: counts[k] for k in published}, f"{samples.name}: the published counts"
     if counts != published:
-        line = (
-            f"WARNING: {samples.name}: found {counts}, published {published}: incomplete or of another making"
-        )
+        line = f"WARNING: {samples.name}: found {counts}, published {published}: incomplete or another making"
     samples.notes.append(line)
 
 
@@ -974,32 +929,30 @@ def read_prompts(path, labels):
         if tab and plain(name) not in known:
             raise Complaint(f"--prompts={path}:{number}: no class {name!r}; {near(name, labels)}")
         if not tab and "{}" not in line:
-            raise Complaint(
-                f"--prompts={path}:{number}: {line!r}, expected one with {{}}, or class<TAB>prompt"
-            )
+            raise Complaint(f"--prompts={path}:{number}: {line!r}, expected a {{}}, or class<TAB>prompt")
         texts = own.setdefault(plain(name), []) if tab else templates
         texts.append(prompt.strip() if tab else line)
-    bare = [label for label in labels if plain(label) not in own]
-    if bare and not templates:
-        raise Complaint(
-            f"--prompts={path}: no prompt for class {bare[0]!r}; add class<TAB>prompt, or a template"
-        )
     texts = [own.get(plain(label), templates) for label in labels]
+    if not all(texts):
+        bare = labels[texts.index([])]
+        raise Complaint(f"--prompts={path}: no prompt for class {bare!r}; add one, or a template with {{}}")
     return [[t.replace("{}", label) for t in mine] for label, mine in zip(labels, texts, strict=True)]
 
 
 def inside_root(root, table, column, names):
     """Paths of a table's images; Complaint for a name that leads out of root, or that is listed twice."""
-    seen, root = {}, os.path.join(root, "")
-    for line, name in enumerate(names, 2):
-        if "./" in name or "//" in name:
-            name = os.path.normpath(name)  # ./a.png is a.png
-        if not name or name[0] in "/\\" or name == ".." or name[:3] == "../":
-            raise Complaint(f"{table}:{line}: {column} {name!r}, expected a path inside {root}")
-        if name in seen:
-            raise Complaint(f"{table}:{line}: {column} {name!r} is listed already in line {seen[name]}")
-        seen[name] = line
-    return [root + name for name in seen]
+    root, lines, text = os.path.join(root, ""), {}, "\n".join(names)
+    if "./" in text or "//" in text:
+        names = [name and os.path.normpath(name) for name in names]  # ./a.png is a.png
+    starts = {name[:3] for name in names}  # quick to look at, of a million names
+    out = {start for start in starts if start[:1] in ("", "/", "\\") or start in ("..", "../")}
+    if out or len(set(names)) < len(names):
+        for line, name in enumerate(names, 2):
+            if name[:3] in out:
+                raise Complaint(f"{table}:{line}: {column} {name!r}, expected a path inside {root}")
+            if lines.setdefault(name, line) < line:
+                raise Complaint(f"{table}:{line}: {column} {name!r} is listed already in line {lines[name]}")
+    return [root + name for name in names]
 
 
 def find_masks(paths, masks):
@@ -1007,30 +960,25 @@ def find_masks(paths, masks):
 
     NAME: the end of the image's path, as long as possible, or that up to its last '_'. A photo is no mask.
     """
-    masks, photos = folder(masks, "masks"), {os.path.realpath(path) for path in paths}
+    masks, photos, found = folder(masks, "masks"), {os.path.realpath(path) for path in paths}, []
     expect(any(paths), "masks", str(masks), "images in files: those of this data set are drawn")
-
-    def candidates(path):
+    for path in paths:
         parts = Path(os.path.splitext(path)[0]).parts
         ends = [Path(*parts[-depth:]).as_posix() for depth in range(min(4, len(parts)), 0, -1)]
         stems = [stem for end in ends for stem in (end, end.rpartition("_")[0])]
-        return [masks / f"{stem}.png" for stem in stems if stem and not stem.endswith("/")]
-
-    found = []
-    for path in paths:
-        files = (c for c in candidates(path) if c.is_file() and os.path.realpath(c) not in photos)
-        found.append(next((str(c) for c in files), None))
+        files = [str(masks / f"{stem}.png") for stem in stems if stem and not stem.endswith("/")]
+        good = (f for f in files if os.path.isfile(f) and os.path.realpath(f) not in photos)
+        found.append(next(good, None))
     if not any(found):
-        names = ", ".join(map(str, candidates(paths[0])[-4:]))
-        raise Complaint(f"--masks: {masks}: no mask for any image; expected for {paths[0]} one of {names}")
+        raise Complaint(f"--masks: {masks}: no mask for any image; for {path} one of {', '.join(files[-4:])}")
     return found
 
 
 def scenes(root, facts):
     """scenes[:DIR]      the embedded default: birds on places; or a folder of your own, composed anew
-    DIR/train/landbird/*.webp, DIR/train/waterbird/*.webp      cut-outs (RGBA) of two classes, so for val
-    and test DIR/train/land/*.webp, DIR/train/water/*.webp              backgrounds In train the share
-    --confounder of each class stands on its own place; val and test are balanced."""
+    DIR/train/landbird/*.webp, DIR/train/waterbird/*.webp    cut-outs (RGBA) of two classes; so val, test
+    DIR/train/land/*.webp, DIR/train/water/*.webp            backgrounds
+    In train the share --confounder of each class stands on its own place; val and test are balanced."""
     root, classes, places = root or ASSETS / "scenes", ("landbird", "waterbird"), ("land", "water")
     for s, n in enumerate((600, 200, 600)):
         at = {name: root / SPLITS[s] / name for name in (*classes, *places)}
@@ -1050,10 +998,11 @@ def draw_one(items, g):
 
 
 def waterbirds(root, facts):
-    """waterbirds:DIR Download waterbird_complete95_forest2water2.tar.gz, linked from the README of the
-    repository kohpangwei/group_DRO (the 100 % set, waterbird_1.0_forest2water2, from spetryk/GALS), and
-    unpack it. Any folder of this layout will do, with any number of classes and places: DIR/metadata.csv
-    columns img_id,img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
+    """waterbirds:DIR
+    Download waterbird_complete95_forest2water2.tar.gz, linked from the README of the repository
+    kohpangwei/group_DRO (the 100 % set, waterbird_1.0_forest2water2, from spetryk/GALS), and unpack it.
+    Any folder of this layout will do, with any number of classes and places:
+    DIR/metadata.csv     img_id,img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
     DIR/001.Black_footed_Albatross/....jpg     as img_filename says"""
     columns = ("img_id", "img_filename", "y", "split", "place", "place_filename")
     table = folder(root, "data waterbirds") / "metadata.csv"
@@ -1063,18 +1012,18 @@ def waterbirds(root, facts):
     facts.notes += [f"{table}: column {c!r} is not used" for c in found if c not in columns and c]
     y, place = (whole(table, column, found[column]) for column in ("y", "place"))
     split = whole(table, "split", found["split"], 3)
-    birds = "bird" in root.name.lower()
-    facts.classes = names_of(y, ["landbird", "waterbird"] if birds else [])
-    facts.places = names_of(place, ["land", "water"] if birds else [])
+    facts.classes, facts.places = names_of(y), names_of(place)
+    if "bird" in root.name.lower():
+        facts.classes = ["landbird", "waterbird"] if len(facts.classes) == 2 else facts.classes
+        facts.places = ["land", "water"] if len(facts.places) == 2 else facts.places
     facts.notes += official_waterbirds(root.name, *map(np.array, (y, place, split)))
     paths = inside_root(root, table, "img_filename", found["img_filename"])
     for path, a, b, s in zip(paths, y, place, split, strict=True):
         yield Row(path, facts.classes[a], facts.places[b], s)
 
 
-def names_of(numbers, known=()):
-    """The known names, where there are as many as numbers; else the numbers themselves."""
-    return known if max(numbers) + 1 == len(known) else [str(k) for k in range(max(numbers) + 1)]
+def names_of(numbers):
+    return [str(k) for k in range(max(numbers) + 1)]
 
 
 def official_waterbirds(name, y, place, split):
@@ -1083,11 +1032,9 @@ def official_waterbirds(name, y, place, split):
     if counts[1:] == [[467, 466, 133, 133], [2255, 2255, 642, 642]]:
         if counts[0] == [3498, 184, 56, 1057]:
             return [f"{name}: the counts of the official Waterbirds, 95 %"]
-        n, makings = (
-            sum(counts[0]),
-            {4795: "generated at 100 %", 4555: "the 95 % set without its minority groups"},
-        )
-        return [f"{name}: official val and test; train {n} images: {makings.get(n, 'of another making')}"]
+        makings = {4795: "generated at 100 %", 4555: "the 95 % set without its minority groups"}
+        making = makings.get(sum(counts[0]), "of another making")
+        return [f"{name}: official val and test; train {sum(counts[0])} images: {making}"]
     if "waterbird_complete" in name or "forest2water2" in name:
         return [f"WARNING: {name}: not the official counts (found {counts}): incomplete or of another making"]
     return []
@@ -1099,62 +1046,55 @@ def celeba(root, facts):
     DIR/list_attr_celeba.txt or .csv        (or in DIR/Anno)
     DIR/list_eval_partition.txt or .csv     (or in DIR/Eval)
     DIR/img_align_celeba/000001.jpg ...     (or in DIR/Img)"""
-    root = folder(root, "data celeba")
-    attributes, rows = celeba_table(root, "list_attr_celeba")
-    partition, parts = celeba_table(root, "list_eval_partition")
+    root, tables = folder(root, "data celeba"), {}
+    for name in ("list_attr_celeba", "list_eval_partition"):
+        found = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
+        path = next((p for p in found if p.is_file()), None)
+        if path is None:
+            raise Complaint(f"{root}: no {name}.txt or .csv in it (found {inside(root)}); see celeba:help")
+        tables[path] = [line.replace(",", " ").split() for _, line in read_lines(path, "data")]
+    (attributes, rows), (partition, parts) = tables.items()
     facts.classes, facts.places = ["dark hair", "blond hair"], ["female", "male"]
     train, val = [71629, 66874, 22880, 1387], [8535, 8276, 2874, 182]
     facts.published = dict(groups=[train, val, [9767, 7535, 2480, 180]])
     with reading(attributes, "CelebA's table of 40 attributes"):
         rows = rows[1:] if len(rows[0]) == 1 else rows  # the official file begins with the number of rows
-        header = ["image_id", *[name for name in rows[0] if name != "image_id"]]
+        header, *rows = rows
+        header = ["image_id", *[name for name in header if name != "image_id"]]
         blond, male = header.index("Blond_Hair"), header.index("Male")
-        for row in rows[1:]:
+        for row in rows:
             if len(row) != len(header):
                 raise ValueError(f"{row[0]} has {len(row) - 1} attributes, not {len(header) - 1}")
-        labels = [(row[blond] == "1", row[male] == "1") for row in rows[1:]]
     with reading(partition, "CelebA's table of splits, for the same images"):
         split = {row[0]: int(row[1]) for row in parts if row[-1] in ("0", "1", "2")}
-        split = [split[row[0]] for row in rows[1:]]
-    images = first_folder(
-        root, "img_align_celeba/img_align_celeba", "img_align_celeba", "Img/img_align_celeba"
-    )
-    paths = inside_root(images, attributes, "image_id", [row[0] for row in rows[1:]])
-    for path, s, (y, place) in zip(paths, split, labels, strict=True):
-        caption = f"a photo of a {facts.places[place]} celebrity with {facts.classes[y]}"
-        yield Row(path, facts.classes[y], facts.places[place], s, caption)
-
-
-def celeba_table(root, name):
-    """One of CelebA's tables, blank- or comma-separated: its path, and lists of words."""
-    found = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
-    path = next((p for p in found if p.is_file()), None)
-    if path is None:
-        raise Complaint(f"{root}: no {name}.txt or .csv in it (found {inside(root)}); see --data=celeba:help")
-    return path, [line.replace(",", " ").split() for _, line in read_lines(path, "data")]
+        split = [split[row[0]] for row in rows]
+    images = first_folder(root, *(f"{sub}img_align_celeba" for sub in ("img_align_celeba/", "", "Img/")))
+    paths = inside_root(images, attributes, "image_id", [row[0] for row in rows])
+    for path, row, s in zip(paths, rows, split, strict=True):
+        y, place = facts.classes[row[blond] == "1"], facts.places[row[male] == "1"]
+        yield Row(path, y, place, s, f"a photo of a {place} celebrity with {y}")
 
 
 def counteranimal(root, facts):
-    """counteranimal:DIR       45 ImageNet classes, common and counter backgrounds, over all 1000 labels Two
-    as a binary task, groups: class x background: --classes=brambling,bulbul; or ptarmigan,prairie chicken.
-    Download LAION-final.zip of the CounterAnimal project (NeurIPS 2024, tmlr-group) and unpack it: DIR/9
-    ostrich/common-ground/*.jpg       (or easy-ground; or in DIR/LAION-final) DIR/9
-    ostrich/counter-water/*.jpg       (or hard-water) DIR/imagenet_names.txt                  idx<TAB>full
-    name; without it timm's names are used Splits are ours: of common photos 3/5 train, 1/5 val, 1/5 test;
-    of counter photos 1/5 val, 4/5 test."""
+    """counteranimal:DIR       45 ImageNet classes, common and counter backgrounds, over all 1000 labels
+    Two as a binary task, groups class x background: --classes=brambling,bulbul (ptarmigan,prairie chicken)
+    Download LAION-final.zip of the CounterAnimal project (NeurIPS 2024, tmlr-group) and unpack it:
+    DIR/9 ostrich/common-ground/*.jpg       (or easy-ground; or in DIR/LAION-final)
+    DIR/9 ostrich/counter-water/*.jpg       (or hard-water)
+    DIR/imagenet_names.txt                  idx<TAB>full name; without it timm's names are used
+    Splits are ours: of common photos 3/5 train, 1/5 val, 1/5 test; of counter photos 1/5 val, 4/5 test."""
     outer, rows, skipped = folder(root, "data counteranimal"), [], set()
     inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
     root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
     if root is None:
-        there = inside(outer)
-        raise Complaint(f"{outer}: no class folders as '9 ostrich' (found {there}); see counteranimal:help")
+        raise Complaint(f"{outer}: no class folders such as '9 ostrich' in it (found {inside(outer)})")
     for parts in scan(root):
         number, _, name = parts[0].partition(" ")
         kind = parts[1].lower() if len(parts) > 2 else ""
-        head, _, background = kind.partition("-")
-        common, counter = (any(w in head for w in ws) for ws in (("common", "easy"), ("counter", "hard")))
+        head, _, place = kind.partition("-")
+        common, counter = "common" in head or "easy" in head, "counter" in head or "hard" in head
         if (common or counter) and number.isdecimal() and int(number) < 1000:
-            rows.append((int(number), name, common, background or kind, os.path.join(root, *parts)))
+            rows.append((int(number), name, common, place or kind, os.path.join(root, *parts)))
         else:
             skipped.add("/".join(parts[:2]))
     if skipped:
@@ -1164,24 +1104,23 @@ def counteranimal(root, facts):
         raise Complaint(f"{root}: no photos in common-... and counter-... folders; see counteranimal:help")
     number = {name: number for number, name, *_ in sorted(rows)}
     named, spelled = imagenet_names((root, outer), facts.notes), {plain(name): name for name in number}
-    pair = [spelled[plain(name)] for name in facts.chosen if plain(name) in spelled]
-    facts.classes, facts.official, facts.labels = pair or list(number), False, named
-    facts.imagenet = [[number[name]] for name in facts.classes]
-    if pair:
-        facts.labels, rows = [named[number[name]] for name in pair], [row for row in rows if row[1] in pair]
-    else:
+    pair = [spelled.get(plain(name), name) for name in facts.chosen]
+    facts.classes, facts.official, facts.labels = list(number), False, named
+    if pair and set(pair) <= set(number):
+        facts.classes, facts.labels = pair, [named[number[name]] for name in pair]
+        rows = [row for row in rows if row[1] in pair]
+    elif not pair:
         facts.places, facts.published = ["common", "counter"], dict(classes=45, places=[7174, 5926])
-    common = np.array([row[2] for row in rows], bool)
-    group = np.array([2 * facts.classes.index(row[1]) for row in rows], int) + ~common
-    split = torch.where(
-        torch.from_numpy(common), make_splits(group), make_splits(group, (0.2 * bool(pair), 0.2, 0.8))
-    )
+    facts.imagenet = [[number[name]] for name in facts.classes]
+    common = torch.tensor([row[2] for row in rows])
+    group = torch.tensor([2 * facts.classes.index(row[1]) for row in rows]) + ~common
+    counter = make_splits(group, (0.2, 0.2, 0.6) if pair else (0.0, 0.2, 0.8))
+    split = torch.where(common, make_splits(group), counter).tolist()
     for name in pair:
         home = sorted(row[3] for row in rows if row[1] == name and row[2])
-        expect(home, "classes", name, "one with common photos")
-        facts.own[name] = Counter(home).most_common(1)[0][0]
-    for (_, name, common, background, path), s in zip(rows, split.tolist(), strict=True):
-        yield Row(path, name, background if pair else "common" if common else "counter", s)
+        facts.own[name] = max(home, key=home.count, default="no common photos")
+    for (_, name, common, place, path), s in zip(rows, split, strict=True):
+        yield Row(path, name, place if pair else "common" if common else "counter", s)
 
 
 def imagenet_names(folders, notes):
@@ -1191,8 +1130,7 @@ def imagenet_names(folders, notes):
         listed = dict(line.split("\t")[:2] for _, line in read_lines(path, "data") if "\t" in line)
         if set(listed) >= {str(k) for k in range(1000)}:
             return [listed[str(k)].strip() for k in range(1000)]
-        line = f"{len(listed)} names, expected idx<TAB>name for 0 to 999; timm's are used"
-        notes.append(f"WARNING: {path}: {line}")
+        notes.append(f"WARNING: {path}: {len(listed)} names, expected idx<TAB>name for 0 to 999; not used")
     return synsets()[1]
 
 
@@ -1210,8 +1148,9 @@ def synsets():
 def nico(root, facts):
     """nico:DIR       NICO++, groups: class x context; splits ours, 3/5, 1/5, 1/5 of each group
     --classes=car,truck --places=autumn,rock: car on autumn, truck on rock in training; without --places
-    the two contexts on which the smallest group is largest. Download NICO++ (xxgege/NICO-plus; its track
-    1) and unpack it; DIR (or a folder train in it) holds DIR/autumn/car/*.jpg"""
+    the two contexts on which the smallest group is largest.
+    Download NICO++ (xxgege/NICO-plus; its track 1) and unpack it; DIR (or a folder train in it) holds
+    DIR/autumn/car/*.jpg"""
     outer = folder(root, "data nico")
     root, around = outer, {"train", "test", "val", "NICO_DG", "public_dg_0416", "track_1"}
     if {p.name for p in outer.iterdir() if p.is_dir()} <= around:  # but "train" is a class, too
@@ -1221,29 +1160,26 @@ def nico(root, facts):
         raise Complaint(f"{root}: no images in context/class/ folders (found {inside(root)}); see nico:help")
     first, second = ({plain(p[k]) for p in paths} for k in (0, 1))
     known = {"autumn", "dim", "grass", "outdoor", "rock", "water", *map(plain, facts.wanted)}
-    swapped = known & second and not known & first or {plain(c) for c in facts.chosen} & (first - second)
+    swapped = known & second and not known & first or {*map(plain, facts.chosen)} & (first - second)
     if swapped:  # the older NICO
         facts.notes.append(f"WARNING: {root}: class/context folders, NICO++ has context/class; read so")
     y, place = (0, 1) if swapped else (1, 0)
     if not facts.chosen:
         facts.published = dict(classes=60, images=88866)
     elif not facts.wanted:
-        classes, places = [plain(c) for c in facts.chosen], sorted({p[place] for p in paths})
-        count = Counter((plain(p[y]), p[place]) for p in paths)
-        smallest = {p: min(count[c, p] for c in classes) for p in places}
-        expect(len(places) >= len(classes), "data", ", ".join(places), "a place for each of the classes")
+        count, classes = Counter((plain(p[y]), p[place]) for p in paths), [plain(c) for c in facts.chosen]
+        smallest = {p: min(count[c, p] for c in classes) for p in sorted({p[place] for p in paths})}
+        expect(len(smallest) >= len(classes), "data", ", ".join(smallest), "a place for each of the classes")
         limit = sorted(smallest.values())[-len(classes)]
-        facts.wanted = [p for p in places if smallest[p] >= limit][: len(classes)]
+        facts.wanted = [p for p, n in smallest.items() if n >= limit][: len(classes)]
     for p in paths:
         yield Row(os.path.join(root, *p), p[y], p[place])
 
 
 MEN = "man men boy boys male males gentleman gentlemen guy guys father fathers dad son sons brother brothers"
-MEN = {*MEN.split(), *"husband groom he him his himself".split()}
-WOMEN = (
-    "woman women girl girls female females lady ladies mother mothers mom daughter daughters sister sisters"
-)
-WOMEN = {*WOMEN.split(), *"wife bride she her hers herself".split()}
+MEN = {*MEN.split(), *"brothers husband groom he him his himself".split()}
+WOMEN = "woman women girl girls female females lady ladies mother mothers mom daughter daughters sister"
+WOMEN = {*WOMEN.split(), *"sisters wife bride she her hers herself".split()}
 
 
 def cocogender(root, facts):
@@ -1261,14 +1197,15 @@ def cocogender(root, facts):
     (photos, categories), kinds = coco_photos(root), [set(place.split("+")) for place in facts.places]
     odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
     expect(not odd, "places", odd, f"categories of COCO or supercategories; {near(odd, categories)}")
-    parts = {photo.part: photo.at.with_name(f"captions_{photo.part}.json") for photo in photos}
-    for captions in parts.values():
-        with reading(captions, "COCO's captions: annotations with image_id and caption"):
+    at, parts = first_folder(root, "annotations"), {photo.part for photo in photos}
+    for part in sorted(parts | {p.stem.removeprefix("captions_") for p in at.glob("captions_*.json")}):
+        captions = at / f"captions_{part}.json"
+        with reading(captions, f"COCO's captions, with instances_{part}.json"):
+            (at / f"instances_{part}.json").stat()
             for a in read_json(captions, "JSON")["annotations"]:
                 words = set("".join(c if c.isalpha() else " " for c in a["caption"].lower()).split())
-                people.setdefault(a["image_id"], set()).update(
-                    y for y, w in enumerate((MEN, WOMEN)) if words & w
-                )
+                who = {y for y, gender in enumerate((MEN, WOMEN)) if words & gender}
+                people.setdefault(a["image_id"], set()).update(who)
     for photo in photos:
         who, what = people.get(photo.id, ()), [k for k, kind in enumerate(kinds) if photo.kinds & kind]
         if len(who) == len(what) == 1:
@@ -1281,27 +1218,23 @@ def cocogender(root, facts):
 
 
 def coco_photos(root):
-    """The photos of COCO's instances_*.json, by part and id: part (train2017), at (the file), id, path,
-    objects {category: boxes in shares}, crowds (categories), kinds (names of categories and
-    supercategories of its objects). And {category: supercategory}."""
+    """The photos of COCO's instances_*.json, by part and id: part (train2017), id, path, objects
+    {category: boxes in shares}, crowds (categories), kinds (categories and supercategories); and a dict
+    {category: supercategory}."""
     at = first_folder(folder(root, "data coco"), "annotations")
     files, everything, categories = sorted(at.glob("instances_*.json")), {}, {}
     if not files:
-        raise Complaint(
-            f"{at}: no instances_*.json in it (found {inside(at)}); get COCO's annotations_trainval"
-        )
+        raise Complaint(f"{at}: no instances_*.json in it (found {inside(at)}); see --data=coco:help")
     for file in files:
         part, photos = file.stem.removeprefix("instances_"), {}
         images = first_folder(root, part, f"images/{part}", "images")
-        with reading(
-            file, "COCO's instances: categories, images with width and height, annotations with bbox"
-        ):
+        with reading(file, "COCO's instances: categories, images with width, height, annotations with bbox"):
             tree = read_json(file, "JSON")
             names = {c["id"]: (c["name"], c.get("supercategory")) for c in tree["categories"]}
             for i in tree["images"]:
                 path, size = os.path.join(images, os.path.basename(i["file_name"])), (i["width"], i["height"])
-                things = dict(size=size * 2, objects={}, crowds=set(), kinds=set())
-                photos[i["id"]] = SimpleNamespace(part=part, at=file, id=i["id"], path=path, **things)
+                found = dict(size=size * 2, objects={}, crowds=set(), kinds=set())
+                photos[i["id"]] = SimpleNamespace(part=part, id=i["id"], path=path, **found)
             for a in tree["annotations"]:
                 photo, name = photos[a["image_id"]], names[a["category_id"]]
                 photo.kinds.update(name)
@@ -1311,17 +1244,14 @@ def coco_photos(root):
                     box = tuple(v / n for v, n in zip(corners(a), photo.size, strict=True))
                     photo.objects.setdefault(name[0], []).append(box)
             for k in photos.keys() & everything.keys():  # of 2014 and 2017: it would be in train and in test
-                raise Complaint(
-                    f"{file}: photo {k} is in {everything[k].at.name} too; keep the files of one year"
-                )
+                raise Complaint(f"{file}: photo {k} is in {everything[k].part} too; keep one year's files")
             categories.update(names.values())
             everything.update(sorted(photos.items()))
     return list(everything.values()), categories
 
 
 def corners(annotation):
-    """bbox x, y, width, height of one of COCO's annotations -> x1, y1, x2, y2; ValueError if they are
-    none."""
+    """bbox (x, y, width, height) of one of COCO's annotations -> x1, y1, x2, y2; or ValueError."""
     x, y, w, h = map(float, annotation["bbox"])
     if not all(map(math.isfinite, (x, y, w, h))):
         raise ValueError(f"bbox {annotation['bbox']}")
@@ -1335,34 +1265,28 @@ def in9(root, facts):
     DIR/mixed_same/val/00_dog/*.JPEG, DIR/mixed_rand/..., DIR/original/..., (or in DIR/bg_challenge)
     DIR/in_to_in9.json     from the same repository, needed for ImageNet classifiers only"""
     outer = folder(root, "data in9")
-    root, folders = first_folder(outer, "bg_challenge"), set()
+    root, names = first_folder(outer, "bg_challenge"), {}
     kinds = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b only_bg_t".split()
     facts.places, facts.official = [kind for kind in kinds if (root / kind).is_dir()], False
     if not facts.places:
         raise Complaint(f"{root}: no original, mixed_same ... in it (found {inside(root)}); see in9:help")
     facts.published = dict(classes=9, places=[4050] * len(facts.places))
-
-    def name(at):
-        return at[3:].replace("_", " ") if at[:2].isdecimal() and at[2:3] == "_" else at
-
     for kind in facts.places:
         at = first_folder(root / kind, "val")
-        for parts in scan(at):
-            if len(parts) == 2:
-                folders.add(parts[0])
-                photo = "_".join(
-                    parts[1].rsplit(".", 1)[0].split("_")[:2]
-                )  # n02085936_10130, the foreground's
-                share = zlib.crc32(photo.encode(errors="surrogateescape")) % 1000 / 1000
-                split = int(share >= 0.6) + int(share >= 0.8)  # all variations of a photo lie in one split
-                yield Row(os.path.join(at, *parts), name(parts[0]), kind, split)
-    facts.classes = [name(at) for at in sorted(folders)]
+        for name, file in (parts for parts in scan(at) if len(parts) == 2):
+            numbered = name[:2].isdecimal() and name[2:3] == "_"  # 00_dog
+            names[name] = name[3:].replace("_", " ") if numbered else name
+            photo = "_".join(file.rsplit(".", 1)[0].split("_")[:2])  # n02085936_10130, the foreground's
+            share = zlib.crc32(os.fsencode(photo)) % 1000 / 1000
+            split = int(share >= 0.6) + int(share >= 0.8)  # all variations of a photo lie in one split
+            yield Row(os.path.join(at, name, file), names[name], kind, split)
+    facts.classes = [names[at] for at in sorted(names)]
     mapping = next((p / "in_to_in9.json" for p in (root, outer) if (p / "in_to_in9.json").is_file()), None)
     if mapping:
         what = 'a map {"ImageNet label": class 0 to 8, or -1, ...}'
         with reading(mapping, what):
             pairs = [(int(k), int(v)) for k, v in read_json(mapping, what).items()]
-        facts.imagenet = [[k for k, v in pairs if v == c] for c in range(len(folders))]
+        facts.imagenet = [[k for k, v in pairs if v == c] for c in range(len(names))]
 
 
 def imagenet(root, facts):
@@ -1378,9 +1302,7 @@ def imagenet(root, facts):
         number = {name: k for k, name in enumerate(sorted(set(label)))}
         if len(number) != 1000 or len({len(p) > 1 for p in paths}) > 1:
             what = f"{len(paths)} images, the first is {'/'.join(paths[0])}"
-            raise Complaint(
-                f"{root}: {what}; expected folders n01440764 ..., or 1000 in the order of classes"
-            )
+            raise Complaint(f"{root}: {what}; expected n01440764 ... or 1000 folders in order of classes")
     if len(set(label)) < 1000:
         facts.notes.append(f"WARNING: {root}: {len(set(label))} of 1000 classes")
     facts.classes = [f"{n} ({w})" if short.count(n) > 1 else n for n, w in zip(short, ids, strict=True)]
@@ -1390,12 +1312,13 @@ def imagenet(root, facts):
 
 
 def image_folder(root, facts):
-    """folder:DIR       your own images, in one of the layouts DIR/split/class/place/*    split: train, val or
-    test; the folder below the class is the place (the group) DIR/split/class/*    DIR/class/place/*
-    DIR/class/* DIR/*                unlabelled; --classes says what to choose from --classes=FILE: names
-    in order, one a line; a class folder must bear one of them (but for case and _). --prompts=FILE:
-    templates with {} for the name, or lines class<TAB>prompt; several are averaged. Without split folders
-    3/5, 1/5, 1/5 of each group are train, val, test; without val a fifth of train is."""
+    """folder:DIR       your own images, in one of the layouts
+    DIR/split/class/place/*    split: train, val or test; the folder below the class is the place (the group)
+    DIR/split/class/*    DIR/class/place/*    DIR/class/*
+    DIR/*                unlabelled; --classes says what to choose from
+    --classes=FILE: names in order, one a line; a class folder must bear one of them (but for case and _).
+    --prompts=FILE: templates with {} for the name, or lines class<TAB>prompt; several are averaged.
+    Without split folders 3/5, 1/5, 1/5 of each group are train, val, test; without val 1/5 of train is."""
     paths, facts.classes = scan(root), facts.renamed
     top = {p[0] for p in paths if len(p) > 1}
     splits = {t for t in top if t.lower() in SPLIT_NAMES}
@@ -1406,15 +1329,14 @@ def image_folder(root, facts):
     rest = [p[1:] if official and len(p) > 1 else p for p in paths]
     stray, deep = sum(len(r) == 1 for r in rest), [len(r) > 2 for r in rest if len(r) > 1]
     if stray == len(paths):
-        if not (facts.renamed or facts.chosen):
-            raise Complaint(f"--data=folder:{root}: {stray} images, no class folders; give --classes=FILE")
         facts.classes, facts.chosen = facts.renamed or facts.chosen, []
+        if not facts.classes:
+            raise Complaint(f"--data=folder:{root}: {stray} images, no class folders; give --classes=FILE")
         facts.notes.append(f"{stray} images without labels")
         yield from (Row(os.path.join(root, *p), None, None, 2) for p in paths)
         return
     if stray:
-        line = f"{stray} images lie outside the class folders, they are left out"
-        facts.notes.append(f"WARNING: {root}: {line}")
+        facts.notes.append(f"WARNING: {root}: {stray} images lie outside the class folders, and are left out")
     if any(deep) and not all(deep):
         line = f"{deep.count(False)} images lie beside the place folders of their class"
         facts.notes.append(f"WARNING: {root}: {line}; their place is 'elsewhere'")
@@ -1431,43 +1353,42 @@ def csv_table(path, facts):
     split (0, 1, 2 or train, val, test)    may be missing: 3/5, 1/5, 1/5 of each group
     place or group (numbers or names)      may be missing
     --classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR."""
-    found, where = read_table(path), {}
-    for columns in (("path", "filename", "img_filename"), ("y", "label"), ("place", "group")):
-        where[columns[0]] = next((c for c in columns if c in found), None)
-    for column in ("path", "y"):
-        if where[column] is None:
-            there = ", ".join(found) or "no rows"
-            raise Complaint(f"{path}: no column {column!r} (found: {there}); see --data=csv:help")
-    y, names, facts.classes = found[where["y"]], found[where["path"]], facts.renamed
+    found, facts.classes = read_table(path), facts.renamed
+    columns = [("path", "filename", "img_filename"), ("y", "label"), ("place", "group")]
+    file, label, where = (next((c for c in names if c in found), None) for names in columns)
+    if file is None or label is None:
+        column, there = "y" if file else "path", ", ".join(found) or "no rows"
+        raise Complaint(f"{path}: no column {column!r} (found: {there}); see --data=csv:help")
+    y, names, n = found[label], found[file], len(found[file])
     if not all(v.strip() for v in set(y)):
         line = next(k for k, v in enumerate(y, 2) if not v.strip())
-        raise Complaint(f"{path}:{line}: {where['y']} is empty; give every image its class")
-    if where["y"] == "y":
+        raise Complaint(f"{path}:{line}: {label} is empty; give every image its class")
+    if label == "y":
         numbers = whole(path, "y", y, len(facts.renamed))
         facts.classes = facts.renamed or names_of(numbers)
         y = [facts.classes[k] for k in numbers]
-    place = found[where["place"]] if where["place"] else [None] * len(y)
-    if where["place"] and all(v.isdecimal() for v in set(place)):
-        numbers = whole(path, where["place"], place)
+    place = found[where] if where else [None] * n
+    if where and all(v.isdecimal() for v in set(place)):
+        numbers = whole(path, where, place)
         facts.places = names_of(numbers)
         place = [facts.places[k] for k in numbers]
-    split, numbers = [None] * len(y), SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
+    split, numbers = [None] * n, SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
     if "split" in found:
-        split = [numbers.get(s.strip().lower()) for s in found["split"]]
+        numbers = {s: numbers.get(s.strip().lower()) for s in set(found["split"])}
+        split = list(map(numbers.get, found["split"]))
         if None in split:
             k = split.index(None)
-            wanted = "0 (train), 1 (val) or 2 (test), or these names"
-            raise Complaint(f"{path}:{k + 2}: split={found['split'][k][:60]!r}, expected {wanted}")
+            raise Complaint(f"{path}:{k + 2}: split={found['split'][k][:60]!r}, expected train, val or test")
     root = os.path.dirname(path) or "."
     if all(map(os.path.isabs, names)):
         root = os.path.commonpath({os.path.dirname(name) for name in names})
         names = [name[len(root) :].lstrip("/") for name in names]
-    for row in zip(inside_root(root, path, where["path"], names), y, place, split, strict=True):
+    for row in zip(inside_root(root, path, file, names), y, place, split, strict=True):
         yield Row(*row)
 
 
 # --------------------------------------------------------------------------------------------------------
-# controlled settings: a planted feature that goes with one class, as strongly as one says (RaVL)
+# controlled settings: a planted feature goes with one class, as strongly as one says (RaVL, NeurIPS 2024)
 
 LEAST = 50  # images of each group of val and test
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -1478,8 +1399,7 @@ QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0
 @dataclass(frozen=True)
 class Quadrants(Picture):
     """A figure in one box and, perhaps, a mark in another, each as large as its box (shares of the image)
-    lets it be, mirrored if flips says so; size x size pixels on a view of a ground, black if there is
-    none."""
+    lets it be, mirrored if flips says so; size x size pixels on a view of a ground, or black."""
 
     figure: Picture
     mark: Picture | None
@@ -1513,9 +1433,8 @@ class Digit(Picture):
     pixels: bytes = b""
 
     def image(self):
-        if self.pixels:
-            return Image.frombytes("L", (28, 28), self.pixels).convert("RGB")
-        return draw_digit(self.digit, self.seed).convert("RGB")
+        mnist = self.pixels and Image.frombytes("L", (28, 28), self.pixels)
+        return (mnist or draw_digit(self.digit, self.seed)).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -1552,10 +1471,9 @@ def digits(root, facts):
 def planted(facts, each, most=None):
     """How many training images without and with the planted feature of each class: LongTensor [C, 2].
 
-    each: images a class, or what `most`, the images that there are [C, 2], allow. The feature is as
-    frequent as the class, 1/C; then Cramer's V of (class, feature) = V where P(feature | class) = 1/C + V
-    (1 - 1/C) and P(feature | another class) = (1 - V) / C. At strength 0 the base set: the feature in half
-    of every class. --spurious is a number or a name. A note says what came out.
+    each: images a class, or as many as `most`, the images that there are [C, 2], allow. The feature is as
+    frequent as the class, 1/C; then Cramer's V of (class, feature) is V where P(feature | class) = 1/C +
+    V (1 - 1/C), P(feature | another class) = (1 - V) / C. At strength 0: the feature in half of each class.
     """
     C, V, names = len(facts.classes), facts.strength, [plain(c) for c in facts.classes]
     word, numbers = plain(str(facts.spurious)), [str(k) for k in range(C)]
@@ -1592,13 +1510,13 @@ def planted_row(picture, y, on, split, facts, g, *shows):
 
 
 def cutouts(root, facts, most=6, few=4):
-    """cutouts[:DIR]       a controlled setting: cut-outs on places, 224 pixels --strength and --spurious as
-    in digits. --feature goes with that class: object (the default; or object=KIND), a cut-out of another
-    kind in another quadrant; or scene (or scene=KIND), a kind of background. DIR or assets/:
-    DIR/foregrounds/kind/*.png or kind__name.png    RGBA; at least four of a kind, as each split shows
-    others DIR/backgrounds/kind/*.jpg or kind__name.jpg    at least two kinds for scene The six kinds with
-    most cut-outs are classes, that with fewest the second object, the first kind of background the scene.
-    Our reading: no individual and no background of one split is in another."""
+    """cutouts[:DIR]       a controlled setting: cut-outs on places, 224 pixels
+    --strength and --spurious as in digits. --feature goes with that class: object (the default; or
+    object=KIND), another cut-out in another quadrant; or scene (or scene=KIND), a kind of background.
+    DIR/foregrounds/kind/*.png or kind__name.png    RGBA; at least four of a kind, as each split shows others
+    DIR/backgrounds/kind/*.jpg or kind__name.jpg    at least two kinds for scene; DIR is assets/ if not named
+    The six kinds with most cut-outs are classes, that with fewest the second object, the first kind of
+    background the scene. Our reading: no individual and no background of one split is in another."""
     root, (what, _, wanted) = root or ASSETS, (facts.feature or "object").partition("=")
     expect(what in ("object", SCENE), "feature", facts.feature, "object, object=KIND, scene or scene=KIND")
     figures = kinds_of(root / "foregrounds", Cutout, few, facts)
@@ -1634,38 +1552,37 @@ def box_in(quadrant, g):
 
 
 def kinds_of(where, kind, few, facts):
-    """Pictures of a folder by their kind, {name: 3 lists, of train, val, test}, largest first; no small
-    ones."""
+    """Pictures of a folder by kind, {name: 3 lists, of train, val, test}, largest first; no small ones."""
     found, out = {}, {}
     for parts in scan(where):
         name, mark, _ = Path(parts[-1]).stem.partition("__")
         name = parts[0] if len(parts) > 1 else name if mark else "all"
         found.setdefault(name, []).append(kind(os.path.join(where, *parts)))
-    small = sorted(name for name in found if len(found[name]) < few)
-    if small:
-        facts.notes.append(f"{where}: fewer than {few} images of {', '.join(small)}; left out")
-    for name in sorted(set(found) - set(small), key=lambda name: (-len(found[name]), name)):
+    for name in sorted(found, key=lambda name: (-len(found[name]), name)):
         split = make_splits([0] * len(found[name])).tolist()
         pairs = list(zip(found[name], split, strict=True))
         out[name] = [[item for item, s in pairs if s == part] for part in range(3)]
-    return out
+    small = sorted(name for name in found if len(found[name]) < few)
+    if small:
+        facts.notes.append(f"{where}: fewer than {few} images of {', '.join(small)}; left out")
+    return {name: lists for name, lists in out.items() if name not in small}
 
 
 def coco(root, facts):
-    """coco:DIR       a controlled setting: photos with objects of one of --classes=a,b,c, and of --feature=d
-    or not --strength and --spurious as in digits. Classes and feature: categories of MS COCO (2014 or
-    2017). Download its images and annotations, train and val, from cocodataset.org and unpack them:
-    DIR/annotations/instances_train2017.json, instances_val2017.json DIR/train2017/*.jpg, DIR/val2017/*.jpg
-    (or in DIR/images) Each class needs 150 photos with the feature and without; photos with a crowd of any
-    are left out. Splits are ours, the same for all strengths and seeds: val and test have a third of the
-    smallest group, at most 100 images; training images are drawn from the rest, as many as the asked
-    Cramer's V allows: a note says so."""
+    """coco:DIR       a controlled setting: photos of one of --classes=a,b,c, and of --feature=d or not
+    --strength and --spurious as in digits. Classes and feature: categories of MS COCO (2014 or 2017).
+    Download its images and annotations, train and val, from cocodataset.org and unpack them:
+    DIR/annotations/instances_train2017.json, instances_val2017.json
+    DIR/train2017/*.jpg, DIR/val2017/*.jpg  (or in DIR/images)
+    Each class needs 150 photos with the feature and without; photos with a crowd of any are left out. Splits
+    are ours, the same for all strengths and seeds: val and test have a third of the smallest group, at most
+    100 images; training images are drawn from the rest, as many as Cramer's V allows: a note says so."""
     (photos, categories), classes, feature = coco_photos(root), facts.chosen, facts.feature
-    gone, names = set(missing([p.path for p in photos])), list(categories)
-    if gone:
-        line = f"{len(gone)} of {len(photos)} images do not exist; they are left out"
+    there, names = exists([photo.path for photo in photos]), list(categories)
+    if not there.all():
+        line = f"{int((~there).sum())} of {len(photos)} images do not exist; they are left out"
         facts.notes.append(f"WARNING: {root}: {line}")
-    photos = [p for k, p in enumerate(photos) if k not in gone]
+    photos = [photo for photo, here in zip(photos, there.tolist(), strict=True) if here]
     expect(classes, "classes", "", "two categories of COCO or more, as in cat,dog")
     for flag, word in [("feature", feature), *[("classes", name) for name in classes]]:
         expect(word in names, flag, word, f"a category of instances_*.json; {near(word, names)}")
@@ -1676,31 +1593,24 @@ def coco(root, facts):
         if len(shown) == 1 and not photo.crowds & {*classes, feature}:
             groups[shown[0], int(feature in photo.objects)].append(k)
     for (y, on), group in groups.items():
-        what = (
-            f"{len(group)} images of {classes[y]} {'with' if on else 'without'} {feature} and no other class"
-        )
+        what = f"{len(group)} images of only {classes[y]} {'with' if on else 'without'} {feature}"
         expect(len(group) >= 3 * LEAST, "classes", what, f"at least {3 * LEAST}; name others")
     facts.classes, facts.places, facts.official = classes, [f"no {feature}", feature], False
     held = min(100, min(map(len, groups.values())) // 3)
     rest = torch.tensor([len(group) - 2 * held for group in groups.values()]).view(-1, 2)  # [C, 2]
     train = planted(facts, 10_000 // len(classes), rest)
     for (y, on), group in groups.items():
-        order = rng(0, "coco", names.index(classes[y]), names.index(feature), on).permutation(
-            group
-        )  # no seed:
-        some = rng(facts.seed, "coco train", y, on).permutation(
-            order[2 * held :]
-        )  # test photos stay test photos
-        parts = (some[: int(train[y, on])], order[:held], order[held : 2 * held])
-        for split, k in ((s, k) for s, part in enumerate(parts) for k in part.tolist()):
+        g = rng(0, "coco", names.index(classes[y]), names.index(feature), on)  # no seed: test stays test
+        val, test, rest = np.split(g.permutation(group), [held, 2 * held])
+        some = rng(facts.seed, "coco train", y, on).permutation(rest)[: int(train[y, on])]
+        for split, k in ((s, k) for s, part in enumerate((some, val, test)) for k in part.tolist()):
             boxes = tuple(photos[k].objects[classes[y]]), tuple(photos[k].objects[feature]) if on else None
             yield planted_row(photos[k].path, y, on, split, facts, rng(facts.seed, "caption", k), *boxes)
 
 
 def mnist(root, seed):
     """MNIST's images for each split and digit, shuffled: 3 lists of 10 uint8 arrays [n, 784]. Train and val
-    are the first 5/6 and the rest of each digit's training images, test is t10k's. IDX files, whole or
-    .gz."""
+    are the first 5/6 and the rest of each digit's training images, test is t10k's."""
 
     def idx(name, *shape):
         path = next((p for p in (root / name, root / f"{name}.gz") if p.is_file()), root / name)
@@ -1710,21 +1620,19 @@ def mnist(root, seed):
                 raise ValueError("it does not begin as an IDX file of bytes")
             return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(-1, *shape)
 
-    root, by_digit = folder(root, "data digits"), []
+    root, out = folder(root, "data digits"), ([], [], [])
     for name in ("train", "t10k"):
         images, labels = idx(f"{name}-images-idx3-ubyte", 784), idx(f"{name}-labels-idx1-ubyte")
         if len(images) != len(labels):
-            raise Complaint(
-                f"{root}: {len(images)} images and {len(labels)} labels of {name}; fetch them again"
-            )
-        by_digit.append([images[labels == d] for d in range(10)])
-    train, test = by_digit
-    out = [x[: len(x) * 5 // 6] for x in train], [x[len(x) * 5 // 6 :] for x in train], test
-    for split, y in np.ndindex(3, 10):
-        x, need = out[split][y], 200 if split else 1000
-        if len(x) < need:
-            raise Complaint(f"{root}: {len(x)} images of {DIGITS[y]} for {SPLITS[split]}, expected {need}")
-        out[split][y] = x[rng(seed, "mnist", split, y).permutation(len(x))]
+            raise Complaint(f"{root}: {len(images)} images, {len(labels)} labels of {name}; fetch them again")
+        for x in (images[labels == y] for y in range(10)):
+            parts = [x] if name == "t10k" else np.split(x, [len(x) * 5 // 6])
+            for split, part in enumerate(parts, 2 if name == "t10k" else 0):
+                y, need = len(out[split]), 200 if split else 1000
+                if len(part) < need:
+                    there = f"{len(part)} images of {DIGITS[y]} for {SPLITS[split]}"
+                    raise Complaint(f"{root}: {there}, expected at least {need}")
+                out[split].append(part[rng(seed, "mnist", split, y).permutation(len(part))])
     return out
 
 
@@ -1733,22 +1641,21 @@ STROKES = """
 52 8 24 22 18 55 32 88 62 90 82 62 76 22 52 8 38 12
 50 8 49 50 47 92|30 30 52 10, 52 10 50 92|32 28 54 9, 54 9 52 90, 30 91 74 90
 22 30 42 9 74 20 70 46 42 72 20 90, 20 90 50 86 82 90|20 26 50 8 76 30 56 64 26 88 18 76 40 74 60 88 84 86
-22 16 52 8 72 24 58 44 40 48, 40 48 70 54 78 74 54 92 20 84|20 12 74 12, 74 12 44 44, 44 44 74 54 78 76 52 92\
- 20 82
+22 16 52 8 72 24 58 44 40 48, 40 48 70 54 78 74 54 92 20 84|20 12 74 12, 74 12 44 44, 44 44 74 54 78 76 52\
+ 92 20 82
 58 8 38 36 18 62, 18 62 84 60, 64 36 60 92|28 10 24 36 26 54, 26 54 76 52, 72 10 68 50 66 92|62 8 18 64,\
  18 64 86 64, 62 8 62 92
 76 12 32 12, 32 12 28 46, 28 46 58 40 78 62 62 88 22 84|30 12 26 48 56 44 76 66 56 92 20 82, 30 12 78 10
 70 10 42 26 24 60 36 88 66 88 74 64 52 52 28 66|56 8 32 40 26 74 48 92 72 74 58 54 30 66
 20 14 78 14, 78 14 52 50 42 92|20 14 78 12, 78 12 42 92, 34 52 68 50|22 26 24 12, 24 12 78 14, 78 14 46 92
-70 20 46 8 28 24 44 44 68 62 68 84 46 92 26 78 36 56 62 38 70 20 56 10|50 48 28 30 48 8 70 28 50 48 36\
- 54 26 74 50 92 74 74 62 54 50 48
+70 20 46 8 28 24 44 44 68 62 68 84 46 92 26 78 36 56 62 38 70 20 56 10|50 48 28 30 48 8 70 28 50 48 36 54 26\
+ 74 50 92 74 74 62 54 50 48
 72 28 52 8 26 26 40 50 70 34 74 22, 74 24 70 60 58 92|70 30 48 10 26 32 46 52 70 34, 70 34 74 70 54 92 28 84
 """
 
 
 def draw_digit(digit, seed, side=28):
-    """PIL L (side, side), white on black: one of its ways, each point moved, slanted, turned, bent, by a
-    pen."""
+    """PIL L (side, side), white on black: one of its ways, points moved, slanted, turned, bent."""
     g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * side
     strokes = draw_one(STROKES.strip().splitlines()[digit].split("|"), g).split(",")
     turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
@@ -1784,9 +1691,7 @@ def smooth(p, n):
 
 
 DataSet = namedtuple("DataSet", "rows template alone", defaults=("a photo of a {}.", False))
-DataSet.__doc__ = (
-    """rows: the generator. template: of prompts, published or CLIP's. alone: needs no folder."""
-)
+DataSet.__doc__ = "rows: generator. template: of prompts, published or CLIP's. alone: needs no folder."
 
 SETS = {
     "scenes": DataSet(scenes, "This is a picture of a {}.", True),
@@ -1874,10 +1779,9 @@ def load_regions(spec, pictures, frame, skip_bad=False):
     of a Complaint, which comes for a box outside its picture or without area, too.
     """
     kind, _, where = spec.partition(":")
-    known = kind in READERS and where
-    expect(known, "regions", spec, "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
+    expect(kind in READERS and where, "regions", spec, "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
     out = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures]
-    readable, sizes, frames = [], [], {}
+    readable, sizes = [], []
     for k, picture in enumerate(pictures):
         try:
             sizes.append(picture_size(picture))
@@ -1885,9 +1789,8 @@ def load_regions(spec, pictures, frame, skip_bad=False):
         except Complaint:
             if not skip_bad:
                 raise
-    for size in set(sizes):
-        frames[size] = frame(*size)
-    frames = [frames[size] for size in sizes]
+    frame_of = {size: frame(*size) for size in set(sizes)}
+    frames = [frame_of[size] for size in sizes]
     regions, notes = READERS[kind](spec, [pictures[k] for k in readable], sizes, frames)
     for k, region in zip(readable, regions, strict=True):
         out[k] = region
@@ -1895,13 +1798,11 @@ def load_regions(spec, pictures, frame, skip_bad=False):
 
 
 def grid_regions(spec, pictures, sizes, frames):
-    cells, out = grid(spec).tolist(), []
-    for picture, f in zip(pictures, frames, strict=True):
-        w, h = f[2] - f[0], f[3] - f[1]
-        boxes = tuple(
-            (f[0] + x1 * w, f[1] + y1 * h, f[0] + x2 * w, f[1] + y2 * h) for x1, y1, x2, y2 in cells
-        )
-        out.append(Regions(picture, boxes, f))
+    out, cells = [], grid(spec).tolist()
+    for picture, (left, top, right, bottom) in zip(pictures, frames, strict=True):
+        w, h = right - left, bottom - top
+        boxes = tuple((left + a * w, top + b * h, left + c * w, top + d * h) for a, b, c, d in cells)
+        out.append(Regions(picture, boxes, (left, top, right, bottom)))
     return out, []
 
 
@@ -1911,9 +1812,7 @@ def mask_regions(spec, pictures, sizes, frames):
         mask = np.asarray(open_image(path).convert("L")) if path else np.zeros((0, 0))
         values = np.unique(mask).tolist()
         if len(values) > 32:
-            raise Complaint(
-                f"{path}: {len(values)} grey values, expected at most 32, one a region; threshold it"
-            )
+            raise Complaint(f"{path}: {len(values)} grey values, expected at most 32, one a region")
         boxes = {value: span_of(mask == value) for value in values}
         boxes = {value: box for value, box in boxes.items() if overlap(box, f) > 0}
         out.append(Regions(picture, tuple(boxes.values()), f, path and Photo(path), tuple(boxes)))
@@ -1937,29 +1836,17 @@ def box_regions(spec, pictures, sizes, frames):
         for line, x1, y1, x2, y2 in own or ():
             box = (max(0.0, x1 / W), max(0.0, y1 / H), min(1.0, x2 / W), min(1.0, y2 / H))
             if box[2] <= box[0] or box[3] <= box[1]:
-                wrong = (
-                    "has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H} pixels"
-                )
-                raise Complaint(
-                    f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} {wrong}; expected x1,y1,x2,y2"
-                )
-            if overlap(box, f) > 0:
-                boxes.append(box)
-            else:
-                unseen += 1
+                wrong = "has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H}"
+                raise Complaint(f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} {wrong}; mend it")
+            boxes += [box] if overlap(box, f) > 0 else []
+            unseen += not overlap(box, f)
         out.append(Regions(picture, tuple(boxes), f))
     if pictures and not any(r.boxes for r in out):
         there = f"it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', 'drawn')}"
-        raise Complaint(
-            f"{where}: no box for any of the {len(pictures)} pictures; its paths must end theirs ({there})"
-        )
-    notes = []
-    if unseen:
-        notes.append(f"{where}: {unseen} boxes lie in a margin that the model does not see, and are left out")
-    if unlisted:
-        line = f"{unlisted} of {len(pictures)} pictures are not in it: they count as without the feature"
-        notes.append(f"{where}: {line}")
-    return out, notes
+        raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures ({there})")
+    notes = [f"{where}: {unseen} boxes lie in a margin that the model does not see, and are left out"]
+    notes += [f"{where}: {unlisted} of {len(pictures)} pictures are not in it, and count as without"]
+    return out, [note for note, n in zip(notes, (unseen, unlisted), strict=True) if n]
 
 
 def overlap(a, b):
@@ -1997,12 +1884,10 @@ READERS = {"grid": grid_regions, "masks": mask_regions, "boxes": box_regions, "c
 
 
 def region_truth(pictures, shows, share=0.5, outside=0.9):
-    """Which regions of pictures (n Regions) show the class object, which the planted feature: two bool [sum
-    R].
+    """Which regions of n pictures (Regions) show the class object, which the planted feature: bool [sum R].
 
     shows: as Row.shows. A region does if what it shares with a box of the thing is at least `share` of the
-    smaller of the two; it shows a planted scene if at least `outside` of it is not the class object (our
-    reading).
+    smaller of the two; a planted scene if at least `outside` of it is not the class object (our reading).
     """
     objects, features = [], []
     for picture, (thing, mark) in zip(pictures, shows, strict=True):
@@ -2055,8 +1940,7 @@ class Html(str):
 
 
 def tag(name, *parts, **attributes):
-    """An element of a page; parts that are not Html are escaped. An attribute in a trailing _ loses it:
-    class_."""
+    """An element of a page; parts that are not Html are escaped. An attribute loses a trailing _: class_."""
     inner = "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in parts)
     given = "".join(f' {k.rstrip("_")}="{html.escape(str(v))}"' for k, v in attributes.items())
     return Html(f"<{name}{given}>{inner}</{name}>" if name != "img" else f"<img{given}>")
@@ -2100,8 +1984,7 @@ def flags_section(config, git, notes=()):
 
 
 def page(title, lead, sections):
-    """One self-contained HTML page. lead: a sentence. sections: (heading, *parts); all but Html is
-    escaped."""
+    """A self-contained HTML page. lead: a sentence. sections: (heading, *parts); all but Html is escaped."""
     body = [tag("section", tag("h2", heading), *parts) for heading, *parts in sections]
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -2114,20 +1997,19 @@ STYLE = """
 @media(prefers-color-scheme:dark){
  :root{--ink:#e6e8e3;--dim:#a3b0ab;--paper:#171c1b;--line:#343d3a;--bar:#4f9d92;--mark:#f2efe6}}
 body{overflow-wrap:anywhere;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);
- color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-h1{margin:0;font-size:28px}h2{margin:40px 0 10px;font-size:19px}
-h3{margin:18px 0 4px;font-size:15px}p{max-width:70ch}
-small,.dim{color:var(--dim);fill:var(--dim)}pre{overflow-x:auto;font-size:12.5px}
-figure{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}
-figure img{width:100%;border-radius:6px;display:block}.small figure{width:84px}
-figcaption{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}.wide{overflow-x:auto}
+ color:var(--ink);font:16px/1.5 system-ui,sans-serif}p{max-width:70ch}
+h1{margin:0;font-size:28px}h2{margin:40px 0 10px;font-size:19px}h3{margin:18px 0 4px;font-size:15px}
+small,.dim{color:var(--dim);fill:var(--dim)}pre{overflow-x:auto;font-size:12.5px}.wide{overflow-x:auto}
+figure{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}.small figure{width:84px}
+figcaption{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}
+figure img{width:100%;border-radius:6px;display:block}
 table{border-collapse:collapse;font-size:14px}td{white-space:nowrap}
 th,td{padding:4px 14px 4px 0;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child,.text{text-align:left}svg{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}
+th:first-child,td:first-child,.text{text-align:left}
+svg{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}
 .dot{fill:var(--bar)}.pale{fill:none;stroke:var(--dim)}.grid{stroke:var(--line);fill:none}
-.bars{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;
- gap:5px 12px;align-items:center;
- max-width:760px;font-size:13px;margin:6px 0 14px}
+.bars{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;gap:5px 12px;
+ align-items:center;max-width:760px;font-size:13px;margin:6px 0 14px}
 .bars span:nth-child(3n+1){text-align:right}
 .track{position:relative;height:15px;border-right:1px solid var(--line);
  background:linear-gradient(90deg,var(--line) 1px,transparent 1px) 0/20% 100%}

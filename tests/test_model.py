@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -917,3 +918,365 @@ def test_regions_beside_a_picture_that_cannot_be_read_keep_their_place(get, caps
     assert z.isnan().any(1).tolist() == [False, True, False] and r.shape == (8, 64) and r.isfinite().all()
     assert torch.allclose(z[2:], alone[0], atol=1e-5) and torch.allclose(r[4:], alone[1], atol=1e-5)
     assert "regions: 1 of 3 skipped" in capsys.readouterr().out
+
+
+# --- the additive algebra
+
+
+def grid(n=9, m=6, share=0.6, D=5, noise=0.0, seed=0):
+    """An incomplete grid of cells with all its foregrounds and backgrounds: z, i, j, a, c; these sum to 0."""
+    diagonal = torch.arange(n)[:, None] % m
+    keep = torch.rand(n, m, generator=torch.Generator().manual_seed(seed)) < share
+    keep |= (diagonal == torch.arange(m)) | ((diagonal + 1) % m == torch.arange(m))
+    i, j = keep.nonzero().T
+    a, c = gaussian(n, D, seed=seed + 1), gaussian(m, D, seed=seed + 2)
+    a, c = a - a.mean(0), c - c.mean(0)
+    return gaussian(D, seed=seed + 3) + a[i] + c[j] + noise * gaussian(len(i), D, seed=seed + 4), i, j, a, c
+
+
+def dense(z, i, j):
+    """mu, a, c of the same fit by dense least squares, a and c summing to zero; and the fitted z."""
+    design = torch.cat([torch.ones(len(z), 1), F.one_hot(i), F.one_hot(j)], 1).double()
+    x = torch.linalg.lstsq(design, z, driver="gelsd").solution
+    mu, a, c = x.split([1, int(i.max()) + 1, int(j.max()) + 1])
+    return mu[0] + a.mean(0) + c.mean(0), a - a.mean(0), c - c.mean(0), design @ x
+
+
+@pytest.mark.parametrize(
+    "n, m, share", [(9, 6, 0.5), (6, 9, 0.3), (30, 4, 0.2), (5, 5, 1), (7, 1, 1), (1, 7, 1)]
+)
+def test_additive_solve_is_least_squares_on_the_cells_that_exist(n, m, share):
+    z, i, j, _, _ = grid(max(n, 2), max(m, 2), share, noise=1.0)
+    inside = (i < n) & (j < m)  # of one foreground or one background, too
+    z, i, j = z[inside], model.renumber(i[inside]), model.renumber(j[inside])
+    mu, a, c = model.additive_solve(z, i, j)
+    for value, expected in zip((mu, a, c, mu + a[i] + c[j]), dense(z, i, j), strict=True):
+        assert torch.allclose(value, expected, atol=1e-6)
+
+
+def test_additive_solve_recovers_effects_without_noise():
+    z, i, j, *effects = grid(40, 30, 0.1)
+    mu, *found = model.additive_solve(z, i, j)
+    for value, effect in zip(found, effects, strict=True):
+        assert torch.allclose(value, effect, atol=1e-6) and value.sum(0).abs().max() < 1e-9
+    assert torch.allclose(mu, gaussian(5, seed=3), atol=1e-6)
+
+
+PARTS = [lambda i: i * 0, lambda i: (i >= 5).long(), lambda i: i % 3]
+
+
+@pytest.mark.parametrize("background", PARTS)
+def test_additive_solve_where_each_foreground_has_one_background(background):
+    i = torch.arange(10).repeat(4)
+    z, j = gaussian(40, 32) + 2, background(i)
+    mu, a, c = model.additive_solve(z, i, j)
+    means = torch.stack([z[i == k].mean(0) for k in range(10)])
+    assert torch.allclose(mu + a[i] + c[j], means[i])
+
+
+def test_additive_solve_fits_a_grid_in_two_unconnected_parts():
+    z, i, j, _, _ = grid(6, 4, 1.0, noise=1.0)
+    keep = (i < 3) == (j < 2)
+    z, i, j = z[keep], i[keep], j[keep]
+    mu, a, c = model.additive_solve(z, i, j)
+    assert torch.allclose(mu + a[i] + c[j], dense(z, i, j)[3], atol=1e-6)
+
+
+def test_additive_solve_converges_on_a_long_chain():
+    i, j = torch.arange(900).repeat_interleave(2)[:-1], torch.arange(900).repeat_interleave(2)[1:]
+    z = gaussian(900, 3)[i] + gaussian(900, 3, seed=1)[j]
+    mu, a, c = model.additive_solve(z, i, j)
+    assert (mu + a[i] + c[j] - z).abs().max() < 1e-6
+
+
+def test_additivity_of_additive_data_is_one_also_for_cells_left_out():
+    flat = model.additivity(*grid(30, 20, 0.5)[:3])["flat"]
+    assert (flat["r2"], flat["r2_heldout"]) == pytest.approx((1, 1), abs=1e-6) and flat["residual"] < 1e-9
+
+
+def test_additivity_of_cells_left_out_is_measured_against_the_mean_of_the_others():
+    z, i, j, _, _ = grid(30, 20, 0.5, noise=1.0)
+    out = torch.rand(len(z), generator=torch.Generator().manual_seed(3)) < 0.1
+    mu, a, c = model.additive_solve(z[~out], i[~out], j[~out])
+    error, spread = (z - mu - a[i] - c[j])[out].square().sum(), (z - z[~out].mean(0))[out].square().sum()
+    found = model.additivity(z, i, j, 0.1, 3)["flat"]["r2_heldout"]
+    assert found == pytest.approx(1 - float(error / spread), abs=1e-9)
+
+
+def test_additivity_of_unrelated_labels_is_none_for_cells_left_out():
+    z, i, j, _, _ = grid(30, 20, 0.3)
+    z = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))]
+    flat = model.additivity(z, i, j)["flat"]
+    assert flat["r2_heldout"] < 0.1 < flat["r2"]
+
+
+def test_additivity_shares_by_hand_on_a_full_grid():
+    z, i, j, a, c = grid(8, 6, 1.0, D=3, noise=0.3)
+    e = (z - dense(z, i, j)[3]).square().sum()
+    mu, a, c, _ = dense(z, i, j)
+    parts = dict(foreground=6 * a.square().sum(), background=8 * c.square().sum(), residual=e, cross=0)
+    flat, total = model.additivity(z, i, j)["flat"], (z - mu).square().sum()
+    for name, part in parts.items():
+        assert flat[name] == pytest.approx(float(part / total), abs=1e-9)
+    assert flat["r2"] == pytest.approx(1 - flat["residual"])
+
+
+def test_additivity_shares_sum_to_one_with_the_cross_term_of_an_incomplete_grid():
+    z, i, j, _, _ = grid(30, 20, 0.2, noise=0.5)
+    result = model.additivity(unit(z), i * 3, j + 5)  # gaps in the numbers do not matter
+    for part in result.values():
+        shares = [part[name] for name in ("foreground", "background", "residual", "cross")]
+        assert sum(shares) == pytest.approx(1) and abs(part["cross"]) > 1e-3
+    total = (unit(z) - unit(z).mean(0)).square().sum()
+    error = (unit(z) - dense(unit(z), i, j)[3]).square().sum()
+    assert result["flat"]["residual"] == pytest.approx(float(error / total), abs=1e-6)
+
+
+def test_sphere_log_norms_are_angles_and_the_mean_is_zero():
+    base = unit(gaussian(6, seed=1))
+    z = unit(base + 0.3 * gaussian(200, 6, seed=2))
+    v = model.sphere_log(z)
+    angle = v.norm(dim=1, keepdim=True)
+    at = (z - unit(v) * angle.sin()) / angle.cos()  # z = at cos|v| + v/|v| sin|v|
+    assert v.mean(0).norm() < 1e-8 and (at - at[0]).abs().max() < 1e-6 and at[0] @ base > 0.99
+    assert torch.allclose(angle[:, 0], (z @ unit(at[0])).acos(), atol=1e-6) and (v @ at[0]).abs().max() < 1e-6
+
+
+def test_sphere_log_on_a_great_circle_is_arc_length():
+    t = torch.tensor([0.1, 0.5, 0.9, 1.7], dtype=torch.double)
+    z = torch.stack([t.cos(), t.sin(), 0 * t], 1)
+    assert torch.allclose(model.sphere_log(z).norm(dim=1), (t - t.mean()).abs(), atol=1e-7)
+
+
+def test_cos_sum_of_sums_is_one_and_of_shuffled_pairs_is_less():
+    f, b = unit(gaussian(50, 8, seed=1)), unit(gaussian(50, 8, seed=2))
+    same = model.cos_sum(3 * (f + b), f, b)
+    assert same["cos_sum"] == pytest.approx(1) and same["cos_sum_centred"] == pytest.approx(1)
+    assert max(abs(same["cos_sum_shuffled"]), abs(same["cos_sum_centred_shuffled"])) < 0.3
+    shifted = model.cos_sum(f + b + 9, f + 9, b + 9)  # a common mean inflates the raw cosine
+    assert shifted["cos_sum_shuffled"] > 0.9 > 0.3 > abs(shifted["cos_sum_centred_shuffled"])
+
+
+def test_features_are_unit_norm_signed_powers_and_a_map_works_on_them():
+    z = torch.tensor([[4.0, -9.0, 0.0], [1.0, 1.0, 1.0]])
+    roots = unit(torch.tensor([[2.0, -3.0, 0.0], [1.0, 1.0, 1.0]]))
+    assert torch.allclose(model.features(z, 0.5), roots) and torch.allclose(model.features(z), unit(z))
+    mu, W = gaussian(3).float(), gaussian(3, 2).float()
+    assert torch.allclose(model.Map(mu, W, 0.5)(z), (roots - mu) @ W, atol=1e-6)
+
+
+# --- probes
+
+
+def solution(name):
+    """x, y, coefficients [D, C], intercepts [C] of a fixture, and all of it."""
+    f = PROBES[name]
+    x, coef, intercept = (torch.tensor(f[k], dtype=torch.double) for k in ("x", "coef", "intercept"))
+    return x, torch.tensor(f["y"]), coef.T, intercept, f
+
+
+def agrees(probe, coef, intercept):
+    C = coef.shape[1]
+    near = torch.allclose(probe.weight[:, -C:], coef, atol=1e-4)
+    return near and torch.allclose(probe.bias[-C:], intercept, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["binary", "three", "binary_wide", "three_wide", "weighted"])
+def test_fit_probe_is_scikit_learn_s_logistic_regression(name):
+    x, y, coef, intercept, f = solution(name)
+    probe = model.fit_probe(x, y, f["l2"], torch.tensor(f["weight"]) if "weight" in f else None)
+    assert agrees(probe, coef, intercept)
+    if coef.shape[1] == 1:
+        assert not probe.weight[:, 0].any() and probe.bias[0] == 0
+
+
+@pytest.mark.parametrize("name", ["l1_binary", "l1_three", "l1_loose"])
+def test_fit_l1_probe_is_scikit_learn_s_on_a_standard_scaler(name):
+    x, y, coef, intercept, f = solution(name)
+    probe = model.fit_l1_probe(x, y, f["C"])
+    assert agrees(probe, coef, intercept) and torch.equal(probe.weight[:, -coef.shape[1] :] == 0, coef == 0)
+
+
+@pytest.mark.parametrize("name", ["three", "l1_three"])
+def test_a_probe_of_more_rows_than_are_kept_is_the_same(name, monkeypatch):
+    x, y, coef, intercept, f = solution(name)
+
+    class Two(model.Blocks):
+        def __iter__(self):
+            half = len(self.x) // 2
+            for rows in (slice(0, half), slice(half, len(self.x))):
+                yield rows, self.change(self.x[rows].double())
+
+    monkeypatch.setattr(model, "Blocks", Two)
+    probe = model.fit_l1_probe(x, y, f["C"]) if "l1" in name else model.fit_probe(x, y, f["l2"])
+    assert agrees(probe, coef, intercept) and probe.logits(x).shape == (len(x), 3)
+
+
+def test_fit_l1_probe_of_a_constant_column_stays_finite():
+    x = gaussian(40, 3)
+    x[:, 1], y = 0.1, (x[:, 0] > 0).long()
+    probe = model.fit_l1_probe(x, y, 1.0)
+    assert probe.logits(x).isfinite().all() and (probe.predict(x) == y).double().mean() > 0.9
+
+
+def test_probe_is_unmoved_by_shift_and_scale_of_the_input():
+    x = gaussian(50, 4)
+    y, moved = (x[:, 0] + 0.3 * gaussian(50, seed=2) > 0.8).long(), 100 * x + 7
+    a, b = model.fit_probe(x, y).logits(x), model.fit_probe(moved, y).logits(moved)
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_probe_counts_a_class_of_two_images_as_much_as_one_of_two_hundred():
+    x = torch.cat([gaussian(200, 1), gaussian(2, 1, seed=1) + 1])
+    y = torch.tensor([0] * 200 + [1] * 2)
+    again = torch.cat([torch.arange(202), torch.arange(200, 202).repeat(99)])
+    probes = model.fit_probe(x, y), model.fit_probe(x[again], y[again], weight=torch.ones(400))
+    a, b = (float(p.mean[0] - p.bias[1] / p.weight[0, 1] * p.scale) for p in probes)  # where it changes
+    assert a == pytest.approx(b, abs=0.15)
+
+
+def test_a_probe_of_one_row_or_of_numbers_that_are_none_is_refused():
+    with complaint("at least two rows", "found 1"):
+        model.fit_probe(gaussian(1, 5), torch.tensor([1]), classes=2)
+    with complaint("found 3, 2 of them finite"):
+        model.fit_probe(torch.tensor([[1.0], [2], [torch.nan]]), torch.tensor([0, 1, 1]))
+
+
+def test_dfr_finds_the_core_feature_where_a_plain_probe_takes_the_spurious_one():
+    y = torch.arange(240) % 2
+    place = torch.where(torch.arange(240) % 20 < 2, 1 - y, y)  # 24 rows of minority groups
+    x = gaussian(240, 6)
+    x[:, 0], x[:, 1] = x[:, 0] + 2 * (2 * y - 1), 0.3 * x[:, 1] + 2 * (2 * place - 1)
+    group = 2 * y + place
+    probe, plain = model.dfr(x, y, group, 0), model.fit_probe(x, y, weight=torch.ones(240))
+    tilt = [float((w := p.weight[:, 1] - p.weight[:, 0])[1].abs() / w[0].abs()) for p in (probe, plain)]
+    assert tilt[0] < 0.5 * tilt[1] and torch.equal(probe.weight, model.dfr(x, y, group, 0).weight)
+    worst = [model.worst_group(p.predict(x) == y, group) for p in (probe, plain)]
+    assert worst[0] > worst[1] + 0.2
+
+
+# --- metrics of groups
+
+WILSON = [(8, 10, 0.49016, 0.94332), (0, 10, 0, 0.27753), (10, 10, 0.72247, 1), (263, 291, 0.86445, 0.93259)]
+
+
+@pytest.mark.parametrize("k, n, low, high", [*WILSON, (1, 1, 0.20655, 1), (0, 0, 0, 1)])
+def test_wilson_intervals(k, n, low, high):
+    assert model.wilson(k, n) == pytest.approx((low, high), abs=2e-5)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_wilson_intervals_cover_the_proportion_as_often_as_they_say(confidence):
+    n, p = 40, np.linspace(0.05, 0.95, 181)
+    covered = np.zeros(len(p))
+    for k in range(n + 1):
+        low, high = model.wilson(k, n, confidence)
+        covered += comb(n, k) * p**k * (1 - p) ** (n - k) * ((low <= p) & (p <= high))
+    assert covered.mean() == pytest.approx(confidence, abs=0.02)
+
+
+def test_group_metrics_by_hand():
+    #                   group 0 (0, 0)  1 (0, 1)   3 (1, 1)   2 (1, 0) is not tested, and one is unlabelled
+    y = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, -1] + [0] * 7 + [0] * 1 + [1] * 2 + [1] * 9)
+    place = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 0] + [0] * 7 + [1] * 1 + [1] * 2 + [0] * 9)
+    correct = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1, 0]).bool()
+    split, index = torch.tensor([2] * 9 + [0] * 19), torch.arange(9)
+    lists = dict(
+        captions=[""] * 28, cut=[None] * 28, shows=[None] * 28, classes=["a", "b"], places=["p", "q"]
+    )
+    samples = data.Samples("", [None] * 28, y, place, split, **lists)
+    m = model.group_metrics(correct, samples, index)
+    groups = [(g["y"], g["place"], g["n"], g["accuracy"]) for g in m["groups"]]
+    assert groups == [(0, 0, 4, 0.75), (0, 1, 2, 0.5), (1, 1, 2, 1.0)]
+    assert (m["worst_group"], m["avg_group_mean"], m["overall"]) == pytest.approx((0.5, 0.75, 6 / 9))
+    assert m["avg_train_weighted"] == pytest.approx((0.75 * 7 + 0.5 * 1 + 1.0 * 2) / 10)
+    assert m["groups"][0]["interval"] == list(model.wilson(3, 4)) and json.dumps(m)
+    order = torch.randperm(9)  # index says which rows they are
+    assert model.group_metrics(correct[order], samples, order) == m
+
+
+def test_paired_bootstrap_has_the_sign_of_the_difference_and_knows_pairs():
+    g, group = torch.Generator().manual_seed(1), torch.arange(400) % 4
+    b = torch.rand(400, generator=g) < 0.7
+    a = b | (torch.rand(400, generator=g) < 0.6)
+    low, high = model.paired_bootstrap(a, b, group)
+    difference = model.worst_group(a, group) - model.worst_group(b, group)
+    assert 0 < low < difference < high and model.paired_bootstrap(a, a, group) == (0, 0)
+    assert model.paired_bootstrap(b, a, group) == pytest.approx((-high, -low), abs=0.03)
+    assert model.paired_bootstrap(a, b, group) == (low, high)
+    drawn = []  # what it stands for: images drawn anew within each group
+    for _ in range(400):
+        at = torch.cat(
+            [w[torch.randint(len(w), w.shape, generator=g)] for w in torch.arange(400).view(100, 4).T]
+        )
+        drawn.append(model.worst_group(a[at], group[at]) - model.worst_group(b[at], group[at]))
+    assert np.quantile(drawn, (0.025, 0.975)) == pytest.approx((low, high), abs=0.03)
+
+
+# --- checkpoints
+
+
+def checkpoint(path, **changed):
+    """A checkpoint as train.py writes it, with some of its parts changed; its path."""
+    one = torch.tensor(1.0)
+    probe = dict(mean=torch.zeros(3), scale=one, weight=gaussian(3, 2), bias=torch.zeros(2))
+    parts = dict(map=dict(mu=torch.zeros(3), W=gaussian(3, 3)), power=0.5, probes=dict(bap=probe))
+    model.save_checkpoint(
+        path, dict(config=dict(model="tiny", pretrained=""), fingerprint="x", **parts) | changed
+    )
+    return path
+
+
+def test_checkpoint_round_trip_holds_no_code(tmp_path):
+    path = checkpoint(tmp_path / "c.pt", list=[1, None, "a"])
+    state, plain = model.load_checkpoint(path), torch.load(path, weights_only=True)
+    assert state["list"] == [1, None, "a"] and torch.equal(plain["map"]["W"], state["map"]["W"])
+    z = gaussian(5, 3).float()
+    assert torch.allclose(
+        model.load_map(state)(z), model.features(z, 0.5) @ gaussian(3, 3).float(), atol=1e-6
+    )
+    assert torch.allclose(model.load_probe(state, "bap").logits(z), z.double() @ gaussian(3, 2))
+    with complaint("--probe=erm", "bap"):
+        model.load_probe(state, "erm")
+
+
+def test_checkpoint_of_another_encoder_is_refused(tmp_path, get):
+    path = checkpoint(tmp_path / "c.pt", fingerprint=get("tiny").fingerprint)
+    assert model.load_checkpoint(path, get("tiny"))["power"] == 0.5
+    with complaint(path, "--model=tiny", "flock-vit"):
+        model.load_checkpoint(path, get("flock-vit"))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 50, "cut", "list", "code", "missing", "config"])
+def test_checkpoint_that_is_none_is_one_line(tmp_path, content):
+    path = checkpoint(tmp_path / "c.pt")
+    whole = path.read_bytes()
+    others = dict(
+        list=[1, 2, 3], code=dict(config={}, fingerprint=Malice("x")), config=dict(config=1, fingerprint="x")
+    )
+    if content == "missing":
+        path.unlink()
+    elif content in others:
+        torch.save(others[content], path)
+    else:
+        path.write_bytes(whole[:300] if content == "cut" else content)
+    with complaint(path, "no such file" if content == "missing" else "not a checkpoint"):
+        model.load_checkpoint(path)
+    assert not Path("x").exists()
+
+
+EDITS = [
+    dict(map=1),
+    dict(map=dict(mu=torch.zeros(3))),
+    dict(power="a"),
+    dict(probes=[1]),
+    dict(probes=dict(bap=2)),
+]
+
+
+@pytest.mark.parametrize("edit", [*EDITS, dict(probes=dict(bap=dict(mean="a"))), dict(map=dict(mu=1, W=2))])
+def test_a_checkpoint_edited_by_hand_is_one_line(tmp_path, edit):
+    state = model.load_checkpoint(checkpoint(tmp_path / "c.pt", **edit))
+    with complaint("the checkpoint", "train anew"):
+        model.load_map(state)
+        model.load_probe(state, "bap")

@@ -1,13 +1,11 @@
-"""How robust is this model? Zero-shot, classifier rows and probes on data sets with groups; one or many
-models.
+"""How robust is this model? Zero-shot, classifier rows and probes on sets with groups; one or many models.
 
     python eval.py --data=counteranimal:DIR --model=ViT-B-16 --pretrained=laion400m_e32
     python eval.py --data=waterbirds:DIR --models=lite0,ViT-B-32@openai,timm:resnet50 --protocol=probe,dfr
     python eval.py --data=folder:DIR --model=ViT-L-14 --pretrained=openai --prompts=FILE
-    torchrun --nproc_per_node=4 eval.py ...                     shares the images out, with the same numbers
-    python eval.py --protocol=ravl --settings=5 --mitigate=2    controlled settings, the end of this file;
-    with
-                                                                --data=cutouts or coco:DIR of photos
+    torchrun --nproc_per_node=4 eval.py ...                      shares the images out, with the same numbers
+    python eval.py --protocol=ravl --settings=5 --mitigate=2     controlled settings, the end of this file
+    python eval.py --protocol=ravl --data=cutouts                the same with photos; or --data=coco:DIR
 
 1. Embed the images, once: what was computed before is read from the cache, and then no weights are loaded.
 2. Classify them by the heads of each protocol (PROTOCOLS); with --ckpt through a map of train.py.
@@ -181,8 +179,8 @@ def contract(config, git, samples, names, results, failed, started):
 
 
 class Embedded:
-    """What a protocol has at hand: embeddings z [n, D] of samples; y, group [n] on their device; good: bool
-    [n], which could be read; g: the map that heads see them through; l2, seed: the flags."""
+    """What a protocol has at hand: embeddings z [n, D] of samples; y, group [n] on their device; good [n],
+    which could be read; the map g that heads see them through; the flags l2 and seed."""
 
     def __init__(self, encoder, samples, z, g, l2, seed):
         self.encoder, self.samples, self.z, self.g, self.l2, self.seed = encoder, samples, z, g, l2, seed
@@ -192,10 +190,6 @@ class Embedded:
     def usable(self, split):
         """Index [m] of the labelled photos of a split that could be read."""
         return ((self.samples.split == split) & self.good & (self.samples.y >= 0)).nonzero()[:, 0]
-
-    def through(self, index):
-        """What probes are fitted to: g(z[index]) [m, D]."""
-        return self.g(self.z[index])
 
 
 Outcome = namedtuple(
@@ -310,8 +304,7 @@ def prompt_heads(e):
 
 
 def classifier_heads(e):
-    """Over all 1000 labels for CounterAnimal, ImageNet, ImageNet-9; else each class by the best of its
-    labels."""
+    """Over all labels for CounterAnimal, ImageNet and ImageNet-9; else a class by the best of its labels."""
     (rows, bias), owner, labels = e.encoder.classifier(), None, e.samples.imagenet
     if e.samples.name.startswith("in9"):
         owner = torch.full((len(rows),), -1, device=rows.device)
@@ -328,9 +321,8 @@ def classifier_heads(e):
 
 
 def repaired(g, z):
-    """Embeddings [N, D] -> the same with the foreground only, in their own space, for rows of texts or a
-    classifier: mu + g(z), back through the map's power and to the length of z. Our reading: BAP names no
-    zero-shot use."""
+    """Embeddings [N, D] -> of the foreground only, in their own space, for texts and a classifier's rows:
+    mu + g(z) back through the map's power, at the length of z. Our reading: BAP names no zero-shot use."""
     v = g.mu + g(z)
     return unit(v.sign() * v.abs() ** (1 / g.power)) * z.norm(dim=1, keepdim=True)
 
@@ -341,13 +333,13 @@ def probe_head(fit, g):
 
 def probe_heads(e):
     train = e.usable(0)
-    return [probe_head(fit_probe(e.through(train), e.y[train], e.l2, classes=len(e.samples.classes)), e.g)]
+    return [probe_head(fit_probe(e.g(e.z[train]), e.y[train], e.l2, classes=len(e.samples.classes)), e.g)]
 
 
 def clip_probe_heads(e, C=0.316):
     """Raw embeddings, all images alike; C counts in the embeddings' own units."""
     train, raw = e.usable(0), e.g is unit
-    x = e.z[train] if raw else e.through(train)
+    x = e.z[train] if raw else e.g(e.z[train])
     scale, alike = float(mean_std(x)[1].mean()), torch.ones_like(x[:, 0])
     fit = fit_probe(x, e.y[train], 1 / (C * len(x) * scale * scale), alike, len(e.samples.classes))
     return [probe_head(fit, torch.nn.Identity() if raw else e.g)]
@@ -358,7 +350,7 @@ def dfr_heads(e):
     least = int(torch.unique(e.group[val], return_counts=True)[1].min())
     if least < 8:
         say(f"WARNING: dfr balances the validation groups down to the smallest, {least} images: expect noise")
-    return [probe_head(dfr(e.through(val), e.y[val], e.group[val], e.seed), e.g)]
+    return [probe_head(dfr(e.g(e.z[val]), e.y[val], e.group[val], e.seed), e.g)]
 
 
 def fewshot_heads(e, shots):
@@ -375,7 +367,7 @@ def fewshot_heads(e, shots):
             order = rng(e.seed, "fewshot", shots, d, c).permutation(len(mine))
             few.append(mine[torch.from_numpy(order[:shots])])
         few = torch.cat(few)
-        heads.append(probe_head(fit_probe(e.through(few), e.y[few], e.l2, classes=C), e.g))
+        heads.append(probe_head(fit_probe(e.g(e.z[few]), e.y[few], e.l2, classes=C), e.g))
     return heads
 
 
@@ -444,8 +436,7 @@ def choose_picker(picker):
 
 
 def pick_labels(encoder, z, samples):
-    """CounterAnimal's 1v20: the 20 labels with the highest mean score over a class's photos, [classes,
-    20]."""
+    """CounterAnimal's 1v20: 20 labels with the highest mean score on a class's photos, [classes, 20]."""
     rows, bias = (encoder.prompts(samples.prompts), 0.0) if encoder.tokenizer else encoder.classifier()
     v, y = (unit(z) if encoder.tokenizer else z).nan_to_num(), samples.y.to(z.device)
     mean = sums(v, y, len(samples.classes)) / torch.bincount(y).clamp(min=1)[:, None]
@@ -488,8 +479,7 @@ def composed(encoder, foregrounds, backgrounds, instances, skip_bad, seed):
 
 
 def additive_parts(e, grid):
-    """Additivity, flat and on the sphere, of the mean embeddings of class x place cells, and of
-    composites."""
+    """Additivity of the mean embeddings of class x place cells, and of composites."""
     out, P, index = {}, len(e.samples.places), (e.good & (e.samples.y >= 0)).nonzero()[:, 0]
     if P > 1 and len(index):
         mean = sums(unit(e.z[index]).double(), e.group[index], len(e.samples.classes) * P)
@@ -544,8 +534,7 @@ def measure(out, samples, seed):
 
 
 def over_draws(each):
-    """Metrics and groups, means over draws, from a list of group_metrics; with an interval of the worst
-    group."""
+    """Means over draws of group_metrics -> metrics, with an interval of the worst group, and groups."""
     metrics, groups = {}, []
     for key in ("worst_group", "avg_group_mean", "avg_train_weighted"):
         metrics[key] = None if each[0][key] is None else sum(m[key] for m in each) / len(each)
@@ -565,11 +554,9 @@ def class_metrics(out, samples, mean, groups):
     for c in torch.unique(y).tolist():
         accuracy, n = float(mean[y == c].mean()), int((y == c).sum())
         k, counts = torch.unique(out.predicted[0][wrong & (y == c)], return_counts=True)
-        taken = sorted(zip(counts.tolist(), [called(out, v) for v in k.tolist()], strict=True), reverse=True)[
-            :3
-        ]
+        taken = sorted(zip(counts.tolist(), [called(out, v) for v in k.tolist()], strict=True))[::-1]
         entry = dict(accuracy=accuracy, n=n, interval=list(wilson(accuracy * n, n)))
-        entry["taken_for"] = {name: k for k, name in taken}
+        entry["taken_for"] = {name: k for k, name in taken[:3]}
         if len(samples.places) > 1:
             entry["places"] = {samples.places[g["place"]]: g["accuracy"] for g in groups if g["y"] == c}
         classes[samples.classes[c]] = entry
@@ -590,12 +577,10 @@ def ece(confidence, correct, bins=15):
 
 
 def counter_metrics(correct, y, place, classes, names, seed, suffix=""):
-    """CounterAnimal: class-balanced common, counter and their drop with its bootstrap interval, and plain
-    averages.
+    """CounterAnimal: class-balanced common, counter and their drop, its bootstrap interval; plain averages.
 
-    correct: [m], bool or share of draws; place: 0 common, 1 counter. The class's own go into
-    classes[name]. Source: the paper's metric, the mean over classes of per-class accuracies; the interval
-    draws photos of each anew.
+    correct: [m], bool or share of draws; place: 0 common, 1 counter. The class's own go into classes[name].
+    Source: the paper's metric, the mean over classes of accuracies; the interval draws photos of each anew.
     """
     cells = [[], []]  # of common and counter: (n, accuracy) of each class
     for c in torch.unique(y).tolist():
@@ -634,15 +619,14 @@ def logit(p):
 
 
 def expected(common):
-    """The counter accuracy at a common one, by the least-squares line through the published models'
-    logits."""
+    """The counter accuracy at a common one, by the least-squares line of published models' logits."""
     slope, start = np.polyfit(*logit(np.array(list(PUBLISHED.values())).T / 100), 1)
     return float(1 / (1 + np.exp(-start - slope * logit(common))))
 
 
 def compare(results, outcomes, samples, seed):
-    """Puts into results effective robustness (counter accuracy over the expected, Taori et al. 2020; fitted
-    to logits, our reading), and what a model is better than the first by."""
+    """The counter accuracy at a common one, by the least-squares line through published models' logits."""
+    our reading), and how much better than the first a model is."""
     for _, _, entry in each_outcome(results) if is_counteranimal(samples) else ():
         m = entry["metrics"]
         m["effective_robustness"] = None if m["drop"] is None else m["counter"] - expected(m["common"])
@@ -687,8 +671,7 @@ def each_outcome(results):
 
 
 def columns(results, samples):
-    """The metrics to show: those that some row has; n first where it differs, as probes see the test
-    split."""
+    """The metrics to show: those that some row has; n where it differs, as probes see the test split."""
     wanted = ["bg_gap", *samples.places, "worst_group", "avg_group_mean", "avg_train_weighted", "average"]
     wanted += ["region_overall", "region_worst_group", "confidence", "ece"]
     if is_counteranimal(samples):
@@ -725,9 +708,7 @@ def blocks_of(results, outcomes, samples, failed):
     for name, r in results.items():
         for kind, fits in r["additivity"].items():
             rows += [(name, kind, geometry, *[fit[k] for k in parts]) for geometry, fit in fits.items()]
-    title = (
-        "Additivity of mean embeddings of class x place (cells) or of composites, shares of their variance"
-    )
+    title = "Additivity of mean embeddings of class x place (cells), of composites: shares of variance"
     blocks.append(Block(title, ("model", "of", "geometry", *parts), rows, said=True))
     rows = []
     for label, texts in zip(samples.labels, samples.prompts, strict=True):
@@ -751,7 +732,7 @@ def results_block(results, samples, failed):
     for k in [k for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")][:1]:
         low, high = best[k + "_interval"]
         notes.append(f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}")
-    for model in set(results) & set(PUBLISHED) if is_counteranimal(samples) else ():
+    for model in [m for m in results if m in PUBLISHED and is_counteranimal(samples)]:
         notes.append("{}: published {:.2f} common, {:.2f} counter".format(model, *PUBLISHED[model]))
     notes += [f"FAILED {model}: {problem}" for model, problem in failed.items()]
     title = samples.name + f": {best['n']} photos" * alike
@@ -771,8 +752,7 @@ def line_block(results, counter):
 
 
 def scatter(dots, curve, xlabel, ylabel):
-    """Points (name, x, y, class) in the unit square and a curve of (x, y), zoomed to where the points are:
-    SVG."""
+    """SVG of points (name, x, y, class) in the unit square and a curve of (x, y), zoomed to the points."""
     values = [v for _, x, y, _ in dots for v in (x, y)]
     low, high = max(0, math.floor(10 * min(values) - 0.5)), min(10, math.ceil(10 * max(values) + 0.5))
 
@@ -837,8 +817,7 @@ def worst(out, samples, most=12):
 
 
 def write_tables(out, results, outcomes, samples):
-    """eval.csv: a row for each model and protocol; groups.csv: each group, too; predictions.csv: each
-    photo."""
+    """eval.csv: a row for each model and protocol; groups.csv: and group; predictions.csv: for each photo."""
     rows, of_groups, photos = each_outcome(results), [], {}
     keys = {k: None for _, _, m in rows for k, v in m["metrics"].items() if not isinstance(v, list)}
     lines = [(name, p, *[m["metrics"].get(k) for k in keys]) for name, p, m in rows]
@@ -877,7 +856,7 @@ SHARED = (*DATASET, "model", "quick_gelu", "device", "dtype", "batch_size", "thr
 PRETRAINED = {"tiny": "none", "tiny-conv": "none", "lite0-clip": "imagenet"}  # what a base model starts from
 
 # What a family takes where the flags say nothing. A base that knows the classes learns nothing spurious: that
-# of digits is stopped early; of the others only the image tower is trained, and texts follow in these steps
+# of digits is stopped early; the others' image tower knows ImageNet, and their texts follow in these steps
 FAMILY = "model", "base_steps", "steps", "learning_rate", "pairs", "regions"
 FAMILIES = {
     "digits": ("tiny-conv", 130, 160, 2e-3, 64, "grid:2"),
@@ -912,7 +891,7 @@ def controlled_settings(config):
     lead = f"{tree['summary']['valid']} of {len(done)} settings learned the planted feature {of}."
     title = f"flock: controlled settings, {config['data'].partition(':')[0]}"
     write(out / "protocol.html", page(title, lead, [*sections(blocks), flags_section(config, git)]))
-    say(f"\n{console(blocks)}")
+    say(f"\n{console(blocks)}\n\n{lead}")
     say(f"\n{out}/protocol.json, protocol.csv and protocol.html written, {time.time() - started:.0f} s")
 
 
@@ -947,8 +926,7 @@ def setting_data(config, strength, label):
 
 
 def script_run(name, out, config, **more):
-    """Runs train.py or discover.py beside this file, its output into out/log.txt; Complaint with its last
-    line."""
+    """Runs train.py or discover.py beside this file, output to out/log.txt; Complaint with its last line."""
     words = [f"--{k}={v}" for k, v in ({k: config[k] for k in SHARED} | more).items()] + [f"--out_dir={out}"]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.txt", "w") as log:
@@ -978,10 +956,9 @@ def base_model(config):
 
 
 def one_setting(config, at, strength, label, base, mitigating):
-    """Fine-tunes, discovers if the correlation was learned, mitigates if asked to: an entry of
-    protocol.json."""
-    samples, planted = setting_data(config, strength, label), dict(strength=strength, spurious=label)
-    planted["seed"] = config["seed"]
+    """Fine-tunes, discovers if the feature was learned, mitigates if asked to: an entry of protocol.json."""
+    samples = setting_data(config, strength, label)
+    planted = dict(strength=strength, spurious=label, seed=config["seed"])
 
     def figures(method, **more):
         keys = ["steps", "learning_rate", "pairs"]
@@ -1010,9 +987,8 @@ def one_setting(config, at, strength, label, base, mitigating):
 
 
 def reached(config, at, samples):
-    """What the weights in a folder reach on the uncorrelated test split, kept there: FIGURES, zero-shot on
-    images and on regions that show the class object; and groups, the accuracies on images of class x
-    feature [2 C]."""
+    """What weights reach on the uncorrelated test split, kept beside them: FIGURES, zero-shot on images and
+    on regions that show the class object; groups, accuracies on images of class x feature [2 C]."""
     path, test = at / "figures.json", samples.keep(samples.split == 2)
     if path.is_file():
         return read_json(path, "the figures of a setting")
@@ -1037,8 +1013,7 @@ def reached(config, at, samples):
 
 
 def mean_interval(values):
-    """Mean of shares with its 95 % interval over settings, and their number; what was not found counts as
-    zero."""
+    """Mean of shares, its 95 % interval over settings, their number; what was not found counts as zero."""
     x = np.array([v or 0.0 for v in values])
     half = 1.96 * float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else 0.0
     mean = float(x.mean())
@@ -1046,7 +1021,7 @@ def mean_interval(values):
 
 
 def summarised(done):
-    """Mean Precision@10 by method, over all valid settings and by strength; mitigations' means over settings
+    """Means of Precision@10 by method, over valid settings and by strength, and of mitigations over settings
     whose RaVL Precision@10 exceeds .6 and .8, as in the paper."""
     valid, precision, mitigation = [s for s in done if s["valid"]], {}, {}
     for m in valid[0]["precision_at_10"] if valid else ():
@@ -1072,7 +1047,7 @@ def setting_blocks(tree, classes):
         chart.append((m, v["all"]["mean"], (v["all"]["low"], v["all"]["high"]), f"n={v['all']['n']}"))
     of = f"{summary['valid']} valid settings of {summary['settings']}, by Cramer's V"
     title = f"Discovery: Precision@10 over {of}, mean and 95 % interval"
-    blocks.append(Block(title, header, rows, [bars(chart)], said=True))
+    blocks.append(Block(title, header, rows, [bars(chart)] if chart else [], said=True))
     for name, part in reversed(summary["mitigation"].items()):
         title = f"Mitigation, mean of {part['n']} settings with Precision@10 > {name.rpartition('_')[2]}"
         methods, charts = part["methods"].items(), []

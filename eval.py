@@ -625,7 +625,7 @@ def expected(common):
 
 
 def compare(results, outcomes, samples, seed):
-    """The counter accuracy at a common one, by the least-squares line through published models' logits."""
+    """Puts into results effective robustness (counter accuracy less expected, Taori et al. 2020; of logits,
     our reading), and how much better than the first a model is."""
     for _, _, entry in each_outcome(results) if is_counteranimal(samples) else ():
         m = entry["metrics"]

@@ -77,6 +77,10 @@ class Once(Noise):
         raise AssertionError("decoded although it is in the cache")
 
 
+def noise(n, kind=Noise):
+    return [kind(k) for k in range(n)]
+
+
 @pytest.fixture(scope="module")
 def get(tmp_path_factory):
     """Name -> encoder, made once: lite0, those of flock, timm's, open_clip's kinds of towers made small."""
@@ -167,13 +171,14 @@ def test_lite0_s_weights_wrong_or_missing_are_named_when_they_are_needed(monkeyp
 
 
 TIMMS = ("test_vit", "test_efficientnet", "test_convnext", "test_byobnet", "test_resnet", "resnet18")
+MAPPED = ["lite0", "tiny-conv", "lite0-clip", *(f"timm:{name}" for name in TIMMS)]
 
 
-@pytest.mark.parametrize("name", ["lite0", *(f"timm:{name}" for name in TIMMS)])
-def test_timm_maps_have_one_row_of_the_embedding_per_cell(name, get):
+@pytest.mark.parametrize("name", MAPPED)
+def test_maps_have_one_row_of_the_embedding_per_cell_and_pooling_is_their_mean(name, get):
     encoder, x = get(name), batch(get(name), 2)
     m, z = maps(encoder, x), encoder.run(x, "float32")
-    side = x.shape[2] // (16 if "vit" in name else 32)
+    side = x.shape[2] // (16 if "vit" in name else 8 if name == "tiny-conv" else 32)
     assert m.shape == (2, side, side, z.shape[1])
     if "vit" not in name and "convnext" not in name:  # pooled by the mean, nothing after it
         assert torch.allclose(m.mean((1, 2)), z, atol=1e-4 * max(1, float(z.abs().max())))
@@ -269,7 +274,10 @@ def test_a_cell_is_what_attention_pooling_makes_of_it_alone():
     assert z.shape == (2, 64)
 
 
-@pytest.mark.parametrize("name, side", [("flock-vit", 3), ("flock-rn", 2), ("flock-timm", 10), ("tiny", 8)])
+SIDES = {"flock-vit": 3, "flock-rn": 2, "flock-timm": 10, "tiny": 8, "tiny-conv": 7, "lite0-clip": 7}
+
+
+@pytest.mark.parametrize("name, side", SIDES.items())
 def test_open_clip_models_embed_images_maps_and_texts_in_one_space(name, side, get):
     encoder, x = get(name), batch(get(name))
     dim = encoder.facts["dim"]
@@ -299,14 +307,6 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_line_with_a_cure(monkeypatch):
     encoder.tokenizer = functools.partial(timm.create_model, "no such model")
     with complaint("--model=tiny", "tokenizer cannot be loaded", "pip install transformers"):
         encoder.texts(["a bird"])
-
-
-@pytest.mark.parametrize("name, side", [("tiny-conv", 56), ("lite0-clip", 224)])
-def test_small_clips_give_a_map_whose_mean_is_the_embedding(name, side, get):
-    encoder, x = get(name), batch(get(name), 2)
-    z, m = with_map(encoder.module, encoder.kind, x)
-    assert x.shape[2] == side and m.shape[:3] == (2, 7, 7) and torch.allclose(m.mean((1, 2)), z, atol=1e-5)
-    assert encoder.texts(["a", "b"]).shape == (2, z.shape[1])
 
 
 def test_a_cell_of_tiny_conv_sees_32_pixels_and_none_outshouts_the_others(get):
@@ -531,14 +531,12 @@ def test_activation_of_a_local_file_without_a_record_is_said(tmp_path, get, choi
     assert why in encoder.notes[0]
 
 
-@pytest.mark.parametrize(
-    "record, choice, quick", [(True, "auto", True), (False, "auto", False), (True, "off", False)]
-)
-def test_weights_that_train_saved_have_its_activation_and_preprocessing(tmp_path, get, record, choice, quick):
+@pytest.mark.parametrize("record, choice", [(True, "auto"), (False, "auto"), (True, "off")])
+def test_weights_that_train_saved_have_its_activation_and_preprocessing(tmp_path, get, record, choice):
     seen = dict(mean=[0.5, 0.25, 0.5], std=[0.5, 0.5, 0.125], resize_mode="squash")
     path = saved(tmp_path / "w.safetensors", weights(get("flock-vit")), quick_gelu=record, preprocess=seen)
     encoder = load_encoder("flock-vit", path, quick_gelu=choice, device="cpu")
-    assert is_quick(encoder) is quick and len(encoder.notes) == 1
+    assert is_quick(encoder) == (record and choice == "auto") and len(encoder.notes) == 1
     assert ("the record of" if choice == "auto" else "--quick_gelu=off") in encoder.notes[0]
     scaled = encoder.transform.transforms[-1]
     assert (list(scaled.mean), list(scaled.std)) == (seen["mean"], seen["std"])
@@ -570,12 +568,7 @@ def test_a_local_file_is_seen_as_the_models_tag_is_and_that_is_said(tmp_path, ge
     monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["webli"])
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: record)
     encoder = load_encoder("flock-vit", path, device="cpu")
-    assert encoder.transform.transforms[-1].std == (0.5, 0.25, 0.5) and encoder.frame(400, 300) == (
-        0,
-        0,
-        1,
-        1,
-    )
+    assert encoder.transform.transforms[-1].std == record["std"] and encoder.frame(4, 3) == (0, 0, 1, 1)
     assert any("its tag webli" in note and "local file" in note for note in encoder.notes)
 
 
@@ -638,28 +631,21 @@ def test_embed_gives_one_row_per_picture_in_order(get, monkeypatch):
         monkeypatch.setattr(model, "CHUNK", chunk)
         z = embed(tiny, pictures, threads=threads, batch=size)
         assert z.dtype == torch.float32 and torch.allclose(z, alone, atol=1e-5)
+    assert embed(tiny, []).shape == (0, 64)
 
 
 @pytest.mark.parametrize("name", ["tiny", "flock-rn", "timm:resnet18"])
 def test_embeddings_are_equal_to_the_bit_twice_and_with_any_number_of_threads(name, get):
-    pictures = [Noise(k) for k in range(11)]
-    first = embed(get(name), pictures, threads=1)
-    for threads in (1, 2, 5):
-        assert torch.equal(embed(get(name), pictures, threads=threads), first)
-
-
-def test_embed_nothing(get):
-    assert embed(get("tiny"), []).shape == (0, 64)
+    first, *others = (embed(get(name), noise(11), threads=threads) for threads in (1, 1, 2, 5))
+    assert all(torch.equal(z, first) for z in others)
 
 
 def test_weights_are_built_once_whichever_threads_ask_for_them():
     encoder, build = load_encoder("tiny", device="cpu", dtype="float32", threads=4, batch=1), []
     make = encoder.build
     encoder.build = lambda: build.append(1) or time.sleep(0.1) or make()
-    z = encoder.embed([Noise(k) for k in range(8)])
-    assert len(build) == 1 and torch.equal(
-        z, load_encoder("tiny", device="cpu", batch=1).embed([Noise(k) for k in range(8)])
-    )
+    z, one = encoder.embed(noise(8)), load_encoder("tiny", device="cpu", dtype="float32", threads=1, batch=1)
+    assert len(build) == 1 and torch.equal(z, one.embed(noise(8)))
 
 
 def test_what_was_loaded_to_embed_can_be_trained(get):
@@ -670,30 +656,25 @@ def test_what_was_loaded_to_embed_can_be_trained(get):
 
 def test_with_all_in_the_cache_no_weights_are_loaded_and_nothing_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "CHUNK", 5)
-    how = dict(cache=str(tmp_path), batch=4)
-    for name, ask in (
-        ("tiny", lambda e: e.prompts([["a bird", "bird"], ["sea"]])),
-        ("lite0", model.Encoder.classifier),
-    ):
+    how, prompts = dict(cache=str(tmp_path), batch=4), [["a bird", "bird"], ["sea"]]
+    for name, ask in (("tiny", lambda e: e.prompts(prompts)), ("lite0", model.Encoder.classifier)):
         encoder, again = load_encoder(name, device="cpu", **how), unloadable(name, **how)
-        z, t, facts = encoder.embed([Noise(k) for k in range(12)]), ask(encoder), encoder.facts
-        assert torch.equal(again.embed([Once(k) for k in range(12)]), z)
+        z, t, facts = encoder.embed(noise(12)), ask(encoder), encoder.facts
+        assert torch.equal(again.embed(noise(12, Once)), z)
         assert all(torch.equal(a, b) for a, b in zip(ask(again), t, strict=True)) and again.facts == facts
     assert len(list(tmp_path.glob("*.safetensors"))) == 2 * 3 + 2
 
 
 def test_facts_damaged_in_the_cache_are_found_out_anew(tmp_path):
-    facts = load_encoder("tiny", device="cpu", cache=str(tmp_path)).facts
-    (path,) = tmp_path.glob("encoder-*.json")
+    one, two = (load_encoder("tiny", device="cpu", cache=str(tmp_path)) for _ in range(2))
+    facts, (path,) = one.facts, tmp_path.glob("encoder-*.json")
     path.write_text("{")
-    assert (
-        load_encoder("tiny", device="cpu", cache=str(tmp_path)).facts == facts == json.loads(path.read_text())
-    )
+    assert two.facts == facts == json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("what", ["picture", "order", "dtype", "encoder", "part"])
 def test_cache_of_something_else_is_not_used(get, tmp_path, what, capsys):
-    embed(get("tiny"), [Noise(k) for k in range(4)], tmp_path)
+    embed(get("tiny"), noise(4), tmp_path)
     order = dict(picture=[9, 1, 2, 3], order=[3, 2, 1, 0]).get(what, range(4))
     encoder = get("flock-vit" if what == "encoder" else "tiny")
     how = dict(dtype="bfloat16") if what == "dtype" else dict(part="b") if what == "part" else {}
@@ -727,7 +708,7 @@ def test_several_rows_for_a_picture_keep_their_place_beside_bad_ones_and_in_the_
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "text", "rows"])
 def test_damaged_cache_file_is_computed_anew_and_said_so(get, tmp_path, damage, capsys, monkeypatch):
     monkeypatch.setattr(model, "CHUNK", 4)
-    first = embed(get("tiny"), [Noise(k) for k in range(8)], tmp_path)
+    first = embed(get("tiny"), noise(8), tmp_path)
     path = sorted(tmp_path.glob("*.safetensors"))[0]
     raw = bytearray(path.read_bytes())
     raw[-7] ^= 1
@@ -736,12 +717,11 @@ def test_damaged_cache_file_is_computed_anew_and_said_so(get, tmp_path, damage, 
     if damage == "rows":
         model.write_cache(path, first[:3])
     capsys.readouterr()
-    again = embed(get("tiny"), [Noise(k) for k in range(8)], tmp_path)
+    again = embed(get("tiny"), noise(8), tmp_path)
     said = capsys.readouterr().out
     assert f"{path}: damaged, computed anew" in said and "4 embedded" in said and "4 from the cache" in said
-    assert torch.equal(first, again) and torch.equal(
-        first, embed(get("tiny"), [Once(k) for k in range(8)], tmp_path)
-    )
+    cached = embed(get("tiny"), noise(8, Once), tmp_path)
+    assert torch.equal(first, again) and torch.equal(first, cached)
     assert "damaged" not in capsys.readouterr().out
 
 
@@ -757,7 +737,7 @@ def test_skip_bad_leaves_a_nan_row_for_each_bad_picture_and_says_which(get, tmp_
         assert z.isnan().all(1).nonzero()[:, 0].tolist() == [2, 9] and z.isfinite().all(1).sum() == 9
     with complaint("noise 2", "cannot be decoded"):  # what was left out before is not left out in silence
         embed(get("tiny"), pictures, tmp_path)
-    mended = [Noise(k) for k in range(11)]
+    mended = noise(11)
     embed(get("tiny"), mended, tmp_path, skip_bad=True)
     assert "skipped picture 2: could not be read before; empty the cache" in capsys.readouterr().out
     again = embed(get("tiny"), mended, tmp_path)
@@ -765,7 +745,7 @@ def test_skip_bad_leaves_a_nan_row_for_each_bad_picture_and_says_which(get, tmp_
 
 
 def test_an_embedding_that_is_not_finite_names_the_picture(get, monkeypatch):
-    tiny, pictures = get("tiny"), [Noise(k) for k in range(6)]
+    tiny, pictures = get("tiny"), noise(6)
     marked, real = tiny.transform(pictures[4].image()), model.embeddings
 
     def embeddings(module, kind, x):
@@ -868,7 +848,7 @@ def test_roi_regions_are_for_clip_s_resnets_only(get, name):
 
 def test_region_embeddings_are_means_of_cells_and_crops_are_images(get, tmp_path):
     encoder = get("tiny-conv").embeds_with("cpu", "float32", cache=str(tmp_path))
-    pictures, _ = data.load_regions("grid:1,2", [Noise(k) for k in range(3)], encoder.frame)
+    pictures, _ = data.load_regions("grid:1,2", noise(3), encoder.frame)
     z, r = model.region_embeddings(encoder, pictures)
     assert r.shape == (15, z.shape[1]) and torch.allclose(r[::5], z, atol=1e-5)
     m = maps(encoder, torch.stack([encoder.transform(p.image()) for p in pictures]))
@@ -882,7 +862,7 @@ def test_region_embeddings_are_means_of_cells_and_crops_are_images(get, tmp_path
 
 def test_roi_region_embeddings_come_through_the_cache(get, tmp_path):
     encoder = get("flock-rn").embeds_with("cpu", "float32", 2, 1, str(tmp_path))
-    pictures, _ = data.load_regions("grid:2", [Noise(k) for k in range(3)], encoder.frame)
+    pictures, _ = data.load_regions("grid:2", noise(3), encoder.frame)
     first, again = (model.region_embeddings(encoder, pictures, "roi") for _ in range(2))
     x = torch.stack([encoder.transform(p.image()) for p in pictures[2:]])
     with torch.inference_mode():
@@ -896,11 +876,10 @@ def test_regions_of_masks_are_means_of_the_cells_that_they_share(get, tmp_path):
     pixels = np.zeros((56, 56), "uint8")
     pixels[8:24, 16:48], pixels[40:, :8] = 50, 200  # cells of 8 pixels
     Image.fromarray(pixels).save(tmp_path / "m.png")
-    mask, boxes = data.Photo(str(tmp_path / "m.png")), ((0, 0, 1, 1),) * 2
-    whole = 0.0, 0.0, 1.0, 1.0
+    masked, whole = (data.Photo(str(tmp_path / "m.png")), (50, 200)), (0.0, 0.0, 1.0, 1.0)
     pictures = [
-        data.Regions(Noise(0, size=56), (), whole),
-        data.Regions(Noise(1, size=56), boxes, whole, mask, (50, 200)),
+        data.Regions(Noise(0), (), whole),
+        data.Regions(Noise(1, size=56), (whole,) * 2, whole, *masked),
     ]
     z, r = model.region_embeddings(encoder, pictures)
     m = maps(encoder, encoder.transform(Noise(1, size=56).image())[None])[0]
@@ -910,9 +889,8 @@ def test_regions_of_masks_are_means_of_the_cells_that_they_share(get, tmp_path):
 
 def test_regions_beside_a_picture_that_cannot_be_read_keep_their_place(get, capsys):
     encoder = get("tiny-conv").embeds_with("cpu", "float32", skip_bad=True)
-    pictures, _ = data.load_regions(
-        "grid:2", [Noise(0), Noise(1, broken=True), Noise(2)], encoder.frame, True
-    )
+    pictures = [Noise(0), Noise(1, broken=True), Noise(2)]
+    pictures, _ = data.load_regions("grid:2", pictures, encoder.frame, skip_bad=True)
     z, r = model.region_embeddings(encoder, pictures)
     alone = model.region_embeddings(encoder, pictures[2:])
     assert z.isnan().any(1).tolist() == [False, True, False] and r.shape == (8, 64) and r.isfinite().all()
@@ -956,22 +934,16 @@ def test_additive_solve_is_least_squares_on_the_cells_that_exist(n, m, share):
 
 def test_additive_solve_recovers_effects_without_noise():
     z, i, j, *effects = grid(40, 30, 0.1)
-    mu, *found = model.additive_solve(z, i, j)
-    for value, effect in zip(found, effects, strict=True):
-        assert torch.allclose(value, effect, atol=1e-6) and value.sum(0).abs().max() < 1e-9
-    assert torch.allclose(mu, gaussian(5, seed=3), atol=1e-6)
+    for value, effect in zip(model.additive_solve(z, i, j), (gaussian(5, seed=3), *effects), strict=True):
+        assert torch.allclose(value, effect, atol=1e-6)
 
 
-PARTS = [lambda i: i * 0, lambda i: (i >= 5).long(), lambda i: i % 3]
-
-
-@pytest.mark.parametrize("background", PARTS)
-def test_additive_solve_where_each_foreground_has_one_background(background):
-    i = torch.arange(10).repeat(4)
-    z, j = gaussian(40, 32) + 2, background(i)
-    mu, a, c = model.additive_solve(z, i, j)
+def test_additive_solve_where_each_foreground_has_one_background():
+    i, z = torch.arange(10).repeat(4), gaussian(40, 32) + 2
     means = torch.stack([z[i == k].mean(0) for k in range(10)])
-    assert torch.allclose(mu + a[i] + c[j], means[i])
+    for j in (i * 0, (i >= 5).long(), i % 3):
+        mu, a, c = model.additive_solve(z, i, j)
+        assert torch.allclose(mu + a[i] + c[j], means[i])
 
 
 def test_additive_solve_fits_a_grid_in_two_unconnected_parts():
@@ -1181,10 +1153,8 @@ def test_group_metrics_by_hand():
     place = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 0] + [0] * 7 + [1] * 1 + [1] * 2 + [0] * 9)
     correct = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1, 0]).bool()
     split, index = torch.tensor([2] * 9 + [0] * 19), torch.arange(9)
-    lists = dict(
-        captions=[""] * 28, cut=[None] * 28, shows=[None] * 28, classes=["a", "b"], places=["p", "q"]
-    )
-    samples = data.Samples("", [None] * 28, y, place, split, **lists)
+    none = [None] * 28
+    samples = data.Samples("", none, y, place, split, ["a", "b"], ["p", "q"], none, none, none)
     m = model.group_metrics(correct, samples, index)
     groups = [(g["y"], g["place"], g["n"], g["accuracy"]) for g in m["groups"]]
     assert groups == [(0, 0, 4, 0.75), (0, 1, 2, 0.5), (1, 1, 2, 1.0)]
@@ -1206,9 +1176,7 @@ def test_paired_bootstrap_has_the_sign_of_the_difference_and_knows_pairs():
     assert model.paired_bootstrap(a, b, group) == (low, high)
     drawn = []  # what it stands for: images drawn anew within each group
     for _ in range(400):
-        at = torch.cat(
-            [w[torch.randint(len(w), w.shape, generator=g)] for w in torch.arange(400).view(100, 4).T]
-        )
+        at = group + 4 * torch.randint(100, (400,), generator=g)
         drawn.append(model.worst_group(a[at], group[at]) - model.worst_group(b[at], group[at]))
     assert np.quantile(drawn, (0.025, 0.975)) == pytest.approx((low, high), abs=0.03)
 
@@ -1218,12 +1186,10 @@ def test_paired_bootstrap_has_the_sign_of_the_difference_and_knows_pairs():
 
 def checkpoint(path, **changed):
     """A checkpoint as train.py writes it, with some of its parts changed; its path."""
-    one = torch.tensor(1.0)
-    probe = dict(mean=torch.zeros(3), scale=one, weight=gaussian(3, 2), bias=torch.zeros(2))
+    probe = dict(mean=torch.zeros(3), scale=torch.ones(()), weight=gaussian(3, 2), bias=torch.zeros(2))
     parts = dict(map=dict(mu=torch.zeros(3), W=gaussian(3, 3)), power=0.5, probes=dict(bap=probe))
-    model.save_checkpoint(
-        path, dict(config=dict(model="tiny", pretrained=""), fingerprint="x", **parts) | changed
-    )
+    made = dict(config=dict(model="tiny", pretrained=""), fingerprint="x")
+    model.save_checkpoint(path, made | parts | changed)
     return path
 
 
@@ -1231,10 +1197,8 @@ def test_checkpoint_round_trip_holds_no_code(tmp_path):
     path = checkpoint(tmp_path / "c.pt", list=[1, None, "a"])
     state, plain = model.load_checkpoint(path), torch.load(path, weights_only=True)
     assert state["list"] == [1, None, "a"] and torch.equal(plain["map"]["W"], state["map"]["W"])
-    z = gaussian(5, 3).float()
-    assert torch.allclose(
-        model.load_map(state)(z), model.features(z, 0.5) @ gaussian(3, 3).float(), atol=1e-6
-    )
+    z, W = gaussian(5, 3).float(), gaussian(3, 3).float()
+    assert torch.allclose(model.load_map(state)(z), model.features(z, 0.5) @ W, atol=1e-6)
     assert torch.allclose(model.load_probe(state, "bap").logits(z), z.double() @ gaussian(3, 2))
     with complaint("--probe=erm", "bap"):
         model.load_probe(state, "erm")
@@ -1251,9 +1215,8 @@ def test_checkpoint_of_another_encoder_is_refused(tmp_path, get):
 def test_checkpoint_that_is_none_is_one_line(tmp_path, content):
     path = checkpoint(tmp_path / "c.pt")
     whole = path.read_bytes()
-    others = dict(
-        list=[1, 2, 3], code=dict(config={}, fingerprint=Malice("x")), config=dict(config=1, fingerprint="x")
-    )
+    code = Malice(str(tmp_path / "made by the file"))
+    others = dict(list=[1], config=dict(config=1, fingerprint=""), code=dict(config={}, fingerprint=code))
     if content == "missing":
         path.unlink()
     elif content in others:
@@ -1262,21 +1225,17 @@ def test_checkpoint_that_is_none_is_one_line(tmp_path, content):
         path.write_bytes(whole[:300] if content == "cut" else content)
     with complaint(path, "no such file" if content == "missing" else "not a checkpoint"):
         model.load_checkpoint(path)
-    assert not Path("x").exists()
+    assert not (tmp_path / "made by the file").exists()
 
 
-EDITS = [
-    dict(map=1),
-    dict(map=dict(mu=torch.zeros(3))),
-    dict(power="a"),
-    dict(probes=[1]),
-    dict(probes=dict(bap=2)),
-]
+MAPS = 1, dict(mu=torch.zeros(3)), dict(mu=1, W=2)
+SETS = [1], dict(bap=2), dict(bap=dict(mean="a"))
+EDITS = [("power", "a"), *(("map", v) for v in MAPS), *(("probes", v) for v in SETS)]
 
 
-@pytest.mark.parametrize("edit", [*EDITS, dict(probes=dict(bap=dict(mean="a"))), dict(map=dict(mu=1, W=2))])
-def test_a_checkpoint_edited_by_hand_is_one_line(tmp_path, edit):
-    state = model.load_checkpoint(checkpoint(tmp_path / "c.pt", **edit))
+@pytest.mark.parametrize("part, value", EDITS)
+def test_a_checkpoint_edited_by_hand_is_one_line(tmp_path, part, value):
+    state = model.load_checkpoint(checkpoint(tmp_path / "c.pt", **{part: value}))
     with complaint("the checkpoint", "train anew"):
         model.load_map(state)
         model.load_probe(state, "bap")

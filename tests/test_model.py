@@ -1114,7 +1114,9 @@ def test_a_probe_of_one_row_or_of_numbers_that_are_none_is_refused():
         model.fit_probe(torch.tensor([[1.0], [2], [torch.nan]]), torch.tensor([0, 1, 1]))
 
 
-def test_dfr_finds_the_core_feature_where_a_plain_probe_takes_the_spurious_one():
+def test_dfr_finds_the_core_feature_where_a_plain_probe_takes_the_spurious_one(monkeypatch):
+    real, sizes = model.fit_l1_probe, []
+    monkeypatch.setattr(model, "fit_l1_probe", lambda x, y, *how: sizes.append(len(y)) or real(x, y, *how))
     y = torch.arange(240) % 2
     place = torch.where(torch.arange(240) % 20 < 2, 1 - y, y)  # 24 rows of minority groups
     x = gaussian(240, 6)
@@ -1122,6 +1124,7 @@ def test_dfr_finds_the_core_feature_where_a_plain_probe_takes_the_spurious_one()
     group = 2 * y + place
     probe, plain = model.dfr(x, y, group, 0), model.fit_probe(x, y, weight=torch.ones(240))
     tilt = [float((w := p.weight[:, 1] - p.weight[:, 0])[1].abs() / w[0].abs()) for p in (probe, plain)]
+    assert sizes[7:] == [4 * 12] * 20  # as many of each group as of the smallest
     assert tilt[0] < 0.5 * tilt[1] and torch.equal(probe.weight, model.dfr(x, y, group, 0).weight)
     worst = [model.worst_group(p.predict(x) == y, group) for p in (probe, plain)]
     assert worst[0] > worst[1] + 0.2

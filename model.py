@@ -171,7 +171,8 @@ class Encoder:
         found = {c: read_cache(paths[c], size[c]) for c in range(rank, len(chunks), world)}
         todo = [c for c, z in found.items() if z is None or (not self.skip_bad and z.isnan().any())]
         count, started = sum(len(chunks[c]) for c in todo), time.time()
-        with tqdm(total=count, unit=" images", desc=label, disable=bool(rank) or None, leave=False) as bar:
+        bar = tqdm(total=count, unit=" images", desc=label, disable=bool(rank) or None, leave=False)
+        with bar, together(world):
             stream = self.stream(pictures, rows, [chunks[c] for c in todo], compute, bar)
             for c, z in zip(todo, stream, strict=True):
                 found[c] = z
@@ -180,10 +181,8 @@ class Encoder:
         said = f"{count} embedded in {seconds:.1f} s, {count / seconds:.0f} images/s, {self.precision}"
         if pictures:
             say(f"{label}: " + "; ".join([said] * (count > 0) + [f"{cached} from the cache"] * (cached > 0)))
-        if world > 1:
-            dist.barrier()
-            if rank:
-                return None
+        if rank:
+            return None
         z = [found[c] if c in found else read_cache(paths[c], size[c]) for c in range(len(chunks))]
         z = torch.cat(z) if z else torch.empty(0, self.facts["dim"])
         say_unreadable(pictures, rows, z, label)
@@ -355,6 +354,21 @@ def join(device="auto"):
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     return ranks()
+
+
+@contextlib.contextmanager
+def together(world):
+    """Processes wait for each other at the end; a Complaint of one is raised in all, for the first to say."""
+    problem = None
+    try:
+        yield
+    except Complaint as raised:
+        problem = str(raised)
+    problems = [problem] * world
+    if world > 1:
+        dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise Complaint(next(filter(None, problems)))
 
 
 def from_first(value):
@@ -1255,7 +1269,9 @@ def load_checkpoint(path, encoder=None):
 def load_map(state, device="cpu"):
     """The map g of a checkpoint of train.py."""
     with reading("the checkpoint", "one with a map of train.py", "train anew"):
-        return Map(state["map"]["mu"], state["map"]["W"], float(state["power"])).to(device)
+        g = Map(state["map"]["mu"], state["map"]["W"], float(state["power"]))
+        g(torch.zeros(1, len(g.W)))  # shapes that do not fit fail here
+        return g.to(device)
 
 
 def load_probe(state, name, device="cpu"):
@@ -1266,4 +1282,6 @@ def load_probe(state, name, device="cpu"):
         raise Complaint(f"--probe={name}: the checkpoint has {', '.join(probes)}")
     with reading("the checkpoint", f"one with a probe {name}", "train anew"):
         parts = {k: torch.as_tensor(v, dtype=torch.double).to(device) for k, v in probes[name].items()}
-        return Probe(parts["mean"], parts["scale"], parts["weight"], parts["bias"])
+        probe = Probe(parts["mean"], parts["scale"], parts["weight"], parts["bias"])
+        probe.logits(torch.zeros(1, len(probe.weight), device=device))  # shapes that do not fit fail here
+        return probe

@@ -783,11 +783,15 @@ how = dict(device="cpu", dtype="float32", batch=2, threads=1)
 encoder = model.load_encoder("tiny", cache=sys.argv[1], **how)
 z = encoder.embed(pictures, "shared")
 alone = encoder.embeds_with(**how).embed(pictures, "alone")
-print(rank, processes, model.from_first(rank), len(encoder.__dict__.get("module", "")and "x"))
+print(rank, processes, model.from_first(rank), "module" in encoder.__dict__)
 if rank:
     assert z is None and alone is None
 else:
     torch.save([z, alone], sys.argv[2])
+try:  # the fourth picture is the second process's
+    encoder.embeds_with(cache=sys.argv[1], **how).embed([*pictures[:3], data.Photo(sys.argv[3])], "bad")
+except data.Complaint as problem:
+    print("refused", problem)
 """
 
 
@@ -796,7 +800,15 @@ def test_two_processes_share_the_cache_and_the_first_gets_the_numbers_of_one(tmp
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         there = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
-    words = [sys.executable, "-c", TWO, str(tmp_path / "two"), str(tmp_path / "z.pt")]
+    words = [
+        sys.executable,
+        "-c",
+        TWO,
+        str(tmp_path / "two"),
+        str(tmp_path / "z.pt"),
+        str(tmp_path / "bad.png"),
+    ]
+    (tmp_path / "bad.png").write_bytes(b"no picture")
     processes = []
     for rank in ("0", "1"):
         env = {**os.environ, **there, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)}
@@ -804,7 +816,9 @@ def test_two_processes_share_the_cache_and_the_first_gets_the_numbers_of_one(tmp
     said = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert "0 2 0" in said[0] and "shared: 6 embedded" in said[0] and "alone: 11 embedded" in said[0]
-    assert said[1].split() == ["1", "2", "0", "1"]  # from the first comes 0; it embedded, and said nothing
+    own, refused = said[1].splitlines()
+    assert own == "1 2 0 True"  # from the first comes 0; it embedded, and said nothing
+    assert refused in said[0] and f"refused {tmp_path / 'bad.png'}" in refused
     one = load_encoder("tiny", device="cpu", dtype="float32", batch=2, threads=1, cache=str(tmp_path / "one"))
     z = one.embed([data.Digit(k % 10, (0, k)) for k in range(11)])
     shared, alone = torch.load(tmp_path / "z.pt")
@@ -1231,8 +1245,9 @@ def test_checkpoint_that_is_none_is_one_line(tmp_path, content):
     assert not (tmp_path / "made by the file").exists()
 
 
-MAPS = 1, dict(mu=torch.zeros(3)), dict(mu=1, W=2)
-SETS = [1], dict(bap=2), dict(bap=dict(mean="a"))
+MAPS = 1, dict(mu=torch.zeros(3)), dict(mu=1, W=2), dict(mu=torch.zeros(3), W=torch.zeros(4, 4))
+BENT = dict(mean=torch.zeros(3), scale=torch.ones(()), weight=torch.zeros(5, 2), bias=torch.zeros(2))
+SETS = [1], dict(bap=2), dict(bap=dict(mean="a")), dict(bap=BENT)
 EDITS = [("power", "a"), *(("map", v) for v in MAPS), *(("probes", v) for v in SETS)]
 
 

@@ -156,7 +156,7 @@ def near(word, known):
 def expect(holds, flag, found, wanted):
     """Raises Complaint for a flag outside its range."""
     if not holds:
-        raise Complaint(f"--{flag}: found {found!r}, expected {wanted}")
+        raise Complaint(f"--{flag}: found {repr(found)[:200]}, expected {wanted}")
 
 
 def revision():

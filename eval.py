@@ -515,8 +515,8 @@ def measure(out, samples, seed):
     correct = out.predicted == out.target  # [R, m]
     mean = correct.double().mean(0)  # over the draws, [m]
     metrics, groups = over_draws([group_metrics(c, samples, out.index) for c in correct])
-    metrics.update(seen_in_training=out.seen, average=float(mean.mean()), n=len(y), skipped=out.skipped)
-    metrics["ece"] = ece(out.confidence.flatten(), correct.flatten())
+    metrics.update(seen_in_training=out.seen, average=float(mean.mean()))
+    metrics.update(ece=ece(out.confidence.flatten(), correct.flatten()), n=len(y), skipped=out.skipped)
     classes = class_metrics(out, samples, mean, groups)
     if is_counteranimal(samples):
         rest = y, place, classes, samples.classes, seed

@@ -1,20 +1,17 @@
 """What the ops share: Triton if it is there, which path tensors take, launch settings and their limits."""
 
 import os
-from types import SimpleNamespace
 
 import torch
 
+MISSING = None
 try:
     import triton
     import triton.language as tl
-
-    MISSING = None
+    from triton.language import constexpr
 except ImportError as error:  # a machine without Triton: the PyTorch path is all there is
-    triton = None
-    tl = SimpleNamespace(constexpr=None)
+    triton = tl = constexpr = None
     MISSING = error
-constexpr = tl.constexpr
 
 MAX_D = 4096  # embedding width that the kernels were written and tested for
 

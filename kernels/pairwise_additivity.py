@@ -104,9 +104,9 @@ def forward_triton(z, f, b, index):
     z, f, b = z.contiguous(), f.contiguous(), b.contiguous()
     cos, sq = z.new_empty(2, len(z), dtype=torch.float32)
     tile = launch.rows(z.shape[1])
-    pairs = index if LIST else z  # something to point at
+    inputs = (z, f, b, index if LIST else z)  # z: something to point at
     grid = (triton.cdiv(len(z), tile["BP"]),)
-    launch.run(forward_kernel, grid, z, f, b, pairs, cos, sq, len(z), len(b), z.shape[1], LIST=LIST, **tile)
+    launch.run(forward_kernel, grid, *inputs, cos, sq, len(z), len(b), z.shape[1], LIST=LIST, **tile)
     return cos, sq
 
 

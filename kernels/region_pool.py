@@ -143,7 +143,7 @@ def forward_kernel(
         if MASK:
             w = tl.load(boxes + k * H * W + p, p < cells, 0).to(tl.float32)
         else:
-            w = tl.where(p < cells, overlap(x1, y1, x2, y2, r.to(tl.float32), c.to(tl.float32)), 0)
+            w = overlap(x1, y1, x2, y2, r.to(tl.float32), c.to(tl.float32))  # 0 in rows past the last
         at = (w != 0)[:, None] & (d < D)[None, :]
         cell = (r * W + c).to(tl.int64) * x_cell
         features = tl.load(x + cell[:, None] + d[None, :], at, 0).to(tl.float32)  # [BP, BD]
@@ -229,8 +229,7 @@ def region_pool(features, boxes, image_index, grid=None, normalize=False):
         H, W = features.shape[1:3]
         raise ValueError(f"boxes: found {list(boxes.shape)}, expected [K, 4] or masks [K, {H}, {W}]")
     if image_index.shape != boxes.shape[:1]:
-        shape = list(image_index.shape)
-        raise ValueError(f"image_index: found {shape}, expected [{len(boxes)}], one per region")
+        raise ValueError(f"image_index: {list(image_index.shape)}, expected [{len(boxes)}], one per region")
     pool = RegionPool.apply if launch.use_triton(features) else pool_torch
     out = pool(features, boxes.detach(), image_index.long())  # [K, D] in the accumulator's dtype
     if normalize:

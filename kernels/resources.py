@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel, for GPUs that need not be there.
 
-    python -m kernels.resources [fp32:512 bf16:77 ...]
+    python -m kernels.resources [float32:512 bfloat16:77 ...]
 
 Calls the ops on small CPU tensors, with the launch replaced by a compilation for sm_80, sm_89 and sm_90:
 each line is a kernel as it is really launched. Prints registers per thread, bytes on the stack (spilled ones
@@ -20,7 +20,6 @@ from kernels import launch, pairwise_additivity, pairwise_loss, region_pool
 from kernels.launch import triton
 
 ARCHS = (80, 89, 90)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOAD16 = r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.c[ag]\S* [^;]*, 0x10"
 TENSOR = r"\b(?:mma\.sync|wgmma\.mma_async)"
 
@@ -79,7 +78,7 @@ if __name__ == "__main__":
     if triton is None or launch.INTERPRET:
         sys.exit("kernels.resources compiles: it needs Triton, with TRITON_INTERPRET unset")
     print("sm kernel flags dtype D registers stack shared 16-byte-loads tensor-core")
-    for case in sys.argv[1:] or ["fp32:512", "fp32:77", "bf16:512", "bf16:77", "fp16:512"]:
+    for case in sys.argv[1:] or ["float32:512", "float32:77", "bfloat16:512", "float16:512"]:
         name, D = case.split(":")
-        for arch, kernel, flags, *numbers in report(DTYPES[name], int(D)):
+        for arch, kernel, flags, *numbers in report(getattr(torch, name), int(D)):
             print(arch, kernel, flags, name, D, *numbers, flush=True)

@@ -365,6 +365,10 @@ def test_opposite_parts():
     torch.testing.assert_close(
         pairwise_loss(zero, zero, t, torch.tensor([1, 2]), 9.0), torch.tensor(4.0).log()
     )
+    cos, sq = pairwise_additivity(
+        torch.eye(8)[:4].view(2, 2, 8) * torch.tensor([0, 1.0])[:, None], zero, zero
+    )
+    assert not cos.any() and sq.tolist() == [[0, 1], [0, 1]]  # no direction of z either
     f = normal(generator("f"), 5, 8).float().requires_grad_()
     loss = pairwise_loss(f, -f, t, torch.arange(5) % 4, 9.0)
     assert loss.isfinite() and torch.autograd.grad(loss, f)[0].isfinite().all()
@@ -490,7 +494,7 @@ def test_interpreter():
 @outside
 @needs_triton
 def test_every_kernel_compiles_within_the_limits_of_each_gpu(tmp_path):
-    cases = "fp32:512 fp32:77 fp32:20 bf16:512 bf16:77 fp16:512".split()
+    cases = "float32:512 float32:77 float32:20 bfloat16:512 bfloat16:77 float16:512".split()
     out = python("-m", "kernels.resources", *cases, TRITON_CACHE_DIR=str(tmp_path))
     kernels = set()
     for line in out.splitlines()[1:]:

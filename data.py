@@ -1087,7 +1087,9 @@ def counteranimal(root, facts):
     inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
     root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
     if root is None:
-        raise Complaint(f"{outer}: no class folders such as '9 ostrich' in it (found {inside(outer)})")
+        raise Complaint(
+            f"{outer}: no folders such as '9 ostrich' in it (found {inside(outer)}); see counteranimal:help"
+        )
     for parts in scan(root):
         number, _, name = parts[0].partition(" ")
         kind = parts[1].lower() if len(parts) > 2 else ""

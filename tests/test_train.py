@@ -188,7 +188,9 @@ def ctrl_c(monkeypatch):
 
         monkeypatch.setattr(module, name, counted)
 
-    return press
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    yield press
+    signal.signal(signal.SIGINT, before)
 
 
 # --- what it writes

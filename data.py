@@ -922,8 +922,13 @@ def read_classes(path):
 
 
 def read_prompts(path, labels):
-    """--prompts=FILE -> for each label a list of texts: its lines class<TAB>prompt, or else the templates."""
+    """--prompts=FILE -> for each label a list of texts: its lines class<TAB>prompt, or else the templates.
+    --prompts=openai: CLIP's 80 templates for ImageNet."""
     templates, own, known = [], {}, {plain(label) for label in labels}
+    if path == "openai":
+        import open_clip
+
+        return [[t(label) for t in open_clip.OPENAI_IMAGENET_TEMPLATES] for label in labels]
     for number, line in read_lines(path, "prompts"):
         name, tab, prompt = line.partition("\t")
         if tab and plain(name) not in known:

@@ -600,6 +600,9 @@ def test_prompts_templates_and_lines_of_a_class(tmp_path):
     lines = ("a photo of {}.", "a drawing of {}.", "dog\ta {}, man's best friend")
     samples = loaded(f"folder:{tmp_path}/d", prompts=text(tmp_path / "p.txt", *lines))
     assert samples.prompts == [["a photo of cat.", "a drawing of cat."], ["a dog, man's best friend"]]
+    every = loaded(f"folder:{tmp_path}/d", prompts="openai").prompts
+    assert [len(texts) for texts in every] == [80] * len(every) and all("{}" not in t for t in sum(every, []))
+    assert any(f"a tattoo of {article}{samples.labels[0]}." in every[0] for article in ("", "a ", "the "))
 
 
 @pytest.mark.parametrize(

@@ -1092,9 +1092,8 @@ def counteranimal(root, facts):
     inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
     root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
     if root is None:
-        raise Complaint(
-            f"{outer}: no folders such as '9 ostrich' in it (found {inside(outer)}); see counteranimal:help"
-        )
+        there = f"no folders such as '9 ostrich' in it (found {inside(outer)})"
+        raise Complaint(f"{outer}: {there}; see counteranimal:help")
     for parts in scan(root):
         number, _, name = parts[0].partition(" ")
         kind = parts[1].lower() if len(parts) > 2 else ""
@@ -1183,10 +1182,14 @@ def nico(root, facts):
         yield Row(os.path.join(root, *p), p[y], p[place])
 
 
-MEN = "man men boy boys male males gentleman gentlemen guy guys father fathers dad son sons brother brothers"
-MEN = {*MEN.split(), *"brothers husband groom he him his himself".split()}
-WOMEN = "woman women girl girls female females lady ladies mother mothers mom daughter daughters sister"
-WOMEN = {*WOMEN.split(), *"sisters wife bride she her hers herself".split()}
+MEN = set(
+    "man men boy boys male males gentleman gentlemen guy guys father fathers dad son sons brother brothers "
+    "husband groom he him his himself".split()
+)
+WOMEN = set(
+    "woman women girl girls female females lady ladies mother mothers mom daughter daughters sister sisters "
+    "wife bride she her hers herself".split()
+)
 
 
 def cocogender(root, facts):

@@ -11,8 +11,7 @@
 3. Rank the regions of each such cluster by their closeness to its medoid.
 
 RaVL is Varma et al., NeurIPS 2024. --clustering=ravl is their published procedure to the letter, fast the
-same idea in O(n k D). Embedding is what costs, and processes share it by the cache; clustering is done by
-the first alone: 10 million regions fit one process.
+same idea in O(n k D). Embedding is what costs, and processes share it by the cache; clustering is one's work.
 """
 
 import io
@@ -38,48 +37,51 @@ from data import say, table, tag, thumb, write, write_json
 from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_map, load_probe
 from model import region_embeddings, repeat_by, unit
 
-# --- I/O --------------------------------------------------------------------------------------------------
-out_dir = "out"  # discovery.json, discovery.npz, discovery.html
-cache_dir = "cache"  # embeddings, shared with the other scripts; --cache_dir= for none
-skip_bad = False  # leave out images that cannot be read, counted and named, instead of stopping
-# --- what to look at: images, or embeddings of their regions ----------------------------------------------
-data = "scenes"  # every --data of train.py
-split = "val"  # train, val, test, or several: val,test; the classifier must not have been fitted on it
-classes = ""  # only these, as in car,truck; or a file of names, one a line
-places = ""  # only these; with as many as --classes the k-th is the k-th class's own
-confounder = 1.0  # scenes and pairs: share of the training images on their class's own place
-strength = 0.0  # digits, cutouts, coco: Cramer's V of a class and the planted feature in the training split,
-spurious = "0"  # that class, by number or name,
-feature = ""  # and that feature, where there is a choice
-masks = ""  # folder of foreground masks: what Precision@10 counts as background
-outside = 0.9  # share of a region that must lie outside the mask for it to count
-embeddings = ""  # instead: FILE.npz with reg_emb [N,D], num_regions [n], true_label [n], text_emb [C,D],
-# img_emb [n,D], perhaps region_target [N], class_names [C]; random:N,D draws some
-# --- regions ----------------------------------------------------------------------------------------------
-regions = "grid:3"  # grid:3, grid:2,4, boxes:FILE.csv (path,x1,y1,x2,y2 in pixels), coco:FILE, masks:DIR
-region_encoder = "pool"  # the feature map under the region; crop: regions as images; roi: CLIP's ResNets
-# --- the classifier under suspicion -----------------------------------------------------------------------
-classifier = "auto"  # probe, text or rows (of an ImageNet classifier); auto: what there is, in this order
-ckpt = ""  # of train.py; without one, probe is fitted on the training split as train.py's erm is
-probe = "erm"  # which of its probes
-prompts = ""  # file of templates with {}, or of class<TAB>prompt lines; if empty the data set's own:
-# "This is a picture of a {}." of waterbirds and scenes, "a photo of a {}." of most
-temperature = 0.07  # of softmax over cosines with text embeddings
-model = "lite0"  # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-pretrained = ""  # open_clip tag or local file
-quick_gelu = "auto"  # auto follows the record of the weights; on, off
-device = "auto"  # auto, cpu, cuda
-dtype = "auto"  # of the forward pass: auto, float32, bfloat16
-batch_size = 8  # small batches are faster on a CPU; raise it on a GPU
-threads = 0  # that decode images and, on a CPU, embed them; 0 for one per core
-# --- method -----------------------------------------------------------------------------------------------
-method = "ravl"  # a rule for clusters: ravl, gap_only, influence_only, unweighted; or a baseline: random,
-# failures, george, domino, spurious_aware; or all
-clustering = "fast"  # cosines as they are; ravl: as published, clipped, with its own seed 0
-k = ""  # range of k, as 20:50, upper end excluded; empty: 2C:5C, C the number of classes
-l2 = 0.8  # penalty of a probe fitted here, as in train.py
+# fmt: off
+# --- I/O ----------------------------------------------------------------------------------------------------
+out_dir = "out"           # discovery.json, discovery.npz, discovery.html
+cache_dir = "cache"       # embeddings, shared with the other scripts; --cache_dir= for none
+skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
+# --- what to look at: images, or embeddings of their regions ------------------------------------------------
+data = "scenes"           # every --data of train.py
+split = "val"             # train, val, test, or several: val,test; not those the classifier was fitted on
+classes = ""              # only these, as in car,truck; or a file of names, one a line
+places = ""               # only these; with as many as --classes the k-th is the k-th class's own
+confounder = 1.0          # scenes and pairs: share of the training images on their class's own place
+strength = 0.0            # controlled settings: Cramer's V of a class and the planted feature in training,
+spurious = "0"            # that class, by number or name,
+feature = ""              # and that feature, where there is a choice
+masks = ""                # folder of foreground masks: what Precision@10 counts as background
+outside = 0.9             # share of a region that must lie outside the mask for it to count
+embeddings = ""           # instead: FILE.npz with reg_emb [N,D], num_regions [n], true_label [n], text_emb
+                          # [C,D], img_emb [n,D], perhaps region_target [N], class_names [C]; or random:N,D
+# --- regions ------------------------------------------------------------------------------------------------
+regions = "grid:3"        # grid:3, grid:2,4, boxes:FILE.csv (path,x1,y1,x2,y2 in pixels), coco:FILE,
+                          # masks:DIR
+region_encoder = "pool"   # the feature map under the region; crop: regions as images; roi: CLIP's ResNets
+# --- the classifier under suspicion -------------------------------------------------------------------------
+classifier = "auto"       # probe, text, rows (of an ImageNet classifier); auto: the first that there is
+ckpt = ""                 # of train.py; without one, probe is fitted on the training split, as its erm is
+probe = "erm"             # which of its probes
+prompts = ""              # openai: its 80 templates; or a file of templates with {}, or of class<TAB>prompt;
+                          # if empty the data set's own, of most "a photo of a {}."
+temperature = 0.07        # of softmax over cosines with text embeddings
+model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
+pretrained = ""           # open_clip tag or local file
+quick_gelu = "auto"       # auto follows the record of the weights; on, off
+device = "auto"           # auto, cpu, cuda
+dtype = "auto"            # of the forward pass: auto, float32, bfloat16
+batch_size = 8            # small batches are faster on a CPU; raise it on a GPU
+threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
+# --- method -------------------------------------------------------------------------------------------------
+method = "ravl"           # a rule for clusters: ravl, gap_only, influence_only, unweighted; or a baseline:
+                          # random, failures, george, domino, spurious_aware; or all
+clustering = "fast"       # cosines as they are; ravl: as published, clipped, with its own seed 0
+k = ""                    # range of k, as 20:50, upper end excluded; empty: 2C:5C, C the number of classes
+l2 = 0.8                  # penalty of a probe fitted here, as in train.py
 seed = 0
-# --- end --------------------------------------------------------------------------------------------------
+# --- end ----------------------------------------------------------------------------------------------------
+# fmt: on
 
 OF_IMAGES = (  # flags that say nothing of --embeddings
     "data split classes places confounder strength spurious feature masks outside regions region_encoder "
@@ -822,7 +824,7 @@ def random(e, seed, l2):
     return torch.from_numpy(order).to(e.x.device)
 
 
-def by(score, among):
+def highest(score, among):
     """Numbers of the regions among [N], by score [N], largest first."""
     index = among.nonzero()[:, 0]
     return index[score[index].argsort(descending=True, stable=True)]
@@ -831,7 +833,7 @@ def by(score, among):
 def toward(e, direction, images):
     """Regions of some images, bool [n], by their cosine to a direction [D], largest first."""
     score = torch.cat([e.x[rows] @ direction.float() for rows in tiles(len(e.x))])
-    return by(score, images[e.image])
+    return highest(score, images[e.image])
 
 
 def failures(e, seed, l2):
@@ -907,7 +909,7 @@ def mixture(v, y, predicted, C, slices, seed, steps=100):
 
 def spurious_aware(e, seed, l2):
     """All regions of misclassified images by their score for the class that was wrongly predicted."""
-    return by(e.own, (e.predicted != e.y)[e.image])
+    return highest(e.own, (e.predicted != e.y)[e.image])
 
 
 BASELINES = dict(random=random, failures=failures, george=george, domino=domino)

@@ -37,55 +37,59 @@ from data import rng, run, say, table, tag, thumb, write, write_json, write_tabl
 from model import additivity, dfr, fit_probe, group_metrics, join, load_checkpoint, load_encoder, load_map
 from model import mean_std, paired_bootstrap, region_embeddings, sums, unit, wilson, with_map
 
-# --- I/O --------------------------------------------------------------------------------------------------
-out_dir = "out"  # eval.json, .html, .csv, groups.csv, predictions.csv; of ravl protocol.json, .html, .csv
-cache_dir = "cache"  # embeddings, reused by every run; --cache_dir= for none
-skip_bad = False  # leave out images that cannot be read, counted and named, instead of stopping
-# --- data -------------------------------------------------------------------------------------------------
-data = ""  # NAME:DIR, NAME waterbirds, celeba, counteranimal, nico, cocogender, in9, imagenet, folder, csv or
-# coco; or, without a folder, scenes, digits or cutouts. Empty: scenes, for --protocol=ravl digits
-split = "auto"  # photos to measure on: train, val, test, all; auto: test, or all where the splits are ours
-classes = ""  # only these, as in car,truck; or a file of names, one a line
-places = ""  # only these; with as many as --classes the k-th is the k-th class's own
-prompts = ""  # openai (its 80 templates), or a file of templates with {} or of class<TAB>prompt lines
-masks = ""  # folder of foreground masks: also metrics of the regions that show the object
-confounder = 1.0  # scenes and pairs: share of the training images on their class's own place
-strength = 0.0  # digits, cutouts, coco: Cramer's V of a class and the planted feature in the training split,
-spurious = "0"  # that class, by number or name (ravl goes through strengths and classes by itself),
-feature = ""  # and that feature, where there is a choice
-# --- models -----------------------------------------------------------------------------------------------
-model = ""  # empty: lite0; timm:NAME, an open_clip name, or the small CLIPs lite0-clip, tiny, tiny-conv
-pretrained = ""  # open_clip tag or local file
-models = ""  # several instead, comma-separated, each NAME or NAME@PRETRAINED
-quick_gelu = "auto"  # auto follows the record of the weights; on, off
-ckpt = ""  # ckpt.pt of train.py: its map is applied first
-device = "auto"  # auto, cpu, cuda
-dtype = "auto"  # of the forward pass: auto, float32, bfloat16
-batch_size = 8  # small batches are faster on a CPU; raise it on a GPU
-threads = 0  # that decode images and, on a CPU, embed them; 0 for one per core
-# --- protocols --------------------------------------------------------------------------------------------
-protocol = "auto"  # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; or ravl;
-# auto: the first three, where they can be
-l2 = 0.8  # penalty of probe and fewshot, as in train.py
-shots = "1,4,16"  # fewshot: training images per class
-picker = "auto"  # CounterAnimal 1v20: what picks each class's 20 labels: NAME@PRETRAINED, or self; auto: the
-# published one, ViT-B-32@laion400m_e32, if its weights are on this machine, else self
-composites = 0  # additivity also on composites of so many foregrounds, 0 for none
+# fmt: off
+# --- I/O ----------------------------------------------------------------------------------------------------
+out_dir = "out"           # eval.json, .html, .csv, groups.csv, predictions.csv; of ravl: protocol.*
+cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
+skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
+# --- data ---------------------------------------------------------------------------------------------------
+data = ""                 # NAME:DIR, NAME waterbirds, celeba, counteranimal, nico, cocogender, in9,
+                          # imagenet, folder, csv or coco; or, without a folder, scenes, digits or cutouts.
+                          # Empty: scenes, for --protocol=ravl digits
+split = "auto"            # photos to measure on: train, val, test, all; auto: test, or all if splits are ours
+classes = ""              # only these, as in car,truck; or a file of names, one a line
+places = ""               # only these; with as many as --classes the k-th is the k-th class's own
+prompts = ""              # openai: its 80 templates; or a file of templates with {}, or of class<TAB>prompt
+masks = ""                # folder of foreground masks: also metrics of the regions that show the object
+confounder = 1.0          # scenes and pairs: share of the training images on their class's own place
+strength = 0.0            # controlled settings: Cramer's V of a class and the planted feature in training,
+spurious = "0"            # that class, by number or name (ravl goes through strengths and classes),
+feature = ""              # and that feature, where there is a choice
+# --- models -------------------------------------------------------------------------------------------------
+model = ""                # empty: lite0; timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
+pretrained = ""           # open_clip tag or local file
+models = ""               # several instead, comma-separated, each NAME or NAME@PRETRAINED
+quick_gelu = "auto"       # auto follows the record of the weights; on, off
+ckpt = ""                 # ckpt.pt of train.py: its map is applied first
+device = "auto"           # auto, cpu, cuda
+dtype = "auto"            # of the forward pass: auto, float32, bfloat16
+batch_size = 8            # small batches are faster on a CPU; raise it on a GPU
+threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
+# --- protocols ----------------------------------------------------------------------------------------------
+protocol = "auto"         # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; or
+                          # ravl; auto: the first three, where they can be
+l2 = 0.8                  # penalty of probe and fewshot, as in train.py
+shots = "1,4,16"          # fewshot: training images per class
+picker = "auto"           # CounterAnimal 1v20: what picks each class's 20 labels: NAME@PRETRAINED, or self;
+                          # auto: the published one, ViT-B-32@laion400m_e32, if its weights are on this
+                          # machine, else self
+composites = 0            # additivity also on composites of so many foregrounds, 0 for none
 foregrounds = "assets/foregrounds"  # for them: folder of RGBA cut-outs
 backgrounds = "assets/backgrounds"  # folder of photos
-# --- controlled settings (--protocol=ravl); 0 and empty: the family's own, see FAMILIES -----------------
-settings = 50  # how many, strongest first: Cramer's V .99 for each class, then .95, .9, .8, .7
-mitigate = 10  # how many of the valid ones also with every mitigation
-base_steps = 0  # pre-training of a small CLIP on uncorrelated images
-steps = 0  # of fine-tuning and of every mitigation
-learning_rate = 0.0  # of both
-pairs = 0  # image-caption pairs in a step
-regions = ""  # grid:N, as in discover.py
-region_weight = 0.8  # w of RaVL's loss,
+# --- controlled settings (--protocol=ravl); 0 and empty: the family's own, see FAMILIES ---------------------
+settings = 50             # how many, strongest first: Cramer's V .99 for each class, then .95, .9, .8, .7
+mitigate = 10             # how many of the valid ones also with every mitigation
+base_steps = 0            # pre-training of a small CLIP on uncorrelated images
+steps = 0                 # of fine-tuning and of every mitigation
+learning_rate = 0.0       # of both
+pairs = 0                 # image-caption pairs in a step
+regions = ""              # grid:N, as in discover.py
+region_weight = 0.8       # w of RaVL's loss,
 region_temperature = 0.3  # its temperature: at 0.07 a small margin is enough, and images follow the feature
-# --- system -----------------------------------------------------------------------------------------------
+# --- system -------------------------------------------------------------------------------------------------
 seed = 0
-# --- end --------------------------------------------------------------------------------------------------
+# --- end ----------------------------------------------------------------------------------------------------
+# fmt: on
 
 DRAWS = 5  # of few shots, averaged; worst_group, too, is the mean of each draw's own
 TAILS = 0.025, 0.975  # of intervals

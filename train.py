@@ -1,23 +1,21 @@
 """Background-invariant anchor pre-training (BAP), and what it does for a probe trained on spurious data.
 
-    python train.py                                             birds on places, EfficientNet-Lite0, no
-    files needed python train.py --data=waterbirds:DIR --foregrounds=DIR --backgrounds=DIR --model=ViT-L-14
-    --pretrained=openai
+    python train.py                                    birds on places, EfficientNet-Lite0, no files needed
+    python train.py --data=waterbirds:DIR --foregrounds=DIR --backgrounds=DIR --model=timm:resnet50
 
-1. Put foregrounds (cut-outs) on backgrounds, embed the composites with a frozen encoder. 2. Report how
-additive the embeddings are: z(f, b) = mu + a_f + c_b + e. 3. Pre-train a map g that sends every composite
-of a foreground to its anchor mu + a_f, whatever the background;
-   with --train=last_blocks|image first the encoder itself, in the same sense.
+1. Put foregrounds (cut-outs) on backgrounds, embed the composites with a frozen encoder.
+2. Report how additive the embeddings are: z(f, b) = mu + a_f + c_b + e.
+3. Pre-train a map g that sends every composite of a foreground to its anchor mu + a_f, whatever the
+   background; with --train=last_blocks|image the encoder itself, in the same sense.
 4. Train a probe on the biased data through g, and compare it with what else could be done, on the test split.
 
 BAP is arXiv 2605.11107; its equations are not public, those here are our reading.
 
-    python train.py --method=finetune --model=ViT-B-32 --pretrained=openai --data=...      contrastive
-    fine-tuning, python train.py --method=ravl --discovery=out --model=... --data=...      then with what
-    discover.py found held down
+    python train.py --method=finetune --model=ViT-B-32 --pretrained=openai --data=...
+    python train.py --method=ravl --discovery=out --model=ViT-B-32 --pretrained=openai --data=...
 
-The second half of this file: RaVL's region-aware loss and the mitigations that it is compared with.
-torchrun spreads it.
+The second half of this file: contrastive fine-tuning, then RaVL's region-aware loss, which holds down what
+discover.py found, and the mitigations that it is compared with. torchrun spreads it.
 """
 
 import contextlib
@@ -43,47 +41,15 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
 
-from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View
-from data import (
-    bars,
-    check,
-    composites,
-    draw_view,
-    expect,
-    flags,
-    flags_section,
-    html_table,
-    layers,
-    load_data,
-)
-from data import (
-    load_regions,
-    page,
-    picture_size,
-    read_json,
-    reading,
-    revision,
-    rng,
-    run,
-    say,
-    synsets,
-    table,
-    tag,
-)
-from data import thumb, write, write_json, write_table
+from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, bars, check
+from data import composites, draw_view, expect, flags, flags_section, html_table, layers, load_data
+from data import load_regions, page, picture_size, read_json, reading, revision, rng, run, say, synsets, table
+from data import tag, thumb, write, write_json, write_table
 from kernels import pairwise_loss, region_pool
 from model import Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe, from_first
-from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks, renumber
-from model import (
-    region_embeddings,
-    repeat_by,
-    save_checkpoint,
-    sha256,
-    sphere_log,
-    unit,
-    weights_bytes,
-    with_map,
-)
+from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
+from model import region_embeddings, renumber, repeat_by, save_checkpoint, sha256, sphere_log, unit
+from model import weights_bytes, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -158,7 +124,7 @@ ROWS = {  # of the table, in this order
     "dfr": "last-layer retraining on validation groups",
     "val_probe": "probe on the balanced validation set",
     "val_probe_bap": "the same through the map",
-    "balanced_train": "training foregrounds on every place: the true ceiling",
+    "balanced_train": "training foregrounds on every place (needs masks and places)",
 }
 TRAINS = {  # what --train may be
     "bap": ("auto", "map", "last_blocks", "image"),
@@ -820,9 +786,7 @@ def report(results, last):
     rows = [(name, *[m[k] for k in keys], ROWS[name]) for name, m in methods.items()]
     sums, invariant = sentences(results)
     erm, ours = methods["erm"]["worst_group"], methods["bap"]["worst_group"]
-    lead = (
-        f"{config['data']}, {config['model']} {config['pretrained']}: worst group {erm:.3f} for a probe on it"
-    )
+    of = f"{config['data']}, {config['model']} {config['pretrained']}".rstrip()
     fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map."
     sections = [
         ("Composites to pre-train on", *shown),
@@ -837,7 +801,8 @@ def report(results, last):
     if results["zero_shot"]:
         sections.insert(3, ("Zero-shot", html_table(*zero_rows(results["zero_shot"]))))
     title = "flock: background-invariant anchor pre-training"
-    return page(title, f"{lead}, {ours:.3f} with BAP. It used no place labels.", sections)
+    lead = f"{of}: worst group {erm:.3f} for a probe on it, {ours:.3f} with BAP. It used no place labels."
+    return page(title, lead, sections)
 
 
 def zero_rows(both):
@@ -1004,31 +969,24 @@ def discovered(samples, encoder, task, path, most):
     other data or another model."""
     flag = f"--discovery={path}"
     if not path:
-        raise Complaint(
-            f"{flag}: this method needs what discover.py found; run it on the fine-tuned model first"
-        )
+        cure = "run it on the fine-tuned model first"
+        raise Complaint(f"{flag}: this method needs what discover.py found; {cure}")
     found = load_discovery(path)
-    made, named = (
-        found.config,
-        f"--model={found.config.get('model')} --pretrained={found.config.get('pretrained')!r}",
-    )
+    made, problem = found.config, ""
     if made.get("embeddings"):
-        raise Complaint(f"{flag}: made from --embeddings; run discover.py with --data and --model")
-    if found.data != samples.name:
-        raise Complaint(
-            f"{flag}: made on {found.data}, not on {samples.name}; run discover.py with this --data"
-        )
-    if not found.kept:
-        raise Complaint(
-            f"{flag}: no cluster was kept, nothing was found to hold down; try other --regions or --k"
-        )
-    if any(c["kept"] and c.get("score", 0) is None for c in found.clusters):
-        raise Complaint(
-            f"{flag}: made with --method={made['method']}, which keeps no cluster; take --method=ravl"
-        )
+        problem = "made from --embeddings; run discover.py with --data and --model"
+    elif found.data != samples.name:
+        problem = f"made on {found.data}, not on {samples.name}; run discover.py with this --data"
+    elif not found.kept:
+        problem = "no cluster was kept, nothing was found to hold down; try other --regions or --k"
+    elif any(c["kept"] and c.get("score", 0) is None for c in found.clusters):
+        problem = f"made with --method={made['method']}, which keeps no cluster; take --method=ravl"
+    if problem:
+        raise Complaint(f"{flag}: {problem}")
     how = {k: getattr(encoder, k) for k in ("device", "dtype", "batch", "threads", "cache")}
     first = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], **how)
     if first.fingerprint != found.fingerprint:
+        named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
         raise Complaint(f"{flag}: made with {named}, whose weights are others now; run discover.py again")
     pictures, notes = load_regions(found.regions, task.items, first.frame)
     if any(p.mask for p in pictures):
@@ -1111,9 +1069,8 @@ class Towers(torch.nn.Module):
             out["r"] = rearrange(r, "(n r) d -> n r d", n=len(x))
         tokens = {name: some for name, some in (("t", texts), ("g", prompts)) if some is not None}
         if tokens:
-            both = self.module.encode_text(
-                torch.cat(list(tokens.values()))
-            )  # the vocabulary's gradient is dense
+            # in one call, as the vocabulary's gradient is dense
+            both = self.module.encode_text(torch.cat(list(tokens.values())))
             out.update(zip(tokens, both.split([len(some) for some in tokens.values()]), strict=True))
         out = {k: unit(v.float()) for k, v in out.items()}
         out["scale"] = self.module.logit_scale.exp()
@@ -1140,11 +1097,8 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     tower = Towers(module, encoder.kind, row is ANCHORS)
     tower = torch.compile(tower) if config["compile"] else tower
     tower = torch.nn.parallel.DistributedDataParallel(tower) if world > 1 else tower
-    feed, draw, forward = (
-        Feed(task.items, encoder),
-        row.draw(task, pairs),
-        forward_of(tower, encoder, task, row),
-    )
+    feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
+    forward = forward_of(tower, encoder, task, row)
     task.q, first, rows = torch.full((2 * task.C,), 1 / (2 * task.C), device=encoder.device), 0, []
     if state:
         module.load_state_dict(state["module"])
@@ -1253,15 +1207,8 @@ def choose_parameters(encoder, row, config):
     module, part = encoder.module, config["train"]
     names = [name for name, _ in module.named_parameters()]
     image = {name for name in names if name.startswith("visual.") or encoder.kind == "timm"}
-    ends = (
-        "visual.proj",
-        "visual.head",
-        "visual.attnpool.c_proj",
-        "text_projection",
-        "text.proj",
-        "text.text_proj",
-    )
-    last = {name for name in names if name.startswith(ends)}
+    ends = "visual.proj visual.head visual.attnpool.c_proj text_projection text.proj text.text_proj".split()
+    last = {name for name in names if name.startswith(tuple(ends))}
     chosen = {"image": image, "text": set(names) - image, "projection": last}.get(part, set(names))
     if part == "last_blocks":
         chosen = last_quarter([name for name in names if name in image]) | (last & image)
@@ -1286,9 +1233,7 @@ def last_quarter(names):
     pattern = re.compile(r"(?<![a-z])(?:blocks|resblocks|layers|stages|features|layer)\.?(\d+)\.")
     number = [int(m[1]) if (m := pattern.search(name)) else -1 for name in names]
     if max(number) < 0:
-        raise Complaint(
-            "--train=last_blocks: the encoder has no numbered blocks or layers; use --train=image"
-        )
+        raise Complaint("--train=last_blocks: the encoder has no numbered blocks; use --train=image")
     blocks = max(number) - min(k for k in number if k >= 0) + 1
     least = max(number) + 1 - max(1, round(blocks / 4))
     return set(names[next(k for k, v in enumerate(number) if v >= least) :])
@@ -1440,9 +1385,7 @@ def smallest_groups(task, pairs):
 
 
 Method = namedtuple("Method", "draw cost discovery uses", defaults=(False, ("texts",)))
-Method.__doc__ = (
-    """How often an image is drawn, what a batch costs, whether a discovery is needed, what the towers see."""
-)
+# how often an image is drawn, what a batch costs, whether a discovery is needed, what the towers see
 METHODS = {
     "finetune": Method(every_image, contrast_cost),
     "ravl": Method(every_image, ravl_cost, True, ("texts", "prompts", "regions")),

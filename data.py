@@ -698,7 +698,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     """The data set that --data names, as Samples; NAME:help prints how it must look, and exits.
 
     classes: a file of names, one a line, or a,b: only these of the set's. places: p,q, only these; where as
-    many are named as classes, the k-th is the k-th class's own. prompts: a file of templates or of
+    many are named as classes, the k-th is the k-th class's own. prompts: openai, or a file of templates or
     class<TAB>prompt lines. masks: a folder of foreground masks. splits: whether the set is to be trained on,
     and needs labels and images of every class in each split. planted_by: confounder, the share of training
     images on their class's own place; strength, spurious, feature of controlled settings. Raises Complaint.
@@ -811,8 +811,7 @@ def exists(pictures):
 
 
 def numbered(names, known, what):
-    """Names, None where there is none -> (LongTensor [n], -1 for None; the names in order: known, or the
-    alphabet's)."""
+    """Names, None where there is none -> numbers [n], -1 for None, and the names: known, or sorted."""
     distinct = set(names) - {None}
     known, at = list(known or sorted(distinct)), {}
     for k, name in enumerate(known):

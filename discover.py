@@ -886,8 +886,8 @@ def domino(e, seed, l2, slices=25, dims=128):
 
 def mixture(v, y, predicted, C, slices, seed, steps=100):
     """Gaussians (diagonal) x categorical label x categorical prediction, by EM from random assignments within
-    the cells of the confusion matrix. v: [n, d]. Returns responsibilities R [n, slices] and, of each slice,
-    max(p(predicted) - p(label))."""
+    the cells of the confusion matrix. v: [n, d]. Returns R [n, slices], the responsibilities, and
+    max(p(predicted) - p(label)) [slices]."""
     cell = torch.unique(y * C + predicted, return_inverse=True)[1]
     at = torch.arange(slices, device=v.device) % (int(cell.max()) + 1)
     R = torch.rand(len(v), slices, generator=torch.Generator().manual_seed(seed), dtype=torch.double)

@@ -91,14 +91,12 @@ class Encoder:
     @functools.cached_property
     @torch.inference_mode(False)
     def fast(self):
-        """The module as it embeds fastest: channels last, batch norms of timm's networks folded into
-        convolutions."""
+        """The module as it embeds fastest: channels last, batch norms of timm's networks folded in."""
         module = fused(self.module) if self.kind == "timm" else self.module
         return module.eval().to(self.device, memory_format=torch.channels_last)
 
     def with_module(self, module, digest=""):
-        """The same encoder with another module, and the digest of its weights once they do not change any
-        more."""
+        """The same encoder with another module, and the digest of its weights once they are final."""
         twin = copy.copy(self)
         for name in ("fast", "facts"):
             twin.__dict__.pop(name, None)
@@ -145,8 +143,7 @@ class Encoder:
 
     @torch.inference_mode()
     def run(self, x, precision, compute=None, pictures=None):
-        """compute(x, pictures), or the embeddings of images x [N, 3, H, W], in a precision -> float32 [.,
-        D]."""
+        """compute(x, pictures), or embeddings of images x [N, 3, H, W], in a precision -> float32 [., D]."""
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=precision == "bfloat16"):
             return (compute(x, pictures) if compute else embeddings(self.fast, self.kind, x)).float()
 
@@ -266,8 +263,7 @@ class Encoder:
         return torch.cat([unit(self.module.encode_text(tokens).float()) for tokens in parts])
 
     def prompts(self, prompts):
-        """For each label a list of texts -> [C, D] unit-norm: their unit embeddings averaged and normalised
-        again."""
+        """For each label a list of texts -> [C, D] unit-norm: means of their unit embeddings, normalised."""
 
         def mean():
             t = self.texts([text for texts in prompts for text in texts])
@@ -495,8 +491,7 @@ def lite0_transform():
 
 def small_clip(model, pretrained, quick_gelu, cache):
     """CLIPs for a CPU, whose small text transformer starts from scratch. tiny: 56x56 images in patches of
-    8x8; tiny-conv: Cells; lite0-clip: lite0 as image tower, with its weights unless --pretrained says
-    otherwise."""
+    7x7; tiny-conv: Cells; lite0-clip: lite0 as image tower, with its weights if --pretrained is empty."""
     import open_clip
     from open_clip.timm_model import TimmModel
 
@@ -529,10 +524,9 @@ def small_clip(model, pretrained, quick_gelu, cache):
 
 class Cells(nn.Module):
     """The trunk of tiny-conv, in timm's manner: 56x56 pixels -> 7x7 cells of 8 pixels, each of which sees
-    32x32 around it. Attention, and deep convolutions on small images, carry a feature into the cells
-    beside it, and what is then said of a region is not about that region. With biases from zero black
-    stays nothing, so images differ from the start; and no cell can outshout the others (its norm is
-    bounded)."""
+    32x32 around it. Attention, and deep convolutions on small images, carry a feature into the cells beside
+    it, and what is then said of a region is not about that region. With biases from zero black stays nothing,
+    so images differ from the start; and no cell can outshout the others (its norm is bounded)."""
 
     num_features = 96
 
@@ -658,8 +652,7 @@ def clip_model(model, pretrained, quick_gelu, cache):
 
 
 def weights_digest(pretrained, cache):
-    """The digest of a local file of weights; of random ones their name. Complaint for a file that isn't
-    there."""
+    """The digest of a local file of weights; of random ones their name. Complaint if it isn't there."""
     if pretrained in ("none", "imagenet"):
         return f"{pretrained} {torch.__version__}"
     if not os.path.isfile(pretrained):
@@ -801,8 +794,7 @@ WITH_MAP = "a network with a feature map that flock can read: a ResNet or a ViT"
 
 
 def with_map(module, kind, x):
-    """Images [N, 3, H, W] -> image embeddings [N, D] and the feature map [N, h, w, D], in one forward pass,
-    differentiable.
+    """Images [N, 3, H, W] -> image embeddings [N, D] and feature map [N, h, w, D], in one forward pass.
 
     kind: as Encoder.kind. A cell is what the network's own head (pooling, norm, projection) makes of
     that cell alone, class and other extra tokens left out; attention over one cell is its value. So
@@ -844,9 +836,8 @@ def trunk_with_map(trunk, x, head):
 
 
 def roi_regions(module, x, boxes):
-    """Region embeddings of CLIP's ResNets as RaVL's authors take them: the map of layer 3 -> roi_align to
-    the grid that layer 4 and the attention pool expect (14x14 at 224 pixels, aligned) -> layer 4 ->
-    attention pool.
+    """Region embeddings of CLIP's ResNets as RaVL's authors take them: the map of layer 3 -> roi_align to the
+    grid that layer 4 expects (14x14 at 224 pixels, aligned) -> layer 4 -> attention pool.
 
     x: images [N, 3, H, W]; boxes: list of N [R_i, 4] in shares of the image. Returns embeddings of
     images [N, D] and of regions [sum R_i, D].
@@ -865,12 +856,10 @@ def roi_regions(module, x, boxes):
 
 
 def region_embeddings(encoder, pictures, how="pool", label="regions"):
-    """Embeddings of images [n, D] and of their regions [sum R, D], not normalised; NaN where a picture
-    cannot be read.
+    """Embeddings of images [n, D] and of their regions [sum R, D], not normalised; NaN where unreadable.
 
     pictures: n data.Regions. how: pool (the feature map under the region), crop (the region as an image)
-    or roi (CLIP's ResNets); one forward pass for each image, crop one for each region. (None, None) on
-    ranks above 0.
+    or roi (CLIP's ResNets); a forward pass an image, crop one a region. (None, None) on ranks above 0.
     """
     count, masked = [len(p.boxes) for p in pictures], any(p.mask for p in pictures)
 
@@ -903,8 +892,7 @@ def region_embeddings(encoder, pictures, how="pool", label="regions"):
 
 
 def additive_solve(z, i, j, tolerance=1e-7, steps=10_000):
-    """Least squares of z [N, D] by mu + a_i + c_j on the cells that exist, by conjugate gradient to
-    convergence.
+    """Least squares of z [N, D] by mu + a_i + c_j on the cells that exist, by conjugate gradient.
 
     i, j: [N] foreground and background of each cell, numbered without gaps. Returns mu [D], a [n, D], c
     [m, D], double; a and c each sum to zero. Where the grid falls into unconnected parts the split
@@ -965,8 +953,7 @@ def renumber(k):
 
 
 def additivity(z, i, j, heldout=0.1, seed=0):
-    """How additive unit-norm embeddings z [N, D] of cells (i, j) are, in two geometries (our reading of
-    BAP, claim 1).
+    """How additive unit-norm embeddings z [N, D] of cells (i, j) are: our reading of BAP, claim 1.
 
     Returns {"flat": {...}, "sphere": {...}} with r2 = 1 - |e|^2 / |z - mean|^2; r2_heldout, of cells
     left out of the fit whose foreground and background it has seen; and the shares of |z - mean|^2:
@@ -999,9 +986,8 @@ def shares(x, i, j, test):
 def cos_sum(z, f, b, seed=0):
     """cos(z(f, b), z(f alone on mean grey) + z(b alone)), embeddings z, f, b [N, D] of the same cells.
 
-    Returns means over cells: cos_sum (raw, inflated by the mean that all embeddings share),
-    cos_sum_centred (each set less its mean), and the same for shuffled pairs: cos_sum_shuffled,
-    cos_sum_centred_shuffled.
+    Returns means over cells: cos_sum (raw, inflated by the mean that all embeddings share), cos_sum_centred
+    (each set less its mean), and the same for shuffled pairs: cos_sum_shuffled, cos_sum_centred_shuffled.
     """
     here = torch.arange(len(z), device=z.device)
     other = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
@@ -1079,8 +1065,7 @@ def fit_probe(x, y, l2=0.2, weight=None, classes=0):
 
     Minimises sum_n w_n CE_n / sum_n w_n + l2/2 |W|^2, the bias free, by LBFGS in double. x: [N, D]; y:
     [N]; weight: [N], class-balanced if None (each class the same total). l2 in units of the mean loss:
-    scikit-learn's C is 1 / (l2 N). With two classes one weight vector carries the difference, as in
-    scikit-learn.
+    scikit-learn's C is 1 / (l2 N). With two classes one vector carries the difference, as there.
     """
     C = classes or int(y.max()) + 1
     if weight is None:
@@ -1135,8 +1120,7 @@ def two_sided(probe):
 def fit_l1_probe(x, y, C=0.1, steps=1000):
     """L1 logistic regression on standardised x, proximal gradient with momentum (FISTA), for DFR.
 
-    Minimises C sum_n CE_n + |W|_1 with the bias free, two classes or more (softmax), C in scikit-learn's
-    units.
+    Minimises C sum_n CE_n + |W|_1, the bias free, of two classes or more (softmax); C as scikit-learn's.
     """
     K, (mean, scale) = int(y.max()) + 1, mean_std(x, 0)
     scale = scale.clamp(min=1e-12)

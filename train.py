@@ -348,13 +348,12 @@ def scatter(z, i):
 
 
 def wiener(grids, lam=1.0, power=1.0):
-    """The closed form, a Wiener filter for the foreground: W = (S_f + S_w + lam t I)^-1 S_f, t the mean
-    variance.
+    """The closed form, a Wiener filter for the foreground: W = (S_f + S_w + lam t I)^-1 S_f.
 
     grids: list of (weight, z [N, D], i [N]): embeddings of composites and the foreground instance of each;
-    the moments of several grids are averaged, and S_f then clipped to positive semi-definite. t =
-    trace(S_f + S_w) / D. For row vectors: (z - mu) W; the transposed product is wrong. Our reading of BAP,
-    claim 2. Returns a Map.
+    the moments of several grids are averaged, and S_f then clipped to positive semi-definite. The ridge is in
+    units of the mean variance, t = trace(S_f + S_w) / D. For row vectors: (z - mu) W; the transposed product
+    is wrong. Our reading of BAP, claim 2. Returns a Map.
     """
     total = sum(weight for weight, _, _ in grids)
     moments = [[weight / total * m for m in scatter(features(z, power), i)] for weight, z, i in grids]
@@ -402,10 +401,9 @@ def leace(z, i, j, k=32):
 def contrast(g, z, i, j, s, steps, learning_rate):
     """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor.
 
-    A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that
-    is not the foreground in a real composite k: background, interaction, noise. A linear map commutes with
-    the sum, so all pairs are had from the projected parts (kernels/pairwise_loss.py). Starts at the closed
-    form.
+    A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that is
+    not the foreground in a real composite k: background, interaction, noise. A linear map commutes with the
+    sum, so all pairs are had from the projected parts (kernels/pairwise_loss.py). Starts at the closed form.
     """
     x, i = features(z, g.power), renumber(i)
     mu, a, _ = additive_solve(x, i, renumber(j))
@@ -567,8 +565,7 @@ def cell_alpha(encoder, scene, grid):
 
 
 def cut_own(encoder, pictures, cells, s):
-    """The foregrounds of the target's training pictures, list of Cut; none where the cutter cannot be
-    trusted.
+    """The foregrounds of the target's training pictures, list of Cut; none if the cutter cannot be trusted.
 
     It is not if it misses the foregrounds of held-out composites (IoU below 0.6), nor if it finds one of
     plausible size, 2 to 50 % of the picture, in less than two thirds of the target's: then what it learned
@@ -605,8 +602,7 @@ def own_composites(cuts, grounds, s):
 
 def recomposed(encoder, samples, grounds, by_place, s):
     """The training foregrounds, by their masks, on other backgrounds: {"copy_paste": on two of the
-    composites', "balanced_train": on one of each place}, each (embeddings [k, D], labels [k]), where there
-    are any."""
+    composites', "balanced_train": on one of each place}, each (embeddings [k, D], labels [k]), if any."""
     out, masked = {}, [k for k in (samples.split == 0).nonzero()[:, 0].tolist() if samples.cut[k]]
     for name, choices, copies in (("copy_paste", [grounds], 2), ("balanced_train", by_place, 1)):
         items, y = [], []
@@ -652,8 +648,7 @@ def pretrain(encoder, cells, grids, j, samples, s, out, config):
     (KL). Anchors, mu + a_f, are those of the encoder as it was: fixed, so nothing can collapse. Contrast
     among them was worse. Our reading.
 
-    cells: the composites [N]; grids: as of wiener; j: background of each. Returns the trained Encoder, its
-    weights.
+    cells: the composites [N]; grids: as of wiener; j: background of each. Returns the Encoder, its weights.
     """
     z = torch.cat([v for _, v, _ in grids])
     i = renumber(torch.cat([k + n * config["instances"] for n, (_, _, k) in enumerate(grids)]))
@@ -835,8 +830,7 @@ def unfinished(path, config, encoder):
 
 @contextlib.contextmanager
 def until_asked():
-    """Ctrl-C waits for the end of a step: gives a list that is no longer empty then. A second one stops at
-    once."""
+    """Ctrl-C waits for the end of a step: gives a list, not empty from then on. A second stops at once."""
     asked = []
 
     def ask(*_):
@@ -1082,10 +1076,9 @@ class Towers(torch.nn.Module):
 def fit(encoder, task, row, config, state=None, save=None, asked=()):
     """Trains encoder.module on a task by a row of METHODS. Returns the rows of the log.
 
-    task: items, y [n], C, seed, and what the row's draw and cost take. state: of a checkpoint to go on
-    from; save(**state) writes one; asked: see until_asked. Embeddings of all processes are gathered
-    before the loss, with their gradients, so that their number does not change it. Batch norm keeps its
-    statistics.
+    task: items, y [n], C, seed, and what the row's draw and cost take. state: of a checkpoint to go on from;
+    save(**state) writes one; asked: see until_asked. Embeddings of all processes are gathered before the
+    loss, with their gradients, so that their number does not change it. Batch norm keeps its statistics.
     """
     (rank, world), module, steps, pairs = ranks(), encoder.module, config["steps"], config["pairs"]
     choose_parameters(encoder, row, config)
@@ -1307,16 +1300,14 @@ def sigmoid(z, t, scale, bias, together=None):
 
 
 def region_terms(r, state, g, y, tau=0.07):
-    """RaVL's L_R and L_A (PROTOCOLS 4; the paper's Eqs 3 to 9, second-hand), the mean of images with other
-    regions.
+    """RaVL's L_R and L_A (the paper's Eqs 3 to 9, second-hand), means over images with other regions.
 
     r: regions [B, R, D], unit-norm; state: [B, R] 1 in the discovered cluster (R^s), 0 not (R^r), -1 no
     region; g: class texts [C, D]; y: labels [B]. With s_i(y) = max over R_i^r of cos(r, g_y) / tau:
         L_R = logsumexp(s_i(y_j) of the batch's labels y_j, max_y cos(r, g_y) / tau of r in R_B^s) - s_i(y_i)
-        L_A = logsumexp(s_i(y_i), s_j(y_i) of images j of other labels, cos(r, g_{y_i}) / tau of r in R_B^s) -
-        s_i(y_i)
-    A label of several images counts once in L_R's first sum (open in the paper). Zeros if every R_i^r is
-    empty.
+        L_A = logsumexp(s_i(y_i), s_j(y_i) of other labels' images j, cos(r, g_{y_i}) / tau of r in R_B^s)
+            - s_i(y_i)
+    A label of several images counts once in L_R's first sum (open in the paper). Zeros if no R_i^r has any.
     """
     cos = r.float() @ g.float().T / tau  # [B, R, C]
     spurious, ok = cos[state == 1], (state == 0).any(1)  # [S, C], [B]

@@ -177,6 +177,7 @@ class Encoder:
                 write_cache(paths[c], z)
         cached, seconds = sum(len(chunks[c]) for c in found) - count, time.time() - started
         speed = f"{count / max(seconds, 1e-9):.0f} images/s, {self.precision}"
+        speed += f", by the first of {world} processes" * (world > 1)
         said = f"{count} embedded in {seconds:.1f} s, {speed}"
         if pictures:
             say(f"{label}: " + "; ".join([said] * (count > 0) + [f"{cached} from the cache"] * (cached > 0)))
@@ -286,6 +287,9 @@ class Encoder:
     def frame(self, width, height):
         """What the transform shows of a picture to the network: left, top, right, bottom, in shares."""
         size = {type(t).__name__: t.size for t in self.transform.transforms if hasattr(t, "size")}
+        if any("OrPad" in type(t).__name__ for t in self.transform.transforms):
+            what = "its preprocessing pads pictures, and regions in these are not implemented"
+            raise Complaint(f"--model={self.name}: {what}; take another, or for train.py --own=0")
         resize, crop = size.get("Resize"), size.get("CenterCrop")
         if resize is None or crop is None:  # the whole picture, squeezed
             return 0.0, 0.0, 1.0, 1.0

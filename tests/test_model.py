@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -241,6 +242,12 @@ def test_frame_of_a_squeeze_and_a_crop():
     steps = transforms.Compose([transforms.Resize((100, 200)), transforms.CenterCrop((80, 100))])
     frame = model.Encoder.frame(types.SimpleNamespace(transform=steps), 640, 480)
     assert frame == pytest.approx((0.25, 0.1, 0.75, 0.9))
+
+
+def test_there_is_no_frame_where_pictures_are_padded():
+    steps = image_transform_v2(PreprocessCfg(size=64, resize_mode="longest"), is_train=False)
+    with pytest.raises(Complaint, match="--model=some: .*pads"):
+        model.Encoder.frame(types.SimpleNamespace(transform=steps, name="some"), 640, 480)
 
 
 def test_maps_of_a_clip_transformer_are_its_patches_after_the_norm_and_projection(get, monkeypatch):
@@ -660,10 +667,11 @@ def test_with_all_in_the_cache_no_weights_are_loaded_and_nothing_is_decoded(tmp_
 
 
 def test_facts_damaged_in_the_cache_are_found_out_anew(tmp_path):
-    one, two = (load_encoder("tiny", device="cpu", cache=str(tmp_path)) for _ in range(2))
-    facts, (path,) = one.facts, tmp_path.glob("encoder-*.json")
-    path.write_text("{")
-    assert two.facts == facts == json.loads(path.read_text())
+    encoders = [load_encoder("tiny", device="cpu", cache=str(tmp_path)) for _ in range(4)]
+    facts, (path,) = encoders[0].facts, tmp_path.glob("encoder-*.json")
+    for encoder, damaged in zip(encoders[1:], ("{", "{}", "[]"), strict=True):
+        path.write_text(damaged)
+        assert encoder.facts == facts == json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("what", ["picture", "order", "dtype", "encoder", "part"])

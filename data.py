@@ -1399,7 +1399,7 @@ def csv_table(path, facts):
 # --------------------------------------------------------------------------------------------------------
 # controlled settings: a planted feature goes with one class, as strongly as one says (RaVL, NeurIPS 2024)
 
-LEAST = 50  # images of each group of val and test
+LEAST = 50  # images of each group of val and test; of fewer the worst group would be noise
 DIGITS = "zero one two three four five six seven eight nine".split()
 CAPTIONS = ("the image shows a {}", "a photo of a {}.", "a picture of a {}")
 QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)

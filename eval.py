@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
-from data import SPLITS, Complaint, Cutout, Ground, bars, expect, flags, flags_section, html_table, layers
+from data import LEAST, SPLITS, Complaint, Cutout, Ground, bars, expect, flags, flags_section, html_table
 from data import composites as compose
-from data import load_data, load_regions, near, open_mask, page, read_json, reading, region_truth, revision
-from data import rng, run, say, table, tag, thumb, write, write_json, write_table
+from data import layers, load_data, load_regions, near, open_mask, page, read_json, reading, region_truth
+from data import revision, rng, run, say, table, tag, thumb, write, write_json, write_table
 from model import additivity, dfr, fit_probe, group_metrics, join, load_checkpoint, load_encoder, load_map
 from model import mean_std, paired_bootstrap, region_embeddings, sums, unit, wilson, with_map
 
@@ -853,7 +853,6 @@ STRENGTHS = 0.99, 0.95, 0.9, 0.8, 0.7
 MITIGATIONS = "finetune", "ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aware", "jtt", "subg"
 FIGURES = "image_overall", "image_worst_group", "region_overall", "region_worst_group"
 VALID = 0.2  # what the feature must be worth, in accuracy on its class, to count as learned
-LEAST = 50  # images in each test group; of fewer the worst group would be noise
 FREE = "settings", "mitigate", "threads", "cache_dir", "out_dir"  # flags that may differ when a run goes on
 DATASET = "data", "classes", "feature"
 SHARED = (*DATASET, "model", "quick_gelu", "device", "dtype", "batch_size", "threads", "cache_dir")

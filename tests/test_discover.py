@@ -879,7 +879,7 @@ def test_help_prints_the_block_of_defaults(capsys):
     shown = capsys.readouterr().out
     flags = ("out_dir", "embeddings", "regions", "clustering", "seed")
     assert all(f"\n{flag}" in shown for flag in flags) and "def main" not in shown
-    assert "This is a picture of a {}." in shown  # --prompts: not every set has the same
+    assert "the data set's own, of most" in shown  # --prompts: not every set has the same
 
 
 # --- baselines, where the right answer is known

@@ -1,4 +1,4 @@
-"""eval.py from its command line and piece by piece: protocols, metrics, comparison of models, controlled settings."""
+"""eval.py from its command line and piece by piece: protocols, metrics, many models, controlled settings."""
 
 import csv
 import functools

@@ -132,7 +132,8 @@ def composed(root, instances=16):
 
 
 def tiny(files=None, pretrained=""):
-    return load_encoder("tiny", str(pretrained), device="cpu", cache=str(files / "cache") if files else "")
+    cache = str(files / "cache") if files else ""
+    return load_encoder("tiny", str(pretrained), device="cpu", dtype="float32", cache=cache)
 
 
 def tree(out, name="results.json"):

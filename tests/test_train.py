@@ -103,7 +103,7 @@ def words(files, out, text="", which="all"):
     """A command line of bap; flags in text come last, and count."""
     paths = dict(data=f"waterbirds:{files / which / 'set'}", cache_dir=files / "cache", out_dir=out)
     paths.update(foregrounds=files / "foregrounds", backgrounds=files / "backgrounds")
-    small = f"--model=tiny --instances=16 --per_instance=2 {text}".split()
+    small = f"--model=tiny --dtype=float32 --instances=16 --per_instance=2 {text}".split()
     return [*[f"--{k}={v}" for k, v in paths.items()], *small]
 
 

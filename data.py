@@ -1951,11 +1951,11 @@ class Html(str):
 def tag(name, *parts, **attributes):
     """An element of a page; parts that are not Html are escaped. An attribute loses a trailing _: class_."""
     inner = "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in parts)
-    given = "".join(f' {k.rstrip("_")}="{html.escape(str(v))}"' for k, v in attributes.items())
+    given = "".join(f' {k.rstrip("_")}="{html.escape(str(v))}"' for k, v in attributes.items() if v != "")
     return Html(f"<{name}{given}>{inner}</{name}>" if name != "img" else f"<img{given}>")
 
 
-def thumb(image, caption="", size=150):
+def thumb(image, caption, size=150):
     """A picture as <figure> with its bytes inside the page."""
     image, buffer = opaque(image).copy(), io.BytesIO()
     image.thumbnail((2 * size, 2 * size))
@@ -1964,17 +1964,54 @@ def thumb(image, caption="", size=150):
     return tag("figure", tag("img", alt=caption, src=source), tag("figcaption", caption))
 
 
-def bars(rows):
-    """Horizontal bars with intervals. rows: (label, value in [0, 1], (low, high) or None, note)."""
-    parts = []
-    for label, value, interval, note in rows:
-        marks = [tag("b", style=f"width:{100 * min(max(value, 0), 1):.1f}%")]
-        if interval:
-            low, high = (100 * min(max(v, 0), 1) for v in interval)
-            marks.append(tag("s", style=f"left:{low:.1f}%;width:{high - low:.1f}%"))
-        number = tag("span", f"{value:.3f} ", tag("small", note))
-        parts += [tag("span", label), tag("i", *marks, class_="track"), number]
-    return tag("div", *parts, class_="bars")
+def text(x, y, words, anchor="start", kind="", **more):
+    """Words in an SVG; kind dim for what is beside the point."""
+    at = {"x": f"{x:.0f}", "y": f"{y:.0f}", "text-anchor": anchor}
+    return tag("text", words, **at, class_=kind, **more)
+
+
+def drawing(name, height, *parts):
+    """An SVG, 400 wide, and a link that saves it."""
+    about = {"viewBox": f"0 0 400 {height:.0f}", "role": "img", "aria-label": name}
+    svg = tag("svg", Html(f"<style>{FIGURE}</style>"), *parts, xmlns=SVG, **about)
+    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    link = tag("a", "this figure as SVG", href=source, download=f"{name}.svg")
+    return tag("div", svg, link, class_="chart")
+
+
+def dots(name, rows, series=("",)):
+    """Shares in [0, 1] with their intervals as an SVG, a line for each row.
+
+    rows: (label, note, values), a value for each of the series: (share, (low, high) or None), or None.
+    """
+    parts, x, y = [], 8, 4 if series == ("",) else 20
+    for k, label in enumerate(series if y > 4 else ()):
+        width = 24 + 6.6 * len(label)
+        x, y = (8, y + 18) if x > 8 and x + width > 392 else (x, y)
+        parts.append(tag("circle", cx=f"{x + 5:.0f}", cy=y - 9, r=5, class_=f"c{k % 6}"))
+        parts.append(text(x + 14, y - 5, label))
+        x += width
+    top, single = y, len(series) == 1
+    for label, note, values in rows:
+        parts += [text(8, y + 16, label), text(392, y + 16, note, "end", "dim")]
+        y += 26
+        known = [8 + 384 * v[0] for v in values[:2] if v]
+        if len(known) == 2 and len(series) < 4:  # from the first to the second
+            parts.append(tag("path", d=f"M{known[0]:.1f} {y + 4}H{known[1]:.1f}", class_="way"))
+        for k, value in enumerate(values):
+            if value:
+                share, ends = value
+                kind, spot = f"c{1 if single else k % 6}", f"{8 + 384 * share:.1f}"
+                low, high = (8 + 384 * min(max(v, 0), 1) for v in ends or (share, share))
+                parts.append(tag("path", d=f"M{low:.1f} {y}H{high:.1f}", class_=kind))
+                parts.append(tag("circle", tag("title", f"{share:.3f}"), cx=spot, cy=y, r=5, class_=kind))
+            y += 9
+        y += 1
+    grid = []
+    for v, anchor in ((0, "start"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1, "end")):
+        grid.append(tag("path", d=f"M{8 + 384 * v:.0f} {top}V{y + 4}", class_="grid"))
+        grid.append(text(8 + 384 * v, y + 18, f"{v:.0%}", anchor, "dim"))
+    return drawing(name, y + 24, *grid, *parts)
 
 
 def html_table(header, rows):
@@ -1986,45 +2023,53 @@ def html_table(header, rows):
     return tag("div", tag("table", *lines), class_="wide")
 
 
-def flags_section(config, git, notes=()):
-    """The last section of every page: what was said, the flags, the revision."""
+def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links=()):
+    """A self-contained HTML page. All text but Html is escaped.
+
+    kicker: a line above the title; numbers: (figure, what it is), shown large; links: (text, path);
+    sections: (heading, *parts); config, git and notes are folded away at its end.
+    """
+    body = [tag("p", kicker, class_="dim"), tag("h1", title), tag("p", lead)]
+    large = [tag("div", tag("b", figure), tag("span", what)) for figure, what in numbers]
+    body += [tag("div", *large, class_="numbers")] if large else []
+    body += [tag("section", tag("h2", heading), *parts) for heading, *parts in sections]
+    body.append(tag("p", *[tag("a", words, href=path) for words, path in links], class_="links"))
     lines = "\n".join([*[f"--{k}={v}" for k, v in config.items()], f"git {git}"])
-    return "Flags", *[tag("p", note) for note in notes], tag("pre", lines)
-
-
-def page(title, lead, sections):
-    """A self-contained HTML page. lead: a sentence. sections: (heading, *parts); all but Html is escaped."""
-    body = [tag("section", tag("h2", heading), *parts) for heading, *parts in sections]
+    folded = [tag("summary", "Notes, flags and revision"), *[tag("p", note) for note in notes]]
+    body.append(tag("details", *folded, tag("pre", lines)))
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    head += tag("title", title) + f"<style>{STYLE}</style>"
-    return head + tag("h1", title) + tag("p", lead) + "".join(body) + "</html>"
+    return head + tag("title", title) + f"<style>{STYLE}</style>" + "".join(body) + "</html>"
 
 
+SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place
+FIGURE = """
+text{font:12px system-ui,sans-serif;fill:#22302d}.dim{fill:#55625d}circle.c0,circle.dot{fill:#b06d3b}
+circle.c1{fill:#2f8177}circle.c2,circle.c5{fill:#8a958f}circle.c3{fill:#6b5b95}circle.c4{fill:#b3922f}
+path{fill:none;stroke-width:1.5}path.c0{stroke:#b06d3b}path.c1{stroke:#2f8177}path.c2,path.c5{stroke:#8a958f}
+path.c3{stroke:#6b5b95}path.c4{stroke:#b3922f}path.way{stroke:#2f8177;opacity:.35}
+path.grid{stroke:#dedbd0;stroke-width:1}.pale{fill:none;stroke:#8a958f}
+@media(prefers-color-scheme:dark){text{fill:#e6e8e3}.dim{fill:#a3b0ab}path.grid{stroke:#343d3a}}
+"""
 STYLE = """
-:root{--ink:#22302d;--dim:#5f6d68;--paper:#fbfaf6;--line:#dedbd0;--bar:#4f8f86;--mark:#22302d}
+:root{--ink:#22302d;--dim:#55625d;--paper:#fbfaf6;--line:#dedbd0;--link:#2f8177}
 @media(prefers-color-scheme:dark){
- :root{--ink:#e6e8e3;--dim:#a3b0ab;--paper:#171c1b;--line:#343d3a;--bar:#4f9d92;--mark:#f2efe6}}
-body{overflow-wrap:anywhere;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);
+ :root{--ink:#e6e8e3;--dim:#a3b0ab;--paper:#171c1b;--line:#343d3a;--link:#67b8ac}}
+body{overflow-wrap:break-word;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);
  color:var(--ink);font:16px/1.5 system-ui,sans-serif}p{max-width:70ch}
-h1{margin:0;font-size:28px}h2{margin:40px 0 10px;font-size:19px}h3{margin:18px 0 4px;font-size:15px}
-small,.dim{color:var(--dim);fill:var(--dim)}pre{overflow-x:auto;font-size:12.5px}.wide{overflow-x:auto}
+h1{margin:0;font-size:28px;line-height:1.25}h2{margin:36px 0 10px;font-size:19px}
+h3{margin:18px 0 4px;font-size:15px}
+.dim{color:var(--dim)}a{color:var(--link)}.links a{margin-right:18px}pre{overflow-x:auto;font-size:12.5px}
+.numbers{display:flex;flex-wrap:wrap;gap:14px 44px;margin:22px 0}
+.numbers b{display:block;font-size:46px;line-height:1.1}
+.numbers span{display:block;max-width:15em;font-size:14px;line-height:1.4;color:var(--dim)}
+.numbers div:nth-child(2) b{color:var(--link)}.chart{max-width:560px}.chart svg{width:100%;display:block}
+.chart a{font-size:13px}.wide{overflow-x:auto}
 figure{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}.small figure{width:84px}
 figcaption{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}
 figure img{width:100%;border-radius:6px;display:block}
 table{border-collapse:collapse;font-size:14px}td{white-space:nowrap}
 th,td{padding:4px 14px 4px 0;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child,.text{text-align:left}
-svg{width:100%;max-width:760px;font-size:12.5px;fill:var(--ink)}
-.dot{fill:var(--bar)}.pale{fill:none;stroke:var(--dim)}.grid{stroke:var(--line);fill:none}
-.bars{display:grid;grid-template-columns:minmax(110px,max-content) 1fr max-content;gap:5px 12px;
- align-items:center;max-width:760px;font-size:13px;margin:6px 0 14px}
-.bars span:nth-child(3n+1){text-align:right}
-.track{position:relative;height:15px;border-right:1px solid var(--line);
- background:linear-gradient(90deg,var(--line) 1px,transparent 1px) 0/20% 100%}
-.bars b{display:block;height:100%;background:var(--bar);border-radius:2px}
-.bars s{position:absolute;top:3px;height:9px;border:solid var(--mark);border-width:0 1.4px;
- background:linear-gradient(var(--mark),var(--mark)) 0 50%/100% 1.4px no-repeat}
-@media(max-width:520px){figure{width:calc(50% - 10px)}.small figure{width:calc(20% - 10px)}svg{font-size:17px}
- .bars{grid-template-columns:minmax(0,34%) 1fr max-content;gap:5px 8px;font-size:12px}}
+th:first-child,td:first-child,.text{text-align:left}details{margin-top:40px}summary{cursor:pointer;color:var(--dim)}
+@media(max-width:520px){figure{width:calc(50% - 10px)}.small figure{width:calc(20% - 10px)}h1{font-size:24px}}
 """

@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import ImageDraw
 
-from data import ASSETS, SPLITS, Complaint, Crop, bars, expect, find_masks, flags, flags_section, html_table
+from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table
 from data import load_data, load_regions, opaque, open_mask, page, reading, region_truth, revision, rng, run
 from data import say, table, tag, thumb, write, write_json
 from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_map, load_probe
-from model import region_embeddings, repeat_by, unit
+from model import region_embeddings, repeat_by, unit, wilson
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -922,15 +922,17 @@ BASELINES["spurious_aware"] = spurious_aware
 
 def verdict_line(kept):
     """How many clusters the paper's rule keeps, and how many it would hardly keep by chance (ours)."""
-    clear = sum(c["chance"] is None or (c["score"] or 0) > 2 * c["chance"] for c in kept)
-    features = f"{len(kept)} spurious feature{'s' * (len(kept) > 1)} found by the paper's rule"
-    return f"{features}, {clear} with a score above twice that of chance"
+    features = f"{len(kept)} cluster{'s' * (len(kept) > 1)} kept by the paper's rule"
+    return f"{features}, {len(clear(kept))} with a score above twice that of chance"
 
 
-def gains(cluster, sign):
-    """The two classes that gain (1) or lose (-1) most by a cluster, with their accuracies; or nothing."""
-    gaps = sorted(cluster["gaps"].items(), key=lambda gap: -sign * gap[1]["gap"])[:2]
-    line = "{name} {gap:+.2f} ({acc_in:.2f} with, {acc_out:.2f} without)"
+def clear(kept):
+    return [c for c in kept if c["chance"] is None or (c["score"] or 0) > 2 * c["chance"]]
+
+
+def gains(cluster, sign, most=2, line="{name} {gap:+.2f} ({acc_in:.2f} with, {acc_out:.2f} without)"):
+    """The classes that gain (1) or lose (-1) most by a cluster, with their accuracies; or nothing."""
+    gaps = sorted(cluster["gaps"].items(), key=lambda gap: -sign * gap[1]["gap"])[:most]
     return ", ".join(line.format(name=name, **g) for name, g in gaps if sign * g["gap"] > 0)
 
 
@@ -949,10 +951,11 @@ def console(summary, e):
         for c in (kept or sorted(clusters, key=lambda c: -(c["score"] or 0))[:3])[:20]:
             at_10 = precision(c["regions"], e.target)
             reason = "" if c["kept"] else c["reason"]
-            tied = "; ".join(filter(None, (reason, gains(c, 1), gains(c, -1))))
+            tied = [gains(c, sign, 1, "{name:.24} {gap:+.2f}") for sign in (1, -1)]
+            tied = "; ".join(filter(None, (reason, *tied)))
             numbers = [c[key] for key in ("score", "chance", "influence")]
             rows.append((str(c["id"]), *numbers, len(c["regions"]), c["stability"], at_10, tied))
-        tied = "tied to: weighted gap, accuracy with and without it" if kept else "why not; weighted gaps"
+        tied = "most helped, harmed: weighted gap" if kept else "why not; weighted gaps"
         header = ("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", tied)
         lines.append(table(header, rows))
     if config["method"] == "all":
@@ -986,14 +989,17 @@ def report(summary, e, similarity, M):
     if len(summary["methods"]) > 1:
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         sections.append(("Methods", html_table(("method", "Precision@10"), rows)))
-    sections.append(flags_section(config, summary["git"], summary["notes"]))
     what = "given embeddings" if config["embeddings"] else config["model"]
     result = verdict_line(kept) if kept else "no spurious feature was found; below the nearest candidates"
-    lead = f"{e.name}, {what}: {result} among {summary['k']} clusters of {len(e.x)} regions."
+    lead = f"{result.capitalize()}, among {summary['k']} clusters of {len(e.x)} regions."
     if summary["precision_at_10"] is not None:
         rate = f"{summary['base_rate']:.2f} of all regions show the target"
         lead += f" Precision@10 {summary['precision_at_10']:.2f}, {rate}."
-    return page("flock: spurious features", lead, sections)
+    n = len(clear(kept))
+    title = "No spurious feature found above chance."
+    title = f"The model goes by {n} spurious feature{'s' * (n > 1)}." if n else title
+    about = config, summary["git"], summary["notes"]
+    return page(f"flock, discover.py: {Path(e.name).name} by {what}", title, lead, sections, *about)
 
 
 def nearest_words(encoder, M, mean_removed):
@@ -1029,9 +1035,11 @@ def cluster_parts(c, words, e, similarity):
             parts.append(thumb(outlined(e.pictures[i].image(), e.box[r].tolist()), caption))
     rows = []
     for name, g in sorted(c["gaps"].items(), key=lambda gap: -abs(gap[1]["gap"]))[:8]:
-        rows.append((f"{name}, with it", g["acc_in"], None, f"n={g['n_in']}"))
-        rows.append((f"{name}, without", g["acc_out"], None, f"n={g['n_out']}"))
-    parts += [tag("h3", "Accuracy of the classifier"), bars(rows)] if rows else []
+        pairs = (g["acc_out"], g["n_out"]), (g["acc_in"], g["n_in"])
+        values = [(accuracy, wilson(accuracy * n, n)) for accuracy, n in pairs]
+        rows.append((name, f"n = {g['n_out']}, {g['n_in']}", values))
+    chart = rows and dots(f"cluster {c['id']}", rows, ("images without it", "with it"))
+    parts += [tag("h3", "Accuracy of the classifier"), chart] if rows else []
     return parts
 
 

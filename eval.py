@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
-from data import LEAST, SPLITS, Complaint, Cutout, Ground, bars, expect, flags, flags_section, html_table
+from data import LEAST, SPLITS, Complaint, Cutout, Ground, dots, drawing, expect, flags, html_table
 from data import composites as compose
 from data import layers, load_data, load_regions, near, open_mask, page, read_json, reading, region_truth
-from data import revision, rng, run, say, table, tag, thumb, write, write_json, write_table
+from data import revision, rng, run, say, table, tag, text, thumb, write, write_json, write_table
 from model import additivity, dfr, fit_probe, group_metrics, join, load_checkpoint, load_encoder, load_map
 from model import mean_std, paired_bootstrap, region_embeddings, sums, unit, wilson, with_map
 
@@ -154,9 +154,7 @@ def main():
     blocks = blocks_of(results, outcomes, samples, failed)
     say("\n" + console(blocks))
     write_tables(out, results, outcomes, samples)
-    lead = f"{samples.name}; {headline(*next(iter(results.items())))}."
-    body = [*sections(blocks), flags_section(config, git, samples.notes)]
-    write(out / "eval.html", page("flock: how robust is it?", lead, body))
+    write(out / "eval.html", report(results, samples, blocks, config, git))
     # last: nothing is pending only if all the rest is there
     write_json(out / "eval.json", contract(config, git, samples, names, results, failed, started))
     written = "eval.json, eval.html, eval.csv, groups.csv and predictions.csv written"
@@ -167,6 +165,27 @@ def headline(name, entry):
     """What is said of a model in one line."""
     figures = [f"{k} {v:.3f}" for k, v in entry["metrics"].items() if isinstance(v, float)]
     return f"{name} {entry['protocol']}: {', '.join(figures[:2])}"
+
+
+def report(results, samples, blocks, config, git):
+    """The page: what was found for the first model, in a sentence and some numbers; then the blocks."""
+    name, head = next(iter(results.items()))
+    m, models = head["metrics"], f"{len(results)} model{'s' * (len(results) > 1)}"
+    kicker = f"flock, eval.py: {Path(samples.name).name}, {models}"
+    title, shown = f"{name} is right on {m.get('average', m.get('confidence')):.0%} of the photos.", []
+    if is_counteranimal(samples) and m["drop"] is not None:
+        title = f"{name} loses {100 * m['drop']:.0f} points from common to counter backgrounds."
+        shown = "common", "counter", "drop"
+    elif len(samples.places) > 1 and head["groups"]:
+        least = min(head["groups"], key=lambda g: g["accuracy"])
+        group = group_name(samples, least["y"], least["place"])
+        title = f"{name} is right on {m['worst_group']:.0%} of its worst group, {group}."
+        shown = "worst_group", "avg_group_mean", "avg_train_weighted"
+    numbers = [(f"{m[k]:.0%}", k.replace("_", " ")) for k in shown if m[k] is not None]
+    made = os.path.relpath(Path(ckpt).parent / "report.html", config["out_dir"])
+    links = [("the report of the map", made)] if ckpt else []
+    lead = f"{PROTOCOLS[head['protocol'].partition('_')[0]].what.capitalize()}; {m['n']} photos."
+    return page(kicker, title, lead, sections(blocks), config, git, samples.notes, numbers, links)
 
 
 def contract(config, git, samples, names, results, failed, started):
@@ -739,71 +758,70 @@ def results_block(results, samples, failed):
     for model in [m for m in results if m in PUBLISHED and is_counteranimal(samples)]:
         notes.append("{}: published {:.2f} common, {:.2f} counter".format(model, *PUBLISHED[model]))
     notes += [f"FAILED {model}: {problem}" for model, problem in failed.items()]
-    title = samples.name + f": {best['n']} photos" * alike
+    title = Path(samples.name).name + f": {best['n']} photos" * alike
     return Block(title, ("model", "protocol", *keys, *groups), rows, notes=notes, said=True)
 
 
 def line_block(results, counter):
     x, y = ("common", "counter") if counter else ("avg_group_mean", "worst_group")
-    dots = [(name, a / 100, b / 100, "pale") for name, (a, b) in PUBLISHED.items() if counter]
+    points = [(name, a / 100, b / 100, "pale") for name, (a, b) in PUBLISHED.items() if counter]
     for name, r in results.items():
         u, v = r["metrics"].get(x), r["metrics"].get(y)
-        dots += [(name, u, v, "dot")] if u is not None and v is not None else []
+        points += [(name, u, v, "dot")] if u is not None and v is not None else []
     curve = [(v / 100, expected(v / 100)) for v in range(2, 99)] if counter else []
     notes = ["Pale: published models, over the same 1000 labels. The line is fitted to logits."] * counter
-    parts = [scatter(dots, curve, x.replace("_", " "), y.replace("_", " "))] if len(dots) > 1 else []
+    parts = [scatter(points, curve, x.replace("_", " "), y.replace("_", " "))] if len(points) > 1 else []
     return Block("Accuracy on the line", parts=parts, notes=notes)
 
 
-def scatter(dots, curve, xlabel, ylabel):
+def scatter(points, curve, xlabel, ylabel):
     """SVG of points (name, x, y, class) in the unit square and a curve of (x, y), zoomed to the points."""
-    values = [v for _, x, y, _ in dots for v in (x, y)]
+    values = [v for _, x, y, _ in points for v in (x, y)]
     low, high = max(0, math.floor(10 * min(values) - 0.5)), min(10, math.ceil(10 * max(values) + 0.5))
 
     def at(x, y):
-        return [a + b * (10 * v - low) / (high - low) for a, b, v in ((60, 620, x), (380, -360, y))]
+        return [a + b * (10 * v - low) / (high - low) for a, b, v in ((40, 350, x), (310, -300, y))]
 
-    def text(x, y, words, anchor="middle", **more):
-        return tag("text", words, x=f"{x:.0f}", y=f"{y:.0f}", **{"text-anchor": anchor}, **more)
-
-    parts = [text(370, 424, xlabel), text(14, 200, ylabel, transform="rotate(-90 14 200)")]
+    parts = [text(215, 348, xlabel, "middle")]
+    parts.append(text(10, 160, ylabel, "middle", transform="rotate(-90 10 160)"))
     for k in range(low, high + 1):
         x, y = at(k / 10, k / 10)
-        parts.append(tag("path", d=f"M{x:.0f} 20V380M60 {y:.0f}H680", class_="grid"))
-        parts += [text(x, 398, f"{k / 10}", class_="dim"), text(52, y + 4, f"{k / 10}", "end", class_="dim")]
+        parts.append(tag("path", d=f"M{x:.0f} 10V310M40 {y:.0f}H390", class_="grid"))
+        parts += [text(x, 328, f"{k / 10}", "middle", "dim"), text(35, y + 4, f"{k / 10}", "end", "dim")]
     inside = [at(*p) for p in curve if low / 10 <= min(p) and max(p) <= high / 10] or [at(low / 10, low / 10)]
     parts.append(tag("path", d="M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in inside), class_="pale"))
     taken = []
-    for name, u, v, kind in sorted(dots, key=lambda dot: (dot[3] != "dot", dot[2])):
+    for name, u, v, kind in sorted(points, key=lambda point: (point[3] != "dot", point[2])):
         x, y = at(u, v)
         title = tag("title", f"{name}: {u:.3f}, {v:.3f}")
         parts.append(tag("circle", title, cx=f"{x:.1f}", cy=f"{y:.1f}", r=4, class_=kind))
-        while any(abs(y - b) < 13 and abs(x - a) < 190 for a, b in taken):  # no name over another
+        while any(abs(y - b) < 13 and abs(x - a) < 160 for a, b in taken):  # no name over another
             y -= 13
         taken.append((x, y))
-        parts.append(text(x + (-9 if x > 500 else 9), y + 4, name[:34], "end" if x > 500 else "start"))
-    return tag("svg", *parts, viewBox="0 0 720 430", role="img")
+        parts.append(text(x + (-8 if x > 250 else 8), y + 4, name[:26], "end" if x > 250 else "start"))
+    return drawing(f"{ylabel} by {xlabel}", 354, *parts)
 
 
 def counter_block(name, head):
     rows = []
     for label, m in sorted(head["classes"].items(), key=lambda item: -(item[1]["drop"] or 0)):
-        for k in [k for k in ("common", "counter") if m[k] is not None]:
-            n = m["n_" + k]
-            rows.append((f"{label[:26]}, {k}", m[k], wilson(m[k] * n, n), f"n={n}"))
-    return Block(f"Common and counter photos by class, largest drop first, {name}", parts=[bars(rows)])
+        pairs = (m["common"], m["n_common"]), (m["counter"], m["n_counter"])
+        values = [share is not None and (share, wilson(share * n, n)) for share, n in pairs]
+        rows.append((label[:30], f"n = {m['n_common']}, {m['n_counter']}", values))
+    title = f"Common and counter photos by class, largest drop first, {name}"
+    return Block(title, parts=[dots("common and counter", rows, ("common", "counter"))])
 
 
 def groups_block(results, samples, head):
-    """Bars of the groups of each row of the table; from four rows on, bars of the rows for each group."""
-    charts, rows = {}, each_outcome(results)
-    for name, p, m in rows if len(head["groups"]) <= 60 else ():
-        for g in m["groups"]:
-            pair = [f"{name} {p}", group_name(samples, g["y"], g["place"])]
-            title, label = pair if len(rows) < 4 else reversed(pair)
-            charts.setdefault(title, []).append((label[:34], g["accuracy"], g["interval"], f"n={g['n']}"))
-    parts = [part for title, chart in charts.items() for part in (tag("h3", title), bars(chart))]
-    return Block("Accuracy per group, with 95 % intervals", parts=parts)
+    """The accuracy of each group by the rows of the table, up to six of them."""
+    rows, each = [], each_outcome(results)[:6]
+    for k, g in enumerate(head["groups"] if len(head["groups"]) <= 60 else ()):
+        same = [m["groups"][k] if k < len(m["groups"]) else None for _, _, m in each]
+        values = [s and (s["accuracy"], s["interval"]) for s in same]
+        rows.append((group_name(samples, g["y"], g["place"])[:44], f"n = {g['n']}", values))
+    series = tuple(f"{name} {p}" for name, p, _ in each)
+    chart = rows and dots("groups", rows, series if len(series) > 1 else ("",))
+    return Block("Accuracy of each group, with 95 % intervals", parts=[chart] if rows else [])
 
 
 def worst(out, samples, most=12):
@@ -892,8 +910,8 @@ def controlled_settings(config):
     write_settings(out / "protocol.csv", done)
     blocks, of = setting_blocks(tree, classes), f"({config['data']}; {config['model']})"
     lead = f"{tree['summary']['valid']} of {len(done)} settings learned the planted feature {of}."
-    title = f"flock: controlled settings, {config['data'].partition(':')[0]}"
-    write(out / "protocol.html", page(title, lead, [*sections(blocks), flags_section(config, git)]))
+    title = f"Controlled settings, {config['data'].partition(':')[0]}"
+    write(out / "protocol.html", page("flock, eval.py", title, lead, sections(blocks), config, git))
     say(f"\n{console(blocks)}\n\n{lead}")
     say(f"\n{out}/protocol.json, protocol.csv and protocol.html written, {time.time() - started:.0f} s")
 
@@ -1047,16 +1065,16 @@ def setting_blocks(tree, classes):
     for m, v in summary["precision_at_10"].items():
         header = ["method", *v]
         rows.append((m, *["{mean:.3f} ({low:.2f} to {high:.2f})".format(**share) for share in v.values()]))
-        chart.append((m, v["all"]["mean"], (v["all"]["low"], v["all"]["high"]), f"n={v['all']['n']}"))
+        chart.append((m, f"n = {v['all']['n']}", [(v["all"]["mean"], (v["all"]["low"], v["all"]["high"]))]))
     of = f"{summary['valid']} valid settings of {summary['settings']}, by Cramer's V"
     title = f"Discovery: Precision@10 over {of}, mean and 95 % interval"
-    blocks.append(Block(title, header, rows, [bars(chart)] if chart else [], said=True))
+    blocks.append(Block(title, header, rows, [dots("Precision@10", chart)] if chart else [], said=True))
     for name, part in reversed(summary["mitigation"].items()):
         title = f"Mitigation, mean of {part['n']} settings with Precision@10 > {name.rpartition('_')[2]}"
-        methods, charts = part["methods"].items(), []
+        methods = part["methods"].items()
         rows = [(m, *[v[k] for k in FIGURES]) for m, v in methods]
-        for k in FIGURES if rows else ():
-            charts += [tag("h3", k.replace("_", " ")), bars([(m, v[k], None, "") for m, v in methods])]
+        chart = [(m, "", [(v[k], None) for k in reversed(FIGURES)]) for m, v in methods]
+        charts = [dots(title, chart, tuple(k.replace("_", " ") for k in reversed(FIGURES)))] if rows else []
         blocks.append(Block(title, ("method", *FIGURES), rows, charts, said=True))
     rows = []
     for s in tree["settings"]:

@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
 
-from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, bars, check
-from data import composites, draw_view, expect, flags, flags_section, html_table, layers, load_data
+from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, check
+from data import composites, dots, draw_view, expect, flags, html_table, layers, load_data
 from data import load_regions, page, picture_size, read_json, reading, revision, rng, run, say, synsets, table
 from data import tag, thumb, write, write_json, write_table
 from kernels import pairwise_loss, region_pool
@@ -252,11 +252,11 @@ def bap(s, encoder, figures, grounds, samples, out, config):
 
     # 5. probes, all with the same penalty, trained on the biased data, read on the test split
     extra = recomposed(encoder, samples, grounds, place_grounds(samples, place_backgrounds), s)
-    probes, methods = probe_all(maps, x, x_bap, samples, extra, l2, s)
+    probes, methods, right = probe_all(maps, x, x_bap, samples, extra, l2, s)
     lap("probes")
     found = invariance(maps["bap"], grids[0][1], i, x, x_bap, samples, l2, s)
     result = dict(additivity=additive, invariance=found, methods=methods, seconds=lap.seconds, zero_shot=zero)
-    last = dict(map=maps["bap"], probes=probes, samples=samples, x=x_bap, cells=cells, cuts=cuts)
+    last = dict(map=maps["bap"], probes=probes, right=right, samples=samples, x=x_bap, cells=cells, cuts=cuts)
     return result, SimpleNamespace(**last, encoder=trained, weights=weights)
 
 
@@ -293,7 +293,8 @@ def how_additive(encoder, cells, z, i, j, s):
 
 
 def probe_all(maps, x, x_bap, samples, extra, l2, s):
-    """The probe on every map, and what else could be done: probes, and the metrics of ROWS on the test split.
+    """The probe on every map, and what else could be done: probes, the metrics of ROWS on the test split, and
+    which images are right [n].
 
     maps: name -> g; x, x_bap: embeddings [n, D] of all images, by the encoder and by what BAP made of it;
     extra: name -> more training images, (embeddings, labels).
@@ -326,7 +327,7 @@ def probe_all(maps, x, x_bap, samples, extra, l2, s):
         over = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=s)
         metrics = group_metrics(correct[name][test], samples, test.nonzero()[:, 0])
         methods[name] = dict(metrics, over_erm=list(over))
-    return probes, methods
+    return probes, methods, {name: hit.cpu() for name, hit in correct.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -739,7 +740,7 @@ def group_name(samples, g):
 def summary(results, samples):
     """The tables on the console."""
     methods, config = results["methods"], results["config"]
-    names = [f"{group_name(samples, g)} (n={g['n']})" for g in methods["erm"]["groups"]]
+    names = [f"{k} {group_name(samples, g)} (n={g['n']})" for k, g in enumerate(methods["erm"]["groups"], 1)]
     keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
     rows = []
     for name, m in methods.items():
@@ -752,52 +753,69 @@ def summary(results, samples):
     lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
     lines += [table(*additivity_rows(results)), sums, "\nIs the map invariant?", invariant]
     lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: worst group, 95 %, paired bootstrap")
-    return "\n".join([*lines, table(("method", *keys, *names, "over erm"), rows)])
+    header = ("method", "worst", "mean", "weighted", *range(1, len(names) + 1), "over erm")
+    return "\n".join([*lines, table(header, rows), "groups: " + ", ".join(names)])
 
 
 def report(results, last):
-    """The page: what was done, how additive, how good, and where it fails, with pictures."""
+    """The page: what BAP changed, group by group; what it now gets right, with pictures; how it was made."""
     samples, methods, config = last.samples, results["methods"], results["config"]
-    label = [group_name(samples, dict(y=y, place=p)) for y, p in zip(samples.y, samples.place, strict=True)]
+    third = "balanced_train" if "balanced_train" in methods else "val_probe"
+    names = [group_name(samples, dict(y=y, place=p)) for y, p in zip(samples.y, samples.place, strict=True)]
+    predicted = last.probes["bap"].predict(last.map.to(last.x.device)(last.x)).tolist()
+    taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
+    test = samples.split == 2
+    mended = test & last.right["bap"] & ~last.right["erm"]
+    erm, ours = methods["erm"], methods["bap"]
+    low, high = ours["over_erm"]
+    title = "BAP made the worst group worse." if high < 0 else "BAP made no clear difference."
+    title = "The probe went by the background. With BAP it goes by the foreground." if low > 0 else title
+    worst = group_name(samples, min(erm["groups"], key=lambda g: g["accuracy"]))
+    gain, ends = ours["worst_group"] - erm["worst_group"], f"95 %: {100 * low:+.0f} to {100 * high:+.0f}"
+    numbers = [
+        (f"{erm['worst_group']:.0%}", f"worst group of a plain probe ({worst})"),
+        (f"{ours['worst_group']:.0%}", f"worst group with BAP: {100 * gain:+.0f} points ({ends})"),
+        (f"{methods[third]['worst_group']:.0%}", ROWS[third]),
+    ]
+    rows = []
+    for k, g in enumerate(erm["groups"]):
+        n = int(samples.counts(0)[g["y"] * len(samples.places) + g["place"]])
+        values = [methods[name]["groups"][k] for name in ("erm", "bap", third)]
+        note = f"{n or 'none'} in training, n = {g['n']}"
+        rows.append((group_name(samples, g), note, [(m["accuracy"], m["interval"]) for m in values]))
     picked = torch.linspace(0, len(last.cells) - 1, 12).long().tolist()
-    shown = [thumb(last.cells[k].image()) for k in picked]
+    shown = [thumb(last.cells[k].image(), f"composite {k}") for k in picked]
     shown += [thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in last.cuts[:6]]
-    examples = []
-    for split, s in (("train", 0), ("test", 2)):
-        for g in torch.unique(samples.group()[samples.split == s]):
-            two = ((samples.split == s) & (samples.group() == g)).nonzero()[:2, 0].tolist()
-            examples += [thumb(samples.items[k].image(), f"{split}: {label[k]}") for k in two]
-    logits = last.probes["bap"].logits(last.map.to(last.x.device)(last.x)).cpu()
-    margin = logits.gather(1, samples.y[:, None])[:, 0] - logits.amax(1)
-    wrong = [k for k in margin.argsort().tolist() if samples.split[k] == 2 and margin[k] < 0][:12]
-    taken = [samples.classes[k] for k in logits.argmax(1).tolist()]
-    errors = [thumb(samples.items[k].image(), f"{label[k]}, taken for {taken[k]}") for k in wrong]
-    by_group, compared = [], ("erm", "bap_closed", "bap", "val_probe", "balanced_train")
-    for k, g in enumerate(methods["erm"]["groups"]):
-        of = {name: methods[name]["groups"][k] for name in compared if name in methods}
-        by_group.append(tag("h3", group_name(samples, g)))
-        by_group.append(bars([(name, m["accuracy"], m["interval"], f"n={m['n']}") for name, m in of.items()]))
     keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
-    rows = [(name, *[m[k] for k in keys], ROWS[name]) for name, m in methods.items()]
+    table_rows = [(name, *[m[k] for k in keys], ROWS[name]) for name, m in methods.items()]
     sums, invariant = sentences(results)
-    erm, ours = methods["erm"]["worst_group"], methods["bap"]["worst_group"]
-    of = f"{config['data']}, {config['model']} {config['pretrained']}".rstrip()
     fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map."
     sections = [
+        ("Accuracy of each group, with 95 % intervals", dots("groups", rows, ("erm", "bap", third))),
+        ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
+        ("What is still wrong", *examples(samples, test & ~last.right["bap"], taken)),
+        ("The biased training data", *examples(samples, samples.split == 0, names)),
         ("Composites to pre-train on", *shown),
-        ("The biased data", tag("p", "; ".join(samples.notes)), *examples),
-        ("Methods", html_table(("method", *keys, "what"), rows)),
-        ("Accuracy per group, with 95 % intervals", *by_group),
+        ("Methods", html_table(("method", *keys, "what"), table_rows)),
         ("Additivity", tag("p", fit), html_table(*additivity_rows(results)), tag("p", sums)),
         ("Invariance", tag("p", invariant)),
-        ("Worst errors of bap on test", *(errors or ["none"])),
-        flags_section(config, results["git"]),
     ]
     if results["zero_shot"]:
-        sections.insert(3, ("Zero-shot", html_table(*zero_rows(results["zero_shot"]))))
-    title = "flock: background-invariant anchor pre-training"
-    lead = f"{of}: worst group {erm:.3f} for a probe on it, {ours:.3f} with BAP. It used no place labels."
-    return page(title, lead, sections)
+        sections.insert(1, ("Zero-shot", html_table(*zero_rows(results["zero_shot"]))))
+    found = config["backgrounds"].removeprefix("discovery:")
+    where = os.path.join(os.path.relpath(found, config["out_dir"]), "discovery.html")
+    links = [("what it looks at", where)] if found != config["backgrounds"] else []
+    kicker = f"flock, train.py: {Path(config['data']).name} by {config['model']}, seed {config['seed']}"
+    lead = "Every group counts alike; no place label was used to train either."
+    return page(kicker, title, lead, sections, config, results["git"], results["notes"], numbers, links)
+
+
+def examples(samples, mask, captions, most=6):
+    """Figures of up to `most` images where the mask [n] is true, of each group alike."""
+    each = samples.group()[mask].unique()
+    groups = [(mask & (samples.group() == g)).nonzero()[:, 0] for g in each]
+    few = [k for index in groups for k in index[: max(1, most // len(groups))].tolist()]
+    return [thumb(samples.items[k].image(), captions[k]) for k in few[:most]] or ["none"]
 
 
 def zero_rows(both):

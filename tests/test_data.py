@@ -717,7 +717,7 @@ def test_names_that_are_no_utf8_are_names(tmp_path):
         touch(Path(os.fsdecode(os.path.dirname(path))), os.fsdecode(os.path.basename(path)))
     samples = loaded(f"folder:{tmp_path}", True)
     assert samples.classes == ["c\udcff", "dog"] and samples.items[0].image().size == (16, 12)
-    data.write(tmp_path / "page.html", data.page(samples.classes[0], samples.items[0].path, []))
+    data.write(tmp_path / "page.html", data.page("", samples.classes[0], samples.items[0].path, [], {}, None))
 
 
 def test_csv_of_names(tmp_path):
@@ -1817,20 +1817,25 @@ def test_table_aligns_and_shows_three_decimals_and_a_dash():
 
 def test_page_is_self_contained_and_escapes_all_text():
     figure = data.thumb(Image.new("RGBA", (400, 300), (9, 90, 9, 128)), 'a <b> & "c" onerror=x')
-    bars = data.bars([("erm", 0.5, (0.4, 0.6), "n=3"), ("<bap>", 1.9, None, "<i>")])
+    rows = [("erm", "n = 3", [(0.5, (0.4, 0.6)), None]), ("<bap>", "<i>", [(1.0, (0.9, 1.9)), (0.25, None)])]
+    chart = data.dots("groups", rows, ("a", "<b>"))
     cells = data.html_table(("a", "<script>"), [("<i>", None), (1, 0.5)])
-    flags = data.flags_section({"data": "<script>"}, "<u>", ["<u>"])
-    sections = [("x & y", figure, bars, cells, "<script>"), ("<u>", "plain"), flags]
-    page = data.page("<title>", "5 < 6 <img onerror=x>", sections)
+    sections = [("x & y", figure, chart, cells, "<script>"), ("<u>", "plain")]
+    about = {"data": "<script>"}, "<u>", ["<u>"], [("<i>", "<u>")], [("<i>", 'x" onerror=x')]
+    page = data.page("<u>", "<title>", "5 < 6 <img onerror=x>", sections, *about)
     links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)
-    assert len(links) == 1 and links[0].startswith("data:image/jpeg;base64,")
+    assert [link.partition(";")[0] for link in links] == ["data:image/jpeg", "data:image/svg+xml", "x&quot"]
+    svg = base64.b64decode(links[1].partition(",")[2]).decode()
+    assert svg in page and all(f'cx="{8 + 384 * v:.1f}"' in svg for v in (0.5, 1, 0.25))
+    assert 'd="M161.6 ' in svg and "H392.0" in svg  # from 0.4; 1.9 is cut off at 1
+    page = page.replace(data.SVG, "")
     for word in ("http", "@import", "url(", "<script", "<i>", "<bap>", "<u>", "<img onerror", '"c"'):
         assert word not in page
-    for word in ("&lt;title&gt;", "x &amp; y", "0.500", "a &lt;b&gt; &amp; &quot;c&quot;", "width:100.0%"):
+    for word in ("&lt;title&gt;", "x &amp; y", "0.500", "a &lt;b&gt; &amp; &quot;c&quot;"):
         assert word in page
 
 
 def test_thumb_holds_a_readable_jpeg_no_larger_than_twice_its_box():
-    code = re.search(r"base64,([^\"]+)", data.thumb(Image.new("RGB", (900, 600), "red"), size=100)).group(1)
+    code = re.search(r"base64,([^\"]+)", data.thumb(Image.new("RGB", (900, 600), "red"), "", 100)).group(1)
     image = Image.open(io.BytesIO(base64.b64decode(code)))
     assert image.format == "JPEG" and image.size == (200, 133) and image.getpixel((5, 5))[0] > 240

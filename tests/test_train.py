@@ -270,9 +270,12 @@ def test_report_is_one_self_contained_page(plain, full):
     for out in (plain, full):
         text = (out / "report.html").read_text()
         links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", text)
-        assert len(links) > 12 and all(link.startswith("data:image/jpeg;base64,") for link in links)
-        assert not re.search(r"https?:|url\(|@import|<script", text)
-        assert f"{tree(out)['methods']['bap']['worst_group']:.3f}" in text and "--instances=16" in text
+        assert len(links) > 12 and all(link.startswith("data:image/") for link in links)
+        assert not re.search(r"https?:|url\(|@import|<script", text.replace(data.SVG, ""))
+        bap = tree(out)["methods"]["bap"]
+        assert f"<b>{bap['worst_group']:.0%}</b>" in text and f"{bap['worst_group']:.3f}" in text
+        assert "--instances=16" in text and 'alt=""' not in text
+        assert all(f"<title>{g['accuracy']:.3f}</title>" in text for g in bap["groups"])
 
 
 def test_report_escapes_whatever_the_data_set_says(files, tmp_path):

@@ -745,8 +745,10 @@ def blocks_of(results, outcomes, samples, failed):
 def results_block(results, samples, failed):
     keys, (name, head) = columns(results, samples), next(iter(results.items()))
     few = head["groups"] if len(head["groups"]) <= 8 and not is_counteranimal(samples) else []
-    alike, best, rows, notes = "n" not in keys, head["metrics"], [], []
-    groups = [group_name(samples, g["y"], g["place"]) + f" (n={g['n']})" * alike for g in few]
+    alike, best, rows = "n" not in keys, head["metrics"], []
+    named = [group_name(samples, g["y"], g["place"]) + f" (n={g['n']})" * alike for g in few]
+    groups = [f"group {k}" for k in range(1, 1 + len(few))]
+    notes = ["groups: " + ", ".join(f"{k} {name}" for k, name in enumerate(named, 1))] if few else []
     for model, p, m in each_outcome(results):
         values = [m["metrics"].get(k) for k in keys] + [g["accuracy"] for g in m["groups"][: len(few)]]
         rows.append((model, p, *values))

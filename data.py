@@ -1405,6 +1405,9 @@ CAPTIONS = ("the image shows a {}", "a photo of a {}.", "a picture of a {}")
 QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)
 
 
+DRAWN, DRAWN_ROOM = {}, 1 << 29  # pictures of controlled settings, which share most of them, and bytes
+
+
 @dataclass(frozen=True)
 class Quadrants(Picture):
     """A figure in one box and, perhaps, a mark in another, each as large as its box (shares of the image)
@@ -1420,6 +1423,14 @@ class Quadrants(Picture):
     flips: tuple = (False, False)
 
     def image(self):
+        image = DRAWN.get(self)
+        if image is None:
+            image = self.drawn()
+            if len(DRAWN) * image.width * image.height * 4 < DRAWN_ROOM:
+                DRAWN[self] = image
+        return image
+
+    def drawn(self):
         canvas, things = Image.new("RGB", (self.size, self.size)), (self.figure, self.mark)
         if self.ground:
             canvas = seen(self.ground.image(), self.view, canvas.size)

@@ -90,6 +90,8 @@ OF_IMAGES = (  # flags that say nothing of --embeddings
 INFLUENCE = 0.25  # clusters below it are not kept, as published
 CONE = 0.1  # mean cosine of the regions above which fast takes their mean off: they lie in a cone, and what
 # tells them apart is small beside what they share
+LISTED = 1000  # regions of a cluster in discovery.json, of its n; the labels of all are in discovery.npz
+OF_GAP = "gap", "weight", "acc_in", "acc_out", "n_in", "n_out"
 STEP = 1 << 16  # regions handled at a time
 
 Criterion = namedtuple("Criterion", "weighted gaps influence by", defaults=(True, True, True, "score"))
@@ -150,7 +152,7 @@ def main():
     for name in BASELINES if method == "all" else {method} & {*BASELINES}:
         ranked[name] = BASELINES[name](e, seed, l2)
     if method in BASELINES:
-        clusters = listed(method, ranked[method].tolist())
+        clusters = listed(method, ranked[method])
     else:
         clusters = described(verdicts[rule], medoids, members, stable, e.classes)
     times.append(time.time())
@@ -507,6 +509,10 @@ class Medoids:
     With s_ci = sum of the cosines of region i to cluster c, medoids and silhouettes are a function of s
     [K, N], and s_ci = S_c . x_i with S_c the sum of the members: O(N K D), and only what changed is computed
     again. index: [K] medoids' rows in x; cosine: [K, N] to each medoid; size: [K]; label: [N].
+
+    Memory, by count: x, 4 N D bytes (2 N D in bfloat16), cosine and s 8 N K, and 4 N for the labels of each
+    k tried. 10M regions x 512, 30 values of k up to 49: x 20.5 GB (10.2 in bfloat16), cosine and s 3.9,
+    labels 1.2, about 1 besides: 27 GB (16 in bfloat16), and the images' own embeddings.
     """
 
     def __init__(self, x, index):
@@ -686,15 +692,17 @@ def given(x, mean):
 
 def on_published_distance(x, label, k, mean, seed):
     """What there is on the published distance, clip(1 - cosine, 0, 1) of the embeddings as they were given:
-    silhouette, the mean of all regions up to 10,000, of 1,000 drawn beyond; silhouette_rows, how many;
-    negative_pairs, the share of pairs that are clipped, of all up to 4,000 regions, else of 2,000 drawn."""
+    silhouette, the mean of all regions up to 10,000, of 1,000 drawn beyond, their distances to all regions
+    up to STEP, to so many drawn beyond; silhouette_rows, how many; negative_pairs, the share of pairs that
+    are clipped, of all up to 4,000 regions, else of 2,000 drawn."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     pick = order[: len(x) if len(x) <= 10_000 else 1000].sort().values
-    some, s = given(x[pick], mean), x.new_zeros(k, len(pick))
-    for rows in tiles(len(x), 1024):
-        near = (given(x[rows], mean) @ some.T).clamp(min=0)  # [rows, pick]
-        s += F.one_hot(label[rows], k).float().T @ near
-    value = silhouettes(s, torch.bincount(label, minlength=k).float(), label[pick]).double().mean()
+    others, some, s = order[:STEP].sort().values, given(x[pick], mean), x.new_zeros(k, len(pick))
+    for rows in tiles(len(others), 1024):
+        near = (given(x[others[rows]], mean) @ some.T).clamp(min=0)  # [rows, pick]
+        s += F.one_hot(label[others[rows]], k).float().T @ near
+    size = torch.bincount(label[others], minlength=k).float()
+    value = silhouettes(s, size, label[pick]).double().mean()
     some = given(x[order[: len(x) if len(x) <= 4000 else 2000]], mean)
     negative = float((some @ some.T < 0).double().sum()) / max(1, len(some) * (len(some) - 1))
     return dict(silhouette=float(value), silhouette_rows=len(pick), negative_pairs=negative)
@@ -784,23 +792,25 @@ def stability(sweep, best, verdict, e, criterion):
 def listed(method, ranked):
     """A baseline's list of regions as the one cluster of discovery.json."""
     nothing = dict.fromkeys(("score", "chance", "influence", "stability"))
-    cluster = dict(id=0, kept=True, reason=f"ranked list of {method}", gaps={}, regions=ranked, **nothing)
-    return [dict(cluster, medoid=ranked[0])] if ranked else []
+    cluster = dict(id=0, kept=True, reason=f"ranked list of {method}", gaps={}, n=len(ranked), **nothing)
+    first = ranked[:LISTED].tolist()
+    return [dict(cluster, medoid=first[0], regions=first)] if first else []
 
 
 def described(v, medoids, members, stable, classes):
     """The clusters for discovery.json, in their ranking. v: what identify returns."""
     out = []
     for c in v.ranking:
-        gaps = {}
-        for y in (~v.gap[:, c].isnan()).nonzero()[:, 0].tolist():
-            numbers = {key: float(vars(v)[key][y, c]) for key in ("gap", "weight", "acc_in", "acc_out")}
-            gaps[classes[y]] = dict(numbers, n_in=int(v.n_in[y, c]), n_out=int(v.n_out[y, c]))
+        columns, gaps = [vars(v)[key][:, c].tolist() for key in OF_GAP], {}
+        for name, *numbers in zip(classes, *columns, strict=True):
+            if not math.isnan(numbers[0]):
+                gaps[name] = dict(zip(OF_GAP, numbers, strict=True))
+                gaps[name].update(n_in=int(gaps[name]["n_in"]), n_out=int(gaps[name]["n_out"]))
         numbers = {key: float(vars(v)[key][c]) for key in ("score", "chance", "influence")}
         numbers = {key: n if math.isfinite(n) else None for key, n in numbers.items()}
         numbers.update(gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c))
-        cluster = dict(id=c, kept=bool(v.kept[c]), reason=why(v, c), **numbers, regions=members[c].tolist())
-        out.append(cluster)
+        numbers.update(n=len(members[c]), regions=members[c][:LISTED].tolist())
+        out.append(dict(id=c, kept=bool(v.kept[c]), reason=why(v, c), **numbers))
     return out
 
 
@@ -954,7 +964,7 @@ def console(summary, e):
             tied = [gains(c, sign, 1, "{name:.24} {gap:+.2f}") for sign in (1, -1)]
             tied = "; ".join(filter(None, (reason, *tied)))
             numbers = [c[key] for key in ("score", "chance", "influence")]
-            rows.append((str(c["id"]), *numbers, len(c["regions"]), c["stability"], at_10, tied))
+            rows.append((str(c["id"]), *numbers, c["n"], c["stability"], at_10, tied))
         tied = "most helped, harmed: weighted gap" if kept else "why not; weighted gaps"
         header = ("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", tied)
         lines.append(table(header, rows))
@@ -983,7 +993,7 @@ def report(summary, e, similarity, M):
     rows = []
     for c in clusters[:60]:
         numbers = [c[key] for key in ("score", "chance", "influence")]
-        rows.append((str(c["id"]), c["reason"], *numbers, len(c["regions"])))
+        rows.append((str(c["id"]), c["reason"], *numbers, c["n"]))
     header = ("cluster", "kept?", "score", "by chance", "influence", "regions")
     sections.append(("All clusters", html_table(header, rows)))
     if len(summary["methods"]) > 1:

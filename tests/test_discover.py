@@ -443,6 +443,7 @@ OF_CLUSTER = {
     "gaps",
     "medoid",
     "stability",
+    "n",
     "regions",
 }
 OF_GAP = {"gap", "weight", "acc_in", "n_in", "acc_out", "n_out"}
@@ -469,6 +470,35 @@ def planted(tmp_path_factory):
     arrays = plant(out / "e.npz", class_names=np.array([f"kind <{c}>" for c in range(10)]))
     assert run(words(out / "e.npz", out)) == 0
     return out, arrays
+
+
+def test_a_cluster_lists_its_first_thousand_regions_and_counts_them_all(tmp_path):
+    a = plant(tmp_path / "e.npz", 5000, region_target=None)
+    for method in ("ravl", "random"):
+        assert run(words(tmp_path / "e.npz", tmp_path, "--k=2:3", f"--method={method}")) == 0
+        found, tree, x = train.load_discovery(tmp_path), tree_of(tmp_path), torch.from_numpy(a["reg_emb"])
+        label = found.label
+        for c in tree["clusters"]:
+            assert len(c["regions"]) == len(set(c["regions"])) == 1000 < c["n"]
+            if method == "random":
+                assert c["n"] == 5000
+                continue
+            members = (label == c["id"]).nonzero()[:, 0]
+            cosine = x @ x[c["medoid"]]
+            assert c["n"] == len(members) and set(c["regions"]) <= set(members.tolist())
+            assert float(cosine[c["regions"]].min()) >= float(cosine[members].sort().values[-1000]) - 1e-6
+        assert (tmp_path / "discovery.json").stat().st_size < 60_000
+
+
+def test_silhouettes_of_many_regions_are_estimated_from_as_many_as_a_step(monkeypatch):
+    x = discover.drawn_regions(12_000, 16)["reg_emb"]
+    c = discover.kmedoids(x, [20], 0)[20]
+    label, zero = c.labels.long(), torch.zeros(16)
+    whole = discover.on_published_distance(x, label, 20, zero, 0)
+    monkeypatch.setattr(discover, "STEP", 6000)
+    part = discover.on_published_distance(x, label, 20, zero, 0)
+    assert whole["silhouette_rows"] == part["silhouette_rows"] == 1000
+    assert whole["silhouette"] != part["silhouette"] == pytest.approx(whole["silhouette"], abs=0.002)
 
 
 def check_contract(tree, N):

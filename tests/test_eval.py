@@ -1,5 +1,6 @@
 """eval.py from its command line and piece by piece: protocols, metrics, many models, controlled settings."""
 
+import contextlib
 import csv
 import functools
 import itertools
@@ -7,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -705,36 +707,62 @@ def test_help_of_the_script_and_of_a_data_set(capsys):
 # --- controlled settings
 
 
-def done_setting(out, name, gap, precision, scale):
-    """What a finished setting leaves: folders of every method with weights and figures, and a discovery."""
-    label, at = int(name.partition("-")[2]), out / "settings" / name
-    for k, method in enumerate(script.MITIGATIONS):
-        groups = [0.9] * 20
-        groups[2 * label] -= gap * (method == "finetune")
-        values = scale * (0.5 + 0.05 * k), scale * 0.1 * k, 0.8, 0.7
-        figures = dict(zip(script.FIGURES, values, strict=True), groups=groups)
-        data.write(at / method / "weights.safetensors", b"")
-        data.write_json(at / method / "figures.json", figures)
-    methods = {m: dict(precision_at_10=v) for m, v in precision.items()}
-    found = dict(methods=methods, clusters=[dict(id=0, kept=True)])
-    data.write_json(at / "discovery/discovery.json", found)
+class Scripts:
+    """Stands in for runpy: eval.py runs as it is, of the scripts that it starts only what they leave."""
+
+    def __init__(self, monkeypatch, leaves):
+        self.real, self.leaves, self.ran = runpy.run_path, leaves, []
+        monkeypatch.setattr(runpy, "run_path", self)
+
+    def __call__(self, path, **more):
+        if Path(path).name == "eval.py":
+            return self.real(path, **more)
+        words = dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:])
+        self.ran.append(dict(words, script=Path(path).name))
+        self.leaves(self, path, Path(words["out_dir"]), words)
+
+
+@functools.lru_cache(8)
+def digest_of_data(spec, classes, feature, strength, spurious, seed):
+    planted = dict(feature=feature, strength=float(strength), spurious=spurious)
+    return script.data_digest(load_data(spec, classes, seed=int(seed), **planted))
+
+
+def reaches(at, words, groups, values, regions="grid:2"):
+    """Leaves figures beside weights, as eval.py does."""
+    data_flags = [words[k] for k in ("data", "classes", "feature", "strength", "spurious", "seed")]
+    known = {k: words[k] for k in script.SHARED} | dict(
+        regions=regions, pretrained=at / "weights.safetensors"
+    )
+    made = script.made_of("eval.py", known, digest_of_data(*data_flags), dict(cache_dir=""))
+    figures = dict(zip(script.FIGURES, values, strict=True), groups=groups, made=made)
+    data.write_json(at / "figures.json", figures)
+
+
+SETTINGS = {  # gap, Precision@10, scale of the figures: valid and found, valid and half found, not valid
+    "0": (0.5, dict(ravl=1.0, random=0.2), 1.0),
+    "1": (0.3, dict(ravl=0.7, random=None), 0.5),
+    "2": (0.1, dict(ravl=0.0, random=0.0), 1.0),
+}
+
+
+def leave_setting(scripts, path, at, words):
+    gap, precision, scale = SETTINGS[words["spurious"]]
+    if Path(path).name == "discover.py":
+        methods = {m: dict(precision_at_10=v) for m, v in precision.items()}
+        found = dict(methods=methods, clusters=[dict(id=0, kept=True)], when=len(scripts.ran))
+        return data.write_json(at / "discovery.json", found)
+    k, groups = script.MITIGATIONS.index(words["method"]), [0.9] * 20
+    groups[2 * int(words["spurious"])] -= gap * (k == 0)
+    data.write(at / "weights.safetensors", f"{at} {words['steps']}")
+    reaches(at, words, groups, (scale * (0.5 + 0.05 * k), scale * 0.1 * k, 0.8, 0.7))
 
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    """Three settings that are done: valid and found, valid and half found, not valid. No script may run."""
-    done_setting(tmp_path, "0.99-0", 0.5, dict(ravl=1.0, random=0.2), 1.0)
-    done_setting(tmp_path, "0.99-1", 0.3, dict(ravl=0.7, random=None), 0.5)
-    done_setting(tmp_path, "0.99-2", 0.1, dict(ravl=0.0, random=0.0), 1.0)
-    real = subprocess.run
-
-    def never(*arguments, **more):
-        assert "git" in arguments[0], f"ran {arguments[0]}"
-        return real(*arguments, **more)
-
-    monkeypatch.setattr(subprocess, "run", never)
+    """Flags of three settings, a folder, and what stands in for the scripts."""
     argv = ["--protocol=ravl", "--settings=3", "--mitigate=2", "--pretrained=base.safetensors"]
-    return [*argv, f"--out_dir={tmp_path}"], tmp_path
+    return [*argv, f"--out_dir={tmp_path}"], tmp_path, Scripts(monkeypatch, leave_setting)
 
 
 def tree_of(out):
@@ -742,8 +770,9 @@ def tree_of(out):
 
 
 def test_controlled_settings_resume_from_what_is_done_and_keep_the_contract(settings, capsys):
-    argv, out = settings
-    assert run(argv) == 0
+    argv, out, scripts = settings
+    assert run(argv) == 0 and len(scripts.ran) == 3 + 2 + 14
+    assert run(argv) == 0 and len(scripts.ran) == 19  # nothing anew
     tree, said = tree_of(out), capsys.readouterr().out
     assert tree.keys() == {"config", "git", "settings", "summary", "seconds"}
     valid = [(s["strength"], s["spurious_class"], s["valid"]) for s in tree["settings"]]
@@ -765,11 +794,89 @@ def test_controlled_settings_resume_from_what_is_done_and_keep_the_contract(sett
     assert [r["precision_at_10"] for r in rows if r["method"] == "random"] == ["0.2", ""]
     page = (out / "protocol.html").read_text()
     assert "2 of 3 settings learned" in page and not re.search(r"(?:src|href)\s*=\s*[\"']?http", page)
-    assert "Precision@10 > 0.8" in said
+    assert "Precision@10 > 0.8" in said and "made anew" not in said
+
+
+def test_what_was_made_with_other_code_or_flags_is_made_anew_and_said(settings, capsys):
+    argv, out, scripts = settings
+    code, argv = out / "code", [*argv, "--settings=1", "--mitigate=1"]
+    shutil.copytree(Path(EVAL).parent, code, ignore=shutil.ignore_patterns(".*", "assets", "tests"))
+    at, methods = out / "settings/0.99-0", list(script.MITIGATIONS)
+
+    def ran(*more):
+        """The methods that ran, and whether what was there before was said to be made anew."""
+        before = len(scripts.ran)
+        capsys.readouterr()
+        assert run_script(code / "eval.py", [*argv, *more]) == 0
+        said = capsys.readouterr().out
+        return [words["method"] for words in scripts.ran[before:]], f"{at}" in said and "made anew" in said
+
+    everything = ["finetune", "all", *methods[1:]]
+    assert ran() == (everything, False) and ran() == ([], False)
+    edit(code / "train.py")
+    assert ran() == (everything, True) and ran() == ([], False)
+    edit(code / "discover.py")  # the fine-tuned weights stay
+    assert ran() == (everything[1:], True)
+    (at / "jtt/made.json").unlink()  # killed before its end
+    assert ran() == (["jtt"], True)
+    (at / "subg/made.json").write_text("[1")
+    assert ran() == (["subg"], True)
+    (out / "protocol.json").unlink()
+    assert ran("--steps=7")[0] == everything and scripts.ran[-1]["steps"] == "7"
+    assert ran("--steps=7", "--threads=1", f"--cache_dir={out}") == ([], False)  # say nothing of the figures
+
+
+def edit(path):
+    path.write_text(path.read_text() + "# edited\n")
+
+
+def test_other_photos_of_the_same_names_are_other_data(tmp_path):
+    for name in ("cat", "dog"):
+        for k in range(4):
+            picture(tmp_path / f"set/{name}/{k}.png", k, name)
+    first, one = (script.data_digest(load_data(f"folder:{tmp_path / 'set'}")) for _ in range(2))
+    os.utime(tmp_path / "set/cat/0.png", (1, 1))
+    assert first == one != script.data_digest(load_data(f"folder:{tmp_path / 'set'}"))
+
+
+SCRIPT_RUNS = {  # what a script does -> what becomes of it, and the last line of its log
+    "print('done')": (None, "done"),
+    "import sys; print('train.py: --steps: no', file=sys.stderr); sys.exit(2)": (
+        data.Complaint,
+        "--steps: no",
+    ),
+    "print('a'); raise ValueError('of a kind')": (data.Complaint, "ValueError: of a kind"),
+    "import sys; sys.exit(130)": (KeyboardInterrupt, ""),
+    "raise KeyboardInterrupt": (KeyboardInterrupt, ""),
+}
+
+
+@pytest.mark.parametrize("source", SCRIPT_RUNS)
+def test_a_script_runs_in_this_process_with_its_own_output_and_argv(tmp_path, monkeypatch, capsys, source):
+    problem, line = SCRIPT_RUNS[source]
+    mark = (
+        "import os, sys; open(sys.argv[-1].split('=')[1] + '/who', 'w').write(f'{os.getpid()} {__name__}')\n"
+    )
+    for name in ("model.py", "data.py"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "train.py").write_text(mark + source)
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "eval.py"))
+    monkeypatch.setitem(script.PRODUCTS, "train.py", "who")
+    before, out, config = list(sys.argv), tmp_path / "out", of(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(problem) if problem else contextlib.nullcontext() as raised:
+        assert script.script_run("train.py", out, config, "data", steps=7) == out / "who"
+    assert (out / "who").read_text() == f"{os.getpid()} __main__" and sys.argv == before
+    assert (out / "made.json").exists() == (problem is None)
+    said = (out / "log.txt").read_text().splitlines()
+    assert not line or line in said[-1] and capsys.readouterr() == ("", "")
+    if problem is data.Complaint:
+        assert "train.py --data=digits" in str(raised.value) and line in str(raised.value)
+        assert "--steps=7" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_controlled_settings_of_other_flags_are_refused_and_more_of_them_are_not(settings, capsys):
-    argv, out = settings
+    argv, out, _ = settings
     assert run([*argv, "--settings=1", "--mitigate=0"]) == 0
     assert tree_of(out)["settings"][0]["mitigation"] == {}
     refused(capsys, [*argv, "--steps=7"], "--steps=160")
@@ -813,67 +920,62 @@ def test_each_family_has_its_own_defaults_and_a_flag_goes_before_them(tmp_path, 
 
 
 def test_a_base_model_is_of_the_flags_and_the_code_that_made_it(tmp_path, monkeypatch):
-    made, here = [], tmp_path / "code"
+    here = tmp_path / "code"
     here.mkdir()
-    for name in ("train.py", "model.py", "data.py"):
+    for name in ("train.py", "model.py", "data.py", "eval.py"):
         (here / name).write_text("one")
-
-    def script_run(name, out, config, **more):
-        made.append(dict(more, name=name, out=out))
-        data.write(out / "weights.safetensors", b"")
-
-    monkeypatch.setattr(script, "script_run", script_run)
+    scripts = Scripts(monkeypatch, lambda _, path, at, words: data.write(at / "weights.safetensors", str(at)))
     monkeypatch.setattr(script, "__file__", str(here / "eval.py"))
-    first = script.base_model(of(tmp_path))
-    assert script.base_model(of(tmp_path)) == first and len(made) == 1
-    assert made[0]["pretrained"] == "none" and made[0]["strength"] == 0 and made[0]["seed"] == 1000
-    for more in ("--base_steps=7", "--seed=1", "--data=cutouts --base_steps=5", "--data=digits:x"):
+    base, made = of(tmp_path), scripts.ran
+    first = script.base_model(base)
+    assert script.base_model(base) == first and len(made) == 1
+    wanted = dict(pretrained="none", strength="0", seed="1000", method="finetune", steps="130")
+    assert made[0].items() >= wanted.items()
+    for more in ("--base_steps=7", "--seed=1", "--data=cutouts --base_steps=5"):
         script.base_model(of(tmp_path, more))
-    (here / "train.py").write_text("other code")
-    script.base_model(of(tmp_path))
-    assert len({run["out"] for run in made}) == len(made) == 6 and made[3]["pretrained"] == "imagenet"
+    edit(here / "train.py")
+    script.base_model(base)
+    assert len({run["out_dir"] for run in made}) == len(made) == 5 and made[3]["pretrained"] == "imagenet"
     for more, wanted in (("--pretrained=mine.pt", "mine.pt"), ("--model=RN50", ""), ("--data=cutouts", "")):
-        assert script.base_model(of(tmp_path, more)) == wanted and len(made) == 6
+        assert script.base_model(of(tmp_path, more)) == wanted and len(made) == 5
 
 
 def test_figures_of_a_setting_are_the_accuracies_of_images_and_kept(tmp_path, monkeypatch):
-    encoder = load_encoder("tiny-conv", "none", device="cpu", dtype="float32")
+    encoder, weights = (
+        load_encoder("tiny-conv", "none", device="cpu", dtype="float32"),
+        tmp_path / "weights.safetensors",
+    )
     torch.nn.init.normal_(encoder.module.visual.trunk.body[8].bias, std=0.1)
-    data.write(tmp_path / "weights.safetensors", model.weights_bytes(encoder, encoder.module))
+    data.write(weights, model.weights_bytes(encoder, encoder.module))
     config = of(tmp_path, "--dtype=float32")
     samples = script.setting_data(config, 0.99, 0)
-    found = script.reached(config, tmp_path, samples)
-    encoder = load_encoder("tiny-conv", str(tmp_path / "weights.safetensors"), device="cpu", dtype="float32")
+    found = script.reached(config, weights, samples, "data")
+    encoder = load_encoder("tiny-conv", str(weights), device="cpu", dtype="float32")
     test = samples.keep(samples.split == 2)
     right = (unit(encoder.embed(test.items)) @ encoder.prompts(test.class_prompts()).T).argmax(1) == test.y
     groups = [float(right[test.group() == k].double().mean()) for k in range(20)]
     assert found["image_overall"] == pytest.approx(float(right.double().mean()), abs=0.01)
     assert found["groups"] == pytest.approx(groups, abs=0.03) and max(groups) > 0.3
     assert found["image_worst_group"] == min(found["groups"])
-    assert json.loads((tmp_path / "figures.json").read_text()) == found
-    monkeypatch.setattr(script, "load_encoder", None)
-    assert script.reached(config, tmp_path, samples) == found  # read, not computed
+    path = tmp_path / "figures.json"
+    assert json.loads(path.read_text()) == found
 
+    def never(*_, **__):
+        raise ZeroDivisionError
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The scripts that eval.py starts run in this process, with one image in each group of val and test."""
-    real, commands = subprocess.run, []
-
-    def here(command, stdout=None, **more):
-        if command[0] != sys.executable:
-            return real(command, stdout=stdout, **more)
-        commands.append(command)
-        monkeypatch.setattr(sys, "argv", command[1:])
-        try:
-            runpy.run_path(command[1], run_name="__main__")
-        except SystemExit as stop:
-            return SimpleNamespace(returncode=stop.code or 0)
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(subprocess, "run", here)
-    monkeypatch.setattr(data, "LEAST", 1)
-    return commands
+    monkeypatch.setattr(script, "load_encoder", never)
+    assert script.reached(config, weights, samples, "data") == found  # read, not computed
+    for damage in (found | dict(made="x"), {k: found[k] for k in ("made", "groups")}, [found]):
+        data.write_json(path, damage)
+        with pytest.raises(ZeroDivisionError):
+            script.reached(config, weights, samples, "data")
+    data.write_json(path, found)
+    for other in (("other data", config), ("data", config | dict(regions="grid:3"))):
+        with pytest.raises(ZeroDivisionError):
+            script.reached(other[1], weights, samples, other[0])
+    weights.write_bytes(weights.read_bytes() + b" ")  # other weights
+    with pytest.raises(ZeroDivisionError):
+        script.reached(config, weights, samples, "data")
 
 
 def objects(root):
@@ -892,7 +994,7 @@ def objects(root):
 
 @pytest.mark.parametrize("kind, regions, groups", [("cutouts", "grid:2", 12), ("coco", "grid:3", 4)])
 def test_a_family_of_photos_runs_through_the_scripts_with_a_clip_resnet(
-    tmp_path, in_process, kind, regions, groups
+    tmp_path, monkeypatch, kind, regions, groups
 ):
     text = dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1)
     image = dict(image_size=64, layers=[1, 1, 1, 1], width=16, patch_size=None)
@@ -904,10 +1006,18 @@ def test_a_family_of_photos_runs_through_the_scripts_with_a_clip_resnet(
     )
     out, at = tmp_path / "out", tmp_path / "out/settings/0.99-0"
     argv = ["--protocol=ravl", *flags.split(), f"--out_dir={out}", f"--cache_dir={tmp_path / 'cache'}"]
-    learned = dict.fromkeys(script.FIGURES, 0.5) | dict(groups=[0.1, 0.9] * (groups // 2))
-    data.write_json(at / "finetune/figures.json", learned)
+
+    def leaves(scripts, path, where, words):
+        commands.append(" ".join(sys.argv))
+        scripts.real(path, run_name="__main__")
+        if words["method"] == "finetune":
+            reaches(where, words, [0.1, 0.9] * (groups // 2), [0.5] * 4, regions)
+
+    monkeypatch.setattr(data, "LEAST", 1)
+    commands = []
+    Scripts(monkeypatch, leaves)
     assert run(argv) == 0
-    tree, (train, discover) = tree_of(out), [" ".join(command) for command in in_process[:2]]
+    tree, (train, discover) = tree_of(out), commands[:2]
     assert tree["config"]["regions"] == regions and tree["config"]["learning_rate"] == 3e-4
     both = ("--quick_gelu=on", "--strength=0.99", "--spurious=0", flags.split()[0])
     assert all(word in train and word in discover for word in both)

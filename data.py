@@ -12,6 +12,7 @@ import errno
 import functools
 import gc
 import gzip
+import hashlib
 import html
 import inspect
 import io
@@ -670,6 +671,12 @@ class Samples:
     prompts: list = field(default_factory=list)  # a list of texts for each of the labels
     imagenet: list = field(default_factory=list)  # for each class its ImageNet labels, 0 to 999; or empty
     official: bool = True  # False where the splits are made here, by a rule
+
+    @functools.cached_property
+    def digest(self):
+        """Hash of what it shows and says; of photos as the cache knows them, by size and times."""
+        said = self.captions, self.prompts, [v.tolist() for v in (self.y, self.place, self.split)]
+        return hashlib.sha256(json.dumps([[p.key() for p in self.items], said]).encode()).hexdigest()
 
     def group(self):
         """Group of each image, y * places + place [n]."""
@@ -1401,6 +1408,7 @@ def csv_table(path, facts):
 
 LEAST = 50  # images of each group of val and test; of fewer the worst group would be noise
 DIGITS = "zero one two three four five six seven eight nine".split()
+RECTANGLE = ["plain", "red rectangle"]
 CAPTIONS = ("the image shows a {}", "a photo of a {}.", "a picture of a {}")
 QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)
 
@@ -1477,15 +1485,21 @@ def digits(root, facts):
     --strength is Cramer's V of that class and the rectangle in the training split (0: none), --spurious the
     class, by number or name; val and test are balanced. The digits are drawn; or DIR holds MNIST's four files
     in IDX format, whole or .gz: train-images-idx3-ubyte, ..."""
-    facts.classes, facts.places = DIGITS, ["plain", "red rectangle"]
+    facts.classes, facts.places = DIGITS, RECTANGLE
     train = planted(facts, 1000)
     source = mnist(root, facts.seed) if root else None
     for split, y, on, k, n in cells(train, 100):
-        g, seed = rng(facts.seed, "quadrants", split, y, on, k), (facts.seed, split, on, k)
-        at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
-        digit = Digit(y, pixels=source[split][y][n].tobytes()) if source else Digit(y, seed)
-        item = Quadrants(digit, Rectangle((*seed, y)) if on else None, at, mark_at)
-        yield planted_row(item, y, on, split, facts, g, at, mark_at if on else None)
+        yield digit_row(facts.seed, split, y, on, k, source[split][y][n].tobytes() if source else b"")
+
+
+@functools.lru_cache(1 << 15)  # settings share most of them
+def digit_row(seed, split, y, on, k, pixels):
+    """The Row of the k-th image of a digit y with (on) or without the rectangle; pixels as of Digit."""
+    g, of = rng(seed, "quadrants", split, y, on, k), (seed, split, on, k)
+    at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
+    item = Quadrants(Digit(y, () if pixels else of, pixels), Rectangle((*of, y)) if on else None, at, mark_at)
+    facts = Facts(classes=DIGITS, places=RECTANGLE)
+    return planted_row(item, y, on, split, facts, g, at, mark_at if on else None)
 
 
 def planted(facts, each, most=None):

@@ -951,21 +951,15 @@ def setting_data(config, strength, label):
     return load_data(config["data"], config["classes"], seed=config["seed"], **planted)
 
 
-def data_digest(samples):
-    """Hash of what a data set shows and says; of photos as the cache knows them, by size and times."""
-    labels = [v.tolist() for v in (samples.y, samples.place, samples.split)]
-    return sha256(json.dumps([[p.key() for p in samples.items], labels, samples.captions, samples.prompts]))
-
-
-def made_of(code, words, of, config):
-    """Hash of a script's code, its flags and its data (`of`, see data_digest): equal where the script would
-    make the same again. Of a file that a flag names its content counts."""
+def made_of(code, words, samples, config):
+    """Hash of a script's code, its flags and its data: equal where it would make the same again. Of a file
+    that a flag names its content counts."""
     here, words = Path(__file__).parent, {k: str(v) for k, v in words.items() if k not in FREE}
     sources = [here / name for name in (code, "model.py", "data.py")] + sorted(here.glob("kernels/*.py"))
     for k in ("pretrained", "discovery"):
         if os.path.isfile(words.get(k, "")):
             words[k] = file_digest(words[k], config["cache_dir"])
-    return sha256(json.dumps([words, of, [sha256(path.read_bytes()) for path in sources]]))
+    return sha256(json.dumps([words, samples.digest, [sha256(path.read_bytes()) for path in sources]]))
 
 
 def kept_tree(path, made):
@@ -976,26 +970,29 @@ def kept_tree(path, made):
     return {}
 
 
-def script_run(name, out, config, of, **more):
-    """What train.py or discover.py, which lie beside this file, make in out: their weights or discovery.json,
-    kept if they are of the same flags, data (`of`) and code. The script runs in this process, so that what
-    it imports, draws and loads is there for the next; its output goes to out/log.txt; Complaint with the
-    last line of it."""
+def script_run(name, out, config, samples, **more):
+    """What train.py or discover.py, which lie beside this file, make in out of these flags: their weights or
+    discovery.json, kept if flags, data and code are the same. The script runs in this process, so that what
+    it imports, draws and loads is there for the next; output to out/log.txt; Complaint with its last line."""
     words, product = {k: config[k] for k in SHARED} | more, out / PRODUCTS[name]
-    made, note = made_of(name, words, of, config), out / "made.json"
+    made, note = made_of(name, words, samples, config), out / "made.json"
     if product.is_file():
         if kept_tree(note, made):
             return product
-        say(f"{out}: was made with other flags, data or code, or not finished; it is made anew")
+        say(f"{out}: made with other flags, data or code, or not to its end; it is made anew")
     for old in (note, out / "figures.json"):
         old.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    before, argv = sys.argv, [f"--{k}={v}" for k, v in words.items()] + [f"--out_dir={out}"]
-    sys.argv, code = [str(Path(__file__).with_name(name)), *argv], 0
+    argv = [
+        str(Path(__file__).with_name(name)),
+        *[f"--{k}={v}" for k, v in words.items()],
+        f"--out_dir={out}",
+    ]
+    before, sys.argv, code = sys.argv, argv, 0
     with open(out / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                runpy.run_path(sys.argv[0], run_name="__main__")
+                runpy.run_path(argv[0], run_name="__main__")
             except SystemExit as stop:
                 code = stop.code
             except Exception:  # as Python itself ends a script
@@ -1006,7 +1003,7 @@ def script_run(name, out, config, of, **more):
         raise KeyboardInterrupt
     if code:
         line = (out / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2]
-        raise Complaint(f"{name} {' '.join(argv)} failed: {line}")
+        raise Complaint(f"{name} {' '.join(argv[1:])} failed: {line}")
     write_json(note, dict(made=made))
     return product
 
@@ -1017,28 +1014,25 @@ def base_model(config):
     if config["pretrained"] or not config["base_steps"] or model not in PRETRAINED:
         return config["pretrained"]
     words.update({k: config[k] for k in ("learning_rate", "pairs")}, pretrained=PRETRAINED[model])
-    words["seed"], started = 1000 + config["seed"], time.time()
-    of = data_digest(setting_data(config | words, 0.0, 0))
-    made = made_of("train.py", {k: config[k] for k in SHARED} | words, of, config)
+    words["seed"] = 1000 + config["seed"]
+    samples = setting_data(config | words, 0.0, 0)
+    made = made_of("train.py", {k: config[k] for k in SHARED} | words, samples, config)
     at = Path(config["cache_dir"] or config["out_dir"]) / f"base-{model}-{made[:12]}"
-    there = (at / "made.json").is_file()
-    weights = script_run("train.py", at, config, of, **words)
-    if not there:
-        say(f"base model pre-trained in {time.time() - started:.0f} s, kept in {at}")
-    return str(weights)
+    say(f"base model: pre-trained in {at}, if it is not there")
+    return script_run("train.py", at, config, samples, **words)
 
 
 def one_setting(config, at, strength, label, base, mitigating):
     """Fine-tunes, discovers if the feature was learned, mitigates if asked to: an entry of protocol.json."""
     samples = setting_data(config, strength, label)
-    of, planted = data_digest(samples), dict(strength=strength, spurious=label, seed=config["seed"])
+    planted = dict(strength=strength, spurious=label, seed=config["seed"])
 
     def figures(method, **more):
         keys = ["steps", "learning_rate", "pairs"]
         keys += ["region_weight", "region_temperature"] if method == "ravl" else []
         more |= {k: config[k] for k in keys} | planted
-        weights = script_run("train.py", at / method, config, of, method=method, pretrained=base, **more)
-        return reached(config, weights, samples, of)
+        weights = script_run("train.py", at / method, config, samples, method=method, pretrained=base, **more)
+        return reached(config, weights, samples)
 
     groups, first = figures("finetune")["groups"], at / "finetune/weights.safetensors"
     gap = groups[2 * label + 1] - groups[2 * label]
@@ -1047,7 +1041,7 @@ def one_setting(config, at, strength, label, base, mitigating):
     if not out["valid"]:
         return out
     more = dict(pretrained=first, regions=config["regions"], method="all")
-    found = script_run("discover.py", at / "discovery", config, of, **more, **planted)
+    found = script_run("discover.py", at / "discovery", config, samples, **more, **planted)
     with reading(found, "a discovery.json of discover.py", "delete it"):
         tree = read_json(found, "a discovery.json of discover.py")
         out["precision_at_10"] = {name: m["precision_at_10"] for name, m in tree["methods"].items()}
@@ -1058,12 +1052,12 @@ def one_setting(config, at, strength, label, base, mitigating):
     return out
 
 
-def reached(config, weights, samples, of):
+def reached(config, weights, samples):
     """What weights reach on the uncorrelated test split, kept beside them: FIGURES, zero-shot on images and
     on regions that show the class object; groups, accuracies on images of class x feature [2 C]."""
     path, test = weights.with_name("figures.json"), samples.keep(samples.split == 2)
     words = {k: config[k] for k in (*SHARED, "regions")} | dict(pretrained=weights)
-    made = made_of("eval.py", words, of, config)
+    made = made_of("eval.py", words, samples, config)
     out = kept_tree(path, made)
     if {*FIGURES, "groups"} <= out.keys():
         return out

@@ -1342,9 +1342,22 @@ def test_a_digit_and_a_rectangle_lie_where_the_sample_says():
         assert image.sum() == sum(part.sum() for part in parts)
 
 
+def test_controlled_pictures_are_drawn_once_while_there_is_room(monkeypatch):
+    item, other = load_data("digits", strength=0.9).items[:2]
+    assert load_data("digits", strength=0.8).items[0] is item  # settings share what they have in common
+    draws, real = [], data.Quadrants.drawn
+    monkeypatch.setattr(data.Quadrants, "drawn", lambda self: draws.append(self) or real(self))
+    monkeypatch.setattr(data, "DRAWN", {})
+    first = item.image()
+    assert item.image() is first is replace(item).image() and draws == [item]
+    assert first.tobytes() == real(item).tobytes()
+    monkeypatch.setattr(data, "DRAWN_ROOM", 56 * 56 * 4)
+    assert other.image().tobytes() == other.image().tobytes() and draws == [item, other, other]
+
+
 def test_drawn_digits_differ_repeat_and_share_nothing_between_splits():
     samples, again, other = (load_data("digits", strength=0.95, seed=seed) for seed in (0, 0, 1))
-    pixels = [[s.items[k].image().tobytes() for k in range(0, 14_000, 700)] for s in (samples, again, other)]
+    pixels = [[s.items[k].drawn().tobytes() for k in range(0, 14_000, 700)] for s in (samples, again, other)]
     assert pixels[0] == pixels[1] and len(set(pixels[0])) == 20 and not set(pixels[0]) & set(pixels[2])
     assert len({item.figure.key() for item in samples.items}) == 14_000 and samples.name != other.name
     ones, eights = ([np.mean(data.draw_digit(d, (0, k))) for k in range(30)] for d in (1, 8))

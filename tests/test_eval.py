@@ -723,9 +723,9 @@ class Scripts:
 
 
 @functools.lru_cache(8)
-def digest_of_data(spec, classes, feature, strength, spurious, seed):
+def same_data(spec, classes, feature, strength, spurious, seed):
     planted = dict(feature=feature, strength=float(strength), spurious=spurious)
-    return script.data_digest(load_data(spec, classes, seed=int(seed), **planted))
+    return load_data(spec, classes, seed=int(seed), **planted)
 
 
 def reaches(at, words, groups, values, regions="grid:2"):
@@ -734,7 +734,7 @@ def reaches(at, words, groups, values, regions="grid:2"):
     known = {k: words[k] for k in script.SHARED} | dict(
         regions=regions, pretrained=at / "weights.safetensors"
     )
-    made = script.made_of("eval.py", known, digest_of_data(*data_flags), dict(cache_dir=""))
+    made = script.made_of("eval.py", known, same_data(*data_flags), dict(cache_dir=""))
     figures = dict(zip(script.FIGURES, values, strict=True), groups=groups, made=made)
     data.write_json(at / "figures.json", figures)
 
@@ -797,10 +797,11 @@ def test_controlled_settings_resume_from_what_is_done_and_keep_the_contract(sett
     assert "Precision@10 > 0.8" in said and "made anew" not in said
 
 
-def test_what_was_made_with_other_code_or_flags_is_made_anew_and_said(settings, capsys):
+def test_what_was_made_with_other_code_or_flags_is_made_anew_and_said(settings, monkeypatch, capsys):
     argv, out, scripts = settings
     code, argv = out / "code", [*argv, "--settings=1", "--mitigate=1"]
     shutil.copytree(Path(EVAL).parent, code, ignore=shutil.ignore_patterns(".*", "assets", "tests"))
+    monkeypatch.setattr(script, "__file__", str(code / "eval.py"))
     at, methods = out / "settings/0.99-0", list(script.MITIGATIONS)
 
     def ran(*more):
@@ -813,7 +814,9 @@ def test_what_was_made_with_other_code_or_flags_is_made_anew_and_said(settings, 
 
     everything = ["finetune", "all", *methods[1:]]
     assert ran() == (everything, False) and ran() == ([], False)
-    edit(code / "train.py")
+    edit(code / "train.py")  # the same weights come of it, and the discovery stays
+    assert ran() == (methods, True) and ran() == ([], False)
+    edit(code / "model.py")
     assert ran() == (everything, True) and ran() == ([], False)
     edit(code / "discover.py")  # the fine-tuned weights stay
     assert ran() == (everything[1:], True)
@@ -834,9 +837,9 @@ def test_other_photos_of_the_same_names_are_other_data(tmp_path):
     for name in ("cat", "dog"):
         for k in range(4):
             picture(tmp_path / f"set/{name}/{k}.png", k, name)
-    first, one = (script.data_digest(load_data(f"folder:{tmp_path / 'set'}")) for _ in range(2))
+    first, one = (load_data(f"folder:{tmp_path / 'set'}").digest for _ in range(2))
     os.utime(tmp_path / "set/cat/0.png", (1, 1))
-    assert first == one != script.data_digest(load_data(f"folder:{tmp_path / 'set'}"))
+    assert first == one != load_data(f"folder:{tmp_path / 'set'}").digest
 
 
 SCRIPT_RUNS = {  # what a script does -> what becomes of it, and the last line of its log
@@ -865,7 +868,9 @@ def test_a_script_runs_in_this_process_with_its_own_output_and_argv(tmp_path, mo
     before, out, config = list(sys.argv), tmp_path / "out", of(tmp_path)
     capsys.readouterr()
     with pytest.raises(problem) if problem else contextlib.nullcontext() as raised:
-        assert script.script_run("train.py", out, config, "data", steps=7) == out / "who"
+        assert (
+            script.script_run("train.py", out, config, SimpleNamespace(digest="data"), steps=7) == out / "who"
+        )
     assert (out / "who").read_text() == f"{os.getpid()} __main__" and sys.argv == before
     assert (out / "made.json").exists() == (problem is None)
     said = (out / "log.txt").read_text().splitlines()
@@ -949,7 +954,7 @@ def test_figures_of_a_setting_are_the_accuracies_of_images_and_kept(tmp_path, mo
     data.write(weights, model.weights_bytes(encoder, encoder.module))
     config = of(tmp_path, "--dtype=float32")
     samples = script.setting_data(config, 0.99, 0)
-    found = script.reached(config, weights, samples, "data")
+    found = script.reached(config, weights, samples)
     encoder = load_encoder("tiny-conv", str(weights), device="cpu", dtype="float32")
     test = samples.keep(samples.split == 2)
     right = (unit(encoder.embed(test.items)) @ encoder.prompts(test.class_prompts()).T).argmax(1) == test.y
@@ -964,18 +969,19 @@ def test_figures_of_a_setting_are_the_accuracies_of_images_and_kept(tmp_path, mo
         raise ZeroDivisionError
 
     monkeypatch.setattr(script, "load_encoder", never)
-    assert script.reached(config, weights, samples, "data") == found  # read, not computed
+    assert script.reached(config, weights, samples) == found  # read, not computed
     for damage in (found | dict(made="x"), {k: found[k] for k in ("made", "groups")}, [found]):
         data.write_json(path, damage)
         with pytest.raises(ZeroDivisionError):
-            script.reached(config, weights, samples, "data")
+            script.reached(config, weights, samples)
     data.write_json(path, found)
-    for other in (("other data", config), ("data", config | dict(regions="grid:3"))):
+    other = script.setting_data(config, 0.9, 0), config | dict(regions="grid:3")
+    for flags, rows in ((config, other[0]), (other[1], samples)):
         with pytest.raises(ZeroDivisionError):
-            script.reached(other[1], weights, samples, other[0])
+            script.reached(flags, weights, rows)
     weights.write_bytes(weights.read_bytes() + b" ")  # other weights
     with pytest.raises(ZeroDivisionError):
-        script.reached(config, weights, samples, "data")
+        script.reached(config, weights, samples)
 
 
 def objects(root):

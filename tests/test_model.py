@@ -135,6 +135,31 @@ def saved(path, state, **record):
 # --- encoders
 
 
+def test_scripts_in_one_process_share_what_they_load_and_may_train_it(monkeypatch):
+    built, real = [], model.Encoder.__init__
+
+    def counting(self, name, kind, build, *rest, **more):
+        real(self, name, kind, lambda: built.append(name) or build(), *rest, **more)
+
+    def load(name):
+        return load_encoder(name, "none", device="cpu").module
+
+    monkeypatch.setattr(model.Encoder, "__init__", counting)
+    monkeypatch.setattr(model, "LOADED", dict(most=0))
+    assert load("tiny-conv") is not load("tiny-conv")
+    assert built == ["tiny-conv"] * 2  # only where a script asks for it
+    model.LOADED["most"] = 2
+    a, b = load("tiny-conv"), load("tiny-conv")
+    with torch.no_grad():
+        a.visual.trunk.body[0].weight.zero_()
+        b.logit_scale.zero_()
+    c = load("tiny-conv")
+    assert len(built) == 3 and c.visual.trunk.body[0].weight.any() and c.logit_scale > 0
+    for name in ("tiny", "tiny-conv", "lite0-clip", "tiny-conv", "tiny"):  # the last two are kept
+        load(name)
+    assert built[3:] == ["tiny", "lite0-clip", "tiny"] and len(model.LOADED) == 3
+
+
 @pytest.mark.skipif(not (DATA / "imagenet_samples").is_dir(), reason="FLOCK_DATA has no imagenet_samples")
 def test_lite0_classifies_imagenet_photos(get):
     root = DATA / "imagenet_samples"

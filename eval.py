@@ -983,16 +983,12 @@ def script_run(name, out, config, samples, **more):
     for old in (note, out / "figures.json"):
         old.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    argv = [
-        str(Path(__file__).with_name(name)),
-        *[f"--{k}={v}" for k, v in words.items()],
-        f"--out_dir={out}",
-    ]
-    before, sys.argv, code = sys.argv, argv, 0
+    argv, before, code = [f"--{k}={v}" for k, v in words.items()] + [f"--out_dir={out}"], sys.argv, 0
+    sys.argv = [str(Path(__file__).with_name(name)), *argv]
     with open(out / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                runpy.run_path(argv[0], run_name="__main__")
+                runpy.run_path(sys.argv[0], run_name="__main__")
             except SystemExit as stop:
                 code = stop.code
             except Exception:  # as Python itself ends a script
@@ -1003,7 +999,7 @@ def script_run(name, out, config, samples, **more):
         raise KeyboardInterrupt
     if code:
         line = (out / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2]
-        raise Complaint(f"{name} {' '.join(argv[1:])} failed: {line}")
+        raise Complaint(f"{name} {' '.join(argv)} failed: {line}")
     write_json(note, dict(made=made))
     return product
 
@@ -1018,7 +1014,7 @@ def base_model(config):
     samples = setting_data(config | words, 0.0, 0)
     made = made_of("train.py", {k: config[k] for k in SHARED} | words, samples, config)
     at = Path(config["cache_dir"] or config["out_dir"]) / f"base-{model}-{made[:12]}"
-    say(f"base model: pre-trained in {at}, if it is not there")
+    say(f"base model: {at}")
     return script_run("train.py", at, config, samples, **words)
 
 
@@ -1034,13 +1030,13 @@ def one_setting(config, at, strength, label, base, mitigating):
         weights = script_run("train.py", at / method, config, samples, method=method, pretrained=base, **more)
         return reached(config, weights, samples)
 
-    groups, first = figures("finetune")["groups"], at / "finetune/weights.safetensors"
+    groups = figures("finetune")["groups"]
     gap = groups[2 * label + 1] - groups[2 * label]
     out = dict(strength=strength, spurious_class=label, valid=gap >= VALID, gap=gap)
     out.update(precision_at_10={}, mitigation={})
     if not out["valid"]:
         return out
-    more = dict(pretrained=first, regions=config["regions"], method="all")
+    more = dict(pretrained=at / "finetune/weights.safetensors", regions=config["regions"], method="all")
     found = script_run("discover.py", at / "discovery", config, samples, **more, **planted)
     with reading(found, "a discovery.json of discover.py", "delete it"):
         tree = read_json(found, "a discovery.json of discover.py")
@@ -1057,8 +1053,7 @@ def reached(config, weights, samples):
     on regions that show the class object; groups, accuracies on images of class x feature [2 C]."""
     path, test = weights.with_name("figures.json"), samples.keep(samples.split == 2)
     words = {k: config[k] for k in (*SHARED, "regions")} | dict(pretrained=weights)
-    made = made_of("eval.py", words, samples, config)
-    out = kept_tree(path, made)
+    out = kept_tree(path, made := made_of("eval.py", words, samples, config))
     if {*FIGURES, "groups"} <= out.keys():
         return out
     n = test.counts(2).tolist()

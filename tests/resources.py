@@ -1,10 +1,11 @@
 """What the compiler makes of every kernel, for GPUs that need not be there.
 
-    python -m kernels.resources [float32:512 bfloat16:77 ...]
+    python -m tests.resources [float32:512 bfloat16:77 ...]
 
 Calls the ops on small CPU tensors, with the launch replaced by a compilation for sm_80, sm_89 and sm_90:
 each line is a kernel as it is really launched. Prints registers per thread, bytes on the stack (spilled ones
-among them), shared memory, loads of 16 bytes, tensor-core products. TRITON_INTERPRET must be unset.
+among them), shared memory, loads of 16 bytes, tensor-core products, barriers of more than a warp (as the
+source has them, not as often as they are met). TRITON_INTERPRET must be unset.
 """
 
 import re
@@ -16,11 +17,12 @@ from types import SimpleNamespace
 
 import torch
 
-from kernels import launch, pairwise_additivity, pairwise_loss, region_pool
+from kernels import launch, pairwise_additivity, pairwise_loss, region_logits, region_pool
 from kernels.launch import triton
 
 ARCHS = (80, 89, 90)
 LOAD16 = r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.c[ag]\S* [^;]*, 0x10"
+BARRIER = r"\bbar(?:rier)?\.sync"
 TENSOR = r"\b(?:mma\.sync|wgmma\.mma_async)"
 
 
@@ -41,6 +43,7 @@ def call_ops(dtype, D):
     pairwise_loss(f.requires_grad_(), b, t, index[:32], 1.0)
     for regions in (torch.zeros(32, 4), torch.zeros(32, 16, 16)):
         region_pool(maps.requires_grad_(), regions, index[:32]).sum().backward()
+        region_logits(maps, regions, index[:32], t)
 
 
 def report(dtype, D):
@@ -53,11 +56,9 @@ def report(dtype, D):
         for arch in ARCHS:
             pretend(arch)
             binary = kernel.warmup(*args, grid=grid, num_warps=warps, num_stages=stages, **constants)
-            ptx, registers = (
-                binary.asm["ptx"],
-                re.search(r"REG:(\d+) STACK:(\d+)", usage(binary.asm["cubin"])),
-            )
-            counts = [len(re.findall(pattern, ptx)) for pattern in (LOAD16, TENSOR)]
+            registers = re.search(r"REG:(\d+) STACK:(\d+)", usage(binary.asm["cubin"]))
+            counts = [len(re.findall(pattern, binary.asm["ptx"])) for pattern in (LOAD16, TENSOR, BARRIER)]
+            counts[2] *= warps > 1
             lines.append((arch, name, flags, *registers.groups(), binary.metadata.shared, *counts))
 
     launch.run = compile_only
@@ -76,8 +77,8 @@ def usage(cubin):
 
 if __name__ == "__main__":
     if triton is None or launch.INTERPRET:
-        sys.exit("kernels.resources compiles: it needs Triton, with TRITON_INTERPRET unset")
-    print("sm kernel flags dtype D registers stack shared 16-byte-loads tensor-core")
+        sys.exit("tests/resources.py compiles: it needs Triton, with TRITON_INTERPRET unset")
+    print("sm kernel flags dtype D registers stack shared 16-byte-loads tensor-core barriers")
     for case in sys.argv[1:] or ["float32:512", "float32:77", "bfloat16:512", "float16:512"]:
         name, D = case.split(":")
         for arch, kernel, flags, *numbers in report(getattr(torch, name), int(D)):

@@ -13,6 +13,7 @@ except ImportError as error:  # a machine without Triton: the PyTorch path is al
     triton = tl = constexpr = None
     MISSING = error
 
+MULTIPROCESSORS = 128  # about as many as a large GPU has (H100: 132)
 MAX_D = 4096  # embedding width that the kernels were written and tested for
 
 
@@ -87,18 +88,21 @@ def rows(kernel, D):
     return settings | dict(warps=8) if BD > 1024 else settings
 
 
-def tiles(x):
-    """Settings of the kernels with matrix products: BI x BJ products, BD numbers of a row at a time. Untuned.
+def tiles(f, b):
+    """Settings of the kernel with products of f [n, D] and b [m, D]: BI x BJ products, BD numbers at a time.
 
     float32 goes through tensor cores as three tf32 products, which keeps it float32, with smaller steps and,
     where rows are no multiple of 16 numbers, smaller tiles: else its registers spill on sm_80 and sm_89.
+    Where large tiles would leave most of a GPU idle each is one warp, whose sums need no barrier.
     """
-    settings = SETTINGS["pairwise_loss"] | dict(PRECISION="ieee")
-    if x.dtype == torch.float32:
-        settings |= dict(BI=32 if x.shape[-1] % 16 else 64, BD=16, PRECISION="tf32x3")
-    if INTERPRET:
-        settings["PRECISION"] = "interpret"
-    return settings
+    settings = SETTINGS["pairwise_loss"]
+    few = triton.cdiv(len(f), settings["BI"]) * triton.cdiv(len(b), settings["BJ"]) < MULTIPROCESSORS
+    settings = SETTINGS["pairwise_loss, few pairs"] if few else settings
+    precision = dict(PRECISION="ieee")
+    if f.dtype == torch.float32:
+        low = settings["BI"] if f.shape[-1] % 16 == 0 else min(32, settings["BI"])
+        precision = dict(BI=low, BD=16, PRECISION="tf32x3")
+    return settings | precision | (dict(PRECISION="interpret") if INTERPRET else {})
 
 
 def slices(n, step):

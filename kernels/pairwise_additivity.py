@@ -70,8 +70,8 @@ def forward_torch(z, f, b, index):
     return zs / (zz.clamp_(min=EPS) * ss.clamp_(min=EPS)), sq.square_()
 
 
-# The Triton path: a program takes BP pairs and walks along D, each warp on rows of its own: sums over a row are
-# taken once, at its end, and no warp waits for another.
+# The Triton path: a program takes BP pairs and walks along D, each warp on rows of its own. Sums over a row are
+# taken once, at its end, so that no warp waits for another on the way.
 
 
 @jit

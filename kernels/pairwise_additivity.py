@@ -70,8 +70,8 @@ def forward_torch(z, f, b, index):
     return zs / (zz.clamp_(min=EPS) * ss.clamp_(min=EPS)), sq.square_()
 
 
-# The Triton path: a program takes BP pairs and walks along D, each warp on rows of its own. Sums over a row are
-# taken once, at its end, so that no warp waits for another on the way.
+# The Triton path: a program takes BP pairs and walks along D, a warp on rows of its own. Sums over a row are
+# taken once, at its end: on the way no warp waits for another.
 
 
 @jit

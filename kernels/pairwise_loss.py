@@ -149,8 +149,8 @@ ROOM = 1 << 25  # numbers that the kernel's block may leave in memory
 
 
 def side(C):
-    """Rows and columns of the kernel's block: it leaves side^2 numbers for v, with tiles of 16 x 32 or more up to
-    side^2 C (1 / 16 + 1 / 32) for gf and gb."""
+    """Rows and columns of the kernel's block: it leaves side^2 numbers for v and up to 3 / 32 C times that,
+    as tiles are 16 x 32 or more, for gf and gb."""
     return max(256, int((ROOM / (1 + C * 3 / 32)) ** 0.5) // 64 * 64)
 
 

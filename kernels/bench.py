@@ -65,12 +65,8 @@ def cases(new):
         given = new(n, D), new(n, D), new(C, D), torch.randint(C, (n,), device=x.device), 14.3
         naive = (pairwise_loss_ref, *given) if n * n * max(C, D) < 1 << 28 else None  # more takes much memory
         work = (2 * n + C) * D, 2 * n * n * D + 4 * n * C * D, 6 * n * n * C
-        yield (
-            f"pairwise_loss, n = m = {n}, D = 512, C = {C}",
-            given[:3],
-            (naive, None, (pairwise_loss, *given)),
-            work,
-        )
+        calls = naive, None, (pairwise_loss, *given)
+        yield f"pairwise_loss, n = m = {n}, D = 512, C = {C}", given[:3], calls, work
 
 
 def run(call, leaves):

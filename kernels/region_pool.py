@@ -19,7 +19,7 @@ from kernels import launch
 from kernels.launch import accumulator, constexpr, jit, slices, tl, triton
 
 
-def region_pool_ref(features, boxes, image_index, grid=None, normalize=False):
+def region_pool_ref(features, boxes, image_index, grid=None):
     """The definition, one region at a time; arguments as region_pool."""
     if features.dim() == 3:
         features = features.unflatten(1, grid)
@@ -30,10 +30,7 @@ def region_pool_ref(features, boxes, image_index, grid=None, normalize=False):
             region = rows[0, :, None] * columns[0]
         w = region.to(features.dtype)[:, :, None]  # [H, W, 1]
         x = torch.where(w == 0, 0, features[i])  # [H, W, D]
-        mean = (w * x).sum((0, 1)) / torch.where((w == 0).all(), 1, w.sum())
-        if normalize:
-            mean = F.normalize(mean, dim=0)
-        pooled.append(mean[None])
+        pooled.append((w * x).sum((0, 1))[None] / torch.where((w == 0).all(), 1, w.sum()))
     return torch.cat(pooled)
 
 
@@ -270,19 +267,15 @@ def checked(features, boxes, image_index, grid):
 
 
 @torch.compiler.disable  # a compiled caller calls it as it is
-def region_pool(features, boxes, image_index, grid=None, normalize=False):
+def region_pool(features, boxes, image_index, grid=None):
     """Mean of the features under each region, weighted by overlap; see the head of this file.
 
     features: [B, H, W, D], or [B, P, D] (class token left out) with grid = (H, W), H * W = P.
     boxes: [K, 4] as x1, y1, x2, y2 in cells; or masks [K, H, W], weights >= 0.
     image_index: [K], the image of each region, in any order; an image may have none.
-    normalize: divide each row by its L2 norm (at least 1e-12).
     Returns [K, D] in the dtype of features, summed in float32 (float64 for float64).
     Raises ValueError where the shapes do not fit.
     """
     features = checked(features, boxes, image_index, grid)
     pool = RegionPool.apply if launch.use_triton(features) else pool_torch
-    out = pool(features, boxes.detach(), image_index.long())  # [K, D] in the accumulator's dtype
-    if normalize:
-        out = F.normalize(out, dim=1)
-    return out.to(features.dtype)
+    return pool(features, boxes.detach(), image_index.long()).to(features.dtype)

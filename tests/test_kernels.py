@@ -101,14 +101,14 @@ def triples_case(P, n, m, D):
     return pairwise_additivity, pairwise_additivity_ref, inputs, (index,)
 
 
-def pool_case(B, H, W, D, K, masks=False, normalize=False, grid=None):
+def pool_case(B, H, W, D, K, masks=False, grid=None):
     g = generator("pool", B, H, W, D, K, masks)
     x = normal(g, B, H, W, D)
     regions = (draw_masks if masks else draw_boxes)(g, K, H, W)
     image = integers(g, max(1, B - 1), K)  # the last image has none
     if grid:
         x = x.flatten(1, 2)
-    return region_pool, region_pool_ref, [x], (regions, image, grid, normalize)
+    return region_pool, region_pool_ref, [x], (regions, image, grid)
 
 
 def logits_case(B, H, W, D, K, C, masks=False):
@@ -146,9 +146,8 @@ CASES = {
     "pool wide": (pool_case, 2, 3, 3, 513, 7),
     "pool D=4096": (pool_case, 1, 2, 2, 4096, 2),
     "pool masks": (pool_case, 3, 5, 7, 70, 20, True),
-    "pool unit": (pool_case, 3, 5, 7, 70, 20, False, True),
-    "pool unit masks": (pool_case, 3, 4, 4, 20, 9, True, True),
-    "pool patches": (pool_case, 2, 3, 5, 16, 9, False, False, (3, 5)),
+    "pool square masks": (pool_case, 3, 4, 4, 20, 9, True),
+    "pool patches": (pool_case, 2, 3, 5, 16, 9, False, (3, 5)),
     "logits one": (logits_case, 1, 1, 1, 1, 1, 1),
     "logits odd": (logits_case, 3, 5, 7, 70, 20, 11),
     "logits masks": (logits_case, 3, 4, 4, 20, 9, 3, True),
@@ -169,7 +168,7 @@ TINY = {
     "anchors": (anchor_case, 4, 3, 3),
     "additivity": (additivity_case, 3, 4, 5),
     "pool": (pool_case, 2, 3, 4, 3, 6),
-    "masks": (pool_case, 2, 3, 4, 3, 6, True, True),
+    "masks": (pool_case, 2, 3, 4, 3, 6, True),
     "logits": (logits_case, 2, 3, 4, 3, 6, 2),
 }
 
@@ -332,7 +331,7 @@ def test_no_second_derivative_instead_of_a_wrong_one():
             torch.autograd.grad(slope.sum(), x)
 
 
-@pytest.mark.parametrize("case", ["loss odd", "additivity odd", "pool unit", "logits odd"])
+@pytest.mark.parametrize("case", ["loss odd", "additivity odd", "pool odd", "logits odd"])
 def test_compile_and_autocast(case):
     """The op of matrix products runs in autocast's dtype, those that read once in that of their input."""
     op, _, inputs, args = case_of(CASES, case)
@@ -375,7 +374,7 @@ def test_no_rows():
         return torch.zeros(*shape, requires_grad=True)
 
     no = torch.zeros(0).long()
-    assert region_pool(zeros(2, 3, 3, 5), torch.zeros(0, 4), no, normalize=True).shape == (0, 5)
+    assert region_pool(zeros(2, 3, 3, 5), torch.zeros(0, 4), no).shape == (0, 5)
     assert region_pool(zeros(0, 3, 3, 5), torch.zeros(0, 4), no).shape == (0, 5)
     cos, means = region_logits(zeros(2, 3, 3, 5), torch.zeros(0, 4), no, zeros(4, 5))
     assert cos.shape == (0, 4) and means.shape == (0, 5)
@@ -565,7 +564,7 @@ def test_tuning_takes_what_is_fastest_and_passes_over_what_does_not_run(monkeypa
     assert table["SETTINGS"] == launch.SETTINGS and printed.startswith("SETTINGS = {  # a card, bfloat16")
     for kernel, settings in table["SETTINGS"].items():
         for key, value in settings.items():
-            reach = [before[kernel][key] * 2**n // 4 for n in range(5)]  # two halvings, two doublings
+            reach = [v for n in range(5) if (v := before[kernel][key] * 2**n // 4)]  # halved or doubled twice
             assert value == min(reach, key=lambda v: abs(math.log2(v / wanted[key]))), (kernel, key)
 
 

@@ -39,8 +39,9 @@ def call_ops(dtype, D):
     index = torch.zeros(2048, dtype=torch.long)
     pairwise_additivity(maps.view(1024, D), f, b, (index[:1024], index[:1024]))
     pairwise_additivity(torch.zeros(32, 64, D, dtype=dtype), f, b)
-    pairwise_loss(f, b, t, index[:32], 1.0)
-    pairwise_loss(f.requires_grad_(), b, t, index[:32], 1.0)
+    for launch.MULTIPROCESSORS in (128, 0):  # 32 x 64 are few pairs, or not
+        pairwise_loss(f, b, t, index[:32], 1.0)
+        pairwise_loss(f.detach().requires_grad_(), b, t, index[:32], 1.0)
     for regions in (torch.zeros(32, 4), torch.zeros(32, 16, 16)):
         region_pool(maps.requires_grad_(), regions, index[:32]).sum().backward()
         region_logits(maps, regions, index[:32], t)
@@ -52,7 +53,8 @@ def report(dtype, D):
 
     def compile_only(kernel, grid, *args, warps=4, stages=2, **constants):
         name = f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}"
-        flags = "+".join(k for k in ("LIST", "MASK", "NEED_GRAD") if constants.get(k)) or "-"
+        flags = "+".join(k for k in ("LIST", "MASK", "NEED_GRAD") if constants.get(k))
+        flags = "+".join([flags] * bool(flags) + ["one-warp"] * (warps == 1)) or "-"
         for arch in ARCHS:
             pretend(arch)
             binary = kernel.warmup(*args, grid=grid, num_warps=warps, num_stages=stages, **constants)

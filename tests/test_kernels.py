@@ -594,7 +594,7 @@ def test_interpreter():
 @outside
 @needs_triton
 def test_every_kernel_compiles_within_the_limits_of_each_gpu(tmp_path):
-    cases = "float32:512 float32:77 float32:20 bfloat16:512 bfloat16:77 float16:512".split()
+    cases = "float32:512 float32:77 bfloat16:512 float16:77".split()
     out = python("-m", "tests.resources", *cases, TRITON_CACHE_DIR=str(tmp_path))
     kernels = set()
     for line in out.splitlines()[1:]:
@@ -605,4 +605,6 @@ def test_every_kernel_compiles_within_the_limits_of_each_gpu(tmp_path):
         assert shared <= {"80": 163, "89": 99, "90": 227}[arch] * 1024, line
         assert wide > 0 or D != "512", line
         assert tensor > 0 or "pairwise_loss" not in kernel, line
-    assert len(kernels) == 3 * 8 * 3
+        alone = "one-warp" in flags or (kernel, dtype, D) == ("region_pool.forward_kernel", "float32", "512")
+        assert barriers == 0 or not alone, line  # no warp waits for another
+    assert len(kernels) == 3 * 13 * 3

@@ -139,7 +139,7 @@ def block_triton(f, b, ft, bt, y, scale, need_grad):
     gf, gb = ft.new_empty(grid[1], kept, n), ft.new_empty(grid[0], kept, m)
     inputs = (f, b, *norms, ft, bt, y, scale)
     launch.run(loss_kernel, grid, *inputs, loss, gf, gb, v, n, m, C, D, NEED_GRAD=need_grad, **tile)
-    return loss.sum(dtype=torch.float64), gf.sum(0), gb.sum(0), v
+    return loss.sum(dtype=torch.float64), *([gf.sum(0), gb.sum(0), v] if need_grad else [None] * 3)
 
 
 # The op: blocks of pairs, the products with the targets before and after them.
@@ -166,31 +166,31 @@ class PairwiseLoss(torch.autograd.Function):
         block, size = (block_triton, side(len(t))) if launch.use_triton(f) else (block_torch, BLOCK)
         raw_f, raw_b, y = f.contiguous(), b.contiguous(), y.contiguous()  # what a kernel reads
         f, b, t, scale = [x.to(accumulator(f.dtype)) for x in (f, b, t, scale)]
-        df, db, dt = torch.zeros_like(f), torch.zeros_like(b), torch.zeros_like(t)
-        st = scale * t
-        total = torch.zeros((), dtype=torch.float64, device=f.device)
+        st, total, sizes = scale * t, 0.0, (len(f), len(b), len(t))
+        slopes = f.new_zeros(sum(sizes) * need_grad, f.shape[1])
+        df, db, dt = slopes.split(sizes) if need_grad else (None,) * 3  # in one piece: fewer launches
         for i in slices(len(f), size):
             ft = t @ f[i].T  # [C, ni]
             for j in slices(len(b), size):
                 bt = t @ b[j].T  # [C, nj]
                 loss, gf, gb, v = block(raw_f[i], raw_b[j], ft, bt, y[i], scale, need_grad)
-                total += loss
+                total = total + loss
                 if need_grad:
                     add_slope(df[i], gf, st, v, f[i], b[j])
                     add_slope(db[j], gb, st, v.T, b[j], f[i])
                     dt.addmm_(gf, f[i]).addmm_(gb, b[j])
         if need_grad:
-            dscale = (t * dt).sum() if ctx.needs_input_grad[4] else None
-            ctx.save_for_backward(df, db, dt.mul_(scale), dscale)
+            dscale, ctx.sizes = (t * dt).sum() if ctx.needs_input_grad[4] else None, sizes
+            dt.mul_(scale)
+            ctx.save_for_backward(slopes, dscale)
         return (total / ctx.pairs).to(f.dtype) if ctx.pairs else f.new_full((), torch.nan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         share = grad / max(1, ctx.pairs)
-        # autograd gives each its input's dtype
-        df, db, dt, dscale = [None if x is None else share * x for x in ctx.saved_tensors]
-        return df, db, dt, None, dscale, None
+        slopes, dscale = [None if x is None else share * x for x in ctx.saved_tensors]
+        return *slopes.split(ctx.sizes), None, dscale, None  # autograd gives each its input's dtype
 
 
 @torch.compiler.disable  # a compiled caller calls it as it is

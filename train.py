@@ -1331,18 +1331,18 @@ def region_terms(cos, state, y, tau=0.07):
     A label of several images counts once in L_R's first sum (open in the paper). Zeros if no R_i^r has any.
     What takes no part is NONE, not cut out: no shape depends on the data, so a GPU is never waited for.
     """
-    x = cos.float() / tau
+    x, n = cos.float() / tau, torch.arange(len(y), device=y.device)
     s = x.masked_fill((state != 0)[:, :, None], NONE).amax(1)  # [B, C]
     held = x.masked_fill((state != 1)[:, :, None], NONE).flatten(0, 1)  # [B R, C]
     absent = (y[:, None] != torch.arange(x.shape[2], device=y.device)).all(0)  # [C]
-    own = s.gather(1, y[:, None])[:, 0]  # [B]
-    most = held.masked_fill(absent, NONE).amax(1).logsumexp(0)
-    L_R = torch.logaddexp(s.masked_fill(absent, NONE).logsumexp(1), most) - own
-    others = s[:, y].T.masked_fill(y[:, None] == y, NONE)  # [i, j]: s_j(y_i)
-    L_A = torch.cat([own[:, None], others, held.logsumexp(0)[y, None]], 1).logsumexp(1) - own
+    most = held.masked_fill(absent, NONE).amax(1, keepdim=True)  # [B R, 1]
+    h = torch.cat([held, most], 1).logsumexp(0)  # [C + 1]
+    labels = torch.cat([s.masked_fill(absent, NONE), h[None, -1:].expand(len(y), 1)], 1)  # [B, C + 1]
+    twin = (y[:, None] == y) & (n[:, None] != n)
+    images = torch.cat([s[:, y].T.masked_fill(twin, NONE), h[y, None]], 1)  # [B, B + 1], s_j(y_i) in row i
     counted = (state == 0).any(1)
-    share = counted / counted.sum().clamp(min=1)  # [B]
-    return (L_R.masked_fill(~counted, 0) * share).sum(), (L_A.masked_fill(~counted, 0) * share).sum()
+    terms = [F.cross_entropy(v, k, reduction="none") for v, k in ((labels, y), (images, n))]
+    return [v.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1) for v in terms]
 
 
 # --- how often an image is drawn: a function from the step to rows [pairs], of the seed and the step alone

@@ -98,11 +98,10 @@ def tiles(f, b):
     settings = SETTINGS["pairwise_loss"]
     few = triton.cdiv(len(f), settings["BI"]) * triton.cdiv(len(b), settings["BJ"]) < MULTIPROCESSORS
     settings = SETTINGS["pairwise_loss, few pairs"] if few else settings
-    precision = dict(PRECISION="ieee")
+    settings = settings | dict(PRECISION="ieee")
     if f.dtype == torch.float32:
-        low = settings["BI"] if f.shape[-1] % 16 == 0 else min(32, settings["BI"])
-        precision = dict(BI=low, BD=16, PRECISION="tf32x3")
-    return settings | precision | (dict(PRECISION="interpret") if INTERPRET else {})
+        settings |= dict(BD=16, PRECISION="tf32x3", BI=min(settings["BI"], 32 if f.shape[-1] % 16 else 64))
+    return settings | (dict(PRECISION="interpret") if INTERPRET else {})
 
 
 def slices(n, step):

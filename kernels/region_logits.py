@@ -85,17 +85,15 @@ class RegionLogits(torch.autograd.Function):
     def backward(ctx, g, dmeans):
         *where, texts, means, cosines = ctx.saved_tensors
         t, dx, dt = texts.float(), None, None
-        m_norm, t_norm = (torch.linalg.vector_norm(v, dim=1).clamp(min=1e-12) for v in (means, t))
-        along, across = g * cosines, g / m_norm[:, None] / t_norm  # [K, C] both
+        norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=1e-12) for v in (means, t)]
+        m_norm, t_norm = norms  # [K, 1], [C, 1]
+        across, along = g / m_norm / t_norm.T, g * cosines  # [K, C] both
         if ctx.needs_input_grad[0]:
-            dm = torch.addmm(dmeans, across, t).addcmul_(
-                along.sum(1, True) / m_norm[:, None].square(), means, value=-1
-            )
+            dm = (dmeans + across @ t).addcmul_(along.sum(1, True) / m_norm.square(), means, value=-1)
             dx = spread(dm, *where, *ctx.like)
         if ctx.needs_input_grad[3]:
-            dt = (across.T @ means).addcmul_(along.sum(0)[:, None] / t_norm[:, None].square(), t, value=-1)
-            dt = dt.to(texts.dtype)
-        return dx, None, None, dt
+            dt = (across.T @ means).addcmul_(along.sum(0)[:, None] / t_norm.square(), t, value=-1)
+        return dx, None, None, dt  # autograd gives each its input's dtype
 
 
 @torch.compiler.disable  # a compiled caller calls it as it is

@@ -155,8 +155,8 @@ def forward_kernel(
 ):
     k = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
-    found, weight = mean(x, image, regions, k, d, H, W, D, x_image, x_cell, MASK, BP, BD)
-    tl.store(out + k * D + d, found, d < D)
+    m, weight = mean(x, image, regions, k, d, H, W, D, x_image, x_cell, MASK, BP, BD)
+    tl.store(out + k * D + d, m, d < D)
     tl.store(total + k, weight, tl.program_id(1) == 0)
 
 
@@ -222,9 +222,8 @@ def spread(grad, regions, total, image_index, shape, dtype):
     """Gradients of the means [K, D] -> of features [B, H, W, D] in dtype."""
     B, H, W, D = shape
     order, starts = (image_index.new_empty(n, dtype=torch.int32) for n in (len(regions), B + 1))
-    launch.run(
-        list_kernel, (B,), image_index, order, starts, len(regions), **launch.SETTINGS["region_pool, lists"]
-    )
+    tile = launch.SETTINGS["region_pool, lists"]
+    launch.run(list_kernel, (B,), image_index, order, starts, len(regions), **tile)
     out, tile = grad.new_empty(shape, dtype=dtype), launch.rows("region_pool, gradient", D)
     grid = B * triton.cdiv(H * W, tile["BP"]), triton.cdiv(D, tile["BD"])
     arguments = grad.contiguous(), regions, total, order, starts, out, H * W, W, D

@@ -23,14 +23,14 @@ from torch.autograd.function import once_differentiable
 
 from kernels import launch
 from kernels.launch import constexpr, jit, tl
-from kernels.region_pool import checked, mean, pool_torch, readable, region_pool_ref, spread
+from kernels.region_pool import check, mean, pool_torch, readable, region_pool_ref, spread
 
 MAX_C = 256  # texts that the kernel walks over; more go to a product of matrices behind it
 
 
-def region_logits_ref(features, regions, image_index, texts, grid=None):
+def region_logits_ref(features, regions, image_index, texts):
     """The definition; arguments as region_logits."""
-    means = region_pool_ref(features, regions, image_index, grid)
+    means = region_pool_ref(features, regions, image_index)
     return F.normalize(means, dim=1) @ F.normalize(texts, dim=1).T, means
 
 
@@ -97,16 +97,16 @@ class RegionLogits(torch.autograd.Function):
 
 
 @torch.compiler.disable  # a compiled caller calls it as it is
-def region_logits(features, regions, image_index, texts, grid=None):
+def region_logits(features, regions, image_index, texts):
     """Cosines of regions and class texts, and the regions' means; see the head of this file.
 
-    features, regions, image_index, grid: as region_pool takes features, boxes, image_index, grid.
+    features, regions, image_index: as region_pool takes features, boxes, image_index.
     texts: [C, D], of any length, in any floating dtype.
     Returns cosines [K, C] and means [K, D], not normalised, summed and given in float32 (float64 for
     float64); logits are scale * cosines. A region without weight has a mean and cosines of zero. Gradients
     go to features and texts. Autocast changes nothing. Raises ValueError where the shapes do not fit.
     """
-    features = checked(features, regions, image_index, grid)
+    check(features, regions, image_index)
     if texts.dim() != 2 or texts.shape[1] != features.shape[3]:
         raise ValueError(f"texts: found {list(texts.shape)}, expected [C, {features.shape[3]}]")
     op = RegionLogits.apply if launch.use_triton(features, texts) else logits_torch

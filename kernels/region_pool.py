@@ -19,10 +19,8 @@ from kernels import launch
 from kernels.launch import accumulator, constexpr, jit, slices, tl, triton
 
 
-def region_pool_ref(features, boxes, image_index, grid=None):
+def region_pool_ref(features, boxes, image_index):
     """The definition, one region at a time; arguments as region_pool."""
-    if features.dim() == 3:
-        features = features.unflatten(1, grid)
     pooled = [features.new_zeros(0, features.shape[-1])]
     for region, i in zip(boxes, image_index.tolist(), strict=True):
         if region.dim() == 1:
@@ -250,31 +248,28 @@ class RegionPool(torch.autograd.Function):
         return spread(grad, *ctx.saved_tensors, *ctx.like), None, None
 
 
-def checked(features, boxes, image_index, grid):
-    """Features as [B, H, W, D]; ValueError where the shapes do not fit, see region_pool."""
-    if features.dim() == 3:
-        if grid is None or grid[0] * grid[1] != features.shape[1]:
-            cure = "give grid=(rows, columns) and leave the class token out"
-            raise ValueError(f"features: {features.shape[1]} patches do not fill the grid {grid}; {cure}")
-        features = features.unflatten(1, tuple(grid))
+def check(features, boxes, image_index):
+    """ValueError where the shapes do not fit, see region_pool."""
+    if features.dim() != 4:
+        cure = "leave the class token out and call features.unflatten(1, (rows, columns))"
+        raise ValueError(f"features: found {list(features.shape)}, expected [B, H, W, D]; {cure}")
     if boxes.shape[1:] not in ((4,), features.shape[1:3]):
         H, W = features.shape[1:3]
         raise ValueError(f"boxes: found {list(boxes.shape)}, expected [K, 4] or masks [K, {H}, {W}]")
     if image_index.shape != boxes.shape[:1]:
         raise ValueError(f"image_index: {list(image_index.shape)}, expected [{len(boxes)}], one per region")
-    return features
 
 
 @torch.compiler.disable  # a compiled caller calls it as it is
-def region_pool(features, boxes, image_index, grid=None):
+def region_pool(features, boxes, image_index):
     """Mean of the features under each region, weighted by overlap; see the head of this file.
 
-    features: [B, H, W, D], or [B, P, D] (class token left out) with grid = (H, W), H * W = P.
+    features: [B, H, W, D]. Patches [B, P, D]: .unflatten(1, (H, W)), the class token left out.
     boxes: [K, 4] as x1, y1, x2, y2 in cells; or masks [K, H, W], weights >= 0.
     image_index: [K], the image of each region, in any order; an image may have none.
     Returns [K, D] in the dtype of features, summed in float32 (float64 for float64).
     Raises ValueError where the shapes do not fit.
     """
-    features = checked(features, boxes, image_index, grid)
+    check(features, boxes, image_index)
     pool = RegionPool.apply if launch.use_triton(features) else pool_torch
     return pool(features, boxes.detach(), image_index.long()).to(features.dtype)

@@ -8,6 +8,7 @@ Inputs are new in every run: a failure prints the seed, FLOCK_TEST_SEED=<seed> b
 import importlib
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import launch, pairwise_additivity, pairwise_loss, region_logits, region_pool
 from kernels.pairwise_additivity import pairwise_additivity_ref
@@ -243,6 +245,30 @@ def test_large_tiles_as_many_pairs_have_them(case, monkeypatch):
     monkeypatch.setattr(launch, "MULTIPROCESSORS", 1)
     for dtype in (torch.float32, torch.bfloat16):
         check(*case_of(CASES, case), dtype)
+
+
+@pytest.mark.skipif(not launch.INTERPRET, reason="of the kernels")
+def test_region_ops_launch_one_kernel_forward_and_two_backward(monkeypatch):
+    """Counted are Triton's launches and PyTorch's operations but views and torch.empty."""
+    launches = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if not re.search("empty|view|slice|detach|alias", str(op)):
+                launches.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(launch, "run", lambda kernel, *args, **settings: launches.append(kernel.__name__))
+    x, texts, boxes, image = (torch.zeros(*n) for n in ((2, 3, 3, 8), (5, 8), (4, 4), (4,)))
+    image = image.long()
+    with Count():
+        region_logits(x, boxes, image, texts)
+        out = region_pool(x.requires_grad_(), boxes, image)
+    assert launches == ["logits_kernel", "forward_kernel"]
+    down = torch.ones_like(out)
+    with Count():
+        torch.autograd.grad(out, x, down)
+    assert launches[2:] == ["list_kernel", "backward_kernel"]
 
 
 def test_pairwise_loss_of_pooled_parts_is_that_of_all_composites():

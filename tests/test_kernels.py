@@ -423,16 +423,14 @@ def test_nan_where_a_nan_was_read_and_nowhere_else():
     nan, g = torch.nan, generator("nan")
     x = normal(g, 2, 4, 4, 6).float()
     x[0, 0, 0, 2] = nan
-    boxes = torch.tensor([[0, 0, 2, 2], [1, 0, 4, 4], [0, 0, 4, 4], [0, nan, 4, 4]])
-    out = region_pool(x, boxes, torch.tensor([0, 0, 1, 1]))
-    assert out.isnan().nonzero().tolist() == [[0, 2]] + [[3, d] for d in range(6)]
-    cos, means = region_logits(x, boxes, torch.tensor([0, 0, 1, 1]), normal(g, 2, 6).float())
-    assert torch.equal(means.isnan(), out.isnan()) and cos.isnan().all(1).tolist() == [
-        True,
-        False,
-        False,
-        True,
-    ]
+    boxes = torch.tensor([[0.0, 0, 2, 2], [1, 0, 4, 4], *[[0, 0, 4, 4]] * 5])
+    boxes[range(3, 7), range(4)] = nan
+    image = torch.tensor([0, 0, *[1] * 5])
+    out = region_pool(x, boxes, image)
+    assert out.isnan().nonzero().tolist() == [[0, 2]] + [[k, d] for k in range(3, 7) for d in range(6)]
+    cos, means = region_logits(x, boxes, image, normal(g, 2, 6).float())
+    assert torch.equal(means.isnan(), out.isnan())
+    assert torch.equal(cos.isnan(), out.isnan().any(1, keepdim=True).expand(-1, 2))
 
     z, f, b = normal(g, 3, 4, 6).float(), normal(g, 3, 6).float(), normal(g, 4, 6).float()
     z[0, 1, 0] = f[1, 2] = b[3, 5] = nan

@@ -45,11 +45,11 @@ from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Pict
 from data import composites, dots, draw_view, expect, flags, html_table, layers, load_data, load_regions, page
 from data import picture_size, read_json, reading, revision, rng, run, say, synsets, table, tag, thumb, write
 from data import write_json, write_table
-from kernels import pairwise_loss, region_pool
+from kernels import pairwise_loss, region_logits
 from model import Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe, from_first
 from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
-from model import region_embeddings, renumber, repeat_by, save_checkpoint, sha256, sphere_log, standard
-from model import unbalanced, unit, weights_bytes, with_map
+from model import region_embeddings, renumber, save_checkpoint, sha256, sphere_log, standard, unbalanced, unit
+from model import weights_bytes, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -138,6 +138,7 @@ LOG_EVERY, WARMUP = 20, 0.1  # steps between lines; share of the steps
 WEIGHT_DECAY, CLIP = 0.1, 1.0  # AdamW's; norm of the gradient
 PARTIAL = ("partial.pt", "training.pt")  # bap: what --resume goes on from: seeds, the encoder
 JTT_WEIGHT = 20.0  # of the images that a first quarter of the steps leaves wrong
+NONE = -1e30  # the logit of what is not there; finite, so that its gradient is zero and not NaN
 ROOM = 4 << 30  # bytes of decoded training images in memory
 
 
@@ -1083,8 +1084,8 @@ class Towers(torch.nn.Module):
 
     def forward(self, x, boxes, texts, prompts):
         """Images [N, 3, H, W], boxes [N, R, 4] in shares of the image, tokens [M, L], [C, L]; each but x
-        may be None -> dict of unit-norm z [N, D], r [N, R, D] (regions, from the same pass), t [M, D], g
-        [C, D], and scale, bias of the logits; if raw only z, not normalised."""
+        may be None -> dict of unit-norm z [N, D], t [M, D], g [C, D], cos [N, R, C] of the regions, from
+        the same pass, and g; and scale, bias of the logits; if raw only z, not normalised."""
         if self.raw:
             return dict(z=embeddings(self.module, self.kind, x).float())
         out = {}
@@ -1092,16 +1093,18 @@ class Towers(torch.nn.Module):
             out["z"] = self.module.encode_image(x)
         else:
             out["z"], m = with_map(self.module, "open_clip", x)  # [N, D], [N, h, w, D]
-            cells = boxes * boxes.new_tensor([m.shape[2], m.shape[1]] * 2)
-            image = repeat_by(torch.arange(len(x), device=x.device), [boxes.shape[1]] * len(x))
-            r = region_pool(m.float(), rearrange(cells, "n r c -> (n r) c"), image)
-            out["r"] = rearrange(r, "(n r) d -> n r d", n=len(x))
         tokens = {name: some for name, some in (("t", texts), ("g", prompts)) if some is not None}
         if tokens:
             # in one call, as the vocabulary's gradient is dense
             both = self.module.encode_text(torch.cat(list(tokens.values())))
             out.update(zip(tokens, both.split([len(some) for some in tokens.values()]), strict=True))
         out = {k: unit(v.float()) for k, v in out.items()}
+        if boxes is not None:
+            h, w = m.shape[1:3]
+            cells = torch.stack([boxes[:, :, ::2] * w, boxes[:, :, 1::2] * h], 3)  # [N, R, corners, (x, y)]
+            image = torch.arange(len(x), device=x.device).repeat_interleave(boxes.shape[1])
+            cos, _ = region_logits(m, rearrange(cells, "n r k xy -> (n r) (k xy)"), image, out["g"])
+            out["cos"] = rearrange(cos, "(n r) c -> n r c", n=len(x))
         out["scale"] = self.module.logit_scale.exp()
         if getattr(self.module, "logit_bias", None) is not None:
             out["bias"] = self.module.logit_bias * 1.0
@@ -1215,7 +1218,7 @@ def forward_of(tower, encoder, task, row):
             distinct, back = torch.unique(which[ids], return_inverse=True)
             e = tower(x, boxes, tokens[distinct], prompts)
             e["t"] = e["t"][back.to(x.device)]
-        return {k: gathered(v) if k in ("z", "r", "t") else v for k, v in e.items()}
+        return {k: gathered(v) if k in ("z", "cos", "t") else v for k, v in e.items()}
 
     return forward
 
@@ -1286,7 +1289,7 @@ def spurious_aware_cost(e, ids, task):
 def ravl_cost(e, ids, task):
     device = e["z"].device
     L_CL = contrast_cost(e, ids, task)["L_CL"][1]
-    L_R, L_A = region_terms(e["r"], task.state[ids].to(device), e["g"], task.y[ids].to(device), task.tau)
+    L_R, L_A = region_terms(e["cos"], task.state[ids].to(device), task.y[ids].to(device), task.tau)
     return dict(L_CL=(1 - task.w, L_CL), L_R=(task.w, L_R), L_A=(task.w, L_A))
 
 
@@ -1334,29 +1337,29 @@ def sigmoid(z, t, scale, bias, together=None):
     return (value if together is None else value * together).sum() / len(z)
 
 
-def region_terms(r, state, g, y, tau=0.07):
+def region_terms(cos, state, y, tau=0.07):
     """RaVL's L_R and L_A (the paper's Eqs 3 to 9, second-hand), means over images with other regions.
 
-    r: regions [B, R, D], unit-norm; state: [B, R] 1 in the discovered cluster (R^s), 0 not (R^r), -1 no
-    region; g: class texts [C, D]; y: labels [B]. With s_i(y) = max over R_i^r of cos(r, g_y) / tau:
+    cos: of regions and class texts g [B, R, C]; state: [B, R] 1 in the discovered cluster (R^s), 0 not (R^r),
+    -1 no region; y: labels [B]. With s_i(y) = max over R_i^r of cos(r, g_y) / tau:
         L_R = logsumexp(s_i(y_j) of the batch's labels y_j, max_y cos(r, g_y) / tau of r in R_B^s) - s_i(y_i)
         L_A = logsumexp(s_i(y_i), s_j(y_i) of other labels' images j, cos(r, g_{y_i}) / tau of r in R_B^s)
             - s_i(y_i)
     A label of several images counts once in L_R's first sum (open in the paper). Zeros if no R_i^r has any.
+    What takes no part is NONE, not cut out: no shape depends on the data, so a GPU is never waited for.
     """
-    cos = r.float() @ g.float().T / tau  # [B, R, C]
-    spurious, ok = cos[state == 1], (state == 0).any(1)  # [S, C], [B]
-    if not ok.any():
-        return cos.sum() * 0, cos.sum() * 0
-    present = torch.unique(y)
-    s = cos[ok].masked_fill((state[ok] != 0)[:, :, None], -torch.inf).amax(1)  # [B', C]
-    y = y[ok]
-    own = s.gather(1, y[:, None])  # [B', 1]
-    held = repeat(spurious[:, present].amax(1), "s -> b s", b=len(s))
-    L_R = torch.cat([s[:, present], held], 1).logsumexp(1) - own[:, 0]
-    others = s[:, y].T.masked_fill(y[:, None] == y, -torch.inf)  # [i, j]: s_j(y_i)
-    L_A = torch.cat([own, others, spurious[:, y].T], 1).logsumexp(1) - own[:, 0]
-    return L_R.mean(), L_A.mean()
+    x, n = cos.float() / tau, torch.arange(len(y), device=y.device)
+    s = x.masked_fill((state != 0)[:, :, None], NONE).amax(1)  # [B, C]
+    held = x.masked_fill((state != 1)[:, :, None], NONE).flatten(0, 1)  # [B R, C]
+    absent = (y[:, None] != torch.arange(x.shape[2], device=y.device)).all(0)  # [C]
+    most = held.masked_fill(absent, NONE).amax(1, keepdim=True)  # [B R, 1]
+    h = torch.cat([held, most], 1).logsumexp(0)  # [C + 1]
+    labels = torch.cat([s.masked_fill(absent, NONE), h[None, -1:].expand(len(y), 1)], 1)  # [B, C + 1]
+    twin = (y[:, None] == y) & (n[:, None] != n)
+    images = torch.cat([s[:, y].T.masked_fill(twin, NONE), h[y, None]], 1)  # [B, B + 1], s_j(y_i) in row i
+    counted = (state == 0).any(1)
+    terms = [F.cross_entropy(v, k, reduction="none") for v, k in ((labels, y), (images, n))]
+    return [v.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1) for v in terms]
 
 
 # --- how often an image is drawn: a function from the step to rows [pairs], of the seed and the step alone

@@ -13,6 +13,7 @@ except ImportError as error:  # a machine without Triton: the PyTorch path is al
     triton = tl = constexpr = None
     MISSING = error
 
+MULTIPROCESSORS = 128  # about as many as a large GPU has (H100: 132)
 MAX_D = 4096  # embedding width that the kernels were written and tested for
 
 
@@ -66,23 +67,41 @@ def run(kernel, grid, *args, warps=4, stages=2, **constants):
         kernel[grid](*args, **constants, num_warps=warps, num_stages=stages)
 
 
-def rows(D):
-    """Settings of the kernels that walk along rows of D numbers: BP rows by BD numbers. Untuned."""
-    return dict(BP=8, BD=64 if D <= 64 else 512, warps=4)
+# Launch settings of each kernel, to be chosen on a GPU by `python -m kernels.bench --device=cuda --tune`.
+# Untuned: from reading what the compiler makes of them, none of them was ever timed.
+SETTINGS = {
+    "region_pool": dict(BP=8, BD=512, warps=4),
+    "region_pool, lists": dict(BK=1024, warps=4),
+    "region_pool, gradient": dict(BP=8, BD=512, warps=4),
+    "region_logits": dict(BP=8, BC=8, BD=MAX_D, warps=4),
+    "pairwise_additivity": dict(BP=8, BD=128, warps=4),
+    "pairwise_loss": dict(BI=64, BJ=64, BD=32, warps=8, stages=3),
+    "pairwise_loss, few pairs": dict(BI=16, BJ=32, BD=32, warps=1, stages=3),
+}
 
 
-def tiles(x):
-    """Settings of the kernels with matrix products: BI x BJ products, BD numbers of a row at a time. Untuned.
+def rows(kernel, D):
+    """Settings of a kernel that walks along rows of D numbers, no tile of them above 4,096."""
+    settings = dict(SETTINGS[kernel])
+    settings["BD"] = BD = min(settings["BD"], max(16, triton.next_power_of_2(D)))
+    settings.update({k: min(v, max(1, 4096 // BD)) for k, v in settings.items() if k in ("BP", "BC")})
+    return settings | dict(warps=8) if BD > 1024 else settings
+
+
+def tiles(f, b):
+    """Settings of the kernel with products of f [n, D] and b [m, D]: BI x BJ products, BD numbers at a time.
 
     float32 goes through tensor cores as three tf32 products, which keeps it float32, with smaller steps and,
     where rows are no multiple of 16 numbers, smaller tiles: else its registers spill on sm_80 and sm_89.
+    Where large tiles would leave most of a GPU idle each is one warp, whose sums need no barrier.
     """
-    settings = dict(BI=64, BJ=64, BD=32, PRECISION="ieee", warps=8, stages=3)
-    if x.dtype == torch.float32:
-        settings |= dict(BI=32 if x.shape[-1] % 16 else 64, BD=16, PRECISION="tf32x3")
-    if INTERPRET:
-        settings["PRECISION"] = "interpret"
-    return settings
+    settings = SETTINGS["pairwise_loss"]
+    few = triton.cdiv(len(f), settings["BI"]) * triton.cdiv(len(b), settings["BJ"]) < MULTIPROCESSORS
+    settings = SETTINGS["pairwise_loss, few pairs"] if few else settings
+    settings = settings | dict(PRECISION="ieee")
+    if f.dtype == torch.float32:
+        settings |= dict(BD=16, PRECISION="tf32x3", BI=min(settings["BI"], 32 if f.shape[-1] % 16 else 64))
+    return settings | (dict(PRECISION="interpret") if INTERPRET else {})
 
 
 def slices(n, step):

@@ -70,7 +70,8 @@ def forward_torch(z, f, b, index):
     return zs / (zz.clamp_(min=EPS) * ss.clamp_(min=EPS)), sq.square_()
 
 
-# The Triton path: a program takes BP pairs and walks along D.
+# The Triton path: a program takes BP pairs and walks along D, a warp on rows of its own. Sums over a row are
+# taken once, at its end: on the way no warp waits for another.
 
 
 @jit
@@ -81,29 +82,29 @@ def forward_kernel(z, f, b, index, cos, sq, P, m, D, LIST: constexpr, BP: conste
         i, j = tl.load(index + p, live, 0), tl.load(index + P + p, live, 0)
     else:
         i, j = p // m, p % m
-    zs, zz = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
-    ss, dd = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
+    zs, zz = tl.zeros([BP, BD], tl.float32), tl.zeros([BP, BD], tl.float32)
+    ss, dd = tl.zeros([BP, BD], tl.float32), tl.zeros([BP, BD], tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         at = live[:, None] & (d < D)[None, :]
         x = tl.load(z + p[:, None] * D + d[None, :], at, 0).to(tl.float32)  # [BP, BD]
         s = tl.load(f + i[:, None] * D + d[None, :], at, 0).to(tl.float32)
         s += tl.load(b + j[:, None] * D + d[None, :], at, 0).to(tl.float32)
-        zs += tl.sum(x * s, 1)
-        zz += tl.sum(x * x, 1)
-        ss += tl.sum(s * s, 1)
-        dd += tl.sum((x - s) * (x - s), 1)
-    zz, ss = tl.sqrt(zz), tl.sqrt(ss)
+        zs += x * s
+        zz += x * x
+        ss += s * s
+        dd += (x - s) * (x - s)
+    zz, ss = tl.sqrt(tl.sum(zz, 1)), tl.sqrt(tl.sum(ss, 1))
     zz, ss = tl.where(zz < 1e-8, 1e-8, zz), tl.where(ss < 1e-8, 1e-8, ss)  # NaN stays
-    tl.store(cos + p, zs / (zz * ss), live)
-    tl.store(sq + p, dd, live)
+    tl.store(cos + p, tl.sum(zs, 1) / (zz * ss), live)
+    tl.store(sq + p, tl.sum(dd, 1), live)
 
 
 def forward_triton(z, f, b, index):
     LIST = index is not None
     z, f, b = z.contiguous(), f.contiguous(), b.contiguous()
     cos, sq = z.new_empty(2, len(z), dtype=torch.float32)
-    tile = launch.rows(z.shape[1])
+    tile = launch.rows("pairwise_additivity", z.shape[1])
     inputs = (z, f, b, index if LIST else z)  # z: something to point at
     grid = (triton.cdiv(len(z), tile["BP"]),)
     launch.run(forward_kernel, grid, *inputs, cos, sq, len(z), len(b), z.shape[1], LIST=LIST, **tile)

@@ -77,40 +77,19 @@ def block_torch(f, b, ft, bt, y, scale, need_grad):
 
 
 @jit
-def loss_kernel(
-    f,
-    b,
-    ff,
-    bb,
-    ft,
-    bt,
-    y,
-    scale,
-    loss,
-    gf,
-    gb,
-    v,
-    n,
-    m,
-    C,
-    D,
-    NEED_GRAD: constexpr,
-    PRECISION: constexpr,
-    BI: constexpr,
-    BJ: constexpr,
-    BD: constexpr,
-):
+def loss_kernel(f, b, f_norm, b_norm, ft, bt, y, scale, loss, gf, gb, v, n, m, C, D, NEED_GRAD: constexpr,
+                PRECISION: constexpr, BI: constexpr, BJ: constexpr, BD: constexpr):  # fmt: skip
     """Of each tile: loss [blocks of i, blocks of j], gf [blocks of j, C, n], gb [blocks of i, C, m], v."""
     ti, tj = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    i, j = ti * BI + tl.arange(0, BI), tj * BJ + tl.arange(0, BJ)
-    at = (i < n)[:, None] & (j < m)[None, :]
+    i, j = ti * BI + tl.arange(0, BI)[:, None], tj * BJ + tl.arange(0, BJ)[None, :]  # [BI, 1], [1, BJ]
     products = tl.zeros([BI, BJ], tl.float32)  # <f_i, b_j>
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
-        fi = tl.load(f + i[:, None] * D + d[None, :], (i < n)[:, None] & (d < D)[None, :], 0)
-        bj = tl.load(b + j[None, :] * D + d[:, None], (j < m)[None, :] & (d < D)[:, None], 0)
+        fi = tl.load(f + i * D + d[None, :], (i < n) & (d < D)[None, :], 0)
+        bj = tl.load(b + j * D + d[:, None], (j < m) & (d < D)[:, None], 0)
         products = dot(fi, bj, products, PRECISION)
-    squares = tl.load(ff + i, i < n, 1)[:, None] + tl.load(bb + j, j < m, 1)[None, :]
+    fi, bj = tl.load(f_norm + i, i < n, 1), tl.load(b_norm + j, j < m, 1)
+    squares = fi * fi + bj * bj
     n2 = squares + 2 * products
     n2 = tl.where(n2 < 1.1920929e-07 * squares, 1.1920929e-07 * squares, n2)  # as inverse_norm; NaN stays
     r = tl.where(n2 == 0, 0, tl.rsqrt(n2))
@@ -118,19 +97,15 @@ def loss_kernel(
     label = tl.load(y + i, i < n, 0)
 
     # online logsumexp over the classes; the target's logit is NaN where the label is no class
-    x = tile_logits(ft, bt, 0, sr, i, j, n, m)
-    top, total, target = (
-        x,
-        tl.zeros([BI, BJ], tl.float32) + 1,
-        tl.where((label == 0)[:, None], x, float("nan")),
-    )
+    top = tile_logits(ft, bt, 0, sr, i, j, n, m)
+    total, target = tl.zeros([BI, BJ], tl.float32) + 1, tl.where(label == 0, top, float("nan"))
     for c in range(1, C):
         x = tile_logits(ft, bt, c, sr, i, j, n, m)
         e = tl.exp(-tl.abs(x - top))
         total = tl.where(x > top, total * e + 1, total + e)
         top = tl.where(x > top, x, top)
-        target = tl.where((label == c)[:, None], x, target)
-    lse = top + tl.log(total)
+        target = tl.where(label == c, x, target)
+    lse, at = top + tl.log(total), (i < n) & (j < m)
     tl.store(loss + ti * tl.num_programs(1) + tj, tl.sum(tl.where(at, lse - target, 0)))
 
     if NEED_GRAD:
@@ -139,33 +114,32 @@ def loss_kernel(
         gb += ti * C * m + j
         for c in range(0, C):
             x = tile_logits(ft, bt, c, sr, i, j, n, m)
-            g = tl.exp(x - lse) - (label == c).to(tl.float32)[:, None]
+            g = tl.exp(x - lse) - (label == c).to(tl.float32)
             w += g * x
             g = tl.where(at, g * r, 0)
-            tl.store(gf + c * n, tl.sum(g, 1), i < n)
-            tl.store(gb + c * m, tl.sum(g, 0), j < m)
-        tl.store(v + i[:, None] * m + j[None, :], w * r * r, at)
+            tl.store(gf + c * n, tl.sum(g, 1, True), i < n)
+            tl.store(gb + c * m, tl.sum(g, 0, True), j < m)
+        tl.store(v + i * m + j, w * r * r, at)
 
 
 @jit
 def tile_logits(ft, bt, c, sr, i, j, n, m):
     """Logits of class c for a tile of pairs; sr = scale / |f_i + b_j|."""
-    return (tl.load(ft + c * n + i, i < n, 0)[:, None] + tl.load(bt + c * m + j, j < m, 0)[None, :]) * sr
+    return (tl.load(ft + c * n + i, i < n, 0) + tl.load(bt + c * m + j, j < m, 0)) * sr
 
 
 def block_triton(f, b, ft, bt, y, scale, need_grad):
     """As block_torch; f and b contiguous, in any of the kernels' dtypes."""
     n, m, (C, D) = len(f), len(b), (len(ft), f.shape[1])
-    tile = launch.tiles(f)
+    tile = launch.tiles(f, b)
     grid = triton.cdiv(n, tile["BI"]), triton.cdiv(m, tile["BJ"])
-    ff = torch.linalg.vector_norm(f, dim=1, dtype=torch.float32).square()
-    bb = torch.linalg.vector_norm(b, dim=1, dtype=torch.float32).square()
+    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float32) for x in (f, b)]
     loss, v = ft.new_empty(grid), ft.new_empty(n, m)
     kept = C if need_grad else 0
     gf, gb = ft.new_empty(grid[1], kept, n), ft.new_empty(grid[0], kept, m)
-    inputs = (f, b, ff, bb, ft, bt, y, scale)
+    inputs = (f, b, *norms, ft, bt, y, scale)
     launch.run(loss_kernel, grid, *inputs, loss, gf, gb, v, n, m, C, D, NEED_GRAD=need_grad, **tile)
-    return loss.sum(dtype=torch.float64), gf.sum(0), gb.sum(0), v
+    return loss.sum(dtype=torch.float64), *([gf.sum(0), gb.sum(0), v] if need_grad else [None] * 3)
 
 
 # The op: blocks of pairs, the products with the targets before and after them.
@@ -175,8 +149,14 @@ ROOM = 1 << 25  # numbers that the kernel's block may leave in memory
 
 
 def side(C):
-    """Rows and columns of the kernel's block: it leaves side^2 numbers for v, side^2 C / 32 for gf and gb."""
-    return max(256, int((ROOM / (1 + C / 32)) ** 0.5) // 64 * 64)
+    """Rows and columns of the kernel's block: it leaves side^2 numbers for v and up to 3 / 32 C times that,
+    as tiles are 16 x 32 or more, for gf and gb."""
+    return max(256, int((ROOM / (1 + C * 3 / 32)) ** 0.5) // 64 * 64)
+
+
+def add_slope(df, gf, st, v, f, b):
+    """df [n, D] += gf^T st - sum_j v_ij (f_i + b_j), in place: each launch counts where pairs are few."""
+    df.addmm_(gf.T, st).addmm_(v, b, alpha=-1).addcmul_(v.sum(1, True), f, value=-1)
 
 
 class PairwiseLoss(torch.autograd.Function):
@@ -186,28 +166,31 @@ class PairwiseLoss(torch.autograd.Function):
         block, size = (block_triton, side(len(t))) if launch.use_triton(f) else (block_torch, BLOCK)
         raw_f, raw_b, y = f.contiguous(), b.contiguous(), y.contiguous()  # what a kernel reads
         f, b, t, scale = [x.to(accumulator(f.dtype)) for x in (f, b, t, scale)]
-        df, db, dt = torch.zeros_like(f), torch.zeros_like(b), torch.zeros_like(t)
-        total = torch.zeros((), dtype=torch.float64, device=f.device)
+        st, total, sizes = scale * t, 0.0, (len(f), len(b), len(t))
+        slopes = f.new_zeros(sum(sizes) * need_grad, f.shape[1])
+        df, db, dt = slopes.split(sizes) if need_grad else (None,) * 3  # in one piece: fewer launches
         for i in slices(len(f), size):
             ft = t @ f[i].T  # [C, ni]
             for j in slices(len(b), size):
                 bt = t @ b[j].T  # [C, nj]
                 loss, gf, gb, v = block(raw_f[i], raw_b[j], ft, bt, y[i], scale, need_grad)
-                total += loss
+                total = total + loss
                 if need_grad:
-                    df[i] += scale * gf.T @ t - v.sum(1)[:, None] * f[i] - v @ b[j]
-                    db[j] += scale * gb.T @ t - v.sum(0)[:, None] * b[j] - v.T @ f[i]
-                    dt += gf @ f[i] + gb @ b[j]
+                    add_slope(df[i], gf, st, v, f[i], b[j])
+                    add_slope(db[j], gb, st, v.T, b[j], f[i])
+                    dt.addmm_(gf, f[i]).addmm_(gb, b[j])
         if need_grad:
-            ctx.save_for_backward(df, db, scale * dt, (t * dt).sum())
+            dscale, ctx.sizes = (t * dt).sum() if ctx.needs_input_grad[4] else None, sizes
+            dt.mul_(scale)
+            ctx.save_for_backward(slopes, dscale)
         return (total / ctx.pairs).to(f.dtype) if ctx.pairs else f.new_full((), torch.nan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         share = grad / max(1, ctx.pairs)
-        df, db, dt, dscale = [share * x for x in ctx.saved_tensors]  # autograd gives each its input's dtype
-        return df, db, dt, None, dscale, None
+        slopes, dscale = [None if x is None else share * x for x in ctx.saved_tensors]
+        return *slopes.split(ctx.sizes), None, dscale, None  # autograd gives each its input's dtype
 
 
 @torch.compiler.disable  # a compiled caller calls it as it is

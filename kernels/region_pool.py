@@ -19,10 +19,8 @@ from kernels import launch
 from kernels.launch import accumulator, constexpr, jit, slices, tl, triton
 
 
-def region_pool_ref(features, boxes, image_index, grid=None, normalize=False):
+def region_pool_ref(features, boxes, image_index):
     """The definition, one region at a time; arguments as region_pool."""
-    if features.dim() == 3:
-        features = features.unflatten(1, grid)
     pooled = [features.new_zeros(0, features.shape[-1])]
     for region, i in zip(boxes, image_index.tolist(), strict=True):
         if region.dim() == 1:
@@ -30,10 +28,7 @@ def region_pool_ref(features, boxes, image_index, grid=None, normalize=False):
             region = rows[0, :, None] * columns[0]
         w = region.to(features.dtype)[:, :, None]  # [H, W, 1]
         x = torch.where(w == 0, 0, features[i])  # [H, W, D]
-        mean = (w * x).sum((0, 1)) / torch.where((w == 0).all(), 1, w.sum())
-        if normalize:
-            mean = F.normalize(mean, dim=0)
-        pooled.append(mean[None])
+        pooled.append((w * x).sum((0, 1))[None] / torch.where((w == 0).all(), 1, w.sum()))
     return torch.cat(pooled)
 
 
@@ -119,119 +114,162 @@ def overlap(x1, y1, x2, y2, r, c):
 
 
 @jit
-def forward_kernel(
-    x, image, boxes, total, out, H, W, D, x_image, x_cell, MASK: constexpr, BP: constexpr, BD: constexpr
-):
-    k = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+def mean(x, image, regions, k, d, H, W, D, x_image, x_cell, MASK: constexpr, BP: constexpr, BD: constexpr):
+    """Of region k the mean of features d [BD], and the sum of its weights, 1 where it is 0."""
     x += tl.load(image + k) * x_image  # x_image, x_cell: strides
     row, column, width, cells = 0, 0, W, H * W
     if not MASK:
-        x1, y1 = tl.load(boxes + 4 * k), tl.load(boxes + 4 * k + 1)
-        x2, y2 = tl.load(boxes + 4 * k + 2), tl.load(boxes + 4 * k + 3)
-        x1, y1 = tl.where(x1 > 0, x1, 0), tl.where(y1 > 0, y1, 0)  # NaN goes too: total has it
-        x2, y2 = tl.where(x2 < W, x2, W), tl.where(y2 < H, y2, H)
+        x1, y1 = tl.load(regions + 4 * k), tl.load(regions + 4 * k + 1)
+        x2, y2 = tl.load(regions + 4 * k + 2), tl.load(regions + 4 * k + 3)
+        x1, y1 = tl.where(x1 < 0, 0, x1), tl.where(y1 < 0, 0, y1)  # NaN stays
+        x2, y2 = tl.where(x2 > W, W, x2), tl.where(y2 > H, H, y2)
+        total = tl.where(x2 < x1, 0, x2 - x1) * tl.where(y2 < y1, 0, y2 - y1)
         live = (x1 < x2) & (y1 < y2)
         column = tl.floor(tl.where(live, x1, 0)).to(tl.int32)
         row = tl.floor(tl.where(live, y1, 0)).to(tl.int32)
         width = tl.ceil(tl.where(live, x2, 0)).to(tl.int32) - column
         cells = width * (tl.ceil(tl.where(live, y2, 0)).to(tl.int32) - row)
-    acc = tl.zeros([BD], tl.float32)
+    acc, weights = tl.zeros([BP, BD], tl.float32), tl.zeros([BP], tl.float32)
     for p0 in range(0, cells, BP):
         p = p0 + tl.arange(0, BP)
         r, c = row + p // width, column + p % width
         if MASK:
-            w = tl.load(boxes + k * H * W + p, p < cells, 0).to(tl.float32)
+            w = tl.load(regions + k * H * W + p, p < cells, 0).to(tl.float32)
+            weights += w
         else:
             w = overlap(x1, y1, x2, y2, r.to(tl.float32), c.to(tl.float32))  # 0 in rows past the last
         at = (w != 0)[:, None] & (d < D)[None, :]
         cell = (r * W + c).to(tl.int64) * x_cell
-        features = tl.load(x + cell[:, None] + d[None, :], at, 0).to(tl.float32)  # [BP, BD]
-        acc += tl.sum(w[:, None] * features, 0)
-    tl.store(out + k * D + d, acc / tl.load(total + k), d < D)
+        acc += w[:, None] * tl.load(x + cell[:, None] + d[None, :], at, 0).to(tl.float32)  # [BP, BD]
+    if MASK:
+        total = tl.sum(weights)
+    total = tl.where(total == 0, 1, total)
+    return tl.sum(acc, 0) / total, total
+
+
+@jit
+def forward_kernel(
+    x, image, regions, total, out, H, W, D, x_image, x_cell, MASK: constexpr, BP: constexpr, BD: constexpr
+):
+    k = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    m, weight = mean(x, image, regions, k, d, H, W, D, x_image, x_cell, MASK, BP, BD)
+    tl.store(out + k * D + d, m, d < D)
+    tl.store(total + k, weight, tl.program_id(1) == 0)
+
+
+@jit
+def list_kernel(image, order, starts, K, BK: constexpr):
+    """The regions of each image, in their order, one image after the other; where each image's begin."""
+    i = tl.program_id(0)
+    before, here = tl.zeros([BK], tl.int32), tl.zeros([BK], tl.int32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        of = tl.load(image + k, k < K, 1 << 30)
+        before += (of < i).to(tl.int32)
+        here += (of == i).to(tl.int32)
+    at = tl.sum(before)
+    tl.store(starts + i, at)
+    tl.store(starts + i + 1, at + tl.sum(here), i + 1 == tl.num_programs(0))
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        mine = (tl.load(image + k, k < K, 1 << 30) == i).to(tl.int32)
+        tl.store(order + at + tl.cumsum(mine) - 1, k, mine > 0)
+        at += tl.sum(mine)
 
 
 @jit
 def backward_kernel(
-    grad, boxes, total, order, starts, out, P, W, D, MASK: constexpr, BP: constexpr, BD: constexpr
+    grad, regions, total, order, starts, out, P, W, D, MASK: constexpr, BP: constexpr, BD: constexpr
 ):
     blocks = tl.cdiv(P, BP)
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    p = (tl.program_id(0) % blocks) * BP + tl.arange(0, BP)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    p0 = (tl.program_id(0) % blocks) * BP
+    p = p0 + tl.arange(0, BP)[:, None]  # [BP, 1]
+    top, bottom = p0 // W, (p0 + BP - 1) // W + 1  # the rows of cells that the block lies in
+    d = tl.program_id(1) * BD + tl.arange(0, BD)[None, :]  # [1, BD]
     acc = tl.zeros([BP, BD], tl.float32)
     for at in range(tl.load(starts + image), tl.load(starts + image + 1)):
-        k = tl.load(order + at)
-        if MASK:
-            w = tl.load(boxes + k * P + p, p < P, 0).to(tl.float32)
-        else:
-            x1, y1 = tl.load(boxes + 4 * k), tl.load(boxes + 4 * k + 1)
-            x2, y2 = tl.load(boxes + 4 * k + 2), tl.load(boxes + 4 * k + 3)
-            w = overlap(x1, y1, x2, y2, (p // W).to(tl.float32), (p % W).to(tl.float32))
-        w /= tl.load(total + k)
-        g = tl.load(grad + k * D + d, d < D, 0)
-        acc += tl.where((w != 0)[:, None], w[:, None] * g[None, :], 0)
-    inside = (p < P)[:, None] & (d < D)[None, :]
-    tl.store(out + (image * P + p)[:, None] * D + d[None, :], acc.to(out.dtype.element_ty), inside)
+        k = tl.load(order + at).to(tl.int64)
+        apart = False
+        if not MASK:
+            x1, y1 = tl.load(regions + 4 * k), tl.load(regions + 4 * k + 1)
+            x2, y2 = tl.load(regions + 4 * k + 2), tl.load(regions + 4 * k + 3)
+            apart = (y1 >= bottom) | (y2 <= top)  # not so for NaN
+        if not apart:
+            if MASK:
+                w = tl.load(regions + k * P + p, p < P, 0).to(tl.float32)
+            else:
+                w = overlap(x1, y1, x2, y2, (p // W).to(tl.float32), (p % W).to(tl.float32))
+            w /= tl.load(total + k)
+            g = tl.load(grad + k * D + d, d < D, 0)
+            acc += tl.where(w != 0, w * g, 0)
+    inside = (p < P) & (d < D)
+    tl.store(out + (image * P + p) * D + d, acc.to(out.dtype.element_ty), inside)
+
+
+def readable(features, regions):
+    """Features and regions as kernels read them, and the features' strides between images and cells."""
+    if features.stride(3) != 1 or features.stride(1) != features.shape[2] * features.stride(2):
+        features = features.contiguous()
+    regions = regions.contiguous() if regions.dim() == 3 else regions.float().contiguous()
+    return features, regions, (features.stride(0), features.stride(2))
+
+
+def spread(grad, regions, total, image_index, shape, dtype):
+    """Gradients of the means [K, D] -> of features [B, H, W, D] in dtype."""
+    B, H, W, D = shape
+    order, starts = (image_index.new_empty(n, dtype=torch.int32) for n in (len(regions), B + 1))
+    tile = launch.SETTINGS["region_pool, lists"]
+    launch.run(list_kernel, (B,), image_index, order, starts, len(regions), **tile)
+    out, tile = grad.new_empty(shape, dtype=dtype), launch.rows("region_pool, gradient", D)
+    grid = B * triton.cdiv(H * W, tile["BP"]), triton.cdiv(D, tile["BD"])
+    arguments = grad.contiguous(), regions, total, order, starts, out, H * W, W, D
+    launch.run(backward_kernel, grid, *arguments, MASK=regions.dim() == 3, **tile)
+    return out
 
 
 class RegionPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, boxes, image_index):
-        B, H, W, D = features.shape
-        if features.stride(3) != 1 or features.stride(1) != W * features.stride(2):
-            features = features.contiguous()
-        MASK = boxes.dim() == 3
-        boxes = boxes.contiguous() if MASK else boxes.float().contiguous()
-        total = totals(boxes, H, W)
-        tile = launch.rows(D)
-        out = features.new_empty(len(boxes), D, dtype=torch.float32)
-        grid = len(boxes), triton.cdiv(D, tile["BD"])
-        strides = features.stride(0), features.stride(2)
-        arguments = (features, image_index, boxes, total, out, H, W, D, *strides)
-        launch.run(forward_kernel, grid, *arguments, MASK=MASK, **tile)
-        ctx.save_for_backward(boxes, image_index, total)
+    def forward(ctx, features, regions, image_index):
+        (_, H, W, D), K, MASK = features.shape, len(regions), regions.dim() == 3
+        features, regions, strides = readable(features, regions)
+        out, total = features.new_empty(K, D, dtype=torch.float32), regions.new_empty(K, dtype=torch.float32)
+        tile = launch.rows("region_pool", D)
+        arguments = features, image_index, regions, total, out, H, W, D, *strides
+        launch.run(forward_kernel, (K, triton.cdiv(D, tile["BD"])), *arguments, MASK=MASK, **tile)
+        ctx.save_for_backward(regions, total, image_index)
         ctx.like = features.shape, features.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        boxes, image_index, total = ctx.saved_tensors
-        (B, H, W, D), dtype = ctx.like
-        tile = launch.rows(D)
-        image, order = image_index.sort(stable=True)
-        starts = torch.searchsorted(image, torch.arange(B + 1, device=image.device))
-        out = grad.new_empty(B, H, W, D, dtype=dtype)
-        grid = B * triton.cdiv(H * W, tile["BP"]), triton.cdiv(D, tile["BD"])
-        arguments = (grad.contiguous(), boxes, total, order, starts, out, H * W, W, D)
-        launch.run(backward_kernel, grid, *arguments, MASK=boxes.dim() == 3, **tile)
-        return out, None, None
+        return spread(grad, *ctx.saved_tensors, *ctx.like), None, None
 
 
-@torch.compiler.disable  # a compiled caller calls it as it is
-def region_pool(features, boxes, image_index, grid=None, normalize=False):
-    """Mean of the features under each region, weighted by overlap; see the head of this file.
-
-    features: [B, H, W, D], or [B, P, D] (class token left out) with grid = (H, W), H * W = P.
-    boxes: [K, 4] as x1, y1, x2, y2 in cells; or masks [K, H, W], weights >= 0.
-    image_index: [K], the image of each region, in any order; an image may have none.
-    normalize: divide each row by its L2 norm (at least 1e-12).
-    Returns [K, D] in the dtype of features, summed in float32 (float64 for float64).
-    Raises ValueError where the shapes do not fit.
-    """
-    if features.dim() == 3:
-        if grid is None or grid[0] * grid[1] != features.shape[1]:
-            cure = "give grid=(rows, columns) and leave the class token out"
-            raise ValueError(f"features: {features.shape[1]} patches do not fill the grid {grid}; {cure}")
-        features = features.unflatten(1, tuple(grid))
+def check(features, boxes, image_index):
+    """ValueError where the shapes do not fit, see region_pool."""
+    if features.dim() != 4:
+        cure = "leave the class token out and call features.unflatten(1, (rows, columns))"
+        raise ValueError(f"features: found {list(features.shape)}, expected [B, H, W, D]; {cure}")
     if boxes.shape[1:] not in ((4,), features.shape[1:3]):
         H, W = features.shape[1:3]
         raise ValueError(f"boxes: found {list(boxes.shape)}, expected [K, 4] or masks [K, {H}, {W}]")
     if image_index.shape != boxes.shape[:1]:
         raise ValueError(f"image_index: {list(image_index.shape)}, expected [{len(boxes)}], one per region")
+
+
+@torch.compiler.disable  # a compiled caller calls it as it is
+def region_pool(features, boxes, image_index):
+    """Mean of the features under each region, weighted by overlap; see the head of this file.
+
+    features: [B, H, W, D]. Patches [B, P, D]: .unflatten(1, (H, W)), the class token left out.
+    boxes: [K, 4] as x1, y1, x2, y2 in cells; or masks [K, H, W], weights >= 0.
+    image_index: [K], the image of each region, in any order; an image may have none.
+    Returns [K, D] in the dtype of features, summed in float32 (float64 for float64).
+    Raises ValueError where the shapes do not fit.
+    """
+    check(features, boxes, image_index)
     pool = RegionPool.apply if launch.use_triton(features) else pool_torch
-    out = pool(features, boxes.detach(), image_index.long())  # [K, D] in the accumulator's dtype
-    if normalize:
-        out = F.normalize(out, dim=1)
-    return out.to(features.dtype)
+    return pool(features, boxes.detach(), image_index.long()).to(features.dtype)

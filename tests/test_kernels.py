@@ -6,17 +6,22 @@ Inputs are new in every run: a failure prints the seed, FLOCK_TEST_SEED=<seed> b
 """
 
 import importlib
+import math
 import os
+import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import launch, pairwise_additivity, pairwise_loss, region_pool
+from kernels import launch, pairwise_additivity, pairwise_loss, region_logits, region_pool
 from kernels.pairwise_additivity import pairwise_additivity_ref
 from kernels.pairwise_loss import pairwise_loss_ref
+from kernels.region_logits import region_logits_ref
 from kernels.region_pool import region_pool_ref
 
 SEED = int(os.environ.get("FLOCK_TEST_SEED") or time.time_ns() % 2**31)
@@ -98,14 +103,26 @@ def triples_case(P, n, m, D):
     return pairwise_additivity, pairwise_additivity_ref, inputs, (index,)
 
 
-def pool_case(B, H, W, D, K, masks=False, normalize=False, grid=None):
+def pool_case(B, H, W, D, K, masks=False):
     g = generator("pool", B, H, W, D, K, masks)
     x = normal(g, B, H, W, D)
     regions = (draw_masks if masks else draw_boxes)(g, K, H, W)
     image = integers(g, max(1, B - 1), K)  # the last image has none
-    if grid:
-        x = x.flatten(1, 2)
-    return region_pool, region_pool_ref, [x], (regions, image, grid, normalize)
+    return region_pool, region_pool_ref, [x], (regions, image)
+
+
+def logits_case(B, H, W, D, K, C, masks=False):
+    """Cosines and means side by side."""
+    g = generator("logits", B, H, W, D, K, C, masks)
+    regions, image = (draw_masks if masks else draw_boxes)(g, K, H, W), integers(g, max(1, B - 1), K)
+
+    def op(x, t, *where):
+        return torch.cat(region_logits(x, *where, t), 1)
+
+    def ref(x, t, *where):
+        return torch.cat(region_logits_ref(x, *where, t), 1)
+
+    return op, ref, [normal(g, B, H, W, D), 3 * normal(g, C, D)], (regions, image)
 
 
 CASES = {
@@ -129,9 +146,13 @@ CASES = {
     "pool wide": (pool_case, 2, 3, 3, 513, 7),
     "pool D=4096": (pool_case, 1, 2, 2, 4096, 2),
     "pool masks": (pool_case, 3, 5, 7, 70, 20, True),
-    "pool unit": (pool_case, 3, 5, 7, 70, 20, False, True),
-    "pool unit masks": (pool_case, 3, 4, 4, 20, 9, True, True),
-    "pool patches": (pool_case, 2, 3, 5, 16, 9, False, False, (3, 5)),
+    "pool square masks": (pool_case, 3, 4, 4, 20, 9, True),
+    "logits one": (logits_case, 1, 1, 1, 1, 1, 1),
+    "logits odd": (logits_case, 3, 5, 7, 70, 20, 11),
+    "logits masks": (logits_case, 3, 4, 4, 20, 9, 3, True),
+    "logits wide": (logits_case, 2, 3, 3, 513, 5, 2),
+    "logits D=4096": (logits_case, 1, 2, 2, 4096, 2, 3),
+    "logits of many": (logits_case, 2, 3, 3, 5, 4, 260),
 }
 LARGE = {
     "loss": (loss_case, 700, 530, 96, 20),
@@ -139,13 +160,15 @@ LARGE = {
     "additivity": (additivity_case, 20, 300, 1024),
     "triples": (triples_case, 3000, 80, 70, 96),
     "pool": (pool_case, 40, 14, 14, 96, 900),
+    "logits": (logits_case, 20, 14, 14, 96, 300, 20),
 }
 TINY = {
     "loss": (loss_case, 5, 4, 3, 3),
     "anchors": (anchor_case, 4, 3, 3),
     "additivity": (additivity_case, 3, 4, 5),
     "pool": (pool_case, 2, 3, 4, 3, 6),
-    "masks": (pool_case, 2, 3, 4, 3, 6, True, True),
+    "masks": (pool_case, 2, 3, 4, 3, 6, True),
+    "logits": (logits_case, 2, 3, 4, 3, 6, 2),
 }
 
 
@@ -198,19 +221,69 @@ def test_large(case, device):
     check(*case_of(LARGE, case), torch.float32, device)
 
 
-@pytest.mark.parametrize(
-    "case", ["loss odd", "anchors", "additivity odd", "triples", "pool odd", "pool masks"]
-)
+MANY = ["loss odd", "anchors", "additivity odd", "triples", "pool odd", "pool masks", "logits odd"]
+
+
+@pytest.mark.parametrize("case", MANY)
 def test_many_blocks_as_large_inputs_have_them(case, monkeypatch):
     small = {
         "pairwise_loss": {"BLOCK": 16, "LOGITS": 200, "side": lambda C: 16},
         "pairwise_additivity": {"TILE": 300},
         "region_pool": {"CHUNK": 100},
+        "region_logits": {"MAX_C": 4},
     }
+    monkeypatch.setitem(launch.SETTINGS, "region_pool, lists", dict(BK=8, warps=1))
     for name, settings in small.items():
         for key, value in settings.items():
             monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), key, value)
     check(*case_of(CASES, case), torch.float32)
+
+
+@pytest.mark.skipif(not launch.INTERPRET, reason="of the kernel alone")
+@pytest.mark.parametrize("case", ["loss odd", "anchors"])
+def test_large_tiles_as_many_pairs_have_them(case, monkeypatch):
+    monkeypatch.setattr(launch, "MULTIPROCESSORS", 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(*case_of(CASES, case), dtype)
+
+
+@pytest.mark.skipif(not launch.INTERPRET, reason="of the kernels")
+def test_region_ops_launch_one_kernel_forward_and_two_backward(monkeypatch):
+    """Counted are Triton's launches and PyTorch's operations but views and torch.empty."""
+    launches = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if not re.search("empty|view|slice|detach|alias", str(op)):
+                launches.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(launch, "run", lambda kernel, *args, **settings: launches.append(kernel.__name__))
+    x, texts, boxes, image = (torch.zeros(*n) for n in ((2, 3, 3, 8), (5, 8), (4, 4), (4,)))
+    image = image.long()
+    with Count():
+        region_logits(x, boxes, image, texts)
+        out = region_pool(x.requires_grad_(), boxes, image)
+    assert launches == ["logits_kernel", "forward_kernel"]
+    down = torch.ones_like(out)
+    with Count():
+        torch.autograd.grad(out, x, down)
+    assert launches[2:] == ["list_kernel", "backward_kernel"]
+
+
+def test_pairwise_loss_of_pooled_parts_is_that_of_all_composites():
+    """The recipe of region_logits.py beside maps alpha x_i + (1 - alpha) y_j made one by one and averaged."""
+    g = generator("composites")
+    x, y, alpha, texts = normal(g, 3, 4, 5, 9), normal(g, 6, 4, 5, 9), draw_masks(g, 1, 4, 5), normal(g, 4, 9)
+    label, a = torch.tensor([1, 3, 0]), alpha.double().mean()
+    layers = alpha.double()[:, None, :, :, None]
+    z = (layers * x[:, None] + (1 - layers) * y).mean((2, 3))  # [n, m, D]
+    logits = 5 * torch.nn.functional.normalize(z, dim=2) @ texts.T
+    expected = -logits.log_softmax(2)[torch.arange(3), :, label].mean()
+    f = a * region_pool(x.float(), alpha.expand(3, 4, 5), torch.arange(3))
+    b = (1 - a) * region_pool(y.float(), 1 - alpha.expand(6, 4, 5), torch.arange(6))
+    found = pairwise_loss(f, b, texts.float(), label, 5.0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @only_torch
@@ -258,6 +331,7 @@ def test_dtypes(dtype):
         "loss odd": sums,
         "additivity odd": sums,
         "triples": sums,
+        "logits odd": sums,
         "pool odd": dtype,
     }.items():
         op, _, inputs, args = case_of(CASES, name)
@@ -270,7 +344,7 @@ def test_dtypes(dtype):
 
 
 def test_no_second_derivative_instead_of_a_wrong_one():
-    for case in ("loss odd", "pool odd"):
+    for case in ("loss odd", "pool odd", "logits odd"):
         op, _, inputs, args = case_of(CASES, case)
         x = inputs[0].float().requires_grad_()
         (slope,) = torch.autograd.grad(
@@ -280,7 +354,7 @@ def test_no_second_derivative_instead_of_a_wrong_one():
             torch.autograd.grad(slope.sum(), x)
 
 
-@pytest.mark.parametrize("case", ["loss odd", "additivity odd", "pool unit"])
+@pytest.mark.parametrize("case", ["loss odd", "additivity odd", "pool odd", "logits odd"])
 def test_compile_and_autocast(case):
     """The op of matrix products runs in autocast's dtype, those that read once in that of their input."""
     op, _, inputs, args = case_of(CASES, case)
@@ -297,7 +371,9 @@ def test_compile_and_autocast(case):
             assert torch.equal(k, e)
 
 
-@pytest.mark.parametrize("case", ["pool odd", "pool masks", "loss odd", "additivity odd", "triples"])
+@pytest.mark.parametrize(
+    "case", ["pool odd", "pool masks", "logits odd", "loss odd", "additivity odd", "triples"]
+)
 def test_strided(case):
     """Inputs of any layout: here with the last axis first in memory, as a conv map has it."""
 
@@ -305,15 +381,19 @@ def test_strided(case):
         return x.movedim(-1, 0).contiguous().movedim(0, -1)
 
     op, ref, inputs, args = case_of(CASES, case)
-    if op is region_pool:
+    if case.startswith(("pool", "logits")):
         args = (turned(args[0]), *args[1:])
     check(lambda *x: op(*map(turned, x), *args), lambda *x: ref(*x, *args), inputs, (), torch.float32)
 
 
 def test_patches_behind_a_class_token():
-    op, ref, (x,), args = case_of(CASES, "pool patches")
-    x = torch.cat([x[:, :1], x], 1)
-    check(lambda x: op(x[:, 1:], *args), lambda x: ref(x[:, 1:], *args), [x], (), torch.float32)
+    op, ref, (x,), args = case_of(CASES, "pool odd")
+    x, grid = torch.cat([x[:, :1, 0], x.flatten(1, 2)], 1), x.shape[1:3]
+
+    def cells(x):
+        return x[:, 1:].unflatten(1, grid)
+
+    check(lambda x: op(cells(x), *args), lambda x: ref(cells(x), *args), [x], (), torch.float32)
 
 
 def test_no_rows():
@@ -321,8 +401,12 @@ def test_no_rows():
         return torch.zeros(*shape, requires_grad=True)
 
     no = torch.zeros(0).long()
-    assert region_pool(zeros(2, 3, 3, 5), torch.zeros(0, 4), no, normalize=True).shape == (0, 5)
+    assert region_pool(zeros(2, 3, 3, 5), torch.zeros(0, 4), no).shape == (0, 5)
     assert region_pool(zeros(0, 3, 3, 5), torch.zeros(0, 4), no).shape == (0, 5)
+    cos, means = region_logits(zeros(2, 3, 3, 5), torch.zeros(0, 4), no, zeros(4, 5))
+    assert cos.shape == (0, 4) and means.shape == (0, 5)
+    whole, of = torch.tensor([[0.0, 0, 3, 3]]), torch.zeros(1).long()
+    assert region_logits(torch.ones(2, 3, 3, 5), whole, of, zeros(0, 5))[0].shape == (1, 0)
     f = torch.zeros(4, 5)
     assert pairwise_additivity(torch.zeros(0, 5), f, f, (no, no))[0].shape == (0,)
     for n, m in ((0, 4), (4, 0), (0, 0)):
@@ -339,9 +423,14 @@ def test_nan_where_a_nan_was_read_and_nowhere_else():
     nan, g = torch.nan, generator("nan")
     x = normal(g, 2, 4, 4, 6).float()
     x[0, 0, 0, 2] = nan
-    boxes = torch.tensor([[0, 0, 2, 2], [1, 0, 4, 4], [0, 0, 4, 4], [0, nan, 4, 4]])
-    out = region_pool(x, boxes, torch.tensor([0, 0, 1, 1]))
-    assert out.isnan().nonzero().tolist() == [[0, 2]] + [[3, d] for d in range(6)]
+    boxes = torch.tensor([[0.0, 0, 2, 2], [1, 0, 4, 4], *[[0, 0, 4, 4]] * 5])
+    boxes[range(3, 7), range(4)] = nan
+    image = torch.tensor([0, 0, *[1] * 5])
+    out = region_pool(x, boxes, image)
+    assert out.isnan().nonzero().tolist() == [[0, 2]] + [[k, d] for k in range(3, 7) for d in range(6)]
+    cos, means = region_logits(x, boxes, image, normal(g, 2, 6).float())
+    assert torch.equal(means.isnan(), out.isnan())
+    assert torch.equal(cos.isnan(), out.isnan().any(1, keepdim=True).expand(-1, 2))
 
     z, f, b = normal(g, 3, 4, 6).float(), normal(g, 3, 6).float(), normal(g, 4, 6).float()
     z[0, 1, 0] = f[1, 2] = b[3, 5] = nan
@@ -375,7 +464,7 @@ def test_opposite_parts():
 
 
 def test_same_sums_every_time():
-    for case in ("pool odd", "loss odd"):
+    for case in ("pool odd", "loss odd", "logits odd"):
         op, _, inputs, args = case_of(CASES, case)
         once, again = (results(op, inputs, args, torch.float32) for _ in range(2))
         assert all(map(torch.equal, once, again))
@@ -402,15 +491,18 @@ def test_sampled_classes():
 
 
 X = torch.zeros(2, 6, 5)
+MAP = X.unflatten(1, (2, 3))
 INDEX = torch.zeros(1).long()
 
 
 @pytest.mark.parametrize(
     "op, args, message",
     [
-        (region_pool, (X, torch.zeros(1, 4), INDEX, (2, 2)), "class token"),
-        (region_pool, (X, torch.zeros(1, 3, 2), INDEX, (2, 3)), "masks"),
-        (region_pool, (X, torch.zeros(1, 4), torch.zeros(2).long(), (2, 3)), "one per region"),
+        (region_pool, (X, torch.zeros(1, 4), INDEX), "class token"),
+        (region_pool, (MAP, torch.zeros(1, 3, 2), INDEX), "masks"),
+        (region_pool, (MAP, torch.zeros(1, 4), torch.zeros(2).long()), "one per region"),
+        (region_logits, (X, torch.zeros(1, 4), INDEX, torch.zeros(3, 5)), "class token"),
+        (region_logits, (MAP, torch.zeros(1, 4), INDEX, torch.zeros(3, 4)), r"expected \[C, 5\]"),
         (pairwise_additivity, (X, torch.zeros(2, 5), torch.zeros(5, 5)), "incomplete grid"),
         (pairwise_loss, (X[0], X[1], X[0], torch.zeros(5).long(), 1.0), "expected"),
         (pairwise_loss, (torch.zeros(4097, 2),) * 3 + (torch.arange(4097), 1.0), "classes=torch.randperm"),
@@ -468,6 +560,40 @@ except RuntimeError as error: print(error)
     assert "Triton cannot be imported" in python("-c", code, FLOCK_KERNELS="")
 
 
+def test_tuning_takes_what_is_fastest_and_passes_over_what_does_not_run(monkeypatch, capsys):
+    from kernels import bench
+
+    wanted = dict(BP=4, BC=32, BD=512, BK=1024, BI=32, BJ=32, warps=2, stages=3)
+
+    def milliseconds(op, leaves, device, bare):
+        if any(v["warps"] > 8 for v in launch.SETTINGS.values()):
+            raise RuntimeError("too many threads")
+        return 2 ** sum(abs(math.log2(v[k] / wanted[k])) for v in launch.SETTINGS.values() for k in v)
+
+    names = (
+        "region_pool",
+        "region_logits",
+        "pairwise_additivity",
+        "pairwise_loss, n = m = 256",
+        "pairwise_loss",
+    )
+    monkeypatch.setattr(launch, "SETTINGS", {k: dict(v) for k, v in launch.SETTINGS.items()})
+    monkeypatch.setattr(bench, "cases", lambda new: [(name, (), (None,), ()) for name in names])
+    monkeypatch.setattr(bench, "milliseconds", milliseconds)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(bench, "triton", SimpleNamespace(__version__="3"))
+    before = dict(launch.SETTINGS)
+    bench.tune(None, "bfloat16")
+    printed = capsys.readouterr().out
+    table = {}
+    exec(printed, table)
+    assert table["SETTINGS"] == launch.SETTINGS and printed.startswith("SETTINGS = {  # a card, bfloat16")
+    for kernel, settings in table["SETTINGS"].items():
+        for key, value in settings.items():
+            reach = [v for n in range(5) if (v := before[kernel][key] * 2**n // 4)]  # halved or doubled twice
+            assert value == min(reach, key=lambda v: abs(math.log2(v / wanted[key]))), (kernel, key)
+
+
 @outside
 def test_memory():
     """n = m = 4096: neither n x m (64 MiB) nor n x m x C is held, forward or backward."""
@@ -494,15 +620,17 @@ def test_interpreter():
 @outside
 @needs_triton
 def test_every_kernel_compiles_within_the_limits_of_each_gpu(tmp_path):
-    cases = "float32:512 float32:77 float32:20 bfloat16:512 bfloat16:77 float16:512".split()
-    out = python("-m", "kernels.resources", *cases, TRITON_CACHE_DIR=str(tmp_path))
+    cases = "float32:512 float32:77 bfloat16:512 float16:77".split()
+    out = python("-m", "tests.resources", *cases, TRITON_CACHE_DIR=str(tmp_path))
     kernels = set()
     for line in out.splitlines()[1:]:
         arch, kernel, flags, dtype, D, *numbers = line.split()
-        registers, stack, shared, wide, tensor = map(int, numbers)
+        registers, stack, shared, wide, tensor, barriers = map(int, numbers)
         kernels.add((arch, kernel, flags, dtype))
         assert stack <= 32 and registers <= 255, line  # older compilers spill four numbers
         assert shared <= {"80": 163, "89": 99, "90": 227}[arch] * 1024, line
         assert wide > 0 or D != "512", line
         assert tensor > 0 or "pairwise_loss" not in kernel, line
-    assert len(kernels) == 3 * 8 * 3
+        alone = "one-warp" in flags or (kernel, dtype, D) == ("region_pool.forward_kernel", "float32", "512")
+        assert barriers == 0 or not alone, line  # no warp waits for another
+    assert len(kernels) == 3 * 13 * 3

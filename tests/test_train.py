@@ -717,16 +717,30 @@ def ravl_by_definition(cos, state, y, tau):
     return np.mean(L_R), np.mean(L_A)
 
 
+def ravl_with_shapes_of_the_data(cos, state, y, tau):
+    """The same in PyTorch, what takes no part cut out instead of filled; cos [B, R, C]."""
+    cos, spurious, ok = cos / tau, cos[state == 1] / tau, (state == 0).any(1)
+    present, y = torch.unique(y), y[ok]
+    s = cos[ok].masked_fill((state[ok] != 0)[:, :, None], -torch.inf).amax(1)
+    own = s.gather(1, y[:, None])
+    held = spurious[:, present].amax(1).expand(len(s), -1)
+    L_R = torch.cat([s[:, present], held], 1).logsumexp(1) - own[:, 0]
+    others = s[:, y].T.masked_fill(y[:, None] == y, -torch.inf)
+    L_A = torch.cat([own, others, spurious[:, y].T], 1).logsumexp(1) - own[:, 0]
+    return L_R.mean(), L_A.mean()
+
+
 def test_region_terms_of_two_images_worked_out_on_paper():
     # one free region each, along its own class; one spurious region at 45 degrees between the two; tau = 1
     half, g, state = 0.5**0.5, torch.eye(2), torch.tensor([[0, 1], [0, -1]])
     r = torch.tensor([[[1.0, 0], [half, half]], [[0.0, 1], [1, 0]]])
-    terms = [v.item() for v in train.region_terms(r, state, g, torch.tensor([0, 1]), 1.0)]
+    terms = [v.item() for v in train.region_terms(r @ g.T, state, torch.tensor([0, 1]), 1.0)]
     # for both: sigma(own) = e, sigma(other) = 1, the spurious region e^0.7071
     assert terms == pytest.approx([np.log((np.e + 1 + np.exp(half)) / np.e)] * 2, abs=1e-6)
-    L_R, L_A = train.region_terms(r.requires_grad_(), torch.ones(2, 2), g, torch.tensor([0, 1]))
+    cos = (r @ g.T).requires_grad_()
+    L_R, L_A = train.region_terms(cos, torch.ones(2, 2), torch.tensor([0, 1]))
     (L_R + L_A).backward()  # without any free region
-    assert L_R.item() == L_A.item() == 0 and r.grad.eq(0).all()
+    assert L_R.item() == L_A.item() == 0 and cos.grad.eq(0).all()
 
 
 @pytest.mark.parametrize("case", ["mixed", "none spurious", "some images all spurious", "one class"])
@@ -741,11 +755,18 @@ def test_region_terms_are_the_definition(case):
         state[1], state[4] = 1, torch.tensor([1, 1, -1, 1])
     if case == "one class":
         y[:] = 1
-    L_R, L_A = train.region_terms(r.requires_grad_(), state, texts, y, 0.07)
-    wanted = ravl_by_definition((r @ texts.T).detach().double().numpy(), state.numpy(), y.tolist(), 0.07)
-    assert (L_R.item(), L_A.item()) == pytest.approx(wanted, rel=1e-4)
-    (L_R + L_A).backward()
-    assert r.grad.isfinite().all() and not r.grad[state == -1].any()
+    cos = (r @ texts.T).requires_grad_()
+    terms = train.region_terms(cos, state, y, 0.07)
+    wanted = ravl_by_definition(cos.detach().double().numpy(), state.numpy(), y.tolist(), 0.07)
+    assert [v.item() for v in terms] == pytest.approx(wanted, rel=1e-4)
+    for term, other in zip(terms, ravl_with_shapes_of_the_data(cos, state, y, 0.07), strict=True):
+        grad, expected = (torch.autograd.grad(v, cos, retain_graph=True)[0] for v in (term, other))
+        torch.testing.assert_close(term, other)
+        torch.testing.assert_close(grad, expected)
+        assert grad.any() and not grad[state == -1].any()
+    train.region_terms(
+        cos.to("meta"), state.to("meta"), y.to("meta")
+    )  # would raise if a shape asked for data
 
 
 Z, T = (unit(gaussian(7, 5, seed=k).float()) for k in (1, 2))
@@ -823,8 +844,8 @@ def test_one_pass_gives_images_their_regions_and_their_texts(files):
     forward = train.forward_of(towers, encoder, task, train.METHODS["ravl"])
     with torch.no_grad():
         e = forward(torch.stack([encoder.transform(samples.items[k].image()) for k in ids]), ids)
-    wanted = dict(z=z[ids], r=r.unflatten(0, (6, 4))[ids], t=encoder.texts([task.captions[k] for k in ids]))
-    wanted.update(g=encoder.texts(task.prompts), scale=encoder.module.logit_scale.exp())
+    wanted = dict(z=z[ids], g=encoder.texts(task.prompts), t=encoder.texts([task.captions[k] for k in ids]))
+    wanted.update(cos=r.unflatten(0, (6, 4))[ids] @ wanted["g"].T, scale=encoder.module.logit_scale.exp())
     assert e.keys() == wanted.keys() and all(torch.allclose(e[k], wanted[k], atol=1e-4) for k in e)
 
 

@@ -1,10 +1,11 @@
 """What the compiler makes of every kernel, for GPUs that need not be there.
 
-    python -m kernels.resources [float32:512 bfloat16:77 ...]
+    python -m tests.resources [float32:512 bfloat16:77 ...]
 
 Calls the ops on small CPU tensors, with the launch replaced by a compilation for sm_80, sm_89 and sm_90:
 each line is a kernel as it is really launched. Prints registers per thread, bytes on the stack (spilled ones
-among them), shared memory, loads of 16 bytes, tensor-core products. TRITON_INTERPRET must be unset.
+among them), shared memory, loads of 16 bytes, tensor-core products, barriers of more than a warp (as the
+source has them, not as often as they are met). TRITON_INTERPRET must be unset.
 """
 
 import re
@@ -16,11 +17,12 @@ from types import SimpleNamespace
 
 import torch
 
-from kernels import launch, pairwise_additivity, pairwise_loss, region_pool
+from kernels import launch, pairwise_additivity, pairwise_loss, region_logits, region_pool
 from kernels.launch import triton
 
 ARCHS = (80, 89, 90)
 LOAD16 = r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.c[ag]\S* [^;]*, 0x10"
+BARRIER = r"\bbar(?:rier)?\.sync"
 TENSOR = r"\b(?:mma\.sync|wgmma\.mma_async)"
 
 
@@ -37,10 +39,12 @@ def call_ops(dtype, D):
     index = torch.zeros(2048, dtype=torch.long)
     pairwise_additivity(maps.view(1024, D), f, b, (index[:1024], index[:1024]))
     pairwise_additivity(torch.zeros(32, 64, D, dtype=dtype), f, b)
-    pairwise_loss(f, b, t, index[:32], 1.0)
-    pairwise_loss(f.requires_grad_(), b, t, index[:32], 1.0)
+    for launch.MULTIPROCESSORS in (128, 0):  # 32 x 64 are few pairs, or not
+        pairwise_loss(f, b, t, index[:32], 1.0)
+        pairwise_loss(f.detach().requires_grad_(), b, t, index[:32], 1.0)
     for regions in (torch.zeros(32, 4), torch.zeros(32, 16, 16)):
         region_pool(maps.requires_grad_(), regions, index[:32]).sum().backward()
+        region_logits(maps, regions, index[:32], t)
 
 
 def report(dtype, D):
@@ -49,15 +53,14 @@ def report(dtype, D):
 
     def compile_only(kernel, grid, *args, warps=4, stages=2, **constants):
         name = f"{kernel.__module__.split('.')[-1]}.{kernel.__name__}"
-        flags = "+".join(k for k in ("LIST", "MASK", "NEED_GRAD") if constants.get(k)) or "-"
+        flags = "+".join(k for k in ("LIST", "MASK", "NEED_GRAD") if constants.get(k))
+        flags = "+".join([flags] * bool(flags) + ["one-warp"] * (warps == 1)) or "-"
         for arch in ARCHS:
             pretend(arch)
             binary = kernel.warmup(*args, grid=grid, num_warps=warps, num_stages=stages, **constants)
-            ptx, registers = (
-                binary.asm["ptx"],
-                re.search(r"REG:(\d+) STACK:(\d+)", usage(binary.asm["cubin"])),
-            )
-            counts = [len(re.findall(pattern, ptx)) for pattern in (LOAD16, TENSOR)]
+            registers = re.search(r"REG:(\d+) STACK:(\d+)", usage(binary.asm["cubin"]))
+            counts = [len(re.findall(pattern, binary.asm["ptx"])) for pattern in (LOAD16, TENSOR, BARRIER)]
+            counts[2] *= warps > 1
             lines.append((arch, name, flags, *registers.groups(), binary.metadata.shared, *counts))
 
     launch.run = compile_only
@@ -76,8 +79,8 @@ def usage(cubin):
 
 if __name__ == "__main__":
     if triton is None or launch.INTERPRET:
-        sys.exit("kernels.resources compiles: it needs Triton, with TRITON_INTERPRET unset")
-    print("sm kernel flags dtype D registers stack shared 16-byte-loads tensor-core")
+        sys.exit("tests/resources.py compiles: it needs Triton, with TRITON_INTERPRET unset")
+    print("sm kernel flags dtype D registers stack shared 16-byte-loads tensor-core barriers")
     for case in sys.argv[1:] or ["float32:512", "float32:77", "bfloat16:512", "float16:512"]:
         name, D = case.split(":")
         for arch, kernel, flags, *numbers in report(getattr(torch, name), int(D)):

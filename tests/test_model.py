@@ -493,14 +493,24 @@ def test_unknown_model_tag_file_or_device_is_named_with_its_neighbours(words, ca
 
 def test_auto_device_is_the_process_own_gpu_under_torchrun(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for there, expected in ((False, "cpu"), (True, "cuda:0")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+    for gpus, expected in ((0, "cpu"), (4, "cuda:0")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         assert model.auto_device("auto") == expected and model.auto_device("cpu") == "cpu"
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert model.auto_device("auto") == "cuda:3" and model.auto_device("cuda:1") == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows each process its own
+    assert model.auto_device("cuda") == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with complaint("--device", "process 3 sees 2", "--nproc_per_node=2"):
+        model.auto_device("auto")
+    for device in ("cuda:2", "cuda:", "cudas", "mps"):
+        with complaint("--device", repr(device), "auto, cpu or cuda, cuda:0 to cuda:1"):
+            model.auto_device(device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with complaint("--device", "cuda:1", "no GPU"):
-        model.auto_device("cuda:1")
+    for device in ("cuda:1", "cuda", "mps"):
+        with complaint("--device", repr(device), "no GPU"):
+            model.auto_device(device)
 
 
 @pytest.mark.parametrize("name", ["tiny", "flock-vit", "timm:test_vit"])

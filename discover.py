@@ -544,6 +544,8 @@ class Medoids:
             first = self.index.scatter_reduce(0, nearest, best, "amin", include_self=False)
             self.index = torch.where(better, first, self.index)
             better = self.those(better)
+            if not len(better):
+                break
             self.products(self.cosine, better, self.x[self.index[better]])
 
     def those(self, chosen):
@@ -557,8 +559,8 @@ class Medoids:
         for some in tiles(len(moved)):
             v = self.x[moved[some]].double()
             self.S += sums(v, now[some], K) - sums(v, was[some], K + 1)[1:]
-        self.label, ones = nearest, torch.ones_like(nearest, dtype=self.size.dtype)
-        self.size = torch.zeros_like(self.size).scatter_add_(0, nearest, ones)  # whole numbers, in any order
+        self.label, count = nearest, torch.zeros_like(self.index)
+        self.size = count.scatter_add_(0, nearest, torch.ones_like(nearest)).float()
         changed = torch.zeros(K + 1, dtype=torch.bool, device=now.device)
         changed = self.those(changed.index_fill_(0, was, True).index_fill_(0, now + 1, True)[1:])
         return changed, self.S[changed].float()
@@ -733,12 +735,11 @@ def identify(label, k, e, criterion):
     image, cluster = pair // k, pair % k
 
     def tally(weight):
-        total = right.new_zeros(C * k).index_add_(0, y[image] * k + cluster, weight)
-        return rearrange(total, "(c k) -> c k", k=k)
+        return rearrange(sums(weight[:, None], y[image] * k + cluster, C * k), "(c k) 1 -> c k", k=k)
 
     n_in, right_in = tally(torch.ones_like(right[image])), tally(right[image])
     n_all = torch.bincount(y, minlength=C).double()[:, None]
-    right_all = right.new_zeros(C).index_add_(0, y, right)[:, None]
+    right_all = sums(right[:, None], y, C)
     n_out, right_out = n_all - n_in, right_all - right_in
     weight = 2 * torch.minimum(n_in, n_out) / n_all.clamp(min=1)
     factor = weight if criterion.weighted else torch.ones_like(weight)

@@ -291,10 +291,9 @@ class Encoder:
         names = [type(part).__name__ for part in parts[-2:]]
         if len(names) < 2 or "ToTensor" not in names[0] or names[1] != "Normalize":
             return self.transform, None
-        ends = [
-            torch.as_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (parts[-1].mean, parts[-1].std)
-        ]
-        return type(self.transform)(parts[:-2]), [v.to(self.device) for v in ends]
+        ends = parts[-1].mean, parts[-1].std
+        ends = [torch.as_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in ends]
+        return type(self.transform)(parts[:-2]), ends
 
     def onto_device(self, images):
         """A list of n pixels() -> one tensor [n, ...] on the device; nobody waits for the copy."""
@@ -306,7 +305,7 @@ class Encoder:
         """pixels() of n pictures, on the device -> what the network takes, [n, 3, H, W], channels last."""
         if self.transform_parts[1] is None:
             return x.to(memory_format=torch.channels_last)
-        mean, deviation = self.transform_parts[1]
+        mean, deviation = (v.to(self.device, non_blocking=True) for v in self.transform_parts[1])
         return rearrange(x, "n h w c -> n c h w").float().div_(255).sub_(mean).div_(deviation)
 
     def run_in_parts(self, x, compute, pictures):

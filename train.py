@@ -552,7 +552,7 @@ def learn_cutter(encoder, scenes, seed, cells=60):
     for f, a in held:
         on, true = soft((f - mean) / scale @ theta[:-1] + theta[-1]) > 0.5, a > 0.5
         iou.append((on & true).sum((1, 2)) / (on | true).sum((1, 2)).clamp(min=1))
-    rest = theta.new_tensor([[grid[0], grid[1]], [0, 0], [theta[-1], torch.cat(iou).mean()]])
+    rest = theta.new_tensor([[*grid], [0, 0], [float(theta[-1]), float(torch.cat(iou).mean())]])
     return torch.cat([torch.stack([mean, scale, theta[:-1]]), rest], 1)
 
 

@@ -1288,7 +1288,7 @@ def gdro_cost(e, ids, task):
     y, has = task.y[ids].to(e["z"].device), task.feature[ids].to(e["z"].device)
     ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, y, reduction="none")
     one_hot = F.one_hot(2 * y + has.long(), 2 * task.C).to(ce)  # [B, G], G = 2 C
-    losses = ce @ one_hot / one_hot.sum(0).clamp(min=1)  # zero of a group that is not there
+    losses = one_hot.T @ ce / one_hot.sum(0).clamp(min=1)  # zero of a group that is not there
     q = task.q * torch.exp(0.01 * losses.detach())
     task.q = torch.where(losses.isfinite().all(), q / q.sum(), task.q)
     return dict(DRO=(1.0, (task.q * losses).sum()))

@@ -114,9 +114,8 @@ def flags(script, argv=None, **limits):
             expect(in_interval(config[key], limit), key, config[key], f"a number in {limit}")
         elif key in config:
             expect(config[key] in limit, key, config[key], " or ".join(word for word in limit if word))
-    batch = str(config.get("batch_size", "auto"))
-    whole = batch.isdecimal() and int(batch) > 0
-    expect(whole or batch == "auto", "batch_size", batch, "auto, or a whole number from 1")
+    batch = config.get("batch_size", "auto")
+    expect(re.fullmatch("auto|[1-9][0-9]{,8}", batch), "batch_size", batch, "auto, or a whole number from 1")
     if "out_dir" in config:  # complains now, not after the work
         path = Path(config["out_dir"]).absolute()
         there = next(p for p in (path, *path.parents) if p.exists())

@@ -307,6 +307,23 @@ def test_embeddings_are_those_of_a_cpu_with_a_wait_a_batch_at_most(gpu, monkeypa
 NO_BAR = types.SimpleNamespace(update=lambda n: None)
 
 
+def test_training_images_stay_on_the_gpu_while_they_fit_and_then_in_memory(gpu, monkeypatch):
+    size = 56 * 56 * 3
+    monkeypatch.setattr(train, "ROOM_GPU", 2 * size)
+    monkeypatch.setattr(train, "ROOM", size)
+    pictures = [Noise(k) for k in range(6)]
+    with gpu():
+        encoder = tiny(device="cuda")
+        feed = train.Feed(pictures, encoder)
+        for ids in ([0, 1, 0], [2, 3, 1], [2, 4, 0]):
+            feed.ahead(torch.tensor(ids))
+            wanted = torch.stack([encoder.transform(pictures[k].image()) for k in ids])
+            assert torch.equal(feed.get().cpu(), wanted)
+        assert list(feed.near) == [0, 1] and list(feed.far) == [2] and not WAITS["_to_copy"]
+        assert all(isinstance(v, Gpu) and v.dtype == torch.uint8 for v in feed.near.values())
+        feed.close()
+
+
 def test_a_batch_that_memory_has_no_room_for_is_halved_and_that_is_said_once(gpu, monkeypatch, capsys):
     run, room = model.Encoder.run, 3
 
@@ -410,6 +427,9 @@ def test_fine_tuning_waits_twice_a_step_at_most(method, gpu, at):
     if not (at / "split").is_dir():
         script(gpu, at, "discover", f"--out_dir={at}/split --classifier=text --regions=grid:2 --split=val")
         found(at / "split")
+        script(
+            gpu, at, "train", f"--method=finetune --pairs=16 --steps=1 --out_dir={at}/one"
+        )  # fills the cache
     words = f"--method={method} --pairs=16 --discovery={at}/split --out_dir={at}/{method} --captions=class"
     waits = [script(gpu, at, "train", f"{words} --steps={n}") for n in (2, 4)]
     most = {"ravl": 16}.get(method, 2)  # its loss picks regions by masks

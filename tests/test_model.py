@@ -670,6 +670,22 @@ def test_embed_gives_one_row_per_picture_in_order(get, monkeypatch):
     assert embed(tiny, []).shape == (0, 64)
 
 
+@pytest.mark.parametrize("name", ["tiny", "lite0", "whole"])
+def test_bytes_normalised_on_the_device_are_what_the_transform_gives(name, get):
+    encoder = get("tiny" if name == "whole" else name)
+    if name == "whole":  # its end is not known: all of it is done to each picture
+        encoder = copy.copy(encoder)
+        encoder.__dict__.pop("transform_parts", None)
+        encoder.transform = transforms.Compose(
+            [*encoder.transform.transforms, transforms.Lambda(lambda x: x)]
+        )
+    images = [encoder.pixels(p) for p in noise(3)]
+    assert {image.dtype for image in images} == {torch.float32 if name == "whole" else torch.uint8}
+    x = encoder.normalised(encoder.onto_device(images))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, torch.stack([encoder.transform(p.image()) for p in noise(3)]))
+
+
 @pytest.mark.parametrize("name", ["tiny", "flock-rn", "timm:resnet18"])
 def test_embeddings_are_equal_to_the_bit_twice_and_with_any_number_of_threads(name, get):
     first, *others = (embed(get(name), noise(11), threads=threads) for threads in (1, 1, 2, 5))
@@ -974,6 +990,16 @@ def test_additive_solve_is_least_squares_on_the_cells_that_exist(n, m, share):
     mu, a, c = model.additive_solve(z, i, j)
     for value, expected in zip((mu, a, c, mu + a[i] + c[j]), dense(z, i, j), strict=True):
         assert torch.allclose(value, expected, atol=1e-6)
+
+
+def test_sums_come_out_the_same_in_the_order_of_rows():
+    z, k = gaussian(500, 3).float(), torch.arange(500) * 7 % 12
+    wanted = torch.zeros(14, 3)
+    for row, label in zip(z, k, strict=True):
+        wanted[label] += row
+    rows, first = model.bags(k, 14)
+    assert torch.equal(model.sums(z, k, 14), wanted)
+    assert torch.equal(F.embedding_bag(rows, z, first, mode="sum"), wanted)  # as on a GPU
 
 
 def test_additive_solve_of_unconnected_parts_where_each_foreground_has_one_background():

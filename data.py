@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile

@@ -66,10 +66,10 @@ class Encoder:
     def __init__(self, name, kind, build, transform, recipe, digest, tokenizer=None, notes=()):
         self.name, self.kind, self.build, self.transform = name, kind, build, transform
         self.recipe, self.digest, self.tokenizer, self.notes = recipe, digest, tokenizer, list(notes)
-        self.embeds_with()
 
     def embeds_with(self, device="auto", dtype="auto", batch="auto", threads=0, cache="", skip_bad=False):
-        """Sets how pictures are embedded (see load_encoder), and returns the encoder."""
+        """Sets how pictures are embedded (see load_encoder), before anything else; returns the encoder."""
+        self.__dict__.pop("fast", None)
         self.device, self.dtype = auto_device(device), dtype
         self.batch = int(batch) if batch != "auto" else 256 if self.on_gpu else 8
         able = dtype != "bfloat16" or not self.on_gpu or self.bf16
@@ -253,17 +253,15 @@ class Encoder:
         batches = [[chunk[k : k + self.batch] for k in range(0, len(chunk), self.batch)] for chunk in chunks]
         if self.on_gpu:
             images = ahead(decode, itertools.chain(*chunks), self.threads, 2 * self.batch)
-            results = (
-                forward(batch, list(itertools.islice(images, len(batch)))) for batch in sum(batches, [])
-            )
+            each = itertools.chain(*batches)
+            results = (forward(batch, list(itertools.islice(images, len(batch)))) for batch in each)
         else:
             results = ahead(both, itertools.chain(*batches), self.threads, self.threads + 1)
         for chunk, parts in zip(chunks, batches, strict=True):
             z, there = [], set()
-            for batch in parts:
-                done = next(results)
-                z.append(done[0])
-                there.update(done[1])
+            for batch, (v, readable) in zip(parts, results, strict=False):
+                z.append(v)
+                there.update(readable)
                 bar.update(len(batch))
             z, n = torch.cat(z).cpu(), torch.tensor([rows[k] for k in chunk])
             owner = repeat_by(torch.tensor(chunk), n)  # the picture of each row

@@ -513,6 +513,21 @@ def test_auto_device_is_the_process_own_gpu_under_torchrun(monkeypatch):
             model.auto_device(device)
 
 
+@pytest.mark.parametrize(
+    "gpus, mine, backend", [(2, "cuda:1", "nccl"), (1, "cuda:0", "nccl"), (0, None, "gloo")]
+)
+def test_join_makes_the_process_own_gpu_the_current_one(monkeypatch, gpus, mine, backend):
+    taken = []
+    for name, value in dict(WORLD_SIZE="2", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(model.dist, "init_process_group", lambda backend, **_: taken.append(backend))
+    assert model.join() == (0, 1) and taken == ([mine] if mine else []) + [backend]
+
+
 @pytest.mark.parametrize("name", ["tiny", "flock-vit", "timm:test_vit"])
 @pytest.mark.parametrize("file", ["plain.pt", "wrapped.pt", "w.safetensors"])
 def test_local_weights_are_loaded_whole(tmp_path, get, name, file):

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,9 @@ def run(main, again="the same command with --resume"):
         line, code = str(problem), 2
     except OSError as problem:  # a full disk, a folder that may not be written, a file that went away
         line, code = f"{problem.filename or 'file system'}: {problem.strerror or problem}", 2
+    except torch.OutOfMemoryError as problem:
+        cure = "lower --pairs or --batch_size, or use --dtype=bfloat16 or a smaller --model"
+        line, code = f"the GPU's memory is full ({str(problem).partition('. ')[0]}); {cure}", 2
     except KeyboardInterrupt:
         line, code = f"interrupted; {again} goes on from here", 130
     if os.environ.get("RANK", "0") == "0":
@@ -75,7 +79,6 @@ def say(text):
 # flags
 
 LIMITS = {  # of flags that several scripts have; of others see the scripts' calls of flags()
-    "batch_size": "[1, inf)",
     "threads": "[0, inf)",
     "seed": "[0, 1e15)",
     "l2": "(0, inf)",
@@ -112,6 +115,8 @@ def flags(script, argv=None, **limits):
             expect(in_interval(config[key], limit), key, config[key], f"a number in {limit}")
         elif key in config:
             expect(config[key] in limit, key, config[key], " or ".join(word for word in limit if word))
+    batch = config.get("batch_size", "auto")
+    expect(re.fullmatch("auto|[1-9][0-9]{,8}", batch), "batch_size", batch, "auto, or a whole number from 1")
     if "out_dir" in config:  # complains now, not after the work
         path = Path(config["out_dir"]).absolute()
         there = next(p for p in (path, *path.parents) if p.exists())

@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import ImageDraw
 
-from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table
-from data import load_data, load_regions, opaque, page, reading, region_truth, revision, rng, run
-from data import say, table, tag, thumb, write, write_json
+from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, load_data
+from data import load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table, tag, thumb
+from data import write, write_json
 from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_map, load_probe
-from model import mask_shares, region_embeddings, repeat_by, unit, wilson
+from model import mask_shares, region_embeddings, repeat_by, sums, unit, wilson
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ quick_gelu = "auto"       # auto follows the record of the weights; on, off
 test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
 device = "auto"           # auto, cpu, cuda
 dtype = "auto"            # of the forward pass: auto, float32, bfloat16
-batch_size = 8            # small batches are faster on a CPU; raise it on a GPU
+batch_size = "auto"       # images at a time; auto: 256 on a GPU, fewer if memory asks for it; 8 on a CPU
 threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
 # --- method -------------------------------------------------------------------------------------------------
 method = "ravl"           # a rule for clusters: ravl, gap_only, influence_only, unweighted; or a baseline:
@@ -521,30 +521,38 @@ class Medoids:
         """Each region to its nearest medoid, each medoid to the member with the largest sum of cosines to its
         cluster, the first of equals, until nothing moves."""
         for _ in range(most):
-            nearest, better = self.cosine.argmax(0), []
-            moved = (nearest != self.label).nonzero()[:, 0]
-            if len(moved):
-                self.products(self.s, *self.move(moved, nearest))
-                own = self.s.gather(0, nearest[None])[0]  # [N], to its own cluster
-                top = own.new_full((len(self.index),), -math.inf).scatter_reduce_(0, nearest, own, "amax")
-                now = self.s.gather(1, self.index[:, None])[:, 0]  # the medoids' own
-                better = ((top > now + 1e-6 * self.size) & (self.size > 0)).nonzero()[:, 0]
+            nearest = self.cosine.argmax(0)
+            moved = (nearest != self.label).nonzero()[:, 0]  # on a GPU the one wait of a round
+            if not len(moved):
+                break
+            self.products(self.s, *self.move(moved, nearest))
+            own = self.s.gather(0, nearest[None])[0]  # [N], to its own cluster
+            top = own.new_full((len(self.index),), -math.inf).scatter_reduce_(0, nearest, own, "amax")
+            now = self.s.gather(1, self.index[:, None])[:, 0]  # the medoids' own
+            better = (top > now + 1e-6 * self.size) & (self.size > 0)
+            best = torch.where(own == top[nearest], torch.arange(len(own), device=own.device), len(own))
+            first = self.index.scatter_reduce(0, nearest, best, "amin", include_self=False)
+            self.index = torch.where(better, first, self.index)
+            better = self.those(better)
             if not len(better):
                 break
-            ties = (own == top[nearest]).nonzero()[:, 0]
-            first = self.index.scatter_reduce(0, nearest[ties], ties, "amin", include_self=False)
-            self.index[better] = first[better]
-            self.products(self.cosine, better, self.x[first[better]])
+            self.products(self.cosine, better, self.x[self.index[better]])
+
+    def those(self, chosen):
+        """Numbers of the clusters chosen, bool [K]. On a GPU all: to compute them again, in the same walk
+        over x, costs less than to wait for how many there are."""
+        return torch.arange(len(chosen), device=chosen.device) if chosen.is_cuda else chosen.nonzero()[:, 0]
 
     def move(self, moved, nearest):
         """Regions [m] to their nearest medoids [N]; returns changed clusters [c] and their sums [c, D]."""
-        was, now = self.label[moved], nearest[moved]
+        was, now, K = self.label[moved] + 1, nearest[moved], len(self.index)  # was: 0 where there was none
         for some in tiles(len(moved)):
-            v, left = self.x[moved[some]].double(), was[some] >= 0
-            self.S.index_add_(0, now[some], v)
-            self.S.index_add_(0, was[some][left], v[left], alpha=-1)
-        self.label, self.size = nearest, torch.bincount(nearest, minlength=len(self.index)).float()
-        changed = torch.unique(torch.cat([was[was >= 0], now]))
+            v = self.x[moved[some]].double()
+            self.S += sums(v, now[some], K) - sums(v, was[some], K + 1)[1:]
+        self.label, count = nearest, torch.zeros_like(self.index)
+        self.size = count.scatter_add_(0, nearest, torch.ones_like(nearest)).float()
+        changed = torch.zeros(K + 1, dtype=torch.bool, device=now.device)
+        changed = self.those(changed.index_fill_(0, was, True).index_fill_(0, now + 1, True)[1:])
         return changed, self.S[changed].float()
 
     def drop(self, want):
@@ -556,8 +564,8 @@ class Medoids:
             for rows in tiles(len(self.x)):
                 d, which = (1 - self.cosine[:, rows]).topk(min(3, K), dim=0, largest=False)
                 d1, d2, d3 = d[[0, 1, -1]].clamp(min=1e-6).double()
-                gain.index_add_(0, which[0], d1 / d2 - d2 / d3)
-                gain.index_add_(0, which[1], d1 / d2 - d1 / d3)
+                loss = torch.stack([d1 / d2 - d2 / d3, d1 / d2 - d1 / d3])[..., None]  # [2, rows, 1]
+                gain += sums(loss.flatten(0, 1), which[:2].flatten(), K)[:, 0]
             kept = gain.argsort(descending=True)[min(K - want, 1 + K // 10) :].sort().values
             new = torch.full((K + 1,), -1, device=kept.device)  # -1, no cluster, stays -1
             new[kept] = torch.arange(len(kept), device=kept.device)
@@ -717,12 +725,11 @@ def identify(label, k, e, criterion):
     image, cluster = pair // k, pair % k
 
     def tally(weight):
-        total = right.new_zeros(C * k).index_add_(0, y[image] * k + cluster, weight)
-        return rearrange(total, "(c k) -> c k", k=k)
+        return rearrange(sums(weight[:, None], y[image] * k + cluster, C * k), "(c k) 1 -> c k", k=k)
 
     n_in, right_in = tally(torch.ones_like(right[image])), tally(right[image])
     n_all = torch.bincount(y, minlength=C).double()[:, None]
-    right_all = right.new_zeros(C).index_add_(0, y, right)[:, None]
+    right_all = sums(right[:, None], y, C)
     n_out, right_out = n_all - n_in, right_all - right_in
     weight = 2 * torch.minimum(n_in, n_out) / n_all.clamp(min=1)
     factor = weight if criterion.weighted else torch.ones_like(weight)

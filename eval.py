@@ -63,7 +63,7 @@ test_size = False         # timm: pictures at the size and crop of its published
 ckpt = ""                 # ckpt.pt of train.py: its map is applied first
 device = "auto"           # auto, cpu, cuda
 dtype = "auto"            # of the forward pass: auto, float32, bfloat16
-batch_size = 8            # small batches are faster on a CPU; raise it on a GPU
+batch_size = "auto"       # images at a time; auto: 256 on a GPU, fewer if memory asks for it; 8 on a CPU
 threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
 # --- protocols ----------------------------------------------------------------------------------------------
 protocol = "auto"         # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; or
@@ -589,7 +589,7 @@ def redraw(cells, seed, stream=0, times=2000):
 def ece(confidence, correct, bins=15):
     """Expected calibration error: photos' mean |accuracy - confidence| of their bin (Guo et al. 2017)."""
     b = (confidence * bins).long().clamp(0, bins - 1)
-    gap = torch.zeros(bins, dtype=torch.double).index_add_(0, b, correct.double() - confidence.double())
+    gap = sums((correct.double() - confidence.double())[:, None], b, bins)
     return float(gap.abs().sum() / len(b))
 
 

@@ -48,8 +48,8 @@ from data import write_json, write_table
 from kernels import pairwise_loss, region_logits
 from model import Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe, from_first
 from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
-from model import region_embeddings, renumber, save_checkpoint, sha256, sphere_log, standard, unbalanced, unit
-from model import weights_bytes, with_map
+from model import region_embeddings, renumber, save_checkpoint, sha256, sphere_log, standard, sums, unbalanced
+from model import unit, weights_bytes, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ quick_gelu = "auto"       # auto follows the record of the weights; on, off
 test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
 device = "auto"           # auto, cpu, cuda
 dtype = "auto"            # of the forward pass: auto, float32, bfloat16
-batch_size = 8            # small batches are faster on a CPU; raise it on a GPU
+batch_size = "auto"       # images at a time; auto: 256 on a GPU, fewer if memory asks for it; 8 on a CPU
 threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
 # --- method -------------------------------------------------------------------------------------------------
 method = "bap"            # bap; or fine-tuning: finetune, ravl, upsampled, ... (see METHODS)
@@ -139,7 +139,7 @@ WEIGHT_DECAY, CLIP = 0.1, 1.0  # AdamW's; norm of the gradient
 PARTIAL = ("partial.pt", "training.pt")  # bap: what --resume goes on from: seeds, the encoder
 JTT_WEIGHT = 20.0  # of the images that a first quarter of the steps leaves wrong
 NONE = -1e30  # the logit of what is not there; finite, so that its gradient is zero and not NaN
-ROOM = 4 << 30  # bytes of decoded training images in memory
+ROOM, ROOM_GPU = 4 << 30, 2 << 30  # bytes of decoded training images in memory, and before that on the GPU
 
 
 def main():
@@ -354,7 +354,7 @@ def scatter(z, i):
     """
     z, i = z.double(), renumber(i)
     count = torch.bincount(i).double()
-    anchors = z.new_zeros(len(count), z.shape[1]).index_add_(0, i, z) / count[:, None]  # [n, D]
+    anchors = sums(z, i, len(count)) / count[:, None]  # [n, D]
     mu, residual = z.mean(0), z - anchors[i]
     S_w = residual.T @ residual / max(1, len(z) - len(count))
     return mu, (anchors - mu).T @ (anchors - mu) / len(count) - S_w * (1 / count).mean(), S_w
@@ -536,8 +536,7 @@ def learn_cutter(encoder, scenes, seed, cells=60):
     with ThreadPoolExecutor(encoder.threads) as pool:
         for start in range(0, len(scenes), 16):
             batch = scenes[start : start + 16]
-            x = torch.stack(list(pool.map(lambda scene: encoder.transform(scene.image()), batch)))
-            x = x.to(encoder.device, memory_format=torch.channels_last)
+            x = encoder.normalised(encoder.onto_device(list(pool.map(encoder.pixels, batch))))
             f = encoder.run(x, encoder.precision, lambda x, _: dense(encoder, x))  # [N, h, w, D']
             a = torch.stack([cell_alpha(encoder, scene, f.shape[1:3]) for scene in batch])  # [N, h, w]
             a = a.to(f.device)
@@ -565,7 +564,7 @@ def learn_cutter(encoder, scenes, seed, cells=60):
     for f, a in held:
         on, true = soft((f - mean) / scale @ theta[:-1] + theta[-1]) > 0.5, a > 0.5
         iou.append((on & true).sum((1, 2)) / (on | true).sum((1, 2)).clamp(min=1))
-    rest = theta.new_tensor([[grid[0], grid[1]], [0, 0], [theta[-1], torch.cat(iou).mean()]])
+    rest = theta.new_tensor([[*grid], [0, 0], [float(theta[-1]), float(torch.cat(iou).mean())]])
     return torch.cat([torch.stack([mean, scale, theta[:-1]]), rest], 1)
 
 
@@ -1130,12 +1129,13 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     tower = torch.nn.parallel.DistributedDataParallel(tower) if world > 1 else tower
     feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
     forward = forward_of(tower, encoder, task, row)
-    task.q, first, rows = torch.full((2 * task.C,), 1 / (2 * task.C), device=encoder.device), 0, []
+    task.q, first, rows = torch.full((2 * task.C,), 1 / (2 * task.C)), 0, []
     if state:
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
-        task.q, first, rows = state["q"].to(encoder.device), state["step"], state["rows"]
-    amp = config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and encoder.on_gpu)
+        task.q, first, rows = state["q"], state["step"], state["rows"]
+    near = beside(task, encoder.device)  # for what a batch costs; images are drawn on the CPU
+    amp = config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and encoder.on_gpu and encoder.bf16)
     clock, count, share, warned = time.time(), 0, pairs // world, False
     mine = slice(rank * share, (rank + 1) * share)  # of a batch, this process's images
     feed.ahead(draw(first)[mine])
@@ -1149,15 +1149,18 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
             say(f"step {step}: the batch has one class only and cannot tell classes apart; raise --pairs")
         with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
             e = forward(x, ids[mine])
-        terms = row.cost(e, ids, task)
+        terms = row.cost(e, ids.to(encoder.device, non_blocking=True), near)
         total = sum(weight * term for weight, term in terms.values())
         optimiser.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        bad = not_finite(terms | dict(gradient=(1.0, norm)))
+        numbers = torch.stack([v.detach().float() for v in (total, *[v for _, v in terms.values()], norm)])
+        loss, *numbers = numbers.tolist()  # the one wait of a step
+        values = dict(zip((*terms, "gradient"), numbers, strict=True))
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             if save:
-                save(**training_state(step, module, optimiser, task, rows))
+                save(**training_state(step, module, optimiser, near, rows))
             kept = f"the state before it is in {config['out_dir']}/training.pt"
             cure = "start anew with a lower --learning_rate" + ", or with --dtype=float32" * amp
             raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}; {cure}")
@@ -1166,16 +1169,15 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
             module.logit_scale.data.clamp_(0, math.log(100))
         count += pairs
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            values = {name: term.item() for name, (_, term) in terms.items()} | dict(gradient=float(norm))
             speed = count / (time.time() - clock)
-            rows.append(dict(step=step + 1, loss=total.item(), **values, lr=group["lr"], images_per_s=speed))
+            rows.append(dict(step=step + 1, loss=loss, **values, lr=group["lr"], images_per_s=speed))
             listed = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-            say(f"step {step + 1}/{steps}: loss {total.item():.4f} ({listed}), {speed:.0f} images/s")
+            say(f"step {step + 1}/{steps}: loss {loss:.4f} ({listed}), {speed:.0f} images/s")
             if save and rank == 0:
                 log(rows, config)
             clock, count = time.time(), 0
         if save and ((step + 1) % config["save_every"] == 0 or step + 1 == steps or asked):
-            save(**training_state(step + 1, module, optimiser, task, rows))
+            save(**training_state(step + 1, module, optimiser, near, rows))
         if asked:
             raise KeyboardInterrupt
     feed.close()
@@ -1183,8 +1185,10 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     return rows
 
 
-def not_finite(terms):
-    return [name for name, (_, term) in terms.items() if not term.isfinite()]
+def beside(task, device):
+    """The task with its tensors on a device."""
+    tensors = {k: v.to(device) for k, v in vars(task).items() if isinstance(v, torch.Tensor)}
+    return SimpleNamespace(**vars(task) | tensors)
 
 
 def training_state(step, module, optimiser, task, rows):
@@ -1206,18 +1210,19 @@ def forward_of(tower, encoder, task, row):
         texts = list(dict.fromkeys(task.captions))
         number = {text: k for k, text in enumerate(texts)}
         which = torch.tensor([number[caption] for caption in task.captions])
-        tokens = encoder.tokenizer()(texts).to(encoder.device)
+        tokens = encoder.tokenizer()(texts)
     if "prompts" in row.uses:
         prompts = encoder.tokenizer()(task.prompts).to(encoder.device)
 
     def forward(x, ids):
-        boxes = task.boxes[ids].to(encoder.device) if "regions" in row.uses else None
+        boxes = task.boxes[ids].to(encoder.device, non_blocking=True) if "regions" in row.uses else None
         if which is None:
             e = tower(x, boxes, None, prompts)
         else:
             distinct, back = torch.unique(which[ids], return_inverse=True)
-            e = tower(x, boxes, tokens[distinct], prompts)
-            e["t"] = e["t"][back.to(x.device)]
+            some, back = (v.to(encoder.device, non_blocking=True) for v in (tokens[distinct], back))
+            e = tower(x, boxes, some, prompts)
+            e["t"] = e["t"][back]
         return {k: gathered(v) if k in ("z", "cos", "t") else v for k, v in e.items()}
 
     return forward
@@ -1302,13 +1307,11 @@ def gdro_cost(e, ids, task):
     """Group DRO over label x feature: q <- q exp(0.01 loss), kept in the task."""
     y, has = task.y[ids].to(e["z"].device), task.feature[ids].to(e["z"].device)
     ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, y, reduction="none")
-    present, group = torch.unique(2 * y + has.long(), return_inverse=True)
-    one_hot = F.one_hot(group, len(present)).to(ce)  # [B, G]
-    losses = ce @ one_hot / one_hot.sum(0)
-    if losses.isfinite().all():
-        task.q[present] *= torch.exp(0.01 * losses.detach())
-        task.q /= task.q.sum()
-    return dict(DRO=(1.0, (task.q[present] * losses).sum()))
+    one_hot = F.one_hot(2 * y + has.long(), 2 * task.C).to(ce)  # [B, G], G = 2 C
+    losses = one_hot.T @ ce / one_hot.sum(0).clamp(min=1)  # zero of a group that is not there
+    q = task.q * torch.exp(0.01 * losses.detach())
+    task.q = torch.where(losses.isfinite().all(), q / q.sum(), task.q)
+    return dict(DRO=(1.0, (task.q * losses).sum()))
 
 
 def anchor_cost(e, ids, task):
@@ -1429,29 +1432,34 @@ ANCHORS = Method(by_weight, anchor_cost, False, ())  # --method=bap --train=last
 
 
 class Feed:
-    """Transformed images, decoded by threads ahead of need, and kept in memory while they fit into ROOM."""
+    """Images of a training set, decoded by threads ahead of need, once: their bytes stay on the device while
+    they fit into ROOM_GPU (on a CPU into ROOM), and beyond that in memory."""
 
     def __init__(self, items, encoder):
-        self.items, self.encoder, self.kept, self.room = items, encoder, {}, ROOM
+        self.items, self.encoder, self.near, self.far = items, encoder, {}, {}
+        self.room = dict(near=ROOM_GPU, far=ROOM) if encoder.on_gpu else dict(near=ROOM, far=0)
         self.pool, self.front, self.coming = ThreadPoolExecutor(encoder.threads), ThreadPoolExecutor(1), None
 
     def one(self, k):
-        return self.kept[k] if k in self.kept else self.encoder.transform(self.items[k].image())
-
-    def load(self, ids):
-        x = list(self.pool.map(self.one, ids))
-        for k, v in zip(ids, x, strict=True):
-            if k not in self.kept and self.room > 0:
-                self.kept[k], self.room = v, self.room - v.numel() * v.element_size()
-        return torch.stack(x)
+        return self.far[k] if k in self.far else self.encoder.pixels(self.items[k])
 
     def ahead(self, ids):
         """Starts on the rows ids [n] of the next step."""
-        self.coming = self.front.submit(self.load, ids.tolist())
+        self.ids = ids.tolist()
+        self.away = [k for k in dict.fromkeys(self.ids) if k not in self.near]
+        self.coming = self.front.submit(lambda rows: list(self.pool.map(self.one, rows)), self.away)
 
     def get(self):
         """Images [n, 3, H, W] of the rows that ahead() was told of, on the encoder's device."""
-        return self.coming.result().to(self.encoder.device, memory_format=torch.channels_last)
+        images = self.coming.result()
+        here = dict(zip(self.away, self.encoder.onto_device(images), strict=True)) if images else {}
+        batch = torch.stack([here[k] if k in here else self.near[k] for k in self.ids])
+        for k, image in zip(self.away, images, strict=True):
+            for place, kept, v in (("near", self.near, here[k]), ("far", self.far, image)):
+                if self.room[place] >= v.nbytes and k not in self.far:
+                    kept[k], self.room[place] = v, self.room[place] - v.nbytes
+                    break
+        return self.encoder.normalised(batch)
 
     def close(self):
         self.front.shutdown(cancel_futures=True)

@@ -1,6 +1,8 @@
 """What the ops share: Triton if it is there, which path tensors take, launch settings and their limits."""
 
+import functools
 import os
+import sys
 
 import torch
 
@@ -37,8 +39,8 @@ def use_triton(x, *others):
     """The one place that decides: True if tensors like x (and others) go to Triton, False if to PyTorch.
 
     Triton: CUDA tensors, or any under TRITON_INTERPRET=1 (set before kernels is imported), in bf16,
-    fp16 or fp32, rows up to 4096 wide. FLOCK_KERNELS=triton|torch forces one; RuntimeError where
-    Triton is forced but cannot run.
+    fp16 or fp32, rows up to 4096 wide, where Triton runs at all (the driver may be too old for it; that is
+    said once). FLOCK_KERNELS=triton|torch forces one; RuntimeError where Triton is forced but cannot run.
     """
     force = os.environ.get("FLOCK_KERNELS", "")
     if force not in ("", "triton", "torch"):
@@ -52,9 +54,29 @@ def use_triton(x, *others):
         why = f"found {x.dtype}, expected bfloat16, float16 or float32"
     elif x.shape[-1] > MAX_D:
         why = f"rows are {x.shape[-1]} wide, the kernels take up to {MAX_D}"
+    elif force != "torch" and not INTERPRET:
+        why = failure(x.device)
     if force == "triton" and why:
         raise RuntimeError(f"FLOCK_KERNELS=triton: {why}, or unset FLOCK_KERNELS")
     return force != "torch" and not why
+
+
+@jit
+def one_kernel(x):
+    tl.store(x, 1.0)
+
+
+@functools.cache
+def failure(device):
+    """What Triton fails with on a GPU, "" if it runs there; said once."""
+    try:
+        run(one_kernel, (1,), torch.zeros(1, device=device))
+        return ""
+    except Exception as problem:  # whatever compiler, driver and C compiler raise
+        line = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
+        why = f"Triton cannot run on {device} ({line}); mend driver or Triton"
+        print(f"kernels: {why}; until then they run in PyTorch", file=sys.stderr)
+        return why
 
 
 def run(kernel, grid, *args, warps=4, stages=2, **constants):

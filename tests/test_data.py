@@ -147,11 +147,16 @@ def test_flags_spellings_of_a_bool(word):
         ("word", ("word", "--key=value")),
         ("--out_dir=/dev/null/x", ("--out_dir", "/dev/null is not")),
         ("--seed=99999999999999999999", ("--seed",)),
+        *[
+            (f"--batch_size={n}", ("--batch_size", "auto, or"))
+            for n in ("0", "-1", "1.5", "²", "all", "9" * 5000)
+        ],
     ],
 )
 def test_flags_bad_word_is_named(word, words, tmp_path):
     with complaint(*words):
-        data.flags(script(seed=0, out_dir=str(tmp_path)), [word], rate="[0, 1)", name=("a", "b"))
+        here = script(seed=0, out_dir=str(tmp_path), batch_size="auto")
+        data.flags(here, [word], rate="[0, 1)", name=("a", "b"))
 
 
 def test_flags_at_the_end_of_an_interval():
@@ -170,10 +175,12 @@ def test_flags_help_prints_the_block_and_nothing_after_it(tmp_path, capsys):
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "x.csv")
+MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
 
 
 @pytest.mark.parametrize(
-    "problem, code", [(Complaint("x.csv: a\nb \udcff"), 2), (FULL, 2), (KeyboardInterrupt(), 130)]
+    "problem, code",
+    [(Complaint("x.csv: a\nb \udcff"), 2), (FULL, 2), (MEMORY, 2), (KeyboardInterrupt(), 130)],
 )
 def test_run_turns_what_the_user_can_mend_into_one_line_and_an_exit_code(problem, code, capfd):
     def main():
@@ -182,7 +189,9 @@ def test_run_turns_what_the_user_can_mend_into_one_line_and_an_exit_code(problem
     with pytest.raises(SystemExit) as stop:
         data.run(main)
     line = capfd.readouterr().err.strip()
-    assert stop.value.code == code and "\n" not in line and ("x.csv" in line or code == 130)
+    assert stop.value.code == code and "\n" not in line
+    named = "--pairs or --batch_size" if problem is MEMORY else "x.csv"
+    assert named in line or code == 130
 
 
 def test_run_leaves_our_own_mistakes_their_traceback():

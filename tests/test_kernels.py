@@ -539,6 +539,23 @@ def test_adapter(monkeypatch):
         additivity(torch.zeros(4, 4097))
 
 
+@needs_triton
+@outside
+def test_where_triton_fails_pytorch_computes_and_that_is_said_once(monkeypatch, capfd):
+    def old_driver(*args, **settings):
+        raise RuntimeError("the provided PTX was compiled with an unsupported toolchain")
+
+    monkeypatch.setattr(launch, "run", old_driver)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: torch.ones(size))
+    monkeypatch.setenv("FLOCK_KERNELS", "")
+    x = SimpleNamespace(is_cuda=True, device="cuda:99", dtype=torch.float32, shape=(4, 4))
+    assert not launch.use_triton(x) and not launch.use_triton(x)
+    assert capfd.readouterr().err.count("unsupported toolchain") == 1
+    monkeypatch.setenv("FLOCK_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match="unsupported toolchain.*unset FLOCK_KERNELS"):
+        launch.use_triton(x)
+
+
 def python(*args, **env):
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
     done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True)

@@ -530,14 +530,39 @@ def test_unknown_model_tag_file_or_device_is_named_with_its_neighbours(words, ca
 
 def test_auto_device_is_the_process_own_gpu_under_torchrun(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for there, expected in ((False, "cpu"), (True, "cuda:0")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+    for gpus, expected in ((0, "cpu"), (4, "cuda:0")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         assert model.auto_device("auto") == expected and model.auto_device("cpu") == "cpu"
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert model.auto_device("auto") == "cuda:3" and model.auto_device("cuda:1") == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows each process its own
+    assert model.auto_device("cuda") == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with complaint("--device", "process 3 sees 2", "--nproc_per_node=2"):
+        model.auto_device("auto")
+    for device in ("cuda:2", "cuda:", "cudas", "mps"):
+        with complaint("--device", repr(device), "auto, cpu or cuda, cuda:0 to cuda:1"):
+            model.auto_device(device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with complaint("--device", "cuda:1", "no GPU"):
-        model.auto_device("cuda:1")
+    for device in ("cuda:1", "cuda", "mps"):
+        with complaint("--device", repr(device), "no GPU"):
+            model.auto_device(device)
+
+
+@pytest.mark.parametrize(
+    "gpus, mine, backend", [(2, "cuda:1", "nccl"), (1, "cuda:0", "nccl"), (0, None, "gloo")]
+)
+def test_join_makes_the_process_own_gpu_the_current_one(monkeypatch, gpus, mine, backend):
+    taken = []
+    for name, value in dict(WORLD_SIZE="2", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(model.dist, "init_process_group", lambda backend, **_: taken.append(backend))
+    assert model.join() == (0, 1) and taken == ([mine] if mine else []) + [backend]
 
 
 @pytest.mark.parametrize("name", ["tiny", "flock-vit", "timm:test_vit"])
@@ -709,6 +734,22 @@ def test_embed_gives_one_row_per_picture_in_order(get, monkeypatch):
         z = embed(tiny, pictures, threads=threads, batch=size)
         assert z.dtype == torch.float32 and torch.allclose(z, alone, atol=1e-5)
     assert embed(tiny, []).shape == (0, 64)
+
+
+@pytest.mark.parametrize("name", ["tiny", "lite0", "whole"])
+def test_bytes_normalised_on_the_device_are_what_the_transform_gives(name, get):
+    encoder = get("tiny" if name == "whole" else name)
+    if name == "whole":  # its end is not known: all of it is done to each picture
+        encoder = copy.copy(encoder)
+        encoder.__dict__.pop("transform_parts", None)
+        encoder.transform = transforms.Compose(
+            [*encoder.transform.transforms, transforms.Lambda(lambda x: x)]
+        )
+    images = [encoder.pixels(p) for p in noise(3)]
+    assert {image.dtype for image in images} == {torch.float32 if name == "whole" else torch.uint8}
+    x = encoder.normalised(encoder.onto_device(images))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, torch.stack([encoder.transform(p.image()) for p in noise(3)]))
 
 
 @pytest.mark.parametrize("name", ["tiny", "flock-rn", "timm:resnet18"])
@@ -1018,6 +1059,16 @@ def test_additive_solve_is_least_squares_on_the_cells_that_exist(n, m, share):
     mu, a, c = model.additive_solve(z, i, j)
     for value, expected in zip((mu, a, c, mu + a[i] + c[j]), dense(z, i, j), strict=True):
         assert torch.allclose(value, expected, atol=1e-6)
+
+
+def test_sums_come_out_the_same_in_the_order_of_rows():
+    z, k = gaussian(500, 3).float(), torch.arange(500) * 7 % 12
+    wanted = torch.zeros(14, 3)
+    for row, label in zip(z, k, strict=True):
+        wanted[label] += row
+    rows, first = model.bags(k, 14)
+    assert torch.equal(model.sums(z, k, 14), wanted)
+    assert torch.equal(F.embedding_bag(rows, z, first, mode="sum"), wanted)  # as on a GPU
 
 
 def test_additive_solve_of_unconnected_parts_where_each_foreground_has_one_background():

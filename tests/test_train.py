@@ -850,13 +850,15 @@ def test_one_pass_gives_images_their_regions_and_their_texts(files):
 
 
 def test_images_are_decoded_ahead_and_kept_while_they_fit(files, monkeypatch):
-    monkeypatch.setattr(train, "ROOM", 3 * 56 * 56 * 4 + 1)
-    encoder, items = tiny(), samples_of(files).items[:30]
+    monkeypatch.setattr(train, "ROOM", 3 * 56 * 56 * 3 - 1)  # two images, in bytes
+    encoder, items, decoded = tiny(), samples_of(files).items[:30], []
+    pixels = encoder.pixels
+    encoder.pixels = lambda item: decoded.append(items.index(item)) or pixels(item)
     feed = train.Feed(items, encoder)
-    for ids in ([3, 1, 29], [1, 2, 3]):
+    for ids in ([3, 1, 29], [1, 2, 3, 1]):
         feed.ahead(torch.tensor(ids))
         assert torch.equal(feed.get(), torch.stack([encoder.transform(items[k].image()) for k in ids]))
-    assert list(feed.kept) == [3, 1]  # room is looked at before, not after
+    assert list(feed.near) == [3, 1] and not feed.far and sorted(decoded) == [1, 2, 3, 29]
     feed.close()
 
 
@@ -1122,7 +1124,7 @@ BAD = """--instanses=3: did you mean instances; --instances=many: a whole number
 --confounder=0: (0, 1]; --pairs=1: [2, inf); --train=all: auto, map, last_blocks, image; --loss=l2: infonce
 --text_weight=-1: [0, inf); --place_backgrounds=a,b,c: one folder for each
 --out_dir=/dev/null/x: /dev/null"""
-BAD_TUNE = """--pairs=64: 32, the number of training images; --threads=-1: [0, inf); --batch_size=0: [1, inf)
+BAD_TUNE = """--pairs=64: 32, the number of training images; --threads=-1: [0, inf); --batch_size=0: auto, or
 --seeds=3: each --seed; --captions=long: own or class or place; --train=last_blocks: --method=finetune
 --model=lite0: no text tower; --discovery=nowhere: no such file; --learning_rate=0: (0, inf)
 --discovery= --method=ravl: this method needs what discover.py found"""

@@ -1754,7 +1754,7 @@ class Regions(Picture):
 
     picture: Picture
     boxes: tuple  # R times x1, y1, x2, y2, shares of the picture
-    frame: tuple  # the box that the model sees of it
+    frame: tuple  # the box that the model sees, in shares of the picture; where that is padded, beyond 0, 1
     mask: Photo | None = None
     values: tuple = ()  # of the mask, one for each of the boxes, which hold them
 
@@ -1762,7 +1762,7 @@ class Regions(Picture):
         return self.picture.image()
 
     def key(self):
-        where = zlib.crc32(repr((self.boxes, self.values)).encode())
+        where = zlib.crc32(repr((self.boxes, self.values, self.frame)).encode())
         return f"{self.picture.key()} regions {where} {self.mask and self.mask.key()}"
 
     def seen(self):
@@ -1775,12 +1775,20 @@ class Regions(Picture):
         """The masks' regions as shares of the cells of a map, [R, h, w]."""
         if not self.values:
             return torch.zeros(0, h, w)
-        image, shares = open_image(self.mask.path).convert("L"), []
-        frame = [v * n for v, n in zip(self.frame, image.size * 2, strict=True)]
-        for value in self.values:
-            on = Image.fromarray(255 * (np.asarray(image) == value).astype(np.uint8))
-            shares.append(torch.from_numpy(np.array(on.resize((w, h), Image.BOX, frame), np.float32)) / 255)
-        return torch.stack(shares)
+        grey = np.asarray(open_image(self.mask.path).convert("L"))
+        masks = [Image.fromarray(255 * (grey == value).astype(np.uint8)) for value in self.values]
+        return torch.stack([cell_shares(mask, self.frame, h, w) for mask in masks])
+
+
+def cell_shares(mask, frame, h, w):
+    """How much of each of h x w cells a mask (PIL, L) covers, by area: [h, w]. frame: the box that the
+    cells fill, in shares of the mask; beyond the mask nothing is covered."""
+    left, top, right, bottom = (v * n for v, n in zip(frame, mask.size * 2, strict=True))
+    x, y = min(0, math.floor(left)), min(0, math.floor(top))
+    room = x, y, max(mask.width, math.ceil(right)), max(mask.height, math.ceil(bottom))
+    mask = mask if room == (0, 0, *mask.size) else mask.crop(room)  # with black around it
+    cells = mask.resize((w, h), Image.BOX, (left - x, top - y, right - x, bottom - y))
+    return torch.from_numpy(np.array(cells, np.float32)) / 255
 
 
 def picture_size(picture):
@@ -1833,10 +1841,11 @@ def load_regions(spec, pictures, frame, skip_bad=False):
 
 def grid_regions(spec, pictures, sizes, frames):
     out, cells = [], grid(spec).tolist()
-    for picture, (left, top, right, bottom) in zip(pictures, frames, strict=True):
+    for picture, frame in zip(pictures, frames, strict=True):
+        left, top, right, bottom = (min(1.0, max(0.0, v)) for v in frame)  # beyond it is no picture
         w, h = right - left, bottom - top
         boxes = tuple((left + a * w, top + b * h, left + c * w, top + d * h) for a, b, c, d in cells)
-        out.append(Regions(picture, boxes, (left, top, right, bottom)))
+        out.append(Regions(picture, boxes, frame))
     return out, []
 
 

@@ -32,10 +32,10 @@ from einops import rearrange
 from PIL import ImageDraw
 
 from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table
-from data import load_data, load_regions, opaque, open_mask, page, reading, region_truth, revision, rng, run
+from data import load_data, load_regions, opaque, page, reading, region_truth, revision, rng, run
 from data import say, table, tag, thumb, write, write_json
 from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_map, load_probe
-from model import region_embeddings, repeat_by, unit, wilson
+from model import mask_shares, region_embeddings, repeat_by, unit, wilson
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -69,6 +69,7 @@ temperature = 0.07        # of softmax over cosines with text embeddings
 model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
 pretrained = ""           # open_clip tag or local file
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
+test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
 device = "auto"           # auto, cpu, cuda
 dtype = "auto"            # of the forward pass: auto, float32, bfloat16
 batch_size = 8            # small batches are faster on a CPU; raise it on a GPU
@@ -85,7 +86,7 @@ seed = 0
 
 OF_IMAGES = (  # flags that say nothing of --embeddings
     "data split classes places confounder strength spurious feature masks outside regions region_encoder "
-    "classifier ckpt probe prompts model pretrained quick_gelu"
+    "classifier ckpt probe prompts model pretrained quick_gelu test_size"
 ).split()
 INFLUENCE = 0.25  # clusters below it are not kept, as published
 CONE = 0.1  # mean cosine of the regions above which fast takes their mean off: they lie in a cone, and what
@@ -186,7 +187,7 @@ def main():
 def from_images(config):
     """Evidence from images; None on ranks of torchrun above 0, which only embed."""
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
-    encoder = load_encoder(model, pretrained, quick_gelu, skip_bad=skip_bad, **how)
+    encoder = load_encoder(model, pretrained, quick_gelu, test_size, skip_bad=skip_bad, **how)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     samples = load_data(data, classes, places, prompts, "", False, seed, **planted)
     if (samples.y < 0).any():
@@ -209,8 +210,8 @@ def from_images(config):
     x, z, count, index = x[repeat_by(readable, count)], z[readable], count[readable], readable.nonzero()[:, 0]
     index, target = index.tolist(), None
     if masks:
-        target = [outside_mask(pictures[i], mask_of[i], outside) for i in index]
-        target = torch.cat([torch.zeros(0), *target]).to(z.device)
+        inside = torch.cat([torch.zeros(0), *[mask_shares(pictures[i], mask_of[i]) for i in index]])
+        target = (inside <= 1 - outside).float().masked_fill(inside.isnan(), torch.nan).to(z.device)
     elif all(chosen.shows):
         shows = [chosen.shows[i] for i in index]
         target = region_truth([pictures[i] for i in index], shows)[1].float().to(z.device)
@@ -245,9 +246,10 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
     x: [N, D] embeddings of regions, made unit-norm in place; z: [n, D] of images; logits: of embeddings
     [., D] -> [., C]; y: [n] class; count: [n] regions of each image; rest: target [N], whether a region
     shows the planted feature, NaN where it is not known, or None; box [N, 4] on the CPU, in shares; pictures,
-    list or None; encoder or None. Returns all of it as a namespace, with predicted [n]; image [N], that of
-    each region; own [N], the region's score (softmax) for the class that its image is taken for; and best
-    [n], the image's region with the largest, the first of equals, -1 without any.
+    list or None; encoder or None. Returns all of it as a namespace, with predicted [n]; scores [n, C], the
+    probabilities of classes; image [N], that of each region; own [N], the region's score (softmax) for the
+    class that its image is taken for; and best [n], the image's region with the largest, the first of equals,
+    -1 without any.
     """
     if not len(y):
         raise Complaint(f"{name}: no images")
@@ -257,7 +259,8 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
         raise Complaint(f"{name}: none of its {len(y)} images has a region")
     n, N = len(y), len(x)
     image = repeat_by(torch.arange(n, device=x.device), count)
-    predicted, own = logits(z).argmax(1), torch.empty(N, dtype=torch.double, device=x.device)
+    said, own = logits(z), torch.empty(N, dtype=torch.double, device=x.device)
+    predicted, scores = said.argmax(1), said.double().softmax(1)
     for rows in tiles(N):
         taken = predicted[image[rows], None]
         own[rows] = logits(x[rows]).double().softmax(1).gather(1, taken)[:, 0]
@@ -282,20 +285,7 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
         what = "a feature that helps one class and harms another cannot show"
         notes.append(f"all images are of one class ({classes[int(y[0])]}): {what}")
     rest.update(name=name, classes=classes, x=x, z=unit(z.float()), y=y, count=count, notes=notes)
-    return SimpleNamespace(predicted=predicted, image=image, own=own, best=best, **rest)
-
-
-def outside_mask(picture, path, outside):
-    """Of each region of a picture whether it lies outside the foreground's mask: [R], NaN without a mask."""
-    if path is None:
-        return torch.full((len(picture.boxes),), torch.nan)
-    mask, shares = np.asarray(open_mask(path)) > 127, []
-    h, w = mask.shape
-    for x1, y1, x2, y2 in picture.boxes:
-        top, left, bottom, right = round(y1 * h), round(x1 * w), round(y2 * h), round(x2 * w)
-        inside = mask[top : max(bottom, top + 1), left : max(right, left + 1)].mean()
-        shares.append(float(1 - inside >= outside))
-    return torch.tensor(shares)
+    return SimpleNamespace(predicted=predicted, scores=scores, image=image, own=own, best=best, **rest)
 
 
 def suspect(encoder, samples, parts, config):
@@ -882,38 +872,49 @@ def george(e, seed, l2):
 
 
 def domino(e, seed, l2, slices=25, dims=128):
-    """Domino: a mixture over images; the slice with the largest max(p(predicted) - p(label)); regions of its
-    images by cosine to the slice's mean less the global mean."""
+    """Domino (Eyuboglu et al. 2022): a mixture over images; the slice with the largest max(p(predicted) -
+    p(label)); regions of its images by cosine to the slice's mean less the global mean."""
     z = e.z.double()
     v = z - z.mean(0)
-    v = v @ torch.linalg.eigh(v.T @ v).eigenvectors[:, -dims:]
-    R, excess = mixture(v / v.std().clamp(min=1e-12), e.y, e.predicted, len(e.classes), slices, seed)
+    v = v @ torch.linalg.eigh(v.T @ v).eigenvectors[:, -dims:]  # PCA, not scaled
+    R, excess = mixture(v, e.y, e.scores, slices, seed)
     of = R.argmax(1)
     excess[torch.bincount(of, minlength=slices) == 0] = -math.inf
     worst = int(excess.argmax())
     return toward(e, R[:, worst] @ z / R[:, worst].sum() - z.mean(0), of == worst)
 
 
-def mixture(v, y, predicted, C, slices, seed, steps=100):
-    """Gaussians (diagonal) x categorical label x categorical prediction, by EM from random assignments within
-    the cells of the confusion matrix. v: [n, d]. Returns R [n, slices], the responsibilities, and
-    max(p(predicted) - p(label)) [slices]."""
-    cell = torch.unique(y * C + predicted, return_inverse=True)[1]
-    at = torch.arange(slices, device=v.device) % (int(cell.max()) + 1)
-    R = torch.rand(len(v), slices, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    R = R.to(v.device) * (at == cell[:, None] % slices) + 1e-3
-    R /= R.sum(1, keepdim=True)
-    hot = F.one_hot(y, C).double(), F.one_hot(predicted, C).double()
+def mixture(v, y, scores, slices, seed, steps=100):
+    """Gaussians (diagonal, 1e-6 added) x categorical label x categorical prediction (soft), by EM until the
+    mean log-likelihood moves by less than 1e-3, as Domino's released package. It starts from the cells of the
+    confusion matrix, each for several slices; if there are more, from the most frequent (our reading).
+
+    v: [n, d]; y: [n]; scores: [n, C], probabilities of the classes. Returns R [n, slices], the
+    responsibilities, and max(p(predicted) - p(label)) [slices].
+    """
+    C = scores.shape[1]
+    hot, soft, cells = F.one_hot(y, C).double(), scores.double(), torch.arange(C * C, device=v.device)
+    if C * C > slices:
+        cells = torch.bincount(y * C + soft.argmax(1), minlength=C * C).topk(slices).indices
+    cells = cells.repeat(slices)[:slices]
+    R = hot[:, cells // C] * soft[:, cells % C]  # [n, slices]
+    noise = torch.rand(R.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    R = R / R.sum(1, keepdim=True).clamp(min=1e-12) + 1e-3 * noise.to(v.device)
+    R, before = R / R.sum(1, keepdim=True), -math.inf
     for _ in range(steps):
-        n = R.sum(0) + 1e-6
+        n = R.sum(0) + 1e-14
         mean = R.T @ v / n[:, None]
-        var = (R.T @ v.square() / n[:, None] - mean.square()).clamp(min=0) + 1e-2
-        p_y, p_p = ((R.T @ h + 1e-3) / (n[:, None] + 1e-3 * C) for h in hot)  # [slices, C]
+        var = (R.T @ v.square() / n[:, None] - mean.square()).clamp(min=0) + 1e-6
+        p_y, p_p = (R.T @ h / n[:, None] for h in (hot, soft))  # [slices, C]
         square = v.square() @ (1 / var).T - 2 * v @ (mean / var).T + (mean.square() / var).sum(1)
-        gauss = -0.5 * (square + var.log().sum(1))
-        before, R = R, (gauss + p_y.log().T[y] + p_p.log().T[predicted] + n.log()).softmax(1)
-        if (R - before).abs().max() < 1e-4:
+        log_p = -0.5 * (square + var.log().sum(1) + v.shape[1] * math.log(2 * math.pi))
+        for h, p in ((hot, p_y), (soft, p_p)):
+            log_p += (h @ p.T).clamp(min=1e-300).log()
+        log_p += (n / n.sum()).log()
+        likelihood, R = float(log_p.logsumexp(1).mean()), log_p.softmax(1)
+        if abs(likelihood - before) < 1e-3:
             break
+        before = likelihood
     return R, (p_p - p_y).amax(1)
 
 

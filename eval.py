@@ -27,17 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from PIL import Image
 
 from data import LEAST, SPLITS, Complaint, Cutout, Ground, dots, drawing, expect, flags, html_table
 from data import composites as compose
-from data import layers, load_data, load_regions, near, open_mask, page, read_json, reading, region_truth
+from data import layers, load_data, load_regions, near, page, read_json, reading, region_truth
 from data import revision, rng, run, say, table, tag, text, thumb, write, write_json, write_table
 from model import LOADED, additivity, dfr, file_digest, fit_probe, group_metrics, join, load_checkpoint
-from model import load_encoder, load_map, mean_std, paired_bootstrap, region_embeddings, sha256, sums, unit
-from model import wilson, with_map
+from model import load_encoder, load_map, mask_shares, mean_std, paired_bootstrap, region_embeddings, repeat_by
+from model import sha256, standard, sums, unbalanced, unit, wilson, worst_ends
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -62,6 +59,7 @@ model = ""                # empty: lite0; timm:NAME, an open_clip name (ViT-L-14
 pretrained = ""           # open_clip tag or local file
 models = ""               # several instead, comma-separated, each NAME or NAME@PRETRAINED
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
+test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
 ckpt = ""                 # ckpt.pt of train.py: its map is applied first
 device = "auto"           # auto, cpu, cuda
 dtype = "auto"            # of the forward pass: auto, float32, bfloat16
@@ -232,7 +230,7 @@ def evaluate(name, samples, asked):
     """({protocol: Outcome}, additivity) of one model; (None, None) on ranks above 0, which only embed."""
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
     how["skip_bad"] = skip_bad
-    encoder = load_encoder(*name.partition("@")[::2], quick_gelu, **how)
+    encoder = load_encoder(*name.partition("@")[::2], quick_gelu, test_size, **how)
     for note in encoder.notes:
         say(note)
     state = load_checkpoint(ckpt, encoder) if ckpt else None
@@ -370,12 +368,19 @@ def clip_probe_heads(e, C=0.316):
     return [probe_head(fit, torch.nn.Identity() if raw else e.g)]
 
 
-def dfr_heads(e):
-    val = e.usable(1)
-    least = int(torch.unique(e.group[val], return_counts=True)[1].min())
+def dfr_heads(e, scaled=True):
+    """On embeddings as the encoder gives them, as train.py; of a checkpoint through its map."""
+    val, x = e.usable(1), e.z if e.g is unit else e.g(e.z)
+    groups = e.group[val]
+    least = int(torch.unique(groups[groups >= 0], return_counts=True)[1].min())
     if least < 8:
         say(f"WARNING: dfr balances the validation groups down to the smallest, {least} images: expect noise")
-    return [probe_head(dfr(e.g(e.z[val]), e.y[val], e.group[val], e.seed), e.g)]
+    train = e.usable(0)
+    if scaled and not len(train):
+        say("dfr: there are no training images to standardise by, these are the validation images")
+    scaler = standard(x[train if len(train) else val]) if scaled else None
+    fit = dfr(x[val], e.y[val], groups, e.seed, scaler)
+    return [probe_head(fit, torch.nn.Identity() if e.g is unit else e.g)]
 
 
 def fewshot_heads(e, shots):
@@ -403,7 +408,10 @@ PROTOCOLS = {
     "classifier": Protocol("ImageNet classifier's own rows", "rows", classifier_heads),
     "probe": Protocol("linear probe, class-balanced, on unit embeddings", "training", probe_heads),
     "clip_probe": Protocol("linear probe as CLIP's authors run it, C = 0.316", "training", clip_probe_heads),
-    "dfr": Protocol("last-layer retraining on the validation groups", "validation", dfr_heads),
+    "dfr": Protocol("last-layer retraining on validation groups, as published", "validation", dfr_heads),
+    "dfr_val_scaled": Protocol(
+        "dfr, scaled by these, bias free", "validation", lambda e: dfr_heads(e, False)
+    ),
     "fewshot": Protocol("probe on a few images of each class", "training", fewshot_heads),
 }
 
@@ -433,14 +441,11 @@ def lacking(encoder, samples):
     elif not samples.imagenet:
         cure = " (put in_to_in9.json into its folder)" * samples.name.startswith("in9")
         lacks["rows"] = f"{samples.name}: its classes are not ImageNet's{cure}"
-    y, group = (v[samples.y >= 0] for v in (samples.y, samples.group()))
-    train, val = (samples.split[samples.y >= 0] == s for s in (0, 1))
-    if len(torch.unique(y[train])) < 2:
+    if len(torch.unique(samples.y[(samples.y >= 0) & (samples.split == 0)])) < 2:
         lacks["training"] = f"{samples.name}: {{p}} needs a training split with at least two classes"
-    if int(torch.bincount(y[val], minlength=len(samples.classes)).min()) < 8:
-        lacks["validation"] = f"{samples.name}: {{p}} needs at least 8 validation images of each class"
-    elif int(torch.unique(group[val], return_counts=True)[1].min()) < 2:
-        lacks["validation"] = f"{samples.name}: {{p}} needs at least 2 validation images of each group"
+    reason = unbalanced(samples, 1, 2, 8)
+    if reason:
+        lacks["validation"] = f"{samples.name}: {{p}} cannot be: {reason}"
     return lacks
 
 
@@ -468,29 +473,20 @@ def pick_labels(encoder, z, samples):
     return (mean @ rows.T + bias).topk(20).indices.cpu()
 
 
-def object_cells(encoder, samples, masks, n=3, share=0.5):
-    """Cells of an n x n grid over what the model sees of a photo, of which at least this share is the object
-    by its mask: (embeddings [K, D], number of the photo [K]); None on ranks above 0."""
+def object_cells(encoder, samples, masks, share=0.5):
+    """Regions, cells of grid:3, of which at least this share is the object by its mask: (embeddings [K, D],
+    number of the photo [K]); None on ranks above 0."""
     index = [k for k, cut in enumerate(samples.cut) if cut is not None]
-
-    def pool(x, _):
-        m = rearrange(with_map(encoder.fast, encoder.kind, x)[1], "n h w d -> n d h w")
-        return rearrange(F.adaptive_avg_pool2d(m, n), "n d r c -> (n r c) d")
-
-    photos = [samples.items[k] for k in index]
-    r = encoder.embed(photos, "regions", pool, f"grid {n}", [n * n] * len(index))
+    pictures, _ = load_regions("grid:3", [samples.items[k] for k in index], encoder.frame, encoder.skip_bad)
+    r = region_embeddings(encoder, pictures)[1]
     if r is None:
         return None
-    cover = []
-    for k in index:
-        mask = open_mask(samples.cut[k].figure.mask.path)
-        frame = [v * side for v, side in zip(encoder.frame(*mask.size), mask.size * 2, strict=True)]
-        cover.append(np.asarray(mask.resize((n, n), Image.BOX, frame)).ravel() >= 255 * share)
-    cover = torch.from_numpy(np.concatenate(cover)) & r.isfinite().all(1).cpu()
+    shares = [mask_shares(p, samples.cut[k].figure.mask.path) for p, k in zip(pictures, index, strict=True)]
+    cover = (torch.cat(shares) >= share) & r.isfinite().all(1).cpu()
     if not cover.any():
-        line = f"no cell of a {n}x{n} grid is at least {share:.0%} object in any photo"
+        line = f"no cell of a 3x3 grid is at least {share:.0%} object in any photo"
         raise Complaint(f"--masks={masks}: {line}, so there are no regions to read")
-    return r[cover], torch.tensor(index).repeat_interleave(n * n)[cover]
+    return r[cover], repeat_by(torch.tensor(index), [len(p.boxes) for p in pictures])[cover]
 
 
 def composed(encoder, foregrounds, backgrounds, instances, skip_bad, seed):
@@ -566,10 +562,8 @@ def over_draws(each):
     for same in zip(*[m["groups"] for m in each], strict=True):
         accuracy, n = sum(g["accuracy"] for g in same) / len(each), same[0]["n"]
         groups.append(dict(same[0], accuracy=accuracy, interval=list(wilson(accuracy * n, n))))
-    together, ends = 1 - 0.05 / len(groups), []  # simultaneous: the bootstrap of a minimum is biased
-    for m in each:
-        ends.append([wilson(g["accuracy"] * g["n"], g["n"], together) for g in m["groups"]])
-    metrics["worst_group_interval"] = np.min(ends, 1).mean(0).tolist()  # [draws, groups, 2] -> [2]
+    ends = [worst_ends([(g["accuracy"] * g["n"], g["n"]) for g in m["groups"]]) for m in each]
+    metrics["worst_group_interval"] = np.mean(ends, 0).tolist()
     return metrics, groups
 
 
@@ -734,7 +728,10 @@ def blocks_of(results, outcomes, samples, failed):
         for kind, fits in r["additivity"].items():
             rows += [(name, kind, geometry, *[fit[k] for k in parts]) for geometry, fit in fits.items()]
     title = "Additivity of mean embeddings of class x place (cells), of composites: shares of variance"
-    blocks.append(Block(title, ("model", "of", "geometry", *parts), rows, said=True))
+    notes = ["-: too few classes share places, so that any embeddings would fit"] * any(
+        r[3] is None for r in rows
+    )
+    blocks.append(Block(title, ("model", "of", "geometry", *parts), rows, notes=notes, said=True))
     rows = []
     for label, texts in zip(samples.labels, samples.prompts, strict=True):
         rows.append((label, "; ".join(texts[:4]) + f" and {len(texts) - 4} more" * (len(texts) > 4)))

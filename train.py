@@ -41,15 +41,15 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
 
-from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, check
-from data import composites, dots, draw_view, expect, flags, html_table, layers, load_data
-from data import load_regions, page, picture_size, read_json, reading, revision, rng, run, say, synsets, table
-from data import tag, thumb, write, write_json, write_table
+from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, cell_shares, check
+from data import composites, dots, draw_view, expect, flags, html_table, layers, load_data, load_regions, page
+from data import picture_size, read_json, reading, revision, rng, run, say, synsets, table, tag, thumb, write
+from data import write_json, write_table
 from kernels import pairwise_loss, region_pool
 from model import Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe, from_first
 from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
-from model import region_embeddings, renumber, repeat_by, save_checkpoint, sha256, sphere_log, unit
-from model import weights_bytes, with_map
+from model import region_embeddings, renumber, repeat_by, save_checkpoint, sha256, sphere_log, standard
+from model import unbalanced, unit, weights_bytes, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -77,6 +77,7 @@ per_instance = 8          # backgrounds behind each
 model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
 pretrained = ""           # open_clip tag or local file
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
+test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
 device = "auto"           # auto, cpu, cuda
 dtype = "auto"            # of the forward pass: auto, float32, bfloat16
 batch_size = 8            # small batches are faster on a CPU; raise it on a GPU
@@ -121,11 +122,13 @@ ROWS = {  # of the table, in this order
     "bap_map": "the recommended map on the encoder as it was",
     "bap_both": "the map on the pre-trained encoder",
     "bap": "BAP: the recommended map, or the pre-trained encoder",
-    "dfr": "last-layer retraining on validation groups",
+    "dfr": "last-layer retraining on validation groups, as its authors run it",
+    "dfr_val_scaled": "the same, standardised by the validation set, the bias free",
     "val_probe": "probe on the balanced validation set",
     "val_probe_bap": "the same through the map",
     "balanced_train": "training foregrounds on every place (needs masks and places)",
 }
+MASKED = {"copy_paste": "needs --masks", "balanced_train": "needs --masks and --place_backgrounds"}
 TRAINS = {  # what --train may be
     "bap": ("auto", "map", "last_blocks", "image"),
     "finetune": ("auto", "all", "image", "text", "projection"),
@@ -160,7 +163,7 @@ def main():
     alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1
     expect(alone, "method", method, "another under torchrun, as bap runs in one process")
     join(device)
-    samples, encoder = dataset(seed=seed), load_encoder(model, pretrained, quick_gelu, **how)
+    samples, encoder = dataset(seed=seed), load_encoder(model, pretrained, quick_gelu, test_size, **how)
     if method != "bap":
         return finetune(config, encoder, samples)
     out, started = Path(out_dir), time.time()
@@ -252,10 +255,11 @@ def bap(s, encoder, figures, grounds, samples, out, config):
 
     # 5. probes, all with the same penalty, trained on the biased data, read on the test split
     extra = recomposed(encoder, samples, grounds, place_grounds(samples, place_backgrounds), s)
-    probes, methods, right = probe_all(maps, x, x_bap, samples, extra, l2, s)
+    probes, methods, reasons, right = probe_all(maps, x, x_bap, samples, extra, l2, s)
     lap("probes")
     found = invariance(maps["bap"], grids[0][1], i, x, x_bap, samples, l2, s)
-    result = dict(additivity=additive, invariance=found, methods=methods, seconds=lap.seconds, zero_shot=zero)
+    result = dict(additivity=additive, invariance=found, methods=methods, reasons=reasons)
+    result.update(seconds=lap.seconds, zero_shot=zero)
     last = dict(map=maps["bap"], probes=probes, right=right, samples=samples, x=x_bap, cells=cells, cuts=cuts)
     return result, SimpleNamespace(**last, encoder=trained, weights=weights)
 
@@ -293,8 +297,8 @@ def how_additive(encoder, cells, z, i, j, s):
 
 
 def probe_all(maps, x, x_bap, samples, extra, l2, s):
-    """The probe on every map, and what else could be done: probes, the metrics of ROWS on the test split, and
-    which images are right [n].
+    """The probe on every map, and what else could be done: probes, the metrics of ROWS on the test split, of
+    rows that cannot be computed the reasons, and which images are right [n].
 
     maps: name -> g; x, x_bap: embeddings [n, D] of all images, by the encoder and by what BAP made of it;
     extra: name -> more training images, (embeddings, labels).
@@ -318,16 +322,22 @@ def probe_all(maps, x, x_bap, samples, extra, l2, s):
     probe("val_probe_bap", maps["bap"], val)
     for name, more in extra.items():
         probe(name, unit, more=more)
-    if counts.all():
+    reasons = dict(group_weighted=unbalanced(samples, 0), dfr=unbalanced(samples, 1, 2, 8))
+    reasons["dfr_val_scaled"] = reasons["dfr"]
+    for name, needs in MASKED.items():
+        reasons[name] = "" if name in extra else needs
+    if not reasons["group_weighted"]:
         probe("group_weighted", unit, weight=1 / counts[group[biased]].double())
-    if samples.counts(1).all():
-        correct["dfr"] = dfr(x[val], y[val], group[val], s).predict(x) == y
+    for name, scaler in (("dfr", standard(x[biased])), ("dfr_val_scaled", None)):
+        if not reasons[name]:
+            correct[name] = dfr(x[val], y[val], group[val], s, scaler).predict(x) == y
     methods = {}
     for name in [name for name in ROWS if name in correct]:
         over = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=s)
         metrics = group_metrics(correct[name][test], samples, test.nonzero()[:, 0])
         methods[name] = dict(metrics, over_erm=list(over))
-    return probes, methods, {name: hit.cpu() for name, hit in correct.items()}
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    return probes, methods, reasons, {name: hit.cpu() for name, hit in correct.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -337,15 +347,15 @@ def probe_all(maps, x, x_bap, samples, extra, l2, s):
 def scatter(z, i):
     """Mean [D], and the scatters of z [N, D] between and within foregrounds i [N], double [D, D]: S_f, S_w.
 
-    S_w: within-foreground scatter around the anchors; S_f: covariance of the anchors less S_w /
-    (composites per foreground), not yet clipped to positive semi-definite.
+    S_w: within-foreground scatter around the anchors; S_f: covariance of the anchors less S_w times
+    the mean of 1 / (composites of a foreground), not yet clipped to positive semi-definite.
     """
     z, i = z.double(), renumber(i)
     count = torch.bincount(i).double()
     anchors = z.new_zeros(len(count), z.shape[1]).index_add_(0, i, z) / count[:, None]  # [n, D]
     mu, residual = z.mean(0), z - anchors[i]
     S_w = residual.T @ residual / max(1, len(z) - len(count))
-    return mu, (anchors - mu).T @ (anchors - mu) / len(count) - S_w / count.mean(), S_w
+    return mu, (anchors - mu).T @ (anchors - mu) / len(count) - S_w * (1 / count).mean(), S_w
 
 
 def wiener(grids, lam=1.0, power=1.0):
@@ -560,9 +570,7 @@ def learn_cutter(encoder, scenes, seed, cells=60):
 def cell_alpha(encoder, scene, grid):
     """The alpha of a composite over the cells of a grid (h, w) on what the encoder sees of it, [h, w]."""
     alpha = scene.alpha()
-    box = [v * n for v, n in zip(encoder.frame(*alpha.size), alpha.size * 2, strict=True)]
-    cells = alpha.resize(tuple(grid)[::-1], Image.BOX, box)
-    return torch.from_numpy(np.array(cells, np.float32)) / 255
+    return cell_shares(alpha, encoder.frame(*alpha.size), *grid)
 
 
 def cut_own(encoder, pictures, cells, s):
@@ -708,7 +716,8 @@ def average(runs, notes):
             spread = float(worst.std()) if len(each) > 1 else 0.0
             methods[name] = dict(mean(each), seeds=each, spread=spread)
     rest = {name: mean([r[name] for r in runs]) for name in ("additivity", "invariance", "zero_shot")}
-    return dict(rest, methods=methods)
+    reasons = {name: r for run in runs for name, r in run.get("reasons", {}).items() if name not in methods}
+    return dict(rest, methods=methods, reasons=reasons)
 
 
 ADDITIVE = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
@@ -743,16 +752,20 @@ def summary(results, samples):
     names = [f"{k} {group_name(samples, g)} (n={g['n']})" for k, g in enumerate(methods["erm"]["groups"], 1)]
     keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
     rows = []
-    for name, m in methods.items():
-        over = f"{m['over_erm'][0]:+.3f} to {m['over_erm'][1]:+.3f}"
-        rows.append((name, *[m[k] for k in keys], *[g["accuracy"] for g in m["groups"]], over))
+    for name in ROWS:
+        if name in methods:
+            m = methods[name]
+            over = "{:+.3f} to {:+.3f}".format(*m["over_erm"])
+            rows.append((name, *[m[k] for k in keys], *[g["accuracy"] for g in m["groups"]], over))
+        elif name in results["reasons"]:
+            rows.append((name, *[None] * (len(keys) + len(names)), results["reasons"][name]))
     spread = f"; means of {config['seeds']} seeds, bap's worst group +- {methods['bap']['spread']:.3f}"
     spread = spread if config["seeds"] > 1 else ""
     sums, invariant = sentences(results)
     lines = ["\n" + table(*zero_rows(results["zero_shot"]))] if results["zero_shot"] else []
     lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
     lines += [table(*additivity_rows(results)), sums, "\nIs the map invariant?", invariant]
-    lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: worst group, 95 %, paired bootstrap")
+    lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: worst group, 95 % interval")
     header = ("method", "worst", "mean", "weighted", *range(1, len(names) + 1), "over erm")
     return "\n".join([*lines, table(header, rows), "groups: " + ", ".join(names)])
 
@@ -788,6 +801,8 @@ def report(results, last):
     shown += [thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in last.cuts[:6]]
     keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
     table_rows = [(name, *[m[k] for k in keys], ROWS[name]) for name, m in methods.items()]
+    for name, reason in results["reasons"].items():
+        table_rows.append((name, *[None] * len(keys), f"{ROWS[name]}: {reason}"))
     sums, invariant = sentences(results)
     fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map."
     sections = [
@@ -996,6 +1011,7 @@ def discovered(samples, encoder, task, path, most):
     if problem:
         raise Complaint(f"{flag}: {problem}")
     how = {k: getattr(encoder, k) for k in ("device", "dtype", "batch", "threads", "cache")}
+    how["test_size"] = made.get("test_size", False)
     first = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], **how)
     if first.fingerprint != found.fingerprint:
         named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
@@ -1139,7 +1155,7 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
             if save:
                 save(**training_state(step, module, optimiser, task, rows))
             kept = f"the state before it is in {config['out_dir']}/training.pt"
-            cure = "start anew with a lower --learning_rate, or with --dtype=float32"
+            cure = "start anew with a lower --learning_rate" + ", or with --dtype=float32" * amp
             raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}; {cure}")
         optimiser.step()
         if hasattr(module, "logit_scale"):

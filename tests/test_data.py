@@ -1661,6 +1661,17 @@ def test_mask_weights_are_shares_of_cells_in_the_frame(tmp_path):
     assert torch.allclose(weights.sum(0), torch.ones(2, 2), atol=0.01)
 
 
+def test_a_padded_frame_has_its_cells_in_the_picture_and_nothing_beyond_it(tmp_path):
+    frame = -0.5, 0.0, 1.5, 1.0  # a tall picture in the middle of a square
+    (regions,), _ = data.load_regions("grid:2", some_photos(tmp_path, ((20, 40),)), lambda *_: frame)
+    assert regions.boxes[3] == (0.5, 0.5, 1, 1) and regions.frame == frame
+    assert regions.seen()[3].tolist() == [0.5, 0.5, 0.75, 1]
+    white = Image.new("L", (20, 40), 255)
+    assert torch.allclose(data.cell_shares(white, frame, 4, 2), torch.full((4, 2), 0.5), atol=0.01)
+    assert data.cell_shares(white, frame, 1, 4).tolist() == [[0, 1, 1, 0]]
+    assert data.cell_shares(white, (0.0, 0.0, 1.0, 1.0), 2, 2).tolist() == [[1, 1]] * 2
+
+
 def boxes_file(tmp_path, *lines, header="path,x1,y1,x2,y2"):
     return text(tmp_path / "b.csv", header, *lines)
 

@@ -95,13 +95,15 @@ def tiny():
     return load_encoder("tiny", device="cpu", dtype="float32")
 
 
-PROTOCOLS = "zeroshot", "probe", "clip_probe", "dfr", "fewshot_1", "fewshot_3"
+PROTOCOLS = "zeroshot", "probe", "clip_probe", "dfr", "dfr_val_scaled", "fewshot_1", "fewshot_3"
 
 
 @pytest.fixture(scope="module")
 def everything(files):
     """One run with every protocol that tiny can: its out_dir."""
-    argv = words(files, files / "all", "--protocol=zeroshot,probe,clip_probe,dfr,fewshot", "--shots=1,3")
+    argv = words(
+        files, files / "all", "--protocol=zeroshot,probe,clip_probe,dfr,dfr_val_scaled,fewshot", "--shots=1,3"
+    )
     assert run(argv) == 0
     return files / "all"
 
@@ -236,9 +238,10 @@ def test_clip_probe_has_the_penalty_in_units_of_the_raw_embedding(everything, em
 
 def test_dfr_is_the_shared_one_on_the_validation_set(everything, embedded):
     samples, z = embedded
-    val, x = samples.split == 1, unit(z)
-    fit = model.dfr(x[val], samples.y[val], samples.group()[val], 0)
-    same_as(everything, "dfr", fit.predict(x), samples)
+    val, scaler = samples.split == 1, model.standard(z[samples.split == 0])
+    for name, scaled in (("dfr", scaler), ("dfr_val_scaled", None)):
+        fit = model.dfr(z[val], samples.y[val], samples.group()[val], 0, scaled)
+        same_as(everything, name, fit.predict(z), samples)
 
 
 def test_fewshot_is_the_mean_of_its_draws(everything, embedded):

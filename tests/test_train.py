@@ -227,8 +227,10 @@ def check_method(m):
 def test_results_keep_the_contract(which, train_counts, request):
     out = request.getfixturevalue(which)
     r = tree(out)
-    needy = {"group_weighted", "dfr", "copy_paste", "balanced_train"}  # of minority groups or masks
-    assert r.keys() == set("config git notes additivity invariance zero_shot methods seconds".split())
+    needy = {"group_weighted", "copy_paste", "balanced_train"}  # of minority groups or masks
+    assert r.keys() == set("config git notes additivity invariance zero_shot methods reasons seconds".split())
+    assert r["reasons"].keys() == (needy if which == "plain" else set())
+    assert which == "full" or "one place only" in r["reasons"]["group_weighted"]
     assert r["additivity"].keys() == {"flat", "sphere"} and r["zero_shot"] is None
     for part in r["additivity"].values():
         assert {"r2", "r2_heldout", "foreground", "background", "residual", "cross"} <= set(part)
@@ -389,9 +391,9 @@ def test_wiener_is_its_equation(noise):
     anchors = np.stack([x[i.numpy() == k].mean(0) for k in range(n)])
     mu, r = x.mean(0), x - anchors[i.numpy()]
     S_w = sum(np.outer(v, v) for v in r) / (len(x) - n)
-    S_f = sum(np.outer(v, v) for v in anchors - mu) / n - S_w / (len(x) / n)
+    S_f = sum(np.outer(v, v) for v in anchors - mu) / n - S_w * np.mean(1 / np.bincount(i))
     value, vector = np.linalg.eigh(S_f)
-    assert (value.min() < 0) == (noise > 1)
+    assert value.min() < 0 or noise < 1
     S_f = vector @ np.diag(value.clip(0)) @ vector.T
     for lam in (0.1, 1.0):
         W = np.linalg.inv(S_f + S_w + lam * np.trace(S_f + S_w) / 6 * np.eye(6)) @ S_f
@@ -412,6 +414,12 @@ def test_wiener_of_two_grids_averages_their_moments_and_power_works_on_signed_po
     rooted = unit(z.sign() * z.abs().sqrt())
     powered, usual = train.wiener([(1.0, z, i)], power=0.5), train.wiener([(1.0, rooted, i)])
     assert torch.allclose(powered(z.float()), usual(rooted.float()), atol=1e-5)
+
+
+def test_scatter_of_foregrounds_without_any_of_their_own_is_nothing_whatever_their_counts():
+    i = torch.arange(300).repeat_interleave(torch.tensor([2, 60] * 150))
+    _, S_f, S_w = train.scatter(gaussian(len(i), 20), i)
+    assert abs(float(S_f.trace() / S_w.trace())) < 0.02  # less S_w / mean count: .23
 
 
 def test_wiener_finds_anchors_on_unseen_backgrounds_and_the_transposed_product_does_not():

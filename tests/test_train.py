@@ -231,6 +231,7 @@ def test_results_keep_the_contract(which, train_counts, request):
     assert r.keys() == set("config git notes additivity invariance zero_shot methods reasons seconds".split())
     assert r["reasons"].keys() == (needy if which == "plain" else set())
     assert which == "full" or "one place only" in r["reasons"]["group_weighted"]
+    assert all(reason in (out / "report.html").read_text() for reason in r["reasons"].values())
     assert r["additivity"].keys() == {"flat", "sphere"} and r["zero_shot"] is None
     for part in r["additivity"].values():
         assert {"r2", "r2_heldout", "foreground", "background", "residual", "cross"} <= set(part)
@@ -264,6 +265,13 @@ def test_numbers_are_those_of_the_embeddings_and_of_the_checkpoint_which_holds_n
     assert kept["config"] == r["config"] and kept["git"] == r["git"]
     for name, g in (("erm", unit), ("bap", model.load_map(kept))):
         assert groups_of(kept, name, z, samples, g) == r["methods"][name]["groups"]
+    scaler, val, group = model.standard(z[fit]), samples.split == 1, samples.group()
+    for name, scaled in (("dfr", scaler), ("dfr_val_scaled", None)):  # on raw embeddings, as in eval.py
+        right = model.dfr(z[val], samples.y[val], group[val], 0, scaled).predict(z) == samples.y
+        worst = model.worst_group(right[samples.split == 2], group[samples.split == 2])
+        assert worst == r["methods"][name]["worst_group"]
+    said = train.summary(r, samples)
+    assert re.search(r"\ncopy_paste +-[- ]+needs --masks\n", said)
     probe, x = model.load_probe(kept, "erm"), unit(z)
     assert torch.allclose(probe.logits(x), model.fit_probe(x[fit], samples.y[fit], 0.8).logits(x), atol=1e-4)
 

@@ -260,7 +260,7 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
     n, N = len(y), len(x)
     image = repeat_by(torch.arange(n, device=x.device), count)
     said, own = logits(z), torch.empty(N, dtype=torch.double, device=x.device)
-    predicted, scores = said.argmax(1), said.double().softmax(1)
+    predicted, scores = said.argmax(1), said.softmax(1)
     for rows in tiles(N):
         taken = predicted[image[rows], None]
         own[rows] = logits(x[rows]).double().softmax(1).gather(1, taken)[:, 0]

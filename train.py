@@ -327,7 +327,8 @@ def probe_all(maps, x, x_bap, samples, extra, l2, s):
     for name, needs in MASKED.items():
         reasons[name] = "" if name in extra else needs
     if not reasons["group_weighted"]:
-        probe("group_weighted", unit, weight=1 / counts[group[biased]].double())
+        placed = biased & (group >= 0)
+        probe("group_weighted", unit, placed, weight=1 / counts[group[placed]].double())
     for name, scaler in (("dfr", standard(x[biased])), ("dfr_val_scaled", None)):
         if not reasons[name]:
             correct[name] = dfr(x[val], y[val], group[val], s, scaler).predict(x) == y

@@ -409,9 +409,7 @@ PROTOCOLS = {
     "probe": Protocol("linear probe, class-balanced, on unit embeddings", "training", probe_heads),
     "clip_probe": Protocol("linear probe as CLIP's authors run it, C = 0.316", "training", clip_probe_heads),
     "dfr": Protocol("last-layer retraining on validation groups, as published", "validation", dfr_heads),
-    "dfr_val_scaled": Protocol(
-        "dfr, scaled by these, bias free", "validation", lambda e: dfr_heads(e, False)
-    ),
+    "dfr_val_scaled": Protocol("scaled by these, bias free", "validation", lambda e: dfr_heads(e, False)),
     "fewshot": Protocol("probe on a few images of each class", "training", fewshot_heads),
 }
 
@@ -728,9 +726,8 @@ def blocks_of(results, outcomes, samples, failed):
         for kind, fits in r["additivity"].items():
             rows += [(name, kind, geometry, *[fit[k] for k in parts]) for geometry, fit in fits.items()]
     title = "Additivity of mean embeddings of class x place (cells), of composites: shares of variance"
-    notes = ["-: too few classes share places, so that any embeddings would fit"] * any(
-        r[3] is None for r in rows
-    )
+    unknown = any(row[3] is None for row in rows)
+    notes = ["-: too few classes share places, so that any embeddings would fit"] * unknown
     blocks.append(Block(title, ("model", "of", "geometry", *parts), rows, notes=notes, said=True))
     rows = []
     for label, texts in zip(samples.labels, samples.prompts, strict=True):

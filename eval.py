@@ -33,16 +33,8 @@ from data import composites as compose
 from data import layers, load_data, load_regions, near, page, read_json, reading, region_truth
 from data import revision, rng, run, say, table, tag, text, thumb, write, write_json, write_table
 from model import LOADED, additivity, dfr, file_digest, fit_probe, group_metrics, join, load_checkpoint
-from model import (
-    load_encoder,
-    load_map,
-    mask_shares,
-    mean_std,
-    paired_bootstrap,
-    region_embeddings,
-    repeat_by,
-)
-from model import sha256, standard, sums, unbalanced, unit, wilson, worst_ends
+from model import load_encoder, load_map, mask_shares, mean_std, paired_bootstrap, region_embeddings
+from model import repeat_by, sha256, standard, sums, unbalanced, unit, wilson, worst_ends
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------

@@ -33,8 +33,7 @@ from einops import rearrange, repeat
 from torch import nn
 from tqdm import tqdm
 
-from data import ASSETS, SPLITS, Complaint, Crop, Ground, expect, near, one_line, open_mask, reading, say
-from data import scan, write
+from data import ASSETS, Complaint, Crop, Ground, expect, near, one_line, open_mask, reading, say, scan, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -1346,10 +1345,12 @@ def fit_l1_probe(x, y, C=0.1, scaler=None, free_bias=True, start=None, tolerance
 
 
 def lasso(hessian, slope, theta, penalty, tolerance):
-    """The step [m] that minimises slope.d + d.hessian.d / 2 + sum penalty |theta + d|, by coordinate descent
-    until none moves its own slope by more than the tolerance."""
-    curve, new, slope = np.diag(hessian) + 1e-12, theta.copy(), slope.copy()
-    for _ in range(1000):
+    """The step [m] that minimises slope.d + d.hessian.d / 2 + sum penalty |theta + d|: coordinate descent
+    until none moves its own slope by more than the tolerance, and after every eighth round all that are not
+    0 at once, where that keeps their signs."""
+    hessian = hessian + np.diag(1e-12 + 1e-10 * np.diag(hessian))
+    curve, new, slope = np.diag(hessian), theta.copy(), slope.copy()
+    for k in range(1000):
         moved = 0.0
         for i in range(len(new)):
             pull = curve[i] * new[i] - slope[i]
@@ -1360,6 +1361,13 @@ def lasso(hessian, slope, theta, penalty, tolerance):
                 moved = max(moved, curve[i] * abs(step))
         if moved <= tolerance:
             break
+        if k % 8 < 7:
+            continue
+        (on,) = new.nonzero()
+        step = np.linalg.solve(hessian[np.ix_(on, on)], -slope[on] - penalty[on] * np.sign(new[on]))
+        if (new[on] * (new[on] + step) > 0).all():
+            slope += hessian[:, on] @ step
+            new[on] += step
     return new - theta
 
 
@@ -1401,11 +1409,12 @@ def unbalanced(samples, split, least=1, of_class=1):
     """Why no groups of a split can be weighed against each other, "" if they can: groups that occur in it
     need `least` images, classes of_class, and some class two places if it has these anywhere."""
     counts = torch.stack([samples.counts(s).view(len(samples.classes), -1) for s in range(3)])  # [3, C, P]
+    name = ("training", "validation", "test")[split]
     here, there = counts[split], (counts.sum(0) > 0).sum(1)  # [C, P], [C]
     if here.sum(1).min() < of_class or here[here > 0].min() < least:
-        return f"needs {of_class} {SPLITS[split]} images of each class and {least} of each group that occurs"
+        return f"needs {of_class} {name} images of each class and {least} of each group that occurs"
     if (here > 0).sum(1).max() < 2 <= there.max():
-        return f"in the {SPLITS[split]} split each class stands on one place only"
+        return f"in the {name} split each class stands on one place only"
     return ""
 
 

@@ -1368,7 +1368,7 @@ def test_groups_that_occur_nowhere_do_not_stand_in_the_way():
     one_each = [(y, y, s, 9) for y in (0, 1) for s in (0, 1, 2)]
     assert model.unbalanced(samples_of(*one_each), 0) == ""  # places named by class: the groups are these
     elsewhere = samples_of(*one_each, (0, 1, 2, 9))
-    assert "train split each class stands on one place" in model.unbalanced(elsewhere, 0)
+    assert "training split each class stands on one place" in model.unbalanced(elsewhere, 0)
     few = samples_of(*of_class[:-1], (1, 2, 1, 1))
     few.split[(few.y == 0) & (few.place == 1) & (few.split == 1)] = 0
     few.split[few.place == 0] = 1
@@ -1376,7 +1376,7 @@ def test_groups_that_occur_nowhere_do_not_stand_in_the_way():
     assert model.unbalanced(few, 1, 2, 8) == ""
     few.split[(few.place == 3) & (few.split == 1)] = 0
     few.split[((few.place == 3) & (few.split == 0)).nonzero()[0, 0]] = 1
-    assert "8 val images of each class and 2 of each group" in model.unbalanced(few, 1, 2, 8)
+    assert "8 validation images of each class and 2 of each group" in model.unbalanced(few, 1, 2, 8)
 
 
 # --- metrics of groups

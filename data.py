@@ -4,6 +4,7 @@ The three scripts share this file and model.py. What is read from outside is che
 `Complaint` names the file or flag, what was found and what to do; `run` prints it as one line.
 """
 
+import ast
 import base64
 import contextlib
 import csv
@@ -27,6 +28,7 @@ import warnings
 import zlib
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -35,13 +37,28 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # --max_pixels is the limit
 ASSETS = Path(__file__).parent / "assets"
 GREY = (124, 116, 104)  # the mean colour of ImageNet
 SPLITS = ("train", "val", "test")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow would start Ghostscript for an EPS
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif"}
+EXTENSIONS |= {".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k"}
+HEIF = {".heic", ".heif"}  # with the package pillow-heif
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 SKIP = "replace it, or leave such files out with --skip_bad"
+COLUMNS = {  # of tables: what we call them, and what people do, the likeliest first
+    "path": "path file_name filename img_filename filepath file_path image_path img_path image_file image "
+    "file img image_name img_name image_id",
+    "y": "y label target class class_name label_name category y_true true_label class_id label_id "
+    "category_id",
+    "place": "place a background attribute env environment confounder group domain context spurious attr",
+    "split": "split partition subset set phase",
+    "predicted": "predicted prediction pred y_pred yhat y_hat predicted_label pred_label predicted_class",
+    "confidence": "confidence conf probability prob score",
+}
+BOXES = {"x1": "x1 xmin left", "y1": "y1 ymin top", "x2": "x2 xmax right", "y2": "y2 ymax bottom"}
+EMPTY = {"", "nan", "na", "n/a", "null", "<na>"}  # no value
 
 
 class Complaint(Exception):
@@ -75,12 +92,23 @@ def say(text):
         print(text, flush=True)
 
 
+WARNED = set()
+
+
+def warn_once(path, what):
+    """Warns of what a file has, of the first of all such."""
+    if what not in WARNED:
+        WARNED.add(what)
+        say(f"WARNING: {path} and perhaps others: {what}")
+
+
 # --------------------------------------------------------------------------------------------------------
 # flags
 
 LIMITS = {  # of flags that several scripts have; of others see the scripts' calls of flags()
     "threads": "[0, inf)",
     "seed": "[0, 1e15)",
+    "max_pixels": "[64, inf)",
     "l2": "(0, inf)",
     "strength": "[0, 1]",
     "confounder": "(0, 1]",
@@ -117,6 +145,8 @@ def flags(script, argv=None, **limits):
             expect(config[key] in limit, key, config[key], " or ".join(word for word in limit if word))
     batch = config.get("batch_size", "auto")
     expect(re.fullmatch("auto|[1-9][0-9]{,8}", batch), "batch_size", batch, "auto, or a whole number from 1")
+    if "max_pixels" in config:
+        Image.MAX_IMAGE_PIXELS = config["max_pixels"]
     if "out_dir" in config:  # complains now, not after the work
         path = Path(config["out_dir"]).absolute()
         there = next(p for p in (path, *path.parents) if p.exists())
@@ -261,37 +291,125 @@ def read_lines(path, flag):
     return lines
 
 
-def read_table(path, needed=()):
-    """A table with a header, comma-, semicolon- or tab-separated -> dict column -> tuple of strings.
+class Table(dict):
+    """The columns of a table: name -> tuple of strings, one for each row."""
 
-    needed: columns that must be there. Fast enough for millions of rows.
+    def __init__(self, path, names, rows):
+        super().__init__(zip(names, zip(*rows, strict=False), strict=False))  # cut to the shortest row
+        self.path, self.count = path, len(rows)
+
+    def lines(self):
+        """Where the rows end in the file, in which lines may be empty, and fields run over several."""
+        reader = csv_reader(self.path)
+        return [reader.line_num for row in reader if row][-self.count :]
+
+    def complaint(self, k, problem):
+        return Complaint(f"{self.path}:{self.lines()[k]}: {problem}")
+
+
+def csv_reader(path):
+    """A reader of a table's rows: UTF-8, or UTF-16 as Excel writes it; NULs are nothing."""
+    raw = Path(path).read_bytes()
+    text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").replace("\0", "")
+    head = text[:10_000].lstrip().partition("\n")[0]
+    delimiter = max(",;\t|", key=head.count)
+    delimiter = delimiter if delimiter in head else " "
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=delimiter == " ")
+
+
+def read_table(path, needed=(), header=()):
+    """The Table in a file with a header, its fields between commas, semicolons, tabs, bars or blanks.
+
+    needed: columns that must be there. header: of a file that may have none. Fast enough for a million rows.
     """
-    with reading(path, "a table in UTF-8"), open(path, newline="", encoding="utf-8-sig") as file:
-        head = file.readline()
-        file.seek(0)
-        delimiter = max(",;\t", key=head.count)
-        rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
-    header, rows = (rows[0], rows[1:]) if len(rows) > 1 else ([], [])
+    with reading(path, "a table in UTF-8"):
+        reader = csv_reader(path)
+        rows = [row for row in reader if row]
+    if reader.dialect.delimiter == " " and len(rows) > 2:
+        # as CelebA's: the number of rows, the names of all columns but the first, blanks at the ends
+        rows = [row[:-1] if not row[-1] else row for row in rows]
+        rows = rows[1:] if len(rows[0]) == 1 < len(rows[1]) else rows
+        rows[0] = [""] * (len(rows[1]) - len(rows[0]) == 1) + rows[0]
+    if header and rows and rows[0][0] not in header:
+        rows.insert(0, list(header))
+    names, rows = ([name.strip() for name in rows[0]], rows[1:]) if len(rows) > 1 else ([], [])
     for column in needed:
-        if column not in header:
-            there = ", ".join(header) or "no rows"
+        if column not in names:
+            there = ", ".join(names) or "no rows"
             raise Complaint(f"{path}: no column {column!r} (found: {there}); expected {','.join(needed)}")
-    odd = next((k for k, row in enumerate(rows) if len(row) != len(header)), None)
+    table = Table(path, names, rows)
+    odd = next((k for k, row in enumerate(rows) if len(row) != len(names)), None)
     if odd is not None:
-        start = delimiter.join(rows[odd])[:60]
-        raise Complaint(f"{path}:{odd + 2}: {len(rows[odd])} fields ({start!r}), expected {len(header)}")
-    return dict(zip(header, zip(*rows, strict=True), strict=True))
+        there = reader.dialect.delimiter.join(rows[odd])[:60]
+        raise table.complaint(odd, f"{len(rows[odd])} fields ({there!r}), expected {len(names)}")
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise Complaint(f"{path}: two columns {twice[0]!r}; rename one")
+    return table
 
 
-def whole(path, column, values, high=0):
-    """A column of strings -> list of whole numbers from 0 below high (the number of values)."""
-    high = high or max(3, len(values))
-    numbers = {v: int(v) if v.strip().isdecimal() and len(v) < 19 else -1 for v in set(values)}
-    if not all(0 <= number < high for number in numbers.values()):
-        line = next(k for k, v in enumerate(values) if not 0 <= numbers[v] < high)
-        wanted = f"a whole number from 0 to {high - 1}"
-        raise Complaint(f"{path}:{line + 2}: {column}={values[line][:60]!r}, expected {wanted}")
-    return list(map(numbers.__getitem__, values))
+def columns_of(table, chosen, ours, needed=()):
+    """Which column of a table is what: {name of ours: theirs, or None}, and a line that says so.
+
+    chosen: --columns, ours=theirs,...; nothing behind = for none. ours: of COLUMNS or BOXES; needed: must be
+    there.
+    """
+    usual = {name: (COLUMNS | BOXES)[name].split() for name in ours}
+    spelled = {plain(c): c for c in table if c}
+    for pair in chosen.split(",") if chosen else ():
+        name, equals, theirs = (part.strip() for part in pair.partition("="))
+        expect(equals and name in usual, "columns", chosen, f"ours=theirs,..., ours of {', '.join(ours)}")
+        there = not theirs or plain(theirs) in spelled
+        expect(there, "columns", theirs, f"a column of {table.path}; {near(theirs, spelled.values())}")
+        usual[name] = [theirs] if theirs else []
+    at = {name: next((spelled[plain(c)] for c in usual[name] if plain(c) in spelled), None) for name in ours}
+    for name in needed:
+        if at[name] is None:
+            found = f"no column {name!r} (found: {', '.join(table) or 'no rows'})"
+            cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(ours)}"
+            raise Complaint(f"{table.path}: {found}; {cure}")
+    rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
+    used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
+    return at, f"{table.path}: {used}; columns not used: {rest}" + " (see --columns)" * (rest != "none")
+
+
+def named(table, column, names=()):
+    """A column of classes or places -> for each row its name, None where it is empty; all names in order; and
+    a line about them, or none. Whole numbers, also as 1.0, are those that occur. names: theirs, or their own
+    in order, where the file --classes gives some.
+    """
+    values, where = table[column], f"{table.path}: {column}"
+    text = {v: v.strip() for v in set(values)}
+    text = {v: t for v, t in text.items() if t.casefold() not in EMPTY}
+    number = {v: re.fullmatch(r"(-?[0-9]{1,18})(\.0*)?", t) for v, t in text.items()}
+    if not all(number.values()):
+        words = [v for v, n in number.items() if not n]
+        if len(words) < len(number) / 2:
+            k = next(k for k, v in enumerate(values) if v in words)
+            odd = f"{column}={values[k][:60]!r}"
+            raise table.complaint(k, f"{odd}, expected a whole number, as in other rows")
+        mixed = f"{where} has words and numbers, as {words[0][:60]!r}; all are read as words"
+        notes = [f"WARNING: {mixed}"] if any(number.values()) else []
+        return [text.get(v) for v in values], list(names) or sorted(set(text.values())), notes
+    number = {v: int(n[1]) for v, n in number.items()}
+    if -1 in number.values() and set(number.values()) != {-1, 1}:  # it says that the class is not known
+        number = {v: n for v, n in number.items() if n != -1}
+    distinct, notes = sorted(set(number.values())), []
+    listed, many = ", ".join(map(str, distinct[:20])), len(distinct)
+    if many and distinct != list(range(many)):
+        notes = [f"{where} has the numbers {listed}{', ...' * (many > 20)}: {many}, those that occur"]
+    spoken = dict(zip(distinct, map(str, distinct), strict=True))
+    if names and len(names) == many:
+        spoken = dict(zip(distinct, names, strict=True))
+        notes = [f"{line}, named {', '.join(names[:20])}" for line in notes]
+    elif names:
+        wanted = f"0 to {len(names) - 1}, as --classes has names"
+        k = next((k for k, v in enumerate(values) if not 0 <= number.get(v, 0) < len(names)), None)
+        if k is not None:
+            raise table.complaint(k, f"{column}={values[k]!r}, expected {wanted}")
+        spoken = dict(enumerate(names))
+    name = {v: spoken[n] for v, n in number.items()}
+    return list(map(name.get, values)), list(names) or list(spoken.values()), notes
 
 
 def folder(path, flag):
@@ -313,12 +431,25 @@ def inside(root):
     return f"{', '.join(packed[:3])}: unpack it first" if packed else ", ".join(names[:5]) or "nothing"
 
 
-def scan(root, flag="data"):
+@functools.cache
+def formats():
+    """Those of FORMATS that this Pillow opens."""
+    if find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def scan(root, flag="data", notes=None):
     """Sorted image files below a folder, each a tuple of its parts; Complaint if there are none.
 
     Hidden ones are passed over, links to folders followed unless they lead back to where they come from.
+    notes: a list that a line on other files is added to.
     """
-    found, folders = [], [((), (os.path.realpath(folder(root, flag)),))]
+    found, other, folders = [], [], [((), (os.path.realpath(folder(root, flag)),))]
+    wanted = EXTENSIONS | HEIF if "HEIF" in formats() else EXTENSIONS
     while folders:
         parts, above = folders.pop()
         for entry in os.scandir(os.path.join(root, *parts)):
@@ -328,13 +459,22 @@ def scan(root, flag="data"):
             if entry.is_dir():
                 real = os.path.realpath(entry.path)
                 folders += [((*parts, entry.name), (*above, real))] if real not in above else []
-            elif kind in EXTENSIONS:
+            elif kind in wanted:
                 if entry.is_symlink() and not os.path.exists(entry.path):
                     gone = os.readlink(entry.path)
                     raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
                 found.append((*parts, entry.name))
+            else:
+                other.append((parts, kind or "without an ending"))
+    cure = "; for .heic: pip install pillow-heif" * any(kind in HEIF for _, kind in other)
     if not found:
-        raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)})")
+        raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)}){cure}")
+    if other and notes is not None:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(kind for _, kind in other).most_common(5))
+        full = {p[:k] for p in found for k in range(len(p))}
+        bare = sorted({"/".join(parts) for parts, _ in other if parts not in full})
+        lost = f"; WARNING: nothing else in {len(bare)} folders, {', '.join(bare[:5])}" if bare else ""
+        notes.append(f"{root}: {len(other)} files passed over, no pictures: {kinds}{cure}{lost}")
     return sorted(found)
 
 
@@ -343,22 +483,40 @@ def open_image(path):
 
     Of an animation the first frame counts. Complaint if it is missing, damaged, no image, or below 8x8.
     """
-    with reading(path, "a picture", SKIP), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(path, formats=FORMATS)
+    with opened(path) as image:
         if min(image.size) < 8:
             raise Complaint(f"{path}: {image.width}x{image.height} pixels, expected 8x8 or more; {SKIP}")
+        deep = any(";16" in str(tile[3]) for tile in image.tile)
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            a = np.asarray(image, np.float32)
-            if image.mode == "F" and a.max() <= 1:  # floats from 0 to 1
-                a = a * 255
-            elif a.max() > 255:  # 16 bits
-                a = a / 257
-            image = Image.fromarray(a.clip(0, 255).astype(np.uint8))
+            image = eight_bits(np.asarray(image, np.float32), path, image.mode == "F")
+        elif deep and max(high for _, high in image.convert("RGB").getextrema()) < 16:
+            warn_once(path, "12-bit values in 16 bits of each colour come out dark; scale them")
         clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
         return image.convert("RGBA" if clear else "RGB")
+
+
+@contextlib.contextmanager
+def opened(path):
+    """An image file, not yet decoded. Whatever is wrong with it, inside, too, becomes one Complaint."""
+    with reading(path, "a picture", SKIP):
+        try:
+            with Image.open(path, formats=formats()) as image:
+                if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise Image.DecompressionBombError
+                yield image
+        except Image.DecompressionBombError:
+            line = f"more than --max_pixels={Image.MAX_IMAGE_PIXELS}"
+            raise Complaint(f"{path}: {line}; raise it if you trust the file, or shrink it") from None
+
+
+def eight_bits(a, path, floats):
+    """Grey values [h, w] of 8, 12 or 16 bits, or floats from 0 to 1 -> PIL L."""
+    top = 1 if floats and a.max() <= 1 else next((t for t in (255, 4095) if a.max() <= t), 65535)
+    if top == 4095:
+        warn_once(path, "no value above 4095 in 16 bits; read as 12 bits")
+    return Image.fromarray((a * (255 / top)).clip(0, 255).astype(np.uint8))
 
 
 def open_mask(path):
@@ -418,10 +576,22 @@ class Cutout(Photo):
         return layer(self.path, cut=True)
 
 
+@dataclass(frozen=True)
+class Trimmed(Picture):
+    """A foreground with its alpha, in the frame of its photo, cropped to what is visible."""
+
+    source: Picture
+
+    def image(self):
+        return layer(self.source, cut=True)
+
+
 @functools.lru_cache(2048)
-def layer(path, cut):
-    """The picture of a Ground or Cutout, kept at 512 pixels at most: thousands of composites share it."""
-    image = open_image(path) if cut else opaque(open_image(path))
+def layer(source, cut):
+    """The picture of a background or foreground, by its path or by a Picture in the frame of its photo, kept
+    at 512 pixels at most: thousands of composites share it."""
+    image, path = (open_image(source), source) if isinstance(source, str) else (source.image(), source.path)
+    image = image if cut else opaque(image)
     if cut:
         cure = "cut it out, move it away, or use --skip_bad"
         if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255:
@@ -441,6 +611,10 @@ class Masked(Picture):
     photo: Photo
     mask: Photo
 
+    @property
+    def path(self):
+        return self.photo.path
+
     def image(self):
         image, mask = self.photo.image(), open_mask(self.mask.path)
         if mask.size != image.size:
@@ -448,6 +622,52 @@ class Masked(Picture):
             raise Complaint(f"{self.mask.path}: {w}x{h} pixels, the photo {self.photo.path} has {W}x{H}")
         image.putalpha(mask)
         return image
+
+
+@dataclass(frozen=True)
+class Outlined(Picture):
+    """An object of a photo by its outline, as MS COCO has it, in the photo's own frame: RGBA.
+
+    outline: polygons, each floats x1, y1, x2, y2, ... in pixels; or (counts,) of an RLE, a string or ints.
+    size: (width, height).
+    """
+
+    photo: Photo
+    outline: tuple
+    size: tuple
+
+    @property
+    def path(self):
+        return self.photo.path
+
+    def image(self):
+        image, (w, h), mask = self.photo.image(), self.size, Image.new("L", self.size)
+        if image.size != self.size:
+            raise Complaint(f"{self.path}: {image.width}x{image.height} pixels, its annotation has {w}x{h}")
+        if isinstance(self.outline[0], str) or isinstance(self.outline[0][0], int):
+            counts = rle_counts(self.outline[0])  # of zeros, ones, zeros, ..., down the columns
+            on = np.repeat(np.arange(len(counts)) % 2, counts).reshape(w, h).T
+            mask = Image.fromarray(255 * on.astype(np.uint8))
+        else:
+            for polygon in self.outline:
+                ImageDraw.Draw(mask).polygon(polygon, 255)
+        image.putalpha(mask)
+        return image
+
+
+def rle_counts(code):
+    """The counts of an RLE of MS COCO: whole numbers as they are, or a string in which each character holds
+    five bits, the lowest first, and from the fourth number on the difference to that two before."""
+    if not isinstance(code, str):
+        return code
+    counts, value, shift = [], 0, 0
+    for bits in (ord(c) - 48 for c in code):
+        value, shift = value | (bits & 31) << shift, shift + 5
+        if not bits & 32:  # the last of a number; bit 16 is its sign
+            value -= (bits & 16) << 1 << (shift - 5)
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value, shift = 0, 0
+    return counts
 
 
 @dataclass(frozen=True)
@@ -583,18 +803,88 @@ def decoded(picture):
 def layers(paths, kind, flag, skip_bad=False):
     """The raw material of composites from a folder: list of kind (Cutout or Ground), and notes of what was
     left out. Raises Complaint for a picture that cannot be used, unless skip_bad, and for fewer than 8."""
-    items, notes = [], []
-    for parts in scan(paths, flag):
-        item = kind(os.path.join(paths, *parts))
+    notes = []
+    items = [kind(os.path.join(paths, *parts)) for parts in scan(paths, flag, notes)]
+    return usable(items, paths, flag, skip_bad, notes), notes
+
+
+def usable(items, where, flag, skip_bad, notes):
+    """The pictures that can be opened; Complaint for one that cannot, unless skip_bad, or fewer than 8."""
+    good = []
+    for item in items:
         try:
             item.image()
-            items.append(item)
+            good.append(item)
         except Complaint as problem:
             if not skip_bad:
                 raise
             notes.append(f"skipped {problem}")
-    expect(len(items) >= 8, flag, str(paths), f"at least 8 usable images in it, there are {len(items)}")
-    return items, notes
+    expect(len(good) >= 8, flag, str(where), f"at least 8 usable images in it, there are {len(good)}")
+    return good
+
+
+MOST_FIGURES = 2000  # of photos with masks or outlines so many are drawn
+LEAST_SIDE = 48  # pixels of an outlined object's box
+
+
+def load_foregrounds(spec, skip_bad=False):
+    """Foregrounds for composites, list of Picture (RGBA, cropped to what is visible), and notes.
+
+    --foregrounds=DIR                    cut-outs: files with transparency around the foreground
+    --foregrounds=masked:PHOTOS:MASKS    a folder of photos and one of masks of the same names, .png, white on
+                                         the foreground, such as CUB's images and segmentations
+    --foregrounds=coco:DIR               objects of MS COCO by their outlines, DIR as for --data=coco; of some
+                                         categories only, coco:DIR:cat,dog. Without crowds, small objects, and
+                                         what the edge of the photo cuts
+    --foregrounds=cut:DIR                photos of one object each, which train.py cuts out; see cuts.html
+    """
+    kind, *rest = spec.split(":")
+    if spec == "help":
+        say(inspect.getdoc(load_foregrounds).partition("\n\n")[2])
+        sys.exit(0)
+    if FOREGROUNDS.get(kind) is None or os.path.isdir(spec):
+        expect(kind != "cut", "foregrounds", spec, "another kind here: only train.py cuts out; see help")
+        return layers(spec, Cutout, "foregrounds", skip_bad)
+    notes = []
+    items = FOREGROUNDS[kind](rest, notes)
+    if len(items) > MOST_FIGURES:
+        notes.append(f"--foregrounds={spec}: {MOST_FIGURES} of its {len(items)} foregrounds are drawn")
+    order = rng(0, "foregrounds").permutation(len(items))[:MOST_FIGURES]
+    return usable([items[k] for k in order], spec, "foregrounds", skip_bad, notes), notes
+
+
+def masked_figures(folders, notes):
+    expect(len(folders) == 2, "foregrounds", ":".join(folders), "masked:PHOTOS:MASKS")
+    photos, masks = folders
+    paths = [os.path.join(photos, *parts) for parts in scan(photos, "foregrounds", notes)]
+    pairs = [(path, mask) for path, mask in zip(paths, find_masks(paths, masks), strict=True) if mask]
+    if len(pairs) < len(paths):
+        bare = f"{len(paths) - len(pairs)} of {len(paths)} photos have no mask"
+        notes.append(f"{photos}: {bare}, and are left out")
+    return [Trimmed(Masked(Photo(path), Photo(mask))) for path, mask in pairs]
+
+
+def coco_figures(words, notes):
+    expect(len(words) < 3 and words[0], "foregrounds", ":".join(words), "coco:DIR or coco:DIR:cat,dog")
+    photos, categories = coco_photos(words[0], notes, outlines=True)
+    wanted = [name.strip() for name in words[1].split(",")] if words[1:] else list(categories)
+    odd = next((name for name in wanted if name not in categories), None)
+    expect(odd is None, "foregrounds", odd, f"a category of instances_*.json; {near(str(odd), categories)}")
+    figures, left, there = [], 0, exists([photo.path for photo in photos]).tolist()
+    for photo, here in zip(photos, there, strict=True):
+        for _, (x1, y1, x2, y2), outline in (o for o in photo.outlines if o[0] in wanted):
+            w, h = photo.size[:2]
+            large = min((x2 - x1) * w, (y2 - y1) * h) >= LEAST_SIDE
+            if here and outline and large and min(x1 * w, y1 * h, (1 - x2) * w, (1 - y2) * h) >= 1:
+                figures.append(Trimmed(Outlined(Photo(photo.path), outline, (w, h))))
+            else:
+                left += 1
+    said = f"{left} objects are small, cut by the edge, without an outline or a photo; {len(figures)} left"
+    notes.append(f"{words[0]}: {said}")
+    return figures
+
+
+FOREGROUNDS = {"masked": masked_figures, "coco": coco_figures}
 
 
 def composites(figures, grounds, instances, per, seed, recolour=True):
@@ -618,6 +908,7 @@ def composites(figures, grounds, instances, per, seed, recolour=True):
 # data sets: each is a generator of rows, and its docstring is what --data=NAME:help prints
 
 SCENE = "scene"  # what an image shows whose planted feature is all but the class object
+CODE = r"[\W\d_]+|n\d{8}|(class|label|cls|cat|category|group|id|c|y)?[-_ ]*\d+|true|false"  # is no name
 SPLIT_NAMES = dict(train=0, training=0, val=1, valid=1, validation=1, dev=1, test=2, testing=2)
 
 
@@ -647,6 +938,7 @@ class Facts:
     strength: float = 0.0
     spurious: str = "0"
     feature: str = ""
+    columns: str = ""  # --columns=ours=theirs,...
     notes: list = field(default_factory=list)  # lines to print
     classes: list = field(default_factory=list)  # in their order, if it is not the alphabet's; also places
     places: list = field(default_factory=list)
@@ -664,7 +956,7 @@ class Samples:
     name: str
     items: list
     y: torch.Tensor  # [n] class, -1: unlabelled
-    place: torch.Tensor  # [n]
+    place: torch.Tensor  # [n], -1: not known; such images are in no group
     split: torch.Tensor  # [n] 0 train, 1 val, 2 test
     classes: list
     places: list
@@ -674,6 +966,7 @@ class Samples:
     notes: list = field(default_factory=list)  # lines to print
     labels: list = field(default_factory=list)  # the names that a model chooses from
     prompts: list = field(default_factory=list)  # a list of texts for each of the labels
+    nameless: str = ""  # why these cannot be used: labels that are numbers or codes
     imagenet: list = field(default_factory=list)  # for each class its ImageNet labels, 0 to 999; or empty
     official: bool = True  # False where the splits are made here, by a rule
 
@@ -684,19 +977,31 @@ class Samples:
         return hashlib.sha256(json.dumps([[p.key() for p in self.items], said]).encode()).hexdigest()
 
     def group(self):
-        """Group of each image, y * places + place [n]."""
-        return self.y * len(self.places) + self.place
+        """Group of each image, y * places + place [n]; -1 where one of them is not known."""
+        return (self.y * len(self.places) + self.place).where((self.y >= 0) & (self.place >= 0), -1)
+
+    def group_name(self, y, place):
+        """What a group is called; of one place, or of an image without any, the class alone."""
+        named = place >= 0 and len(self.places) > 1
+        return self.classes[y] + (f" on {self.places[place]}" if named else "")
+
+    def prompt_line(self):
+        """One of the prompts, as an example."""
+        (text, *rest), label = self.prompts[0], self.labels[0]
+        more = f" and {len(rest)} more, averaged" * bool(rest)
+        return f"prompts: {text!r}{more} for {label!r}, so of {len(self.labels)} labels"
 
     def class_prompts(self):
-        """The prompts of the classes, where a model chooses among more labels than these."""
+        """The prompts of the classes, where a model chooses among more labels than these; or Complaint."""
+        if self.nameless:
+            raise Complaint(self.nameless)
         if len(self.prompts) == len(self.classes):
             return self.prompts
         return [self.prompts[labels[0]] for labels in self.imagenet]
 
     def counts(self, split):
         """Images in each group of a split [classes * places]."""
-        inside = (self.split == split) & (self.y >= 0)
-        return torch.bincount(self.group()[inside], minlength=len(self.classes) * len(self.places))
+        return tally(self.group(), self.split, len(self.classes) * len(self.places))[split]
 
     def keep(self, index):
         """The samples at an index [k], or where a mask [n] is true."""
@@ -706,6 +1011,12 @@ class Samples:
         return replace(self, y=self.y[index], place=self.place[index], split=self.split[index], **lists)
 
 
+def tally(number, split, most):
+    """How many images of each number [n] from 0 below most there are in each split, [3, most]."""
+    there = number >= 0
+    return torch.bincount((split * most + number)[there], minlength=3 * most).view(3, most)
+
+
 def load_data(spec, classes="", places="", prompts="", masks="", splits=True, seed=0, **planted_by):
     """The data set that --data names, as Samples; NAME:help prints how it must look, and exits.
 
@@ -713,7 +1024,8 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     many are named as classes, the k-th is the k-th class's own. prompts: openai, or a file of templates or
     class<TAB>prompt lines. masks: a folder of foreground masks. splits: whether the set is to be trained on,
     and needs labels and images of every class in each split. planted_by: confounder, the share of training
-    images on their class's own place; strength, spurious, feature of controlled settings. Raises Complaint.
+    images on their class's own place; strength, spurious, feature of controlled settings; columns, which of a
+    table are what, ours=theirs,... Raises Complaint.
     """
     name, _, root = spec.partition(":")
     if name not in SETS or not (root or SETS[name].alone):
@@ -724,6 +1036,8 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     renamed = read_classes(classes) if os.path.isfile(classes) else []
     chosen = [] if renamed else names_in(classes, "classes", 2)
     facts = Facts(chosen, renamed, names_in(places, "places", 1), seed, **planted_by)
+    tabular = name in ("csv", "waterbirds")
+    expect(tabular or not facts.columns, "columns", facts.columns, f"nothing with --data={name}, no table")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:
         samples = samples_of(spec, SETS[name].rows(Path(root) if root else None, facts), facts)
@@ -741,9 +1055,14 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         files = find_masks([getattr(item, "path", "") for item in samples.items], masks)
         pairs = zip(samples.items, files, strict=True)
         samples.cut = [m and Composite(Masked(item, Photo(m)), None, None) for item, m in pairs]
-    samples.prompts = [[SETS[name].template.replace("{}", label)] for label in labels]
-    if prompts:
-        samples.prompts = read_prompts(prompts, labels)
+    texts = read_prompts(prompts, labels, samples.notes) if prompts else [[SETS[name].template]] * len(labels)
+    samples.prompts = [[t.replace("{}", c) for t in own] for c, own in zip(labels, texts, strict=True)]
+    said = [c for c, own in zip(labels, texts, strict=True) if any("{}" in text for text in own)]
+    codes = [label for label in said if not renamed and re.fullmatch(CODE, label.strip().lower())]
+    if codes:
+        found = f"{len(codes)} of its {len(labels)} class names are numbers or codes, as {codes[0]!r}"
+        cure = "no text says what they are; name them, --classes=FILE, one a line"
+        samples.nameless = f"{samples.name}: {found}: {cure}"
     return check(samples, splits)
 
 
@@ -769,15 +1088,20 @@ def samples_of(name, rows, facts):
     picture, y, place, split, captions, cut, shows = map(list, zip(*rows, strict=True))
     y, classes = numbered(y, facts.classes, "class")
     place, places = numbered(place, facts.places, "place")
-    place, places = place.clamp(min=0), places or ["anywhere"]
-    official, group = facts.official and None not in split, y * len(places) + place
+    place, places = place if places else torch.zeros_like(place), places or ["anywhere"]
+    P, official = len(places), facts.official and None not in split
+    group = (y * P + place).where(place >= 0, len(classes) * P + y)  # without a place: of each class one more
     if not all(captions):
-        usual = [f"a {c} on {p}" if len(places) > 1 else f"a {c}" for c in classes for p in places]
-        usual += [""] * len(places)  # where y is -1
+        usual = [f"a {c} on {p}" if P > 1 else f"a {c}" for c in classes for p in places]
+        usual += [f"a {c}" for c in classes] + [""] * P  # the last where y is -1
         captions = [usual[g] for g in group.tolist()]
     split = make_splits(group) if None in split else completed(torch.tensor(split), group, facts.notes)
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
+    unplaced = int((place < 0).sum())
+    if unplaced:
+        line = f"{unplaced} of {len(rows)} images have no place, and are in no group"
+        facts.notes.append(f"WARNING: {name}: {line}: figures of groups are without them")
     samples.labels, samples.imagenet, samples.official = facts.labels or classes, facts.imagenet, official
     there = exists(picture)
     if not there.all():
@@ -890,7 +1214,7 @@ def correlate(samples, own, confounder):
 def compare(samples, published):
     """Notes whether counts are as published: classes, images, images of each place, groups of each split."""
     counts = dict(classes=len(samples.classes), images=len(samples.items))
-    counts["places"] = torch.bincount(samples.place, minlength=len(samples.places)).tolist()
+    counts["places"] = tally(samples.place, samples.split, len(samples.places)).sum(0).tolist()
     counts["groups"] = [samples.counts(s).tolist() for s in range(3)]
     counts, line = {k: counts[k] for k in published}, f"{samples.name}: the published counts"
     if counts != published:
@@ -899,27 +1223,36 @@ def compare(samples, published):
 
 
 def check(samples, splits=True):
-    """Samples with two labels or more; with splits, images of every class in every split; or Complaint."""
-    name, n = samples.name, len(samples.classes)
+    """Samples with two labels or more; with splits, images of every class in every split; or Complaint.
+    Says which classes and places have no image, and which groups occur in other splits than train only."""
+    name, n, y = samples.name, len(samples.classes), samples.y
     if (n if splits else max(n, len(samples.labels))) < 2:
         raise Complaint(f"{name}: one class only, {', '.join(samples.classes)!r}; expected at least two")
+    if splits and y.max() < 0:
+        raise Complaint(f"{name}: no labels; training needs them: a folder for each class")
+    of_class, of_place = tally(y, samples.split, n), tally(samples.place, samples.split, len(samples.places))
+    for s, split in enumerate(SPLITS) if splits else ():
+        if not of_class[s].all():
+            what = f" of class {samples.classes[int(of_class[s].argmin())]}" if of_class[s].any() else ""
+            raise Complaint(f"{name}: split {s} ({split}) has no images{what}; train, val and test need them")
+    for what, names, k in (("class", samples.classes, of_class), ("place", samples.places, of_place)):
+        bare = [names[at] for at in (k.sum(0) == 0).nonzero()[:, 0].tolist()]
+        if splits and bare:
+            raise Complaint(f"{name}: no images of {what} {bare[0]}; leave it out")
+        if bare and k.any() and samples.labels is samples.classes:
+            samples.notes.append(f"{name}: no image of {len(bare)} {what} names: {', '.join(bare[:5])}")
     if not splits:
         return samples
-    if samples.y.max() < 0:
-        raise Complaint(f"{name}: no labels; training needs them: a folder for each class")
-    for s, split in enumerate(SPLITS):
-        counts = samples.counts(s).view(n, -1).sum(1)
-        if not counts.all():
-            what = f" of class {samples.classes[int(counts.argmin())]}" if counts.any() else ""
-            raise Complaint(f"{name}: split {s} ({split}) has no images{what}; train, val and test need them")
-    places = torch.bincount(samples.place, minlength=len(samples.places))
-    if not places.all():
-        raise Complaint(f"{name}: no images of place {samples.places[int(places.argmin())]}; leave it out")
-    grid = samples.counts(0).view(n, -1) > 0  # [classes, places]
-    empty = [f"{samples.classes[y]} on {samples.places[p]}" for y, p in (~grid).nonzero().tolist()]
+    train, *other = grouped = tally(samples.group(), samples.split, n * len(samples.places)) > 0
+    if not grouped.any(1).all():
+        bare = SPLITS[int(grouped.any(1).int().argmin())]
+        raise Complaint(f"{name}: no image of {bare} has a place; --columns=place= reads it without places")
+    empty = ((other[0] | other[1]) & ~train).nonzero()[:, 0].tolist()
+    empty = [divmod(g, len(samples.places)) for g in empty]
+    correlated = ": 100 % correlated" if (train.view(n, -1).sum(1) == 1).all() else ""
     if empty:
-        correlated = ": 100 % correlated" if (grid.sum(1) == 1).all() else ""
-        samples.notes.append("training set without " + " or ".join(empty[:4]) + correlated)
+        empty = " or ".join(samples.group_name(*group) for group in empty[:4])
+        samples.notes.append(f"training set without {empty}{correlated}")
     return samples
 
 
@@ -932,42 +1265,85 @@ def read_classes(path):
     return [name for _, name in lines.values()]
 
 
-def read_prompts(path, labels):
-    """--prompts=FILE -> for each label a list of texts: its lines class<TAB>prompt, or else the templates.
-    --prompts=openai: CLIP's 80 templates for ImageNet."""
-    templates, own, known = [], {}, {plain(label) for label in labels}
+def read_prompts(path, labels, notes):
+    """--prompts=FILE -> for each label a list of texts, {} for its name. openai: CLIP's 80 for ImageNet.
+
+    FILE: templates, one a line, or lines class<TAB>prompt; or in JSON or as a list in Python templates, or a
+    list of descriptions for each class, as CuPL has them.
+    """
     if path == "openai":
         import open_clip
 
-        return [[t(label) for t in open_clip.OPENAI_IMAGENET_TEMPLATES] for label in labels]
-    for number, line in read_lines(path, "prompts"):
+        return [[t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]] * len(labels)
+    templates, own, lines = [], {}, read_lines(path, "prompts")
+    tree = literal("\n".join(line for _, line in lines))
+    known, others = {plain(label) for label in labels}, {}
+    if isinstance(tree, dict) and len(tree) == 1 and plain(next(iter(tree))) not in known:
+        tree = next(iter(tree.values()))  # templates under a name
+    with reading(path, "templates, or a dict of class: descriptions"):
+        if isinstance(tree, dict):
+            lines = [(1, f"{name}\t{text}") for name in tree for text in listed(tree[name])]
+        elif tree is not None:
+            lines = list(enumerate(listed(tree), 1))
+    for number, line in lines:
         name, tab, prompt = line.partition("\t")
+        text = re.sub(r"\{[a-z_]*\}", "{}", prompt.strip() if tab else line)
         if tab and plain(name) not in known:
-            raise Complaint(f"--prompts={path}:{number}: no class {name!r}; {near(name, labels)}")
-        if not tab and "{}" not in line:
+            others.setdefault(name, number)
+        elif not tab and "{}" not in text:
             raise Complaint(f"--prompts={path}:{number}: {line!r}, expected a {{}}, or class<TAB>prompt")
-        texts = own.setdefault(plain(name), []) if tab else templates
-        texts.append(prompt.strip() if tab else line)
+        (own.setdefault(plain(name), []) if tab else templates).append(text)
+    if others and (not isinstance(tree, dict) or len(others) == len(tree)):
+        name, number = next(iter(others.items()))
+        raise Complaint(f"--prompts={path}:{number}: no class {name!r}; {near(name, labels)}")
     texts = [own.get(plain(label), templates) for label in labels]
     if not all(texts):
         bare = labels[texts.index([])]
         raise Complaint(f"--prompts={path}: no prompt for class {bare!r}; add one, or a template with {{}}")
-    return [[t.replace("{}", label) for t in mine] for label, mine in zip(labels, texts, strict=True)]
+    pairs = [(plain(c), text) for c, mine in zip(labels, texts, strict=True) for text in mine]
+    mute = sum("{}" not in text and c not in plain(text) for c, text in pairs)
+    notes += [f"--prompts={path}: {len(others)} classes in it are none of these, and not used"] * bool(others)
+    notes += [f"--prompts={path}: {mute} prompts do not name their class; read as they are"] * bool(mute)
+    return texts
 
 
-def inside_root(root, table, column, names):
+def literal(text):
+    """The tree in a text in JSON, or in Python: a list or dict, perhaps behind `name =`, of strings, perhaps
+    lambda c: f'... {c}', perhaps without the brackets; or None."""
+    text = re.sub(r"lambda \w+:\s*f(?=['\"])", "", text)
+    for part in (text, text.partition("=")[2] if re.match(r"\w+\s*=", text) else "", f"[{text}]"):
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                tree = read(part.strip())
+                if isinstance(tree, (list, tuple, dict)) and tree and all(isinstance(k, str) for k in tree):
+                    return tree
+    return None
+
+
+def listed(texts):
+    """A string or several -> a list of them; or ValueError."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"found {str(texts)[:60]}, expected strings")
+    return [" ".join(text.split()) for text in texts]
+
+
+def inside_root(root, table, names):
     """Paths of a table's images; Complaint for a name that leads out of root, or that is listed twice."""
-    root, lines, text = os.path.join(root, ""), {}, "\n".join(names)
+    root, text, first = os.path.join(root, ""), "\n".join(names), {}
+    if "\\" in text or " " in text:
+        names = [name.strip().replace("\\", "/") for name in names]
     if "./" in text or "//" in text:
         names = [name and os.path.normpath(name) for name in names]  # ./a.png is a.png
     starts = {name[:3] for name in names}  # quick to look at, of a million names
-    out = {start for start in starts if start[:1] in ("", "/", "\\") or start in ("..", "../")}
+    out = {start for start in starts if start[:1] in ("", "/") or start in ("..", "../")}
     if out or len(set(names)) < len(names):
-        for line, name in enumerate(names, 2):
+        for k, name in enumerate(names):
             if name[:3] in out:
-                raise Complaint(f"{table}:{line}: {column} {name!r}, expected a path inside {root}")
-            if lines.setdefault(name, line) < line:
-                raise Complaint(f"{table}:{line}: {column} {name!r} is listed already in line {lines[name]}")
+                raise table.complaint(k, f"image {name!r}, expected a path inside {root}")
+            if first.setdefault(name, k) < k:
+                line = table.lines()[first[name]]
+                raise table.complaint(k, f"image {name!r} is listed already in line {line}")
     return [root + name for name in names]
 
 
@@ -987,6 +1363,12 @@ def find_masks(paths, masks):
         found.append(next(good, None))
     if not any(found):
         raise Complaint(f"--masks: {masks}: no mask for any image; for {path} one of {', '.join(files[-4:])}")
+    owner = {}
+    for path, file in zip(paths, found, strict=True):
+        other = owner.setdefault(file, path) if file else path
+        if other != path and os.path.basename(other) == os.path.basename(path):
+            cure = "put masks into folders as the photos are"
+            raise Complaint(f"--masks: {file}: the mask of two photos, {other} and {path}; {cure}")
     return found
 
 
@@ -1018,42 +1400,69 @@ def waterbirds(root, facts):
     Download waterbird_complete95_forest2water2.tar.gz, linked from the README of the repository
     kohpangwei/group_DRO (the 100 % set, waterbird_1.0_forest2water2, from spetryk/GALS), and unpack it.
     Any folder of this layout will do, with any number of classes and places:
-    DIR/metadata.csv     img_id,img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
-    DIR/001.Black_footed_Albatross/....jpg     as img_filename says"""
-    columns = ("img_id", "img_filename", "y", "split", "place", "place_filename")
+    DIR/metadata.csv     img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
+    DIR/001.Black_footed_Albatross/....jpg     as img_filename says
+    Land- and waterbirds are known by their species and counts, land and water by place_filename."""
     table = folder(root, "data waterbirds") / "metadata.csv"
     if not table.is_file():
         raise Complaint(f"{root}: no metadata.csv in it (found {inside(root)}); see --data=waterbirds:help")
-    found = read_table(table, columns)
-    facts.notes += [f"{table}: column {c!r} is not used" for c in found if c not in columns and c]
-    y, place = (whole(table, column, found[column]) for column in ("y", "place"))
-    split = whole(table, "split", found["split"], 3)
-    facts.classes, facts.places = names_of(y), names_of(place)
-    if "bird" in root.name.lower():
-        facts.classes = ["landbird", "waterbird"] if len(facts.classes) == 2 else facts.classes
-        facts.places = ["land", "water"] if len(facts.places) == 2 else facts.places
-    facts.notes += official_waterbirds(root.name, *map(np.array, (y, place, split)))
-    paths = inside_root(root, table, "img_filename", found["img_filename"])
+    table = read_table(table)
+    paths, y, place, split = table_rows(table, facts, ("path", "y", "split", "place"))
+    some = slice(None, None, max(1, len(y) // 5000))
+    species = [os.path.basename(os.path.dirname(path)) for path in paths[some]]
+    what = told_by(y[some], species, {"waterbird": WATERBIRDS, "landbird": None})
+    where = told_by(place[some], table.get("place_filename", ())[some], {"water": WATER, "land": LAND})
+    if len(facts.classes) == len(facts.places) == 2:
+        y0, place0 = facts.classes[0], facts.places[0]
+        groups = [-1 if p is None else 2 * (c != y0) + (p != place0) for c, p in zip(y, place, strict=True)]
+        official, notes = official_waterbirds(root.name, np.array(groups), np.array(split))
+        facts.notes += notes
+        if official:
+            what, where = {"0": "landbird", "1": "waterbird"}, {"0": "land", "1": "water"}
+    facts.classes = [what.get(name, name) for name in facts.classes]
+    facts.places = [where.get(name, name) for name in facts.places]
     for path, a, b, s in zip(paths, y, place, split, strict=True):
-        yield Row(path, facts.classes[a], facts.places[b], s)
+        yield Row(path, what.get(a, a), where.get(b, b), s)
 
 
-def names_of(numbers):
-    return [str(k) for k in range(max(numbers) + 1)]
+WATERBIRDS = (  # words of their species' names
+    "albatross auklet cormorant frigatebird fulmar gull jaeger kittiwake pelican puffin tern gadwall grebe "
+    "mallard merganser guillemot loon"
+)
+WATER, LAND = "water ocean sea lake beach", "land forest bamboo broadleaf"
 
 
-def official_waterbirds(name, y, place, split):
-    """Notes: whether the counts of groups [n] are those of the official sets (PROTOCOLS 1)."""
-    counts = [np.bincount((2 * y + place)[split == s], minlength=4).tolist() for s in range(3)]
+def told_by(values, keys, words):
+    """What numbered classes or places are called by their images' species or backgrounds: {value: name}.
+
+    words: {name: words, of which a key has one; None: of the others' it has none}. A value has the name that
+    four fifths of its keys have. Nothing, where fewer than two have one, or two the same.
+    """
+    hits, words = {}, {name: set((listed or "").split()) for name, listed in words.items()}
+    rest = next((name for name, listed in words.items() if not listed), None)
+    for value, key in zip(values, keys, strict=False):
+        inside = set(re.split("[^a-z]+", key.lower()))
+        name = next((name for name, listed in words.items() if listed & inside), rest)
+        hits.setdefault(value, Counter())[name] += 1
+    called = {value: n.most_common(1)[0] for value, n in hits.items() if str(value).isdecimal()}
+    called = {value: name for value, (name, k) in called.items() if name and k >= 0.8 * hits[value].total()}
+    return called if 1 < len(called) == len(set(called.values())) else {}
+
+
+def official_waterbirds(name, group, split):
+    """Whether val and test have the counts of the official sets (PROTOCOLS 1), and notes on it. group: [n],
+    2 y + place, -1: not known; split: [n]."""
+    counts = [np.bincount(group[(split == s) & (group >= 0)], minlength=4).tolist() for s in range(3)]
     if counts[1:] == [[467, 466, 133, 133], [2255, 2255, 642, 642]]:
         if counts[0] == [3498, 184, 56, 1057]:
-            return [f"{name}: the counts of the official Waterbirds, 95 %"]
+            return True, [f"{name}: the counts of the official Waterbirds, 95 %"]
         makings = {4795: "generated at 100 %", 4555: "the 95 % set without its minority groups"}
         making = makings.get(sum(counts[0]), "of another making")
-        return [f"{name}: official val and test; train {sum(counts[0])} images: {making}"]
-    if "waterbird_complete" in name or "forest2water2" in name:
-        return [f"WARNING: {name}: not the official counts (found {counts}): incomplete or of another making"]
-    return []
+        return True, [f"{name}: official val and test; train {sum(counts[0])} images: {making}"]
+    if len(group) == 11788 or "waterbird_complete" in name or "forest2water2" in name:
+        line = f"{name}: {len(group)} images, groups {counts}, not the official counts"
+        return False, [f"WARNING: {line}: incomplete or generated anew; published figures do not hold for it"]
+    return False, []
 
 
 def celeba(root, facts):
@@ -1062,32 +1471,27 @@ def celeba(root, facts):
     DIR/list_attr_celeba.txt or .csv        (or in DIR/Anno)
     DIR/list_eval_partition.txt or .csv     (or in DIR/Eval)
     DIR/img_align_celeba/000001.jpg ...     (or in DIR/Img)"""
-    root, tables = folder(root, "data celeba"), {}
+    root, tables = folder(root, "data celeba"), []
     for name in ("list_attr_celeba", "list_eval_partition"):
         found = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
         path = next((p for p in found if p.is_file()), None)
         if path is None:
             raise Complaint(f"{root}: no {name}.txt or .csv in it (found {inside(root)}); see celeba:help")
-        tables[path] = [line.replace(",", " ").split() for _, line in read_lines(path, "data")]
-    (attributes, rows), (partition, parts) = tables.items()
+        tables.append(path)
+    faces = read_table(tables[0], ("Blond_Hair", "Male"))
+    parts = read_table(tables[1], header=("image_id", "partition"))
     facts.classes, facts.places = ["dark hair", "blond hair"], ["female", "male"]
     train, val = [71629, 66874, 22880, 1387], [8535, 8276, 2874, 182]
     facts.published = dict(groups=[train, val, [9767, 7535, 2480, 180]])
-    with reading(attributes, "CelebA's table of 40 attributes"):
-        rows = rows[1:] if len(rows[0]) == 1 else rows  # the official file begins with the number of rows
-        header, *rows = rows
-        header = ["image_id", *[name for name in header if name != "image_id"]]
-        blond, male = header.index("Blond_Hair"), header.index("Male")
-        for row in rows:
-            if len(row) != len(header):
-                raise ValueError(f"{row[0]} has {len(row) - 1} attributes, not {len(header) - 1}")
-    with reading(partition, "CelebA's table of splits, for the same images"):
-        split = {row[0]: int(row[1]) for row in parts if row[-1] in ("0", "1", "2")}
-        split = [split[row[0]] for row in rows]
+    names = next(iter(faces.values()))  # the official file has no name for the first column
+    with reading(tables[1], "CelebA's table of splits, 0, 1 or 2, for the same images"):
+        pairs = zip(*list(parts.values())[:2], strict=True)
+        split = {name: int(s) for name, s in pairs if s in ("0", "1", "2")}
+        split = [split[name] for name in names]
     images = first_folder(root, *(f"{sub}img_align_celeba" for sub in ("img_align_celeba/", "", "Img/")))
-    paths = inside_root(images, attributes, "image_id", [row[0] for row in rows])
-    for path, row, s in zip(paths, rows, split, strict=True):
-        y, place = facts.classes[row[blond] == "1"], facts.places[row[male] == "1"]
+    paths = inside_root(images, faces, names)
+    for path, blond, male, s in zip(paths, faces["Blond_Hair"], faces["Male"], split, strict=True):
+        y, place = facts.classes[blond == "1"], facts.places[male == "1"]
         yield Row(path, y, place, s, f"a photo of a {place} celebrity with {y}")
 
 
@@ -1162,19 +1566,44 @@ def synsets():
     return info.label_names(), full, list(open_clip.IMAGENET_CLASSNAMES)
 
 
+def spoken(ids, facts):
+    """{id: name} of classes that WordNet knows by ids such as n01440764, where all are; and puts the names
+    and, if they are of ImageNet's 1000, the labels into facts."""
+    if not ids or set(facts.renamed) & ids or not all(re.fullmatch(r"n\d{8}", name) for name in ids):
+        return {}
+    from timm.data import ImageNetInfo
+
+    info, (known, _, short) = ImageNetInfo("imagenet22k"), synsets()
+    if not ids <= {*info.label_names(), *known}:
+        return {}
+    ids = sorted(ids)
+    names = [short[known.index(w)] if w in known else info.label_name_to_description(w) for w in ids]
+    names = [name.split(",")[0] for name in names]
+    names = [f"{n} ({w})" if names.count(n) > 1 else n for n, w in zip(names, ids, strict=True)]
+    facts.classes = facts.renamed or names
+    facts.imagenet = [[known.index(w)] for w in ids if w in known and not facts.renamed]
+    facts.imagenet = facts.imagenet if len(facts.imagenet) == len(ids) else []
+    facts.notes.append(f"classes by WordNet's ids: {ids[0]} is {names[0]!r}, so of all {len(ids)}")
+    return dict(zip(ids, names, strict=True))
+
+
 def nico(root, facts):
     """nico:DIR       NICO++, groups: class x context; splits ours, 3/5, 1/5, 1/5 of each group
     --classes=car,truck --places=autumn,rock: car on autumn, truck on rock in training; without --places
     the two contexts on which the smallest group is largest.
     Download NICO++ (xxgege/NICO-plus; its track 1) and unpack it; DIR (or a folder train in it) holds
     DIR/autumn/car/*.jpg"""
-    outer = folder(root, "data nico")
-    root, around = outer, {"train", "test", "val", "NICO_DG", "public_dg_0416", "track_1"}
-    if {p.name for p in outer.iterdir() if p.is_dir()} <= around:  # but "train" is a class, too
-        root = first_folder(outer, "train", "NICO_DG", "public_dg_0416/train", "track_1/public_dg_0416/train")
-    paths = [p for p in scan(root) if len(p) > 2]
+    outer, inner = scan(root, notes=facts.notes), "train NICO_DG public_dg_0416/train"
+    inner = [tuple(path.split("/")) for path in f"{inner} track_1/public_dg_0416/train".split()]
+    # but "train" is a class, too
+    at = next((w for w in inner if any(p[: len(w)] == w and len(p) > len(w) + 2 for p in outer)), ())
+    root = Path(root, *at)
+    paths = [p[len(at) :] for p in outer if p[: len(at)] == at and len(p) > len(at) + 2]
     if not paths:
         raise Complaint(f"{root}: no images in context/class/ folders (found {inside(root)}); see nico:help")
+    if len(paths) < len(outer):
+        beside = f"{len(outer) - len(paths)} images beside its context/class folders"
+        facts.notes.append(f"{root}: {beside} are not used")
     first, second = ({plain(p[k]) for p in paths} for k in (0, 1))
     known = {"autumn", "dim", "grass", "outdoor", "rock", "water", *map(plain, facts.wanted)}
     swapped = known & second and not known & first or {*map(plain, facts.chosen)} & (first - second)
@@ -1215,7 +1644,8 @@ def cocogender(root, facts):
     facts.classes, facts.places, facts.wanted = ["man", "woman"], facts.wanted or ["sports", "kitchen"], []
     expect(len(facts.places) == 2, "places", ",".join(facts.places), "two kinds of objects")
     facts.own, people, left = dict(zip(facts.classes, facts.places, strict=True)), {}, 0
-    (photos, categories), kinds = coco_photos(root), [set(place.split("+")) for place in facts.places]
+    photos, categories = coco_photos(root, facts.notes)
+    kinds = [set(place.split("+")) for place in facts.places]
     odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
     expect(not odd, "places", odd, f"categories of COCO or supercategories; {near(odd, categories)}")
     at, parts = first_folder(root, "annotations"), {photo.part for photo in photos}
@@ -1238,11 +1668,11 @@ def cocogender(root, facts):
     facts.notes.append(f"COCO gender: {len(photos) - left} images fit the rule, {left} do not")
 
 
-def coco_photos(root):
+def coco_photos(root, notes, outlines=False):
     """The photos of COCO's instances_*.json, by part and id: part (train2017), id, path, objects
     {category: boxes in shares}, crowds (categories), kinds (categories and supercategories); and a dict
     {category: supercategory}."""
-    at = first_folder(folder(root, "data coco"), "annotations")
+    at, flat = first_folder(folder(root, "data coco"), "annotations"), 0
     files, everything, categories = sorted(at.glob("instances_*.json")), {}, {}
     if not files:
         raise Complaint(f"{at}: no instances_*.json in it (found {inside(at)}); see --data=coco:help")
@@ -1254,21 +1684,35 @@ def coco_photos(root):
             names = {c["id"]: (c["name"], c.get("supercategory")) for c in tree["categories"]}
             for i in tree["images"]:
                 path, size = os.path.join(images, os.path.basename(i["file_name"])), (i["width"], i["height"])
-                found = dict(size=size * 2, objects={}, crowds=set(), kinds=set())
+                found = dict(size=size * 2, objects={}, crowds=set(), kinds=set(), outlines=[])
                 photos[i["id"]] = SimpleNamespace(part=part, id=i["id"], path=path, **found)
             for a in tree["annotations"]:
                 photo, name = photos[a["image_id"]], names[a["category_id"]]
+                box = tuple(v / n for v, n in zip(corners(a), photo.size, strict=True))
+                if box[0] == box[2] or box[1] == box[3]:
+                    flat += 1
+                    continue
                 photo.kinds.update(name)
                 if a.get("iscrowd"):
                     photo.crowds.add(name[0])
                 else:
-                    box = tuple(v / n for v, n in zip(corners(a), photo.size, strict=True))
                     photo.objects.setdefault(name[0], []).append(box)
+                    photo.outlines += [(name[0], box, outline_of(a))] if outlines else []
             for k in photos.keys() & everything.keys():  # of 2014 and 2017: it would be in train and in test
                 raise Complaint(f"{file}: photo {k} is in {everything[k].part} too; keep one year's files")
             categories.update(names.values())
             everything.update(sorted(photos.items()))
+    notes += [f"{at}: {flat} boxes without area are left out"] * (flat > 0)
     return list(everything.values()), categories
+
+
+def outline_of(annotation):
+    """The segmentation of one of COCO's annotations, as Outlined has it; () for none."""
+    found = annotation.get("segmentation") or ()
+    if isinstance(found, dict):
+        counts = found["counts"]
+        return (counts if isinstance(counts, str) else tuple(map(int, counts)),)
+    return tuple(tuple(map(float, polygon)) for polygon in found if len(polygon) >= 6)
 
 
 def corners(annotation):
@@ -1337,75 +1781,101 @@ def image_folder(root, facts):
     DIR/split/class/place/*    split: train, val or test; the folder below the class is the place (the group)
     DIR/split/class/*    DIR/class/place/*    DIR/class/*
     DIR/*                unlabelled; --classes says what to choose from
+    Folders named by WordNet's ids, n01440764, have their names.
     --classes=FILE: names in order, one a line; a class folder must bear one of them (but for case and _).
     --prompts=FILE: templates with {} for the name, or lines class<TAB>prompt; several are averaged.
     Without split folders 3/5, 1/5, 1/5 of each group are train, val, test; without val 1/5 of train is."""
-    paths, facts.classes = scan(root), facts.renamed
-    top = {p[0] for p in paths if len(p) > 1}
+    paths, facts.classes, where = scan(root, notes=facts.notes), facts.renamed, f"--data=folder:{root}"
+    if all(len(p) > 2 and p[1].lower() in SPLIT_NAMES for p in paths):
+        facts.notes.append(f"{root}: class/split folders, expected split/class; read so")
+        moved = {(p[1], p[0], *p[2:]): p for p in paths}
+    else:
+        moved = {p: p for p in paths}
+    top = {p[0] for p in moved if len(p) > 1}
     splits = {t for t in top if t.lower() in SPLIT_NAMES}
     official = bool(splits) and splits == top
     if len(splits) > 1 and not official:
         names = ", ".join(sorted(splits))
-        raise Complaint(f"--data=folder:{root}: {names} are splits, {min(top - splits)!r} beside them is not")
-    rest = [p[1:] if official and len(p) > 1 else p for p in paths]
-    stray, deep = sum(len(r) == 1 for r in rest), [len(r) > 2 for r in rest if len(r) > 1]
+        raise Complaint(f"{where}: {names} are splits, {min(top - splits)!r} beside them is not")
+    rest = [p[1:] if official and len(p) > 1 else p for p in moved]
+    classes, stray = {r[0] for r in rest if len(r) > 1}, sum(len(r) == 1 for r in rest)
     if stray == len(paths):
         facts.classes, facts.chosen = facts.renamed or facts.chosen, []
         if not facts.classes:
-            raise Complaint(f"--data=folder:{root}: {stray} images, no class folders; give --classes=FILE")
+            raise Complaint(f"{where}: {stray} images, no class folders; give --classes=FILE")
         facts.notes.append(f"{stray} images without labels")
         yield from (Row(os.path.join(root, *p), None, None, 2) for p in paths)
         return
-    if stray:
-        facts.notes.append(f"WARNING: {root}: {stray} images lie outside the class folders, and are left out")
-    if any(deep) and not all(deep):
-        line = f"{deep.count(False)} images lie beside the place folders of their class"
-        facts.notes.append(f"WARNING: {root}: {line}; their place is 'elsewhere'")
-    for p, r in zip(paths, rest, strict=True):
+    if len(classes) == 1 and len({r[1] for r in rest if len(r) > 2}) > 1 and not facts.renamed:
+        only = min(classes)
+        raise Complaint(f"{where}: one class folder, {only!r}; if the classes are in it, name it: .../{only}")
+    facts.notes += folder_notes(root, rest)
+    deep, names = any(len(r) > 2 for r in rest), spoken(classes, facts)
+    for (p, path), r in zip(moved.items(), rest, strict=True):
         if len(r) > 1:
-            place = r[1] if len(r) > 2 else "elsewhere" if any(deep) else None
-            yield Row(os.path.join(root, *p), r[0], place, SPLIT_NAMES[p[0].lower()] if official else None)
+            place = r[1] if len(r) > 2 else "elsewhere" if deep else None
+            split = SPLIT_NAMES[p[0].lower()] if official else None
+            yield Row(os.path.join(root, *path), names.get(r[0], r[0]), place, split)
+
+
+def folder_notes(root, rest):
+    """What of the folders class/place/... of images is not as expected. rest: their parts below a split."""
+    notes, depth = [], Counter(min(len(r), 4) for r in rest)
+    if depth[1]:
+        notes.append(f"WARNING: {root}: {depth[1]} images lie outside the class folders, and are left out")
+    if depth[2] and depth[3] + depth[4]:
+        line = f"{depth[2]} images lie beside the place folders of their class"
+        notes.append(f"WARNING: {root}: {line}; their place is 'elsewhere'")
+    if depth[4]:
+        line = f"{depth[4]} images lie below class/place, as {'/'.join(next(r for r in rest if len(r) > 3))}"
+        notes.append(f"WARNING: {root}: {line}; the folders below the place are not used")
+    pairs = {r[:2] for r in rest if len(r) > 2}
+    if len(pairs) > 1 and len(pairs) == len({place for _, place in pairs}):
+        line = f"each place lies in one class only, as {'/'.join(min(pairs))}; no place compares two classes"
+        notes.append(f"WARNING: {root}: {line}. If the second folders are the classes, move them up")
+    return notes
 
 
 def csv_table(path, facts):
-    """csv:FILE       any table of images and groups, comma- or tab-separated with a header
-    path or filename or img_filename    relative to the table's folder, or all absolute
-    y (whole numbers from 0) or label (names)
-    split (0, 1, 2 or train, val, test)    may be missing: 3/5, 1/5, 1/5 of each group
-    place or group (numbers or names)      may be missing
+    """csv:FILE       any table of images and groups with a header: between commas, semicolons or tabs
+    path      relative to the table's folder, or all absolute
+    y         class: names, or whole numbers
+    split     0, 1, 2 or train, val, test; may be missing: 3/5, 1/5, 1/5 of each group
+    place     names or numbers; may be missing. Images whose place is empty or nan count in no group.
+    Usual names will do, as file_name, label, partition, background, a, group; else --columns=place=weather,
+    path=photo says which they are, and --columns=place= that there is none.
     --classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR."""
-    found, facts.classes = read_table(path), facts.renamed
-    columns = [("path", "filename", "img_filename"), ("y", "label"), ("place", "group")]
-    file, label, where = (next((c for c in names if c in found), None) for names in columns)
-    if file is None or label is None:
-        column, there = "y" if file else "path", ", ".join(found) or "no rows"
-        raise Complaint(f"{path}: no column {column!r} (found: {there}); see --data=csv:help")
-    y, names, n = found[label], found[file], len(found[file])
-    if not all(v.strip() for v in set(y)):
-        line = next(k for k, v in enumerate(y, 2) if not v.strip())
-        raise Complaint(f"{path}:{line}: {label} is empty; give every image its class")
-    if label == "y":
-        numbers = whole(path, "y", y, len(facts.renamed))
-        facts.classes = facts.renamed or names_of(numbers)
-        y = [facts.classes[k] for k in numbers]
-    place = found[where] if where else [None] * n
-    if where and all(v.isdecimal() for v in set(place)):
-        numbers = whole(path, where, place)
-        facts.places = names_of(numbers)
-        place = [facts.places[k] for k in numbers]
-    split, numbers = [None] * n, SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
-    if "split" in found:
-        numbers = {s: numbers.get(s.strip().lower()) for s in set(found["split"])}
-        split = list(map(numbers.get, found["split"]))
+    table = read_table(path)
+    for row in zip(*table_rows(table, facts, ("path", "y")), strict=True):
+        yield Row(*row)
+
+
+def table_rows(table, facts, needed):
+    """Of each row of a table its image's path, class, place and split: lists."""
+    at, line = columns_of(table, facts.columns, ("path", "y", "place", "split"), needed)
+    y, facts.classes, notes = named(table, at["y"], facts.renamed)
+    if None in y:
+        raise table.complaint(y.index(None), f"{at['y']} is empty or -1; give every image its class")
+    words = spoken(set(y), facts)
+    y = [words[name] for name in y] if words else y
+    place, split = [None] * table.count, [None] * table.count
+    facts.notes += [line, *notes]
+    if at["place"]:
+        place, facts.places, notes = named(table, at["place"])
+        facts.notes += notes
+    if at["split"]:
+        words = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
+        number = {v: words.get(v.strip().lower().removesuffix(".0")) for v in set(table[at["split"]])}
+        split = list(map(number.get, table[at["split"]]))
         if None in split:
             k = split.index(None)
-            raise Complaint(f"{path}:{k + 2}: split={found['split'][k][:60]!r}, expected train, val or test")
-    root = os.path.dirname(path) or "."
+            found = f"{at['split']}={table[at['split']][k][:60]!r}"
+            raise table.complaint(k, f"{found}, expected 0, 1, 2 or train, val, test")
+    names, root = table[at["path"]], os.path.dirname(table.path) or "."
     if all(map(os.path.isabs, names)):
         root = os.path.commonpath({os.path.dirname(name) for name in names})
         names = [name[len(root) :].lstrip("/") for name in names]
-    for row in zip(inside_root(root, path, file, names), y, place, split, strict=True):
-        yield Row(*row)
+    return inside_root(root, table, names), y, place, split
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1616,7 +2086,7 @@ def coco(root, facts):
     Each class needs 150 photos with the feature and without; photos with a crowd of any are left out. Splits
     are ours, the same for all strengths and seeds: val and test have a third of the smallest group, at most
     100 images; training images are drawn from the rest, as many as Cramer's V allows: a note says so."""
-    (photos, categories), classes, feature = coco_photos(root), facts.chosen, facts.feature
+    (photos, categories), classes, feature = coco_photos(root, facts.notes), facts.chosen, facts.feature
     there, names = exists([photo.path for photo in photos]), list(categories)
     if not there.all():
         line = f"{int((~there).sum())} of {len(photos)} images do not exist; they are left out"
@@ -1802,7 +2272,7 @@ def picture_size(picture):
         return picture.size, picture.size
     if not isinstance(picture, Photo):
         return picture.image().size
-    with reading(picture.path, "a picture", SKIP), Image.open(picture.path, formats=FORMATS) as image:
+    with opened(picture.path) as image:
         w, h = image.size
         return (h, w) if image.getexif().get(274) in (5, 6, 7, 8) else (w, h)
 
@@ -1820,10 +2290,10 @@ def grid(spec):
 def load_regions(spec, pictures, frame, skip_bad=False):
     """Regions in each picture, list of Regions, and notes.
 
-    spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns path,x1,y1,x2,y2 in pixels;
-    coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg. frame: (width,
-    height) -> the box that the model sees. skip_bad: a picture that cannot be read has no regions, instead
-    of a Complaint, which comes for a box outside its picture or without area, too.
+    spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns path,x1,y1,x2,y2 in pixels of the
+    photo turned as its EXIF data says; coco:FILE.json; masks:DIR, where each grey value in NAME.png is a
+    region of NAME.jpg. frame: (width, height) -> the box that the model sees. skip_bad: a picture that cannot
+    be read has no regions, instead of a Complaint, which comes for a box outside its picture, too.
     """
     kind, _, where = spec.partition(":")
     expect(kind in READERS and where, "regions", spec, "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
@@ -1875,26 +2345,45 @@ def span_of(on):
 
 def box_regions(spec, pictures, sizes, frames):
     kind, _, where = spec.partition(":")
-    rows, out, unseen, unlisted = (coco_boxes if kind == "coco" else csv_boxes)(where), [], 0, 0
+    rows, out, owner, said = (coco_boxes if kind == "coco" else csv_boxes)(where), [], {}, Counter()
     for picture, (W, H), f in zip(pictures, sizes, frames, strict=True):
-        parts, boxes = Path(getattr(picture, "path", "")).parts, []
+        path, boxes = getattr(picture, "path", ""), []
+        parts = Path(path).parts
         ends = (Path(*parts[-depth:]).as_posix() for depth in range(len(parts), 0, -1))
-        own = next((rows[end] for end in ends if end in rows), None)
-        unlisted += own is None
-        for line, x1, y1, x2, y2 in own or ():
+        end = next((end for end in ends if end in rows), None)
+        said["unlisted"] += end is None
+        if end and owner.setdefault(end, path) != path:
+            two = f"{end} is the end of two paths, {owner[end]} and {path}"
+            raise Complaint(f"{where}: {two}; give the folders in the file")
+        said["turned"] += end is not None and turned(picture)
+        for line, x1, y1, x2, y2 in rows.get(end, ()):
             box = (max(0.0, x1 / W), max(0.0, y1 / H), min(1.0, x2 / W), min(1.0, y2 / H))
-            if box[2] <= box[0] or box[3] <= box[1]:
+            flat = x1 == x2 or y1 == y2
+            if not flat and (box[2] <= box[0] or box[3] <= box[1]):
                 wrong = "has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H}"
                 raise Complaint(f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} {wrong}; mend it")
-            boxes += [box] if overlap(box, f) > 0 else []
-            unseen += not overlap(box, f)
+            inside = not flat and overlap(box, f) > 0
+            boxes += [box] if inside else []
+            said["flat" if flat else "unseen"] += not inside
         out.append(Regions(picture, tuple(boxes), f))
     if pictures and not any(r.boxes for r in out):
         there = f"it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', 'drawn')}"
         raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures ({there})")
-    notes = [f"{where}: {unseen} boxes lie in a margin that the model does not see, and are left out"]
-    notes += [f"{where}: {unlisted} of {len(pictures)} pictures are not in it, and count as without"]
-    return out, [note for note, n in zip(notes, (unseen, unlisted), strict=True) if n]
+    lines = dict(
+        unseen="boxes lie in a margin that the model does not see, and are left out",
+        flat="boxes have no width or no height, and are left out",
+        unlisted=f"of {len(pictures)} pictures are not in it, and count as without",
+        turned="pictures are turned by their EXIF data; boxes count in the turned picture (WARNING)",
+    )
+    return out, [f"{where}: {said[k]} {line}" for k, line in lines.items() if said[k]]
+
+
+def turned(picture):
+    """Whether the EXIF data of a photo turns or mirrors it."""
+    if not isinstance(picture, Photo):
+        return False
+    with opened(picture.path) as image:
+        return image.getexif().get(274, 1) in range(2, 9)
 
 
 def overlap(a, b):
@@ -1905,14 +2394,15 @@ def overlap(a, b):
 
 def csv_boxes(path):
     """{picture: [(line, x1, y1, x2, y2)]} of a CSV with columns path,x1,y1,x2,y2."""
-    columns, found = ("path", "x1", "y1", "x2", "y2"), {}
-    table = read_table(path, columns)
-    for line, (name, *box) in enumerate(zip(*[table[c] for c in columns], strict=True), 2):
+    table, found, columns = read_table(path), {}, ("path", *BOXES)
+    rows = zip(*[table[c] for c in columns_of(table, "", columns, columns)[0].values()], strict=True)
+    for line, (name, *box) in zip(table.lines(), rows, strict=True):
         with reading(f"{path}: line {line}", "four numbers x1,y1,x2,y2"):
             box = [float(v) for v in box]
             if not all(map(math.isfinite, box)):
                 raise ValueError(box)
-        found.setdefault(name.replace("\\", "/").removeprefix("./"), []).append((f"line {line}", *box))
+        name = name.strip().replace("\\", "/").removeprefix("./")
+        found.setdefault(name, []).append((f"line {line}", *box))
     return found
 
 
@@ -1922,6 +2412,9 @@ def coco_boxes(path):
     with reading(path, "a COCO instances file: images with id, file_name, annotations with image_id, bbox"):
         tree = read_json(path, "JSON")
         names = {i["id"]: os.fspath(i["file_name"]) for i in tree["images"]}
+        twice = [name for name, n in Counter(names.values()).items() if n > 1]
+        if twice:
+            raise ValueError(f"two images have the file_name {twice[0]}")
         for a in tree["annotations"]:
             if not a.get("iscrowd"):
                 found.setdefault(names[a["image_id"]], []).append((f"annotation {a.get('id')}", *corners(a)))

@@ -42,11 +42,13 @@ from model import mask_shares, region_embeddings, repeat_by, sums, unit, wilson
 out_dir = "out"           # discovery.json, discovery.npz, discovery.html
 cache_dir = "cache"       # embeddings, shared with the other scripts; --cache_dir= for none
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
+max_pixels = 89478485     # a photo of more is refused
 # --- what to look at: images, or embeddings of their regions ------------------------------------------------
 data = "scenes"           # every --data of train.py
 split = "val"             # train, val, test, or several: val,test; not those the classifier was fitted on
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
+columns = ""              # of csv, waterbirds: which is what, as in place=weather,path=photo; see csv:help
 confounder = 1.0          # scenes and pairs: share of the training images on their class's own place
 strength = 0.0            # controlled settings: Cramer's V of a class and the planted feature in training,
 spurious = "0"            # that class, by number or name,
@@ -85,8 +87,8 @@ seed = 0
 # fmt: on
 
 OF_IMAGES = (  # flags that say nothing of --embeddings
-    "data split classes places confounder strength spurious feature masks outside regions region_encoder "
-    "classifier ckpt probe prompts model pretrained quick_gelu test_size"
+    "data split classes places columns confounder strength spurious feature masks outside regions "
+    "region_encoder classifier ckpt probe prompts model pretrained quick_gelu test_size"
 ).split()
 INFLUENCE = 0.25  # clusters below it are not kept, as published
 CONE = 0.1  # mean cosine of the regions above which fast takes their mean off: they lie in a cone, and what
@@ -189,6 +191,7 @@ def from_images(config):
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
     encoder = load_encoder(model, pretrained, quick_gelu, test_size, skip_bad=skip_bad, **how)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
+    planted["columns"] = columns
     samples = load_data(data, classes, places, prompts, "", False, seed, **planted)
     if (samples.y < 0).any():
         raise Complaint(f"{samples.name}: no labels; discovery needs them: a folder for each class")
@@ -296,7 +299,8 @@ def suspect(encoder, samples, parts, config):
     named = ckpt or config["probe"] == "erm"
     expect(named, "probe", config["probe"], "erm, or with it --ckpt=FILE of train.py")
     if kind == "auto":
-        there = dict(probe=ckpt, text=encoder.tokenizer, rows=len(samples.classes) == 1000)
+        texts = encoder.tokenizer and not samples.nameless
+        there = dict(probe=ckpt, text=texts, rows=len(samples.classes) == 1000)
         kind = next((name for name, able in there.items() if able), "probe")
     return CLASSIFIERS[kind](encoder, samples, parts, config)
 
@@ -304,9 +308,8 @@ def suspect(encoder, samples, parts, config):
 def text_classifier(encoder, samples, parts, config):
     """Cosines with text embeddings of the classes."""
     texts = samples.class_prompts()
-    text, temperature = encoder.prompts(texts), config["temperature"]
-    more = f" and {len(texts[0]) - 1} more" * (len(texts[0]) > 1)
-    note = f"classifier: text embeddings, prompts {texts[0][0]!r}{more}"
+    text, temperature = encoder.prompts(texts, samples.classes), config["temperature"]
+    note = f"classifier: text embeddings, {samples.prompt_line()}"
     return lambda v: unit(v.float()) @ text.T / temperature, note
 
 

@@ -28,10 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import LEAST, SPLITS, Complaint, Cutout, Ground, dots, drawing, expect, flags, html_table, layers
+from data import LEAST, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers
 from data import composites as compose
-from data import load_data, load_regions, near, page, read_json, reading, region_truth, revision, rng, run
-from data import say, table, tag, text, thumb, write, write_json, write_table
+from data import load_data, load_foregrounds, load_regions, near, page, read_json, reading, region_truth
+from data import revision, rng, run, say, table, tag, text, thumb, write, write_json, write_table
 from model import LOADED, additivity, dfr, file_digest, fit_probe, group_metrics, join, load_checkpoint
 from model import load_encoder, load_map, mask_shares, mean_std, paired_bootstrap, region_embeddings
 from model import repeat_by, sha256, standard, sums, unbalanced, unit, wilson, worst_ends
@@ -41,6 +41,7 @@ from model import repeat_by, sha256, standard, sums, unbalanced, unit, wilson, w
 out_dir = "out"           # eval.json, .html, .csv, groups.csv, predictions.csv; of ravl: protocol.*
 cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
+max_pixels = 89478485     # a photo of more is refused
 # --- data ---------------------------------------------------------------------------------------------------
 data = ""                 # NAME:DIR, NAME waterbirds, celeba, counteranimal, nico, cocogender, in9,
                           # imagenet, folder, csv or coco; or, without a folder, scenes, digits or cutouts.
@@ -48,6 +49,7 @@ data = ""                 # NAME:DIR, NAME waterbirds, celeba, counteranimal, ni
 split = "auto"            # photos to measure on: train, val, test, all; auto: test, or all if splits are ours
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
+columns = ""              # of csv, waterbirds: which is what, as in place=weather,path=photo; see csv:help
 prompts = ""              # openai: its 80 templates; or a file of templates with {}, or of class<TAB>prompt
 masks = ""                # folder of foreground masks: also metrics of the regions that show the object
 confounder = 1.0          # scenes and pairs: share of the training images on their class's own place
@@ -74,7 +76,7 @@ picker = "auto"           # CounterAnimal 1v20: what picks each class's 20 label
                           # auto: the published one, ViT-B-32@laion400m_e32, if its weights are on this
                           # machine, else self
 composites = 0            # additivity also on composites of so many foregrounds, 0 for none
-foregrounds = "assets/foregrounds"  # for them: folder of RGBA cut-outs
+foregrounds = "assets/foregrounds"  # for them: folder of RGBA cut-outs, or of masked photos, ...: see help
 backgrounds = "assets/backgrounds"  # folder of photos
 # --- controlled settings (--protocol=ravl); 0 and empty: the family's own, see FAMILIES ---------------------
 settings = 50             # how many, strongest first: Cramer's V .99 for each class, then .95, .9, .8, .7
@@ -126,6 +128,7 @@ def main():
     expect(different, "models", models, "different names, comma-separated")
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
+    planted["columns"] = columns
     samples = load_data(config["data"], classes, places, prompts, masks, False, seed, **planted)
     for note in samples.notes:
         say(note)
@@ -178,7 +181,7 @@ def report(results, samples, blocks, config, git):
         shown = "common", "counter", "drop"
     elif len(samples.places) > 1 and head["groups"]:
         least = min(head["groups"], key=lambda g: g["accuracy"])
-        group = group_name(samples, least["y"], least["place"])
+        group = samples.group_name(least["y"], least["place"])
         title = f"{name} is right on {m['worst_group']:.0%} of its worst group, {group}."
         shown = "worst_group", "avg_group_mean", "avg_train_weighted"
     numbers = [(f"{m[k]:.0%}", k.replace("_", " ")) for k in shown if m[k] is not None]
@@ -317,7 +320,8 @@ def choice(samples):
 
 
 def prompt_heads(e):
-    rows = e.encoder.prompts(e.samples.prompts) * (e.encoder.facts["logit_scale"] or 100.0)
+    say(e.samples.prompt_line())
+    rows = e.encoder.prompts(e.samples.prompts, e.samples.labels) * (e.encoder.facts["logit_scale"] or 100.0)
 
     def head(v):
         v = v if e.g is unit else repaired(e.g, v)
@@ -425,6 +429,8 @@ def offered(encoder, samples, asked):
         can.append("probe")
     if not can and not asked:
         raise Complaint(lacks["texts"])
+    if encoder.tokenizer and samples.nameless and not asked:
+        say(f"zeroshot is not run: {samples.nameless}")
     return sorted(set(asked), key=list(PROTOCOLS).index) or can
 
 
@@ -434,6 +440,8 @@ def lacking(encoder, samples):
     if encoder.tokenizer is None:
         cure = "take --protocol=classifier or probe, or a CLIP-like model"
         lacks["texts"] = f"{name}: it has no text tower, zero-shot needs one; {cure}"
+    elif samples.nameless:
+        lacks["texts"] = samples.nameless.replace("{", "{{").replace("}", "}}")
     if not encoder.facts["rows"]:
         lacks["rows"] = f"{name}: it has no ImageNet classifier; take --protocol=zeroshot or probe"
     elif not samples.imagenet:
@@ -489,7 +497,7 @@ def object_cells(encoder, samples, masks, share=0.5):
 
 def composed(encoder, foregrounds, backgrounds, instances, skip_bad, seed):
     """Embeddings [N, D] of composites, 8 backgrounds for each foreground, and the two of each [N]."""
-    figures, notes = layers(foregrounds, Cutout, "foregrounds", skip_bad)
+    figures, notes = load_foregrounds(foregrounds, skip_bad)
     grounds, more = layers(backgrounds, Ground, "backgrounds", skip_bad)
     for note in notes + more:
         say(note)
@@ -499,7 +507,7 @@ def composed(encoder, foregrounds, backgrounds, instances, skip_bad, seed):
 
 def additive_parts(e, grid):
     """Additivity of the mean embeddings of class x place cells, and of composites."""
-    out, P, index = {}, len(e.samples.places), (e.good & (e.samples.y >= 0)).nonzero()[:, 0]
+    out, P, index = {}, len(e.samples.places), (e.good & (e.samples.group() >= 0)).nonzero()[:, 0]
     if P > 1 and len(index):
         mean = sums(unit(e.z[index]).double(), e.group[index], len(e.samples.classes) * P)
         cells = torch.unique(e.group[index])
@@ -687,7 +695,7 @@ def each_outcome(results):
     return [(name, p, m) for name, r in results.items() for p, m in r["protocols"].items()]
 
 
-def columns(results, samples):
+def metric_columns(results, samples):
     """The metrics to show: those that some row has; n where it differs, as probes see the test split."""
     wanted = ["bg_gap", *samples.places, "worst_group", "avg_group_mean", "avg_train_weighted", "average"]
     wanted += ["region_overall", "region_worst_group", "confidence", "ece"]
@@ -699,10 +707,6 @@ def columns(results, samples):
     rows = [m["metrics"] for _, _, m in each_outcome(results)]
     differ = ["n"] * (len({m["n"] for m in rows}) > 1)
     return differ + [k for k in wanted if any(m.get(k) is not None for m in rows)]
-
-
-def group_name(samples, y, place):
-    return samples.classes[y] + (f" on {samples.places[place]}" if len(samples.places) > 1 else "")
 
 
 def blocks_of(results, outcomes, samples, failed):
@@ -739,10 +743,10 @@ def blocks_of(results, outcomes, samples, failed):
 
 
 def results_block(results, samples, failed):
-    keys, (name, head) = columns(results, samples), next(iter(results.items()))
+    keys, (name, head) = metric_columns(results, samples), next(iter(results.items()))
     few = head["groups"] if len(head["groups"]) <= 8 and not is_counteranimal(samples) else []
     alike, best, rows = "n" not in keys, head["metrics"], []
-    named = [group_name(samples, g["y"], g["place"]) + f" (n={g['n']})" * alike for g in few]
+    named = [samples.group_name(g["y"], g["place"]) + f" (n={g['n']})" * alike for g in few]
     groups = [f"group {k}" for k in range(1, 1 + len(few))]
     notes = ["groups: " + ", ".join(f"{k} {name}" for k, name in enumerate(named, 1))] if few else []
     for model, p, m in each_outcome(results):
@@ -816,7 +820,7 @@ def groups_block(results, samples, head):
     for k, g in enumerate(head["groups"] if len(head["groups"]) <= 60 else ()):
         same = [m["groups"][k] if k < len(m["groups"]) else None for _, _, m in each]
         values = [s and (s["accuracy"], s["interval"]) for s in same]
-        rows.append((group_name(samples, g["y"], g["place"])[:44], f"n = {g['n']}", values))
+        rows.append((samples.group_name(g["y"], g["place"])[:44], f"n = {g['n']}", values))
     series = tuple(f"{name} {p}" for name, p, _ in each)
     chart = rows and dots("groups", rows, series if len(series) > 1 else ("",))
     return Block("Accuracy of each group, with 95 % intervals", parts=[chart] if rows else [])
@@ -830,7 +834,7 @@ def worst(out, samples, most=12):
         if shown.count(y[k]) < max(2, most // len(samples.classes)) and len(figures) < most:
             shown.append(y[k])
             photo, taken = int(out.index[k]), called(out, int(out.predicted[0][k]))
-            group = group_name(samples, y[k], int(samples.place[photo]))
+            group = samples.group_name(y[k], int(samples.place[photo]))
             caption = f"{group}, taken for {taken} ({float(out.confidence[0][k]):.2f})"
             figures.append(thumb(samples.items[photo].image(), caption))
     return figures
@@ -857,8 +861,9 @@ def write_tables(out, results, outcomes, samples):
     lines = []
     for k, cells in sorted(photos.items()):
         image, c = getattr(samples.items[k], "path", samples.captions[k]), int(samples.y[k])
-        where = samples.places[samples.place[k]], SPLITS[samples.split[k]]
-        lines.append((image, samples.classes[c] if c >= 0 else "", *where, *cells))
+        place, split = int(samples.place[k]), SPLITS[samples.split[k]]
+        where = samples.classes[c] if c >= 0 else "", samples.places[place] if place >= 0 else ""
+        lines.append((image, *where, split, *cells))
     write_table(out / "predictions.csv", header, lines)
 
 
@@ -1051,7 +1056,7 @@ def reached(config, weights, samples):
     if {*FIGURES, "groups"} <= out.keys():
         return out
     n = test.counts(2).tolist()
-    few = [f"{group_name(test, *divmod(g, 2))}: {k}" for g, k in enumerate(n) if k < LEAST]
+    few = [f"{test.group_name(*divmod(g, 2))}: {k}" for g, k in enumerate(n) if k < LEAST]
     if few:
         line = f"test groups with fewer than {LEAST} images ({'; '.join(few)})"
         raise Complaint(f"{samples.name}: {line}; the worst group would be noise")

@@ -357,14 +357,36 @@ class Encoder:
         parts = [tokenize(list(prompts[k : k + 256])).to(self.device) for k in range(0, len(prompts), 256)]
         return torch.cat([unit(self.module.encode_text(tokens).float()) for tokens in parts])
 
-    def prompts(self, prompts):
-        """For each label a list of texts -> [C, D] unit-norm: means of their unit embeddings, normalised."""
+    def prompts(self, prompts, labels=()):
+        """For each label a list of texts -> [C, D] unit-norm: means of their unit embeddings, normalised.
+        labels: names which the texts must not lose where they are longer than the text tower reads."""
+        labels = labels or [""] * len(prompts)
+        self.say_cut([(t, name) for texts, name in zip(prompts, labels, strict=True) for t in texts])
 
         def mean():
             t = self.texts([text for texts in prompts for text in texts])
             return unit(torch.stack([part.mean(0) for part in t.split([len(texts) for texts in prompts])]))
 
         return self.kept("texts", [json.dumps(prompts)], len(prompts), mean)
+
+    def say_cut(self, pairs):
+        """Says which of pairs (text, label) are cut by the tokenizer; Complaint where the label is lost."""
+        pairs = [pair for pair in pairs if len(pair[0].encode()) > 60]  # a token is a byte or more
+        if not pairs or self.tokenizer is None:
+            return
+        tokenize, cut = self.tokenizer(), []
+        full = tokenize([text for text, _ in pairs])[:, -1] != tokenize(["a"])[0, -1]  # no padding
+        for k in full.nonzero()[:, 0].tolist():
+            text, label, words = pairs[k][0], pairs[k][1].split(",")[0], pairs[k][0].split()
+            begun = tokenize([" ".join(words[: n + 1]) for n in range(len(words))])  # [words, context]
+            n = 1 + int((begun == begun[-1]).all(1).int().argmax())
+            kept = " ".join(words[:n])
+            if n < len(words):
+                cut.append(f"{text[:30]!r}... after {' '.join(words[max(0, n - 3) : n])!r}")
+                if label.casefold() in text.casefold() and label.casefold() not in kept.casefold():
+                    raise Complaint(f"--prompts: {cut[-1]}, before its class {label!r}; shorten it")
+        if cut:
+            say(f"WARNING: {len(cut)} prompts are longer than {self.name} reads, and are cut, as {cut[0]}")
 
     def classifier(self):
         """The rows [C, D] and biases [C] of its ImageNet classifier. Complaint if it has none."""
@@ -1442,7 +1464,9 @@ def group_metrics(correct, samples, index):
     correct, index = correct.double().cpu(), index.cpu()
     P, group, train = len(samples.places), samples.group()[index], samples.counts(0).tolist()
     groups = []
-    for g in torch.unique(group[samples.y[index] >= 0]).tolist():
+    if not (group >= 0).any():
+        raise Complaint(f"{samples.name}: none of {len(index)} images has a place, so there are no groups")
+    for g in torch.unique(group[group >= 0]).tolist():
         inside = correct[group == g]
         k, n = float(inside.sum()), len(inside)
         groups.append(dict(y=g // P, place=g % P, n=n, accuracy=k / n, interval=list(wilson(k, n))))
@@ -1453,8 +1477,9 @@ def group_metrics(correct, samples, index):
 
 
 def worst_group(correct, group):
-    """The smallest accuracy of a group. correct: bool [N], group: [N]."""
-    return min(float(correct[group == g].double().mean()) for g in torch.unique(group).tolist())
+    """The smallest accuracy of a group. correct: bool [N], group: [N], -1: in none."""
+    present = torch.unique(group[group >= 0]).tolist()
+    return min(float(correct[group == g].double().mean()) for g in present)
 
 
 def worst_ends(groups):

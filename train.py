@@ -41,10 +41,10 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
 
-from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, cell_shares, check
-from data import composites, dots, draw_view, expect, flags, html_table, layers, load_data, load_regions, page
-from data import picture_size, read_json, reading, revision, rng, run, say, synsets, table, tag, thumb, write
-from data import write_json, write_table
+from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
+from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers
+from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading, revision
+from data import rng, run, say, synsets, table, tag, thumb, write, write_json, write_table
 from kernels import pairwise_loss, region_logits
 from model import Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe, from_first
 from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
@@ -57,11 +57,13 @@ out_dir = "out"           # results.json, report.html, ckpt.pt; trained: weights
 cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
 resume = False            # go on where an interrupted run of the same flags stopped
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
+max_pixels = 89478485     # a photo of more is refused
 # --- the biased data to train the probe on ------------------------------------------------------------------
 data = "scenes"           # scenes, or NAME:DIR: waterbirds, celeba, counteranimal, nico, cocogender, in9,
                           # imagenet, folder, csv; controlled: digits, cutouts, coco; --data=NAME:help
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
+columns = ""              # of csv, waterbirds: which is what, as in place=weather,path=photo; see csv:help
 masks = ""                # folder of foreground masks of the training images (copy_paste, balanced_train)
 place_backgrounds = ""    # folders of backgrounds, one per place, comma-separated (balanced_train)
 confounder = 1.0          # scenes and pairs: share of the training images on their class's own place
@@ -69,7 +71,7 @@ strength = 0.0            # controlled settings: Cramer's V of a class and the p
 spurious = "0"            # that class, by number or name,
 feature = ""              # and that feature, where there is a choice
 # --- the composites to pre-train on -------------------------------------------------------------------------
-foregrounds = "assets/foregrounds"  # folder of RGBA cut-outs
+foregrounds = "assets/foregrounds"  # folder of RGBA cut-outs; masked photos, COCO, ...: --foregrounds=help
 backgrounds = "assets/backgrounds"  # folder of photos, or discovery:PATH: the regions that discover.py found
 instances = 640           # foregrounds in a pose of their own: each cut-out is used several times
 per_instance = 8          # backgrounds behind each
@@ -155,9 +157,12 @@ def main():
         **dict.fromkeys(("own", "region_weight"), "[0, 1]"),
         **dict(instances="[8, inf)", per_instance="[2, inf)", pairs="[2, inf)"),
     )
+    if foregrounds == "help":
+        load_foregrounds("help")
     trains = TRAINS["bap" if method == "bap" else "finetune"]
     expect(train in trains, "train", train, f"with --method={method} {', '.join(trains)}")
     rows = dict(masks=masks, confounder=confounder, strength=strength, spurious=spurious, feature=feature)
+    rows["columns"] = columns
     dataset = functools.partial(load_data, data, classes, places, **rows)
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
     how["skip_bad"] = skip_bad
@@ -168,15 +173,15 @@ def main():
     if method != "bap":
         return finetune(config, encoder, samples)
     out, started = Path(out_dir), time.time()
-    figures, notes = layers(foregrounds, Cutout, "foregrounds", skip_bad)
-    grounds, more = grounds_of(backgrounds, skip_bad)
+    grounds, notes = grounds_of(backgrounds, skip_bad)
+    figures, more = figures_of(foregrounds, grounds, encoder, skip_bad, out)
     states = [unfinished(out / name, config, encoder) for name in PARTIAL]  # complains now, not in an hour
     runs = states[0]["runs"][: seeds - 1] if states[0] else []
     for s in range(seed + len(runs), seed + seeds):
         result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, config)
         runs.append(result)
         save_checkpoint(out / PARTIAL[0], dict(config=config, fingerprint=encoder.fingerprint, runs=runs))
-    results = dict(config=config, git=revision(), notes=encoder.notes + notes + more + last.samples.notes)
+    results = dict(config=config, git=revision(), notes=encoder.notes + more + notes + last.samples.notes)
     results.update(average(runs, results["notes"]))
     results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
     save_results(out, results, last)
@@ -248,6 +253,8 @@ def bap(s, encoder, figures, grounds, samples, out, config):
         identity = Map(x.new_zeros(D), torch.eye(D, device=x.device))  # no map any more
         maps.update(bap_map=maps["bap"], bap_both=wiener(grids, lam, power), bap=identity)
         if encoder.tokenizer:
+            say(samples.nameless or samples.prompt_line())
+        if encoder.tokenizer and not samples.nameless:
             zero = dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
     if bap_map == "linear":
         name = "bap_both" if "bap_both" in maps else "bap"
@@ -446,7 +453,7 @@ def invariance(g, z, i, x, x_bap, samples, l2, s):
     """Is the map's output invariant? Accuracy on test of a probe for the place, trained on val, raw and
     mapped; mean cosine of map outputs of one foreground on two backgrounds, and of two foregrounds."""
     place, split = samples.place.to(x.device), samples.split.to(x.device)
-    val, test = split == 1, split == 2
+    val, test = (split == 1) & (place >= 0), (split == 2) & (place >= 0)
 
     def accuracy(v):
         if len(torch.unique(place[val])) < 2:
@@ -477,6 +484,10 @@ class Cut(Picture):
     alpha: bytes
     shape: tuple
     box: tuple = (0.0, 0.0, 1.0, 1.0)
+
+    @property
+    def path(self):
+        return getattr(self.picture, "path", "a drawn picture")
 
     def image(self):
         image = self.picture.image()
@@ -575,9 +586,17 @@ def cell_alpha(encoder, scene, grid):
 
 
 def cut_own(encoder, pictures, cells, s):
-    """The foregrounds of the target's training pictures, list of Cut; none if the cutter cannot be trusted.
+    """The foregrounds of the target's training pictures, list of Cut; none if the cutter is not trusted."""
+    cuts, trusted, line = cut_out(encoder, pictures, cells, s, "training images")
+    say(line + ("" if trusted else ": not trusted, the target's own foregrounds are not used"))
+    return cuts if trusted else []
 
-    It is not if it misses the foregrounds of held-out composites (IoU below 0.6), nor if it finds one of
+
+def cut_out(encoder, pictures, cells, s, what):
+    """The foregrounds of pictures, list of Cut, by a cutter that learned from the composites cells; whether
+    it can be trusted; and a line on that.
+
+    It cannot if it misses the foregrounds of held-out composites (IoU below 0.6), nor if it finds one of
     plausible size, 2 to 50 % of the picture, in less than two thirds of the target's: then what it learned
     from composites does not carry over.
     """
@@ -587,11 +606,10 @@ def cut_own(encoder, pictures, cells, s):
     plausible = (alpha.mean(1) > 0.02) & (alpha.mean(1) < 0.5)
     share = float(plausible.double().mean())
     trusted = cutter.iou >= 0.6 and share >= 2 / 3
-    found = f"a plausible foreground in {share:.0%} of the training images"
-    verdict = "" if trusted else ": not trusted, the target's own foregrounds are not used"
-    say(f"cutter: IoU {cutter.iou:.2f} on held-out composites, {found}{verdict}")
+    found = f"a plausible foreground in {share:.0%} of the {what}"
+    line = f"cutter: IoU {cutter.iou:.2f} on held-out composites, {found}"
     rows = zip(pictures, alpha, plausible.tolist(), strict=True)
-    return [cutter.cut(picture, mask) for picture, mask, good in rows if good] if trusted else []
+    return [cutter.cut(picture, mask) for picture, mask, good in rows if good], trusted, line
 
 
 def some_of(n, most, s):
@@ -634,6 +652,25 @@ def place_grounds(samples, folders):
     wanted = f"one folder for each of the places {', '.join(samples.places)}"
     expect(len(folders) in (0, len(samples.places)), "place_backgrounds", ",".join(folders), wanted)
     return [layers(folder, Ground, "place_backgrounds")[0] for folder in folders]
+
+
+def figures_of(where, grounds, encoder, skip_bad, out):
+    """The foregrounds of --foregrounds, and notes. cut:DIR: those of photos of one object each, cut out by a
+    cutter that learned from composites of the default's cut-outs; out/cuts.html shows what it makes of them.
+    """
+    if not where.startswith("cut:"):
+        return load_foregrounds(where, skip_bad)
+    photos, notes = layers(where.removeprefix("cut:"), Photo, "foregrounds", skip_bad)
+    teachers = layers(ASSETS / "foregrounds", Cutout, "foregrounds")[0]
+    cells = composites(teachers, grounds, 640, 1, 0)[0]
+    cuts, trusted, line = cut_out(encoder, photos, cells, 0, "photos")
+    figures = [thumb(Composite(cut, None, None).image(), Path(cut.path).name) for cut in cuts[:60]]
+    sheet = page("flock, train.py", "Cut out", line, [(where, *figures)], dict(foregrounds=where), revision())
+    write(out / "cuts.html", sheet)
+    wanted = f"photos that the cutter can be trusted with ({line}); see {out / 'cuts.html'}, or bring masks"
+    expect(trusted and len(cuts) >= 8, "foregrounds", where, wanted)
+    rough = f"WARNING: photos are cut more roughly than composites: look at {out / 'cuts.html'}"
+    return [Trimmed(cut) for cut in cuts], [*notes, line, rough]
 
 
 def grounds_of(where, skip_bad, most=100):
@@ -683,7 +720,8 @@ def readout(encoder, samples):
     classifier's rows; None without either."""
     if encoder.tokenizer:
         names = [[f"a photo of a {name}."] for name in synsets()[2]]
-        t, scale = encoder.prompts(samples.class_prompts() + names), encoder.facts["logit_scale"]
+        own = [] if samples.nameless else samples.class_prompts()
+        t, scale = encoder.prompts(own + names), encoder.facts["logit_scale"]
         return lambda z: scale * unit(z) @ t.T
     if encoder.facts["rows"]:
         rows, bias = encoder.classifier()
@@ -743,14 +781,12 @@ def sentences(results):
     return sums, place + cosines
 
 
-def group_name(samples, g):
-    return f"{samples.classes[g['y']]} on {samples.places[g['place']]}"
-
-
 def summary(results, samples):
     """The tables on the console."""
     methods, config = results["methods"], results["config"]
-    names = [f"{k} {group_name(samples, g)} (n={g['n']})" for k, g in enumerate(methods["erm"]["groups"], 1)]
+    groups = methods["erm"]["groups"]
+    names = [samples.group_name(g["y"], g["place"]) for g in groups]
+    names = [f"{k} {name} (n={g['n']})" for k, (name, g) in enumerate(zip(names, groups, strict=True), 1)]
     keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
     rows = []
     for name in ROWS:
@@ -775,7 +811,7 @@ def report(results, last):
     """The page: what BAP changed, group by group; what it now gets right, with pictures; how it was made."""
     samples, methods, config = last.samples, results["methods"], results["config"]
     third = "balanced_train" if "balanced_train" in methods else "val_probe"
-    names = [group_name(samples, dict(y=y, place=p)) for y, p in zip(samples.y, samples.place, strict=True)]
+    names = [samples.group_name(*pair) for pair in zip(samples.y, samples.place, strict=True)]
     predicted = last.probes["bap"].predict(last.map.to(last.x.device)(last.x)).tolist()
     taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
     test = samples.split == 2
@@ -784,7 +820,8 @@ def report(results, last):
     low, high = ours["over_erm"]
     title = "BAP made the worst group worse." if high < 0 else "BAP made no clear difference."
     title = "The probe went by the background. With BAP it goes by the foreground." if low > 0 else title
-    worst = group_name(samples, min(erm["groups"], key=lambda g: g["accuracy"]))
+    worst = min(erm["groups"], key=lambda g: g["accuracy"])
+    worst = samples.group_name(worst["y"], worst["place"])
     gain, ends = ours["worst_group"] - erm["worst_group"], f"95 %: {100 * low:+.0f} to {100 * high:+.0f}"
     numbers = [
         (f"{erm['worst_group']:.0%}", f"worst group of a plain probe ({worst})"),
@@ -796,7 +833,8 @@ def report(results, last):
         n = int(samples.counts(0)[g["y"] * len(samples.places) + g["place"]])
         values = [methods[name]["groups"][k] for name in ("erm", "bap", third)]
         note = f"{n or 'none'} in training, n = {g['n']}"
-        rows.append((group_name(samples, g), note, [(m["accuracy"], m["interval"]) for m in values]))
+        name = samples.group_name(g["y"], g["place"])
+        rows.append((name, note, [(m["accuracy"], m["interval"]) for m in values]))
     picked = torch.linspace(0, len(last.cells) - 1, 12).long().tolist()
     shown = [thumb(last.cells[k].image(), f"composite {k}") for k in picked]
     shown += [thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in last.cuts[:6]]
@@ -897,7 +935,7 @@ def finetune(config, encoder, samples):
     task = pairs_of(samples, captions, pairs)
     task.seed, task.loss, task.tau, task.w = seed, loss, region_temperature, region_weight
     encoder.texts(task.prompts)  # complains if there is no text tower
-    notes = encoder.notes + samples.notes
+    notes = encoder.notes + samples.notes + [samples.prompt_line()]
     if discovery or row.discovery:
         notes += discovered(samples, encoder, task, discovery, clusters)
     for line in notes:
@@ -939,7 +977,9 @@ def zero_shot(encoder, samples, x=None):
         z = x[index.to(x.device)]
     if z is None:  # rank 0 has them
         return None
-    correct = (unit(z) @ encoder.prompts(samples.class_prompts()).T).argmax(1).cpu() == samples.y[index]
+    correct = (unit(z) @ encoder.prompts(samples.class_prompts(), samples.classes).T).argmax(
+        1
+    ).cpu() == samples.y[index]
     return group_metrics(correct, samples, index)
 
 
@@ -956,8 +996,8 @@ def pairs_of(samples, captions, pairs):
         raise Complaint(f"{samples.name}: its training images are of one class; contrast needs two")
     texts = mine.captions if captions == "own" else [prompts[k] for k in mine.y.tolist()]
     if captions == "place":
-        where = [samples.places[k] for k in mine.place.tolist()]
-        texts = [f"{text.rstrip('.')}, {place}" for text, place in zip(texts, where, strict=True)]
+        where = ["" if k < 0 else f", {samples.places[k]}" for k in mine.place.tolist()]
+        texts = [text.rstrip(".") + place for text, place in zip(texts, where, strict=True)]
     missing = [k for k, text in enumerate(texts) if not text.strip()]
     if missing:
         what = f"{len(missing)} of {len(texts)} images have no caption, the first is number {missing[0]}"

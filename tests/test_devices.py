@@ -378,7 +378,9 @@ def at(tmp_path_factory):
     at, rows = tmp_path_factory.mktemp("devices"), ["img_id,img_filename,y,split,place,place_filename"]
     for k in range(52):
         Noise(k).image().save(at / f"{k}.png")
-        rows.append(f"{k},{k}.png,{k // 2 % 2},{0 if k < 24 else 1 if k < 44 else 2},{k % 2},x")
+        rows.append(
+            f"{k},{k}.png,{('dog', 'fox')[k // 2 % 2]},{0 if k < 24 else 1 if k < 44 else 2},{k % 2},x"
+        )
     (at / "metadata.csv").write_text("\n".join(rows))
     return at
 

@@ -95,6 +95,46 @@ def tiny():
     return load_encoder("tiny", device="cpu", dtype="float32")
 
 
+def listed(root, place):
+    """The pets as a table with the classes 1 and 2, their place as place(k, it) says."""
+    paths = data.scan(root / "set")
+    lines = [f"{'/'.join(p)},{1 + (p[1] == 'dog')},{place(k, p[2])},{p[0]}" for k, p in enumerate(paths)]
+    (root / "set/t.csv").write_text("\n".join(["file_name,label,a,partition", *lines]))
+    return f"--data=csv:{root / 'set/t.csv'}"
+
+
+def test_numbered_classes_are_not_asked_for_by_text_and_one_empty_place_is_no_group(files, tmp_path, capsys):
+    spec = listed(files, lambda k, p: p)
+    assert run(words(files, tmp_path / "all", "--protocol=probe", spec)) == 0
+    whole = entry(tmp_path / "all")
+    assert [c for c in whole["classes"]] == ["1", "2"] and len(whole["groups"]) == 4
+    wrong = next(
+        k
+        for k, row in enumerate(table_of(tmp_path / "all/predictions.csv"))
+        if row["class"] != row["tiny probe"]
+    )
+    lost = table_of(tmp_path / "all/predictions.csv")[wrong]["image"]
+    spec = listed(
+        files, lambda k, p: "nan" if str(files / "set" / "/".join(data.scan(files / "set")[k])) == lost else p
+    )
+    assert run(words(files, tmp_path / "one", spec)) == 0
+    said, one = capsys.readouterr().out, entry(tmp_path / "one")
+    assert one["protocol"] == "probe" and "prompts:" not in said  # auto does not ask by text
+    assert "zeroshot is not run: " in said
+    assert "1 of 74 images have no place" in said and len(one["groups"]) == 4
+    n = [[g["n"] for g in e["groups"]] for e in (whole, one)]
+    assert sum(n[0]) - sum(n[1]) == 1 and one["metrics"]["n"] == whole["metrics"]["n"]
+    right = [[g["accuracy"] * g["n"] for g in e["groups"]] for e in (whole, one)]
+    assert right[0] == pytest.approx(right[1])
+    assert table_of(tmp_path / "one/predictions.csv")[wrong]["place"] == ""
+    assert run(words(files, tmp_path / "no", "--protocol=zeroshot", spec)) == 2
+    assert "numbers or codes" in capsys.readouterr().err
+    names = tmp_path / "names.txt"
+    names.write_text("cat\ndog\n")
+    assert run(words(files, tmp_path / "named", "--protocol=zeroshot", spec, f"--classes={names}")) == 0
+    assert "prompts: 'a photo of a cat.' for 'cat', so of 2 labels" in capsys.readouterr().out
+
+
 PROTOCOLS = "zeroshot", "probe", "clip_probe", "dfr", "dfr_val_scaled", "fewshot_1", "fewshot_3"
 
 
@@ -446,7 +486,7 @@ def test_rows_on_different_photos_say_how_many():
 
     def columns(*ns):
         rows = {str(k): dict(metrics=dict(n=n, average=0.5), groups=[]) for k, n in enumerate(ns)}
-        return script.columns(dict(m=dict(protocols=rows)), samples)
+        return script.metric_columns(dict(m=dict(protocols=rows)), samples)
 
     assert columns(12, 12) == ["average"] and columns(60, 12) == ["n", "average"]
 
@@ -459,7 +499,8 @@ def test_one_of_twenty_is_among_the_labels_nearest_to_the_class():
     rows, z = unit(torch.randn(1000, 16, generator=g)), 3 * torch.randn(6, 16, generator=g)
     samples = drawn("aaabbb", ("common", "counter") * 3, "ab", ("common", "counter"), "counteranimal:x")
     samples.imagenet, samples.labels = [[7], [8]], [str(k) for k in range(1000)]
-    prompts = dict(prompts=lambda _: rows, tokenizer=True, facts=dict(logit_scale=10.0))
+    samples.prompts = [[label] for label in samples.labels]
+    prompts = dict(prompts=lambda *_: rows, tokenizer=True, facts=dict(logit_scale=10.0))
     encoder = SimpleNamespace(**prompts)
     twenty = script.pick_labels(encoder, z, samples)
     for c in (0, 1):
@@ -687,7 +728,10 @@ def test_split_chooses_the_photos(files, tmp_path, split, n):
 def test_incomplete_set_warns_once_and_goes_on(tmp_path, capsys):
     argv = [animals(tmp_path / "set", 2), "--model=tiny", "--cache_dir=", f"--out_dir={tmp_path / 'out'}"]
     assert run([*argv, "--picker=self"]) == 0
-    assert capsys.readouterr().out.count("WARNING") == 1 and len(entry(tmp_path / "out")["classes"]) == 2
+    assert (
+        capsys.readouterr().out.count("WARNING: counteranimal") == 1
+        and len(entry(tmp_path / "out")["classes"]) == 2
+    )
 
 
 def test_full_disk_leaves_nothing_half_written(files, tmp_path, monkeypatch, capsys):

@@ -378,6 +378,19 @@ def test_texts_in_blocks_keep_their_order(get):
     assert torch.allclose(get("tiny").texts(prompts)[some], alone, atol=1e-5)
 
 
+def test_prompts_that_the_tokenizer_cuts_are_said_and_must_keep_the_class(get, capsys):
+    """tiny reads 32 tokens, two of them marks: a word is one."""
+    tiny, long = get("tiny"), "a photo of a cat" + " that is red" * 12
+    for text in ("a cat", "a photo of a cat" + " red" * 25):  # 30 words fit
+        tiny.prompts([[text]], ["cat"])
+    assert not capsys.readouterr().out
+    tiny.prompts([["a cat", long + " and a dog"], ["a dog"]], ["cat", "dog"])
+    said = capsys.readouterr().out
+    assert "1 prompts are longer than tiny reads" in said and "after 'is red that'" in said
+    with pytest.raises(Complaint, match="--prompts: .*before its class 'dog'; shorten"):
+        tiny.prompts([["a cat"], [long.replace("cat", "pet") + " and a dog"]], ["cat", "dog"])
+
+
 def test_prompts_of_a_label_are_averaged_as_unit_embeddings(get):
     prompts = [["a gull.", "a photo of a gull.", "gull"], ["a wren."]]
     for row, texts in zip(get("tiny").prompts(prompts), prompts, strict=True):
@@ -1415,6 +1428,13 @@ def test_group_metrics_by_hand():
     assert m["groups"][0]["interval"] == list(model.wilson(3, 4)) and json.dumps(m)
     order = torch.randperm(9)  # index says which rows they are
     assert model.group_metrics(correct[order], samples, order) == m
+    place[5] = -1  # wrong, and of no place: in no group any more
+    m = model.group_metrics(correct, samples, index)
+    assert [(g["y"], g["place"], g["n"]) for g in m["groups"]] == [(0, 0, 4), (0, 1, 1), (1, 1, 2)]
+    assert m["worst_group"] == 0.75 and m["overall"] == pytest.approx(6 / 9)
+    group = samples.group()[:9]
+    assert group[5] == group[8] == -1 and model.worst_group(correct, group) == 0.75
+    assert model.paired_bootstrap(correct, correct & (group >= 0), group) == (0, 0)
 
 
 @pytest.mark.parametrize("G", [4, 20])

@@ -70,7 +70,7 @@ def birds(root, counts, places=2):
         y, place = divmod(group, places)
         photo(root / f"set/{k}.png", k, y, place)
         figure(k, y).getchannel("A").save(root / f"masks/{k}.png")
-        lines.append(f"{k},{k}.png,{y},{split},{place},-")
+        lines.append(f"{k},{k}.png,{('dog', 'fox', 'owl')[y]},{split},{place},-")
     (root / "set/metadata.csv").write_text("\n".join(lines))
     return f"--data=waterbirds:{root / 'set'}"
 
@@ -676,6 +676,34 @@ def test_train_chooses_the_last_quarter_of_blocks_without_classifier_or_parts_of
 # --- other shapes of the problem
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_photos_are_cut_out_for_foregrounds_with_a_sheet_to_look_at(tmp_path, monkeypatch, trusted):
+    """What the cutter finds is put in its place here; what it finds of composites others test."""
+    for k in range(9):
+        photo(tmp_path / f"p/{k}.png", k, k % 2, 0)
+    asked = []
+
+    def cut_out(encoder, pictures, cells, s, what):
+        asked.append((len(pictures), len(cells)))
+        alpha = np.zeros((7, 7), np.uint8)
+        alpha[2:6, 1:5] = 255
+        return [train.Cut(p, alpha.tobytes(), (7, 7)) for p in pictures], trusted, "cutter: IoU 0.77"
+
+    monkeypatch.setattr(train, "cut_out", cut_out)
+    grounds = data.layers(data.ASSETS / "backgrounds", data.Ground, "backgrounds")[0]
+    where = f"cut:{tmp_path / 'p'}"
+    if trusted:
+        figures, notes = train.figures_of(where, grounds, None, False, tmp_path / "o")
+        assert len(figures) == 9 and "IoU 0.77" in notes[-2] and "cuts.html" in notes[-1]
+        w, h = data.Photo(str(tmp_path / "p/0.png")).image().size
+        assert figures[0].image().mode == "RGBA" and figures[0].image().width < w
+        assert (tmp_path / "o/cuts.html").read_text().count("<figure>") == 9 and asked == [(9, 640)]
+    else:
+        with pytest.raises(Complaint, match="--foregrounds: .*trusted.*IoU 0.77.*cuts.html"):
+            train.figures_of(where, grounds, None, False, tmp_path / "o")
+        assert (tmp_path / "o/cuts.html").is_file()
+
+
 def test_three_classes_on_three_places_by_the_smallest_convolutional_clip(files, tmp_path, capsys):
     counts = ["6 0 0 0 6 0 0 0 6", "2 2 2 2 2 2 2 2 0", "2 2 2 2 2 2 2 2 2"]
     how = f"--instances=8 --model=tiny-conv --pretrained=none {birds(tmp_path, counts, 3)}"
@@ -1166,7 +1194,7 @@ def test_a_bad_picture_stops_it_or_is_left_out_and_counted(files, tmp_path, capf
         assert [g["n"] for g in tree(out)["methods"]["bap"]["groups"]] == [2, 3, 3, 3]
     for path in broken:
         path.write_bytes(b"")
-    refused(capfd, argv(files, out, f"{flag} --skip_bad"), "split 1 (val)", "class 1")
+    refused(capfd, argv(files, out, f"{flag} --skip_bad"), "split 1 (val)", "class fox")
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_term_and_the_last_good_state(files, tmp_path, capsys):

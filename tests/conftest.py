@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+import model
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -14,6 +16,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_modules_kept(monkeypatch):
+    """What eval.py's controlled settings keep for the scripts that they run is not for the next test."""
+    monkeypatch.setattr(model, "LOADED", dict(most=0))
+    yield
 
 
 def run_script(path, argv):

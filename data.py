@@ -1911,7 +1911,7 @@ class Quadrants(Picture):
             image = self.drawn()
             if len(DRAWN) * image.width * image.height * 4 < DRAWN_ROOM:
                 DRAWN[self] = image
-        return image
+        return image.copy()  # whoever asked may change what it got
 
     def drawn(self):
         canvas, things = Image.new("RGB", (self.size, self.size)), (self.figure, self.mark)

@@ -977,9 +977,8 @@ def zero_shot(encoder, samples, x=None):
         z = x[index.to(x.device)]
     if z is None:  # rank 0 has them
         return None
-    correct = (unit(z) @ encoder.prompts(samples.class_prompts(), samples.classes).T).argmax(
-        1
-    ).cpu() == samples.y[index]
+    texts = encoder.prompts(samples.class_prompts(), samples.classes)  # [C, D]
+    correct = (unit(z) @ texts.T).argmax(1).cpu() == samples.y[index]
     return group_metrics(correct, samples, index)
 
 

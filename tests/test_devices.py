@@ -427,9 +427,8 @@ def test_fine_tuning_waits_twice_a_step_at_most(method, gpu, at):
     if not (at / "split").is_dir():
         script(gpu, at, "discover", f"--out_dir={at}/split --classifier=text --regions=grid:2 --split=val")
         found(at / "split")
-        script(
-            gpu, at, "train", f"--method=finetune --pairs=16 --steps=1 --out_dir={at}/one"
-        )  # fills the cache
+        fill = f"--method=finetune --pairs=16 --steps=1 --out_dir={at}/one"
+        script(gpu, at, "train", fill)  # fills the cache
     words = f"--method={method} --pairs=16 --discovery={at}/split --out_dir={at}/{method} --captions=class"
     waits = [script(gpu, at, "train", f"{words} --steps={n}") for n in (2, 4)]
     most = 5 if method == "ravl" else 2  # pooling in PyTorch, as here, waits three times; its kernel does not

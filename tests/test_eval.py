@@ -699,12 +699,8 @@ def test_bad_flag_is_one_line_and_exit_code_2(files, tmp_path, capsys, word, exp
 def test_a_set_too_small_for_a_protocol(tmp_path, capsys):
     for name in ("cat", "dog"):
         picture(tmp_path / f"few/{name}/a.png", 1, name)
-    few = [
-        f"--data=folder:{tmp_path / 'few'}",
-        "--model=tiny",
-        "--cache_dir=",
-        f"--out_dir={tmp_path / 'out'}",
-    ]
+    few = [f"--data=folder:{tmp_path / 'few'}", "--model=tiny", "--cache_dir="]
+    few.append(f"--out_dir={tmp_path / 'out'}")
     refused(capsys, [*few, "--protocol=dfr"], "dfr", "validation")
     assert run([*few, "--protocol=zeroshot"]) == 0 and entry(tmp_path / "out")["metrics"]["n"] == 2
 

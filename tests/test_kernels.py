@@ -602,10 +602,10 @@ def test_tuning_takes_what_is_fastest_and_passes_over_what_does_not_run(monkeypa
     before = dict(launch.SETTINGS)
     bench.tune(None, "bfloat16")
     printed = capsys.readouterr().out
-    table = {}
-    exec(printed, table)
-    assert table["SETTINGS"] == launch.SETTINGS and printed.startswith("SETTINGS = {  # a card, bfloat16")
-    for kernel, settings in table["SETTINGS"].items():
+    rows = re.findall(r'^    "(.+)": dict\((.+)\),', printed, re.M)
+    table = {name: {k: int(v) for k, v in re.findall(r"(\w+)=(\d+)", row)} for name, row in rows}
+    assert table == launch.SETTINGS and printed.startswith("SETTINGS = {  # a card, bfloat16")
+    for kernel, settings in table.items():
         for key, value in settings.items():
             reach = [v for n in range(5) if (v := before[kernel][key] * 2**n // 4)]  # halved or doubled twice
             assert value == min(reach, key=lambda v: abs(math.log2(v / wanted[key]))), (kernel, key)

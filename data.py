@@ -803,7 +803,8 @@ def decoded(picture):
 def layers(paths, kind, flag, skip_bad=False):
     """The raw material of composites from a folder: list of kind (Cutout or Ground), and notes of what was
     left out. Raises Complaint for a picture that cannot be used, unless skip_bad, and for fewer than 8."""
-    notes = []
+    notes, own = [], ASSETS.parent / paths  # the defaults are found from any folder
+    paths = own if not os.path.isdir(paths) and ASSETS in own.parents else paths
     items = [kind(os.path.join(paths, *parts)) for parts in scan(paths, flag, notes)]
     return usable(items, paths, flag, skip_bad, notes), notes
 
@@ -2602,6 +2603,7 @@ figcaption{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}
 figure img{width:100%;border-radius:6px;display:block}
 table{border-collapse:collapse;font-size:14px}td{white-space:nowrap}
 th,td{padding:4px 14px 4px 0;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child,.text{text-align:left}details{margin-top:40px}summary{cursor:pointer;color:var(--dim)}
+th:first-child,td:first-child,.text{text-align:left}td.text{white-space:normal}
+details{margin-top:40px}summary{cursor:pointer;color:var(--dim)}
 @media(max-width:520px){figure{width:calc(50% - 10px)}.small figure{width:calc(20% - 10px)}h1{font-size:24px}}
 """

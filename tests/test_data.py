@@ -1737,6 +1737,16 @@ def test_a_digit_and_a_rectangle_lie_where_the_sample_says():
         assert image.sum() == sum(part.sum() for part in parts)
 
 
+def test_the_defaults_of_composites_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    items, _ = data.layers("assets/backgrounds", data.Ground, "backgrounds")
+    assert len(items) > 100 and all(
+        os.path.dirname(i.path) == str(data.ASSETS / "backgrounds") for i in items
+    )
+    with complaint("--backgrounds", "backgrounds: no such folder"):
+        data.layers("backgrounds", data.Ground, "backgrounds")
+
+
 def test_controlled_pictures_are_drawn_once_while_there_is_room(monkeypatch):
     item, other = load_data("digits", strength=0.9).items[:2]
     assert load_data("digits", strength=0.8).items[0] is item  # settings share what they have in common

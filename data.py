@@ -398,6 +398,23 @@ class Photo(Picture):
 
 
 @dataclass(frozen=True)
+class Stored(Picture):
+    """An image of which only the embedding is at hand, a row of a file. To look at there is its number."""
+
+    file: str
+    row: int
+
+    @property
+    def path(self):
+        return f"{self.file}[{self.row}]"
+
+    def image(self):
+        tile = Image.new("RGB", (150, 100), GREY)
+        ImageDraw.Draw(tile).text((45, 44), f"row {self.row}")
+        return tile
+
+
+@dataclass(frozen=True)
 class Ground(Photo):
     """A photo as a background."""
 
@@ -738,6 +755,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         samples.cut = [m and Composite(Masked(item, Photo(m)), None, None) for item, m in pairs]
     samples.prompts = [[SETS[name].template.replace("{}", label)] for label in labels]
     if prompts:
+        expect(name != "embeddings", "prompts", prompts, "none: the texts of embeddings are in their file")
         samples.prompts = read_prompts(prompts, labels)
     return check(samples, splits)
 
@@ -770,7 +788,11 @@ def samples_of(name, rows, facts):
         usual = [f"a {c} on {p}" if len(places) > 1 else f"a {c}" for c in classes for p in places]
         usual += [""] * len(places)  # where y is -1
         captions = [usual[g] for g in group.tolist()]
-    split = make_splits(group) if None in split else completed(torch.tensor(split), group, facts.notes)
+    split = (
+        make_splits(group.clamp(min=-1))
+        if None in split
+        else completed(torch.tensor(split), group, facts.notes)
+    )
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
     samples.labels, samples.imagenet, samples.official = facts.labels or classes, facts.imagenet, official
@@ -1403,6 +1425,118 @@ def csv_table(path, facts):
         yield Row(*row)
 
 
+STORED = {  # arrays of --data=embeddings:FILE, and what others call them
+    "embedding": "embeddings features image_features image_embeddings",
+    "y": "label labels target targets",
+    "place": "group attribute",
+    "split": "splits",
+    "text": "text_features text_embeddings",
+    "classes": "class_names",
+    "places": "place_names",
+    "logit_scale": "",
+    "foreground": "",
+    "background": "",
+}
+
+
+@functools.lru_cache(4)
+def stored_arrays(path):
+    """The arrays of an .npz, of a folder of .npy files (not read whole), or one .npy -> dict by the names in
+    STORED, and the note that says which were taken. Complaint where shapes do not fit."""
+    cure = "save plain arrays, of names np.array(names, dtype=str)"
+    with reading(path, "an .npz file, or a folder of .npy files", cure):
+        if os.path.isdir(path):
+            there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
+            expect(there, "data", path, f"an .npz file, or .npy files in it (found {inside(path)})")
+        else:
+            there = np.load(path, mmap_mode="r")
+            there = dict(embedding=there) if isinstance(there, np.ndarray) else there
+        taken = {ours: [n for n in (ours, *theirs.split()) if n in there] for ours, theirs in STORED.items()}
+        a = {ours: there[names[0]] for ours, names in taken.items() if names}
+    z = a.get("embedding")
+    if z is None:
+        raise Complaint(
+            f"{path}: no array 'embedding' (found: {', '.join(there)}); see --data=embeddings:help"
+        )
+    n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
+    good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
+    good = good and ("text" not in a or a["text"].shape[1:] == z.shape[1:])
+    for key in ("y", "place", "split", "foreground", "background"):
+        if key in a:
+            a[key] = a[key][:, 0] if a[key].shape == (n, 1) else a[key]
+            good = good and a[key].shape == (n,)
+    if not good:
+        wanted = "embedding [n, D] of numbers, y, place, split [n], text [C, D]"
+        raise Complaint(f"{path}: {shapes}; expected {wanted}")
+    used = [names[0] + f" as {ours}" * (names[0] != ours) for ours, names in taken.items() if names]
+    rest = sorted(set(there) - {names[0] for names in taken.values() if names})
+    return a, f"{path}: {', '.join(used)}" + f"; not used: {', '.join(rest)}" * bool(rest)
+
+
+def stored(path, facts):
+    """embeddings:FILE.npz       embeddings from elsewhere, of images that need not be here; arrays:
+    embedding [n, D]     of any float type; a folder of .npy files of these names is read as it is used
+    y [n]                whole numbers from 0, or names; -1, NaN or an empty name: unlabelled
+    place [n]            the same, the group within a class; may be missing
+    split [n]            0, 1, 2 or train, val, test; may be missing: 3/5, 1/5, 1/5 of each group
+    text [C, D]          of each class, for zero-shot; logit_scale, 100 if it is not there
+    classes [C], places [P]    names; --classes=FILE gives others
+    train.py --foregrounds=embeddings:FILE.npz: composites; embedding [N, D], foreground, background [N]."""
+    a, note = stored_arrays(str(path))
+    facts.notes.append(note)
+    n, C = len(a["embedding"]), len(a["text"]) if "text" in a else 0
+    names = facts.renamed or list(map(str, a.get("classes", ())))
+    if C and names and len(names) != C or C and not names and a.get("y", np.empty(0)).dtype.kind in "SUO":
+        have = f"{len(names)} names" if names else "names in y, in no order"
+        raise Complaint(f"{path}: {C} rows of text and {have} of classes; give classes, {C} names in order")
+    y, facts.classes = named(path, "y", a.get("y", np.full(n, -1)), names or list(map(str, range(C))))
+    places = list(map(str, a.get("places", ())))
+    place, facts.places = named(path, "place", a.get("place", np.full(n, -1)), places)
+    split = [None] * n
+    if "split" in a:
+        known = SPLIT_NAMES | {str(k): k for s in range(3) for k in (s, float(s))}
+        words = [str(v).lower() for v in a["split"].tolist()]
+        split = [known.get(word) for word in words]
+        if None in split:
+            k = split.index(None)
+            raise Complaint(f"{path}: split[{k}] is {words[k][:60]!r}, expected 0, 1, 2 or train, val, test")
+        split = list(map(int, split))
+    for k, row in enumerate(zip(y, place, split, strict=True)):
+        yield Row(Stored(str(path), k), *row)
+
+
+def named(path, key, values, names):
+    """An array [n] of names or numbers -> list of names, None where there is none, and all names in order:
+    those given, or else those that occur."""
+    if values.dtype.kind in "SU":
+        words = [word.strip() for word in values.astype(str).tolist()]
+        return [word if word.lower() not in ("", "nan") else None for word in words], names
+    x = values.astype(float)
+    missing = np.isnan(x) | (x == -1)
+    k = np.where(missing, 0, x).astype(np.int64)
+    odd = ((k != x) | (k < 0)) & ~missing
+    if odd.any() or (names and k.max(initial=0) >= len(names)):
+        wanted = f"whole numbers from 0 to {len(names) - 1}, of {len(names)} names" if names else "from 0"
+        raise Complaint(
+            f"{path}: {key} has {x[odd.argmax() if odd.any() else k.argmax()]:g}, expected {wanted}"
+        )
+    of = dict(enumerate(names)) if names else {v: str(v) for v in np.unique(k[~missing]).tolist()}
+    return [None if gone else of[v] for v, gone in zip(k.tolist(), missing.tolist(), strict=True)], [
+        *of.values()
+    ]
+
+
+def stored_composites(path):
+    """--foregrounds=embeddings:FILE.npz -> composites as Stored, foreground and background of each [N]."""
+    a = stored_arrays(path)[0]
+    numbers = [a.get(key, np.empty(0)) for key in ("foreground", "background")]
+    if any(v.dtype.kind not in "iu" for v in numbers):
+        found = f"found {', '.join(a)}"
+        raise Complaint(f"{path}: expected foreground and background, whole numbers [N] ({found})")
+    i, j = (torch.from_numpy(v.astype(np.int64)) for v in numbers)
+    return [Stored(path, k) for k in range(len(i))], i, j
+
+
 # --------------------------------------------------------------------------------------------------------
 # controlled settings: a planted feature goes with one class, as strongly as one says (RaVL, NeurIPS 2024)
 
@@ -1738,6 +1872,7 @@ SETS = {
     "imagenet": DataSet(imagenet),
     "folder": DataSet(image_folder),
     "csv": DataSet(csv_table),
+    "embeddings": DataSet(stored, "{}"),  # its texts are rows of the file
     "digits": DataSet(digits, alone=True),
     "cutouts": DataSet(cutouts, alone=True),
     "coco": DataSet(coco),

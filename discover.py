@@ -188,6 +188,8 @@ def from_images(config):
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
     encoder = load_encoder(model, pretrained, quick_gelu, skip_bad=skip_bad, **how)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
+    wanted = "pictures; region embeddings from elsewhere go with --embeddings=FILE.npz"
+    expect(not data.startswith("embeddings:"), "data", data, wanted)
     samples = load_data(data, classes, places, prompts, "", False, seed, **planted)
     if (samples.y < 0).any():
         raise Complaint(f"{samples.name}: no labels; discovery needs them: a folder for each class")

@@ -46,8 +46,8 @@ cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for no
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
 # --- data ---------------------------------------------------------------------------------------------------
 data = ""                 # NAME:DIR, NAME waterbirds, celeba, counteranimal, nico, cocogender, in9,
-                          # imagenet, folder, csv or coco; or, without a folder, scenes, digits or cutouts.
-                          # Empty: scenes, for --protocol=ravl digits
+                          # imagenet, folder, csv, coco, embeddings; or, without a folder, scenes, digits,
+                          # cutouts. Empty: scenes, for --protocol=ravl digits
 split = "auto"            # photos to measure on: train, val, test, all; auto: test, or all if splits are ours
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
@@ -115,7 +115,9 @@ def main():
     config = flags(globals(), split=("auto", *SPLITS, "all"), **numbers)
     if protocol == "ravl":
         return controlled_settings(config)
-    config.update(data=data or "scenes", model=model or "lite0")
+    stored = data.startswith("embeddings:")
+    expect(not (stored and model + models), "data", data, "without --model and --models: it needs none")
+    config.update(data=data or "scenes", model=data if stored else model or "lite0")
     asked = [] if protocol == "auto" else protocol.split(",")
     for p in asked:
         expect(p in PROTOCOLS, "protocol", p, f"of {', '.join(PROTOCOLS)}; {near(p, PROTOCOLS)}")
@@ -427,6 +429,7 @@ def lacking(encoder, samples):
     lacks, name = {}, f"--model={encoder.name}"
     if encoder.tokenizer is None:
         cure = "take --protocol=classifier or probe, or a CLIP-like model"
+        cure = "give the file an array text [C, D], or take probe" if encoder.kind == "stored" else cure
         lacks["texts"] = f"{name}: it has no text tower, zero-shot needs one; {cure}"
     if not encoder.facts["rows"]:
         lacks["rows"] = f"{name}: it has no ImageNet classifier; take --protocol=zeroshot or probe"

@@ -33,7 +33,8 @@ from einops import rearrange, repeat
 from torch import nn
 from tqdm import tqdm
 
-from data import ASSETS, Complaint, Crop, Ground, expect, near, one_line, reading, say, scan, write
+from data import ASSETS, Complaint, Crop, Ground, Stored, expect, near, one_line, reading, say, scan
+from data import stored_arrays, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -449,14 +450,14 @@ def write_cache(path, z):
 def load_encoder(model, pretrained="", quick_gelu="auto", **how):
     """The encoder that --model and --pretrained name.
 
-    model: a name in FAMILIES, timm:NAME, or an open_clip name. pretrained: a tag, a local file (.pt,
-    .safetensors), or "none" for random weights; "" means what the model has by default. quick_gelu:
-    auto, on or off (open_clip models only). how: of embedding: device, dtype (float32, bfloat16, or
-    auto: see Encoder.facts), batch, threads (that decode and, on a CPU, run the network; 0 for one per
+    model: a name in FAMILIES, timm:NAME, an open_clip name, or embeddings:FILE. pretrained: a tag, a local
+    file (.pt, .safetensors), or "none" for random weights; "" means what the model has by default.
+    quick_gelu: auto, on or off (open_clip models only). how: of embedding: device, dtype (float32, bfloat16,
+    or auto: see Encoder.facts), batch, threads (that decode and, on a CPU, run the network; 0 for one per
     core), cache (a folder, "" for none), skip_bad. Raises Complaint for an unknown model or tag, a file
     that does not fit, weights that cannot be fetched.
     """
-    family = FAMILIES.get(model, timm_model if model.startswith("timm:") else clip_model)
+    family = FAMILIES.get(model, SCHEMES.get(model.partition(":")[0], clip_model))
     auto_device(how.get("device", "auto"))  # complains now
     return family(model, pretrained, quick_gelu, how.get("cache", "")).embeds_with(**how)
 
@@ -666,6 +667,54 @@ def clip_model(model, pretrained, quick_gelu, cache):
     transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
     tokenizer = functools.partial(clip_tokenizer, model)
     return Encoder(model, "open_clip", build, transform, recipe, digest, tokenizer, notes)
+
+
+class StoredEncoder(Encoder):
+    """Embeddings from elsewhere in an encoder's place: embed gives rows of files, prompts a file's texts.
+
+    Files of one width count as of one encoder, as nothing in them says which it was.
+    """
+
+    def __init__(self, model, pretrained, quick_gelu, cache):
+        expect(not pretrained, "pretrained", pretrained, f"none with --data={model}, which needs no model")
+        self.file = model.partition(":")[2]
+        self.arrays = a = stored_arrays(self.file)[0]
+        recipe, texts = ["embeddings", a["embedding"].shape[1]], "text" in a
+        super().__init__(model, "stored", None, None, recipe, "", (lambda: None) if texts else None)
+
+    @property
+    def facts(self):
+        scale = float(self.arrays.get("logit_scale", 100))
+        return dict(dim=self.recipe[1], precision="float32", logit_scale=scale, rows=False)
+
+    def embed(self, pictures, label="images", compute=None, part="", rows=None):
+        """Rows of Stored pictures, all of one file: float32 [n, D]; NaN where one is zero or not finite."""
+        if compute or not all(isinstance(p, Stored) for p in pictures):
+            raise Complaint(f"--data={self.name}: embeddings only; {label} would need pictures and a model")
+        if ranks()[0]:
+            return None
+        file = pictures[0].file if pictures else self.file
+        x = stored_arrays(file)[0]["embedding"]
+        if x.shape[1] != self.recipe[1]:
+            raise Complaint(f"{file}: {x.shape[1]} dimensions, {self.file} has {self.recipe[1]}")
+        z = torch.from_numpy(np.array(x[[p.row for p in pictures]], np.float32, order="C"))
+        bad = ~z.isfinite().all(1) | (z == 0).all(1)
+        if bad.any():
+            line = f"{pictures[int(bad.int().argmax())].path}: an embedding that is zero or not finite"
+            if not self.skip_bad:
+                raise Complaint(f"{line}; mend it, or leave such rows out with --skip_bad")
+            say(f"skipped {line}; {label}: {int(bad.sum())} of {len(z)} skipped")
+        return z.masked_fill(bad[:, None], torch.nan).to(self.device)
+
+    def prompts(self, prompts):
+        """The file's text embeddings of classes, each prompt the name of one: [C, D] unit-norm."""
+        text = self.arrays["text"]
+        names = list(map(str, self.arrays.get("classes", range(len(text)))))
+        rows = range(len(text)) if len(prompts) == len(text) else [names.index(p) for (p,) in prompts]
+        return unit(torch.from_numpy(np.array(text[list(rows)], np.float32))).to(self.device)
+
+
+SCHEMES = {"timm": timm_model, "embeddings": StoredEncoder}
 
 
 def weights_digest(pretrained, cache):

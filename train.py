@@ -43,8 +43,8 @@ from PIL import Image
 
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, check
 from data import composites, dots, draw_view, expect, flags, html_table, layers, load_data
-from data import load_regions, page, picture_size, read_json, reading, revision, rng, run, say, synsets, table
-from data import tag, thumb, write, write_json, write_table
+from data import load_regions, page, picture_size, read_json, reading, revision, rng, run, say
+from data import stored_composites, synsets, table, tag, thumb, write, write_json, write_table
 from kernels import pairwise_loss, region_pool
 from model import Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe, from_first
 from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
@@ -59,7 +59,8 @@ resume = False            # go on where an interrupted run of the same flags sto
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
 # --- the biased data to train the probe on ------------------------------------------------------------------
 data = "scenes"           # scenes, or NAME:DIR: waterbirds, celeba, counteranimal, nico, cocogender, in9,
-                          # imagenet, folder, csv; controlled: digits, cutouts, coco; --data=NAME:help
+                          # imagenet, folder, csv; controlled: digits, cutouts, coco; --data=NAME:help;
+                          # embeddings:FILE.npz: no images and no encoder
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
 masks = ""                # folder of foreground masks of the training images (copy_paste, balanced_train)
@@ -69,7 +70,7 @@ strength = 0.0            # controlled settings: Cramer's V of a class and the p
 spurious = "0"            # that class, by number or name,
 feature = ""              # and that feature, where there is a choice
 # --- the composites to pre-train on -------------------------------------------------------------------------
-foregrounds = "assets/foregrounds"  # folder of RGBA cut-outs
+foregrounds = "assets/foregrounds"  # folder of RGBA cut-outs; of composites embeddings:FILE.npz
 backgrounds = "assets/backgrounds"  # folder of photos, or discovery:PATH: the regions that discover.py found
 instances = 640           # foregrounds in a pose of their own: each cut-out is used several times
 per_instance = 8          # backgrounds behind each
@@ -160,19 +161,23 @@ def main():
     alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1
     expect(alone, "method", method, "another under torchrun, as bap runs in one process")
     join(device)
-    samples, encoder = dataset(seed=seed), load_encoder(model, pretrained, quick_gelu, **how)
+    stored = data.startswith("embeddings:")
+    for flag, able in (("method", "bap"), ("model", "lite0"), ("train", ("auto", "map"))) if stored else ():
+        wanted = "its default with --data=embeddings: there is no network"
+        expect(config[flag] in able, flag, config[flag], wanted)
+    config["model"] = data if stored else model
+    samples, encoder = dataset(seed=seed), load_encoder(config["model"], pretrained, quick_gelu, **how)
     if method != "bap":
         return finetune(config, encoder, samples)
     out, started = Path(out_dir), time.time()
-    figures, notes = layers(foregrounds, Cutout, "foregrounds", skip_bad)
-    grounds, more = grounds_of(backgrounds, skip_bad)
+    compose, grounds, notes = material(config)
     states = [unfinished(out / name, config, encoder) for name in PARTIAL]  # complains now, not in an hour
     runs = states[0]["runs"][: seeds - 1] if states[0] else []
     for s in range(seed + len(runs), seed + seeds):
-        result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, config)
+        result, last = bap(s, encoder, compose, grounds, dataset(seed=s), out, config)
         runs.append(result)
         save_checkpoint(out / PARTIAL[0], dict(config=config, fingerprint=encoder.fingerprint, runs=runs))
-    results = dict(config=config, git=revision(), notes=encoder.notes + notes + more + last.samples.notes)
+    results = dict(config=config, git=revision(), notes=encoder.notes + notes + last.samples.notes)
     results.update(average(runs, results["notes"]))
     results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
     save_results(out, results, last)
@@ -201,17 +206,35 @@ def save_results(out, results, last):
     others_here(out, old)
 
 
-def bap(s, encoder, figures, grounds, samples, out, config):
+def material(config):
+    """What composites are made of: a function of a seed -> (composites [N], foreground and background of each
+    [N]), the backgrounds, and notes. Of embeddings from elsewhere what --foregrounds has of composites."""
+    if not config["data"].startswith("embeddings:"):
+        wanted = "a folder; embeddings of composites go with --data=embeddings:FILE"
+        expect(not foregrounds.startswith("embeddings:"), "foregrounds", foregrounds, wanted)
+        figures, notes = layers(foregrounds, Cutout, "foregrounds", skip_bad)
+        grounds, more = grounds_of(backgrounds, skip_bad)
+        return functools.partial(composites, figures, grounds, instances, per_instance), grounds, notes + more
+    kind, _, file = foregrounds.partition(":")
+    if kind == "embeddings":
+        grid = stored_composites(file)
+        return lambda s: grid, [], [f"{file}: embeddings of {len(grid[0])} composites"]
+    none = torch.empty(0, dtype=torch.long)
+    note = "no composites (--foregrounds=embeddings:FILE): no rows of bap, nullspace, leace, no additivity"
+    return lambda s: ([], none, none), [], [note]
+
+
+def bap(s, encoder, compose, grounds, samples, out, config):
     """The whole method for one seed: its result in plain numbers, and what report and checkpoint need."""
     lap = Laps()
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
-    cells, i, j = composites(figures, grounds, instances, per_instance, s)
+    cells, i, j = compose(s)
     cells, z, i, j = embedded(encoder, cells, "composites", i, j)
     lap("composites")
 
     # 2. how additive are they?
-    additive = how_additive(encoder, cells, z, i, j, s)
+    additive = how_additive(encoder, cells, z, i, j, s) if cells else None
     lap("additivity")
 
     # 3. the biased data. Its training foregrounds are worth having among the composites, and need no labels:
@@ -223,7 +246,11 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     lap("target")
     grids, own_cells, all_j = [(1.0, z, i)], [], j
     power = 1.0 if (z < 0).any() else 0.5  # after a ReLU a few large channels outshout the rest
-    cuts = cut_own(encoder, samples.keep(samples.split == 0).items, cells, s) if own else []
+    cuts = (
+        cut_own(encoder, samples.keep(samples.split == 0).items, cells, s)
+        if own and encoder.kind != "stored"
+        else []
+    )
     if cuts:
         own_cells, own_i, own_j = own_composites(cuts, grounds, s)
         own_cells, v, own_i, own_j = embedded(encoder, own_cells, "own foregrounds", own_i, own_j)
@@ -231,21 +258,22 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     lap("own")
 
     # 4. the maps, and with --train=last_blocks|image first the encoder
-    maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1.0, z, i)], lam))
-    if cuts:
-        maps["bap_synthetic"] = wiener([(1.0, z, i)], lam, power)
-    maps["bap"] = wiener(grids, lam, power)
+    maps, D = {}, x.shape[1]
+    identity = Map(x.new_zeros(D), torch.eye(D, device=x.device))
+    if cells:
+        maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1.0, z, i)], lam))
+        maps |= dict(bap_synthetic=wiener([(1.0, z, i)], lam, power)) if cuts else {}
+        maps["bap"] = wiener(grids, lam, power)
     trained, x_bap, zero, weights = encoder, x, None, b""
     if train in ("last_blocks", "image"):
         trained, weights = pretrain(encoder, cells + own_cells, grids, all_j, samples, s, out, config)
         new = trained.embed(cells + own_cells, "composites, trained").split([len(v) for _, v, _ in grids])
         grids = [(weight, v, k) for v, (weight, _, k) in zip(new, grids, strict=True)]
-        x_bap, D = trained.embed(samples.items, "target, trained"), x.shape[1]
-        identity = Map(x.new_zeros(D), torch.eye(D, device=x.device))  # no map any more
-        maps.update(bap_map=maps["bap"], bap_both=wiener(grids, lam, power), bap=identity)
+        x_bap = trained.embed(samples.items, "target, trained")
+        maps.update(bap_map=maps["bap"], bap_both=wiener(grids, lam, power), bap=identity)  # no map any more
         if encoder.tokenizer:
             zero = dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
-    if bap_map == "linear":
+    if bap_map == "linear" and cells:
         name = "bap_both" if "bap_both" in maps else "bap"
         maps[name] = contrast(maps[name], grids[0][1], i, j, s, steps, learning_rate)
     lap("pretraining")
@@ -254,9 +282,10 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     extra = recomposed(encoder, samples, grounds, place_grounds(samples, place_backgrounds), s)
     probes, methods, right = probe_all(maps, x, x_bap, samples, extra, l2, s)
     lap("probes")
-    found = invariance(maps["bap"], grids[0][1], i, x, x_bap, samples, l2, s)
+    g = maps.get("bap", identity)
+    found = invariance(g, grids[0][1], i, x, x_bap, samples, l2, s) if cells else None
     result = dict(additivity=additive, invariance=found, methods=methods, seconds=lap.seconds, zero_shot=zero)
-    last = dict(map=maps["bap"], probes=probes, right=right, samples=samples, x=x_bap, cells=cells, cuts=cuts)
+    last = dict(map=g, probes=probes, right=right, samples=samples, x=x_bap, cells=cells, cuts=cuts)
     return result, SimpleNamespace(**last, encoder=trained, weights=weights)
 
 
@@ -281,6 +310,8 @@ def embedded(encoder, pictures, label, *numbers):
 def how_additive(encoder, cells, z, i, j, s):
     """The fit of z(f, b) = mu + a_f + c_b + e, and of 200 composites cos(z(f, b), z(f on grey) + z(b))."""
     additive = additivity(unit(z), i, j, seed=s)
+    if encoder.kind == "stored":  # neither part alone can be embedded
+        return additive
     some = some_of(len(z), 200, s)
     f = encoder.embed([replace(cells[k], ground=None) for k in some], "foregrounds on grey")
     b = encoder.embed([replace(cells[k], figure=None) for k in some], "backgrounds alone")
@@ -315,7 +346,8 @@ def probe_all(maps, x, x_bap, samples, extra, l2, s):
     for name, g in maps.items():
         probe(name, g)
     probe("val_probe", unit, val)
-    probe("val_probe_bap", maps["bap"], val)
+    if "bap" in maps:
+        probe("val_probe_bap", maps["bap"], val)
     for name, more in extra.items():
         probe(name, unit, more=more)
     if counts.all():
@@ -715,16 +747,18 @@ ADDITIVE = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
 
 
 def additivity_rows(results):
-    return ("geometry", *ADDITIVE), [(k, *[v[q] for q in ADDITIVE]) for k, v in results["additivity"].items()]
+    fits = results["additivity"] or {}
+    return ("geometry", *ADDITIVE), [(k, *[v[q] for q in ADDITIVE]) for k, v in fits.items()]
 
 
 def sentences(results):
     """What the console and the page say of additivity and invariance."""
-    a, v = results["additivity"]["flat"], results["invariance"]
-    sums = (
-        f"cos(z(f, b), z(f) + z(b)): raw {a['cos_sum']:.3f} (shuffled {a['cos_sum_shuffled']:.3f}), "
-        f"means removed {a['cos_sum_centred']:.3f} ({a['cos_sum_centred_shuffled']:.3f})"
-    )
+    if not results["additivity"]:
+        return "", ""
+    a, v, sums = results["additivity"]["flat"], results["invariance"], ""
+    if "cos_sum" in a:
+        sums = f"cos(z(f, b), z(f) + z(b)): raw {a['cos_sum']:.3f} (shuffled {a['cos_sum_shuffled']:.3f}), "
+        sums += f"means removed {a['cos_sum_centred']:.3f} ({a['cos_sum_centred_shuffled']:.3f})"
     place = ""
     if v["place_probe_raw"] is not None:
         accuracies = f"raw {v['place_probe_raw']:.3f}, map {v['place_probe_map']:.3f}"
@@ -746,12 +780,19 @@ def summary(results, samples):
     for name, m in methods.items():
         over = f"{m['over_erm'][0]:+.3f} to {m['over_erm'][1]:+.3f}"
         rows.append((name, *[m[k] for k in keys], *[g["accuracy"] for g in m["groups"]], over))
-    spread = f"; means of {config['seeds']} seeds, bap's worst group +- {methods['bap']['spread']:.3f}"
+    best = "bap" if "bap" in methods else "erm"
+    spread = f"; means of {config['seeds']} seeds, {best}'s worst group +- {methods[best]['spread']:.3f}"
     spread = spread if config["seeds"] > 1 else ""
     sums, invariant = sentences(results)
     lines = ["\n" + table(*zero_rows(results["zero_shot"]))] if results["zero_shot"] else []
-    lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
-    lines += [table(*additivity_rows(results)), sums, "\nIs the map invariant?", invariant]
+    if results["additivity"]:
+        lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
+        lines += [
+            table(*additivity_rows(results)),
+            *[sums] * bool(sums),
+            "\nIs the map invariant?",
+            invariant,
+        ]
     lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: worst group, 95 %, paired bootstrap")
     header = ("method", "worst", "mean", "weighted", *range(1, len(names) + 1), "over erm")
     return "\n".join([*lines, table(header, rows), "groups: " + ", ".join(names)])
@@ -762,14 +803,17 @@ def report(results, last):
     samples, methods, config = last.samples, results["methods"], results["config"]
     third = "balanced_train" if "balanced_train" in methods else "val_probe"
     names = [group_name(samples, dict(y=y, place=p)) for y, p in zip(samples.y, samples.place, strict=True)]
-    predicted = last.probes["bap"].predict(last.map.to(last.x.device)(last.x)).tolist()
+    best = "bap" if "bap" in methods else "erm"  # without composites
+    compared = tuple(dict.fromkeys(("erm", best, third)))
+    predicted = last.probes[best].predict(last.map.to(last.x.device)(last.x)).tolist()
     taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
     test = samples.split == 2
-    mended = test & last.right["bap"] & ~last.right["erm"]
-    erm, ours = methods["erm"], methods["bap"]
+    mended = test & last.right[best] & ~last.right["erm"]
+    erm, ours = methods["erm"], methods[best]
     low, high = ours["over_erm"]
     title = "BAP made the worst group worse." if high < 0 else "BAP made no clear difference."
     title = "The probe went by the background. With BAP it goes by the foreground." if low > 0 else title
+    title = title if best == "bap" else "A plain probe, as there are no composites for BAP."
     worst = group_name(samples, min(erm["groups"], key=lambda g: g["accuracy"]))
     gain, ends = ours["worst_group"] - erm["worst_group"], f"95 %: {100 * low:+.0f} to {100 * high:+.0f}"
     numbers = [
@@ -777,27 +821,29 @@ def report(results, last):
         (f"{ours['worst_group']:.0%}", f"worst group with BAP: {100 * gain:+.0f} points ({ends})"),
         (f"{methods[third]['worst_group']:.0%}", ROWS[third]),
     ]
+    numbers = numbers if best == "bap" else numbers[::2]
     rows = []
     for k, g in enumerate(erm["groups"]):
         n = int(samples.counts(0)[g["y"] * len(samples.places) + g["place"]])
-        values = [methods[name]["groups"][k] for name in ("erm", "bap", third)]
+        values = [methods[name]["groups"][k] for name in compared]
         note = f"{n or 'none'} in training, n = {g['n']}"
         rows.append((group_name(samples, g), note, [(m["accuracy"], m["interval"]) for m in values]))
-    picked = torch.linspace(0, len(last.cells) - 1, 12).long().tolist()
+    picked = torch.linspace(0, len(last.cells) - 1, 12 * bool(last.cells)).long().tolist()
     shown = [thumb(last.cells[k].image(), f"composite {k}") for k in picked]
     shown += [thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in last.cuts[:6]]
     keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
     table_rows = [(name, *[m[k] for k in keys], ROWS[name]) for name, m in methods.items()]
     sums, invariant = sentences(results)
     fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map."
+    additive = tag("p", fit), html_table(*additivity_rows(results)), tag("p", sums)
     sections = [
-        ("Accuracy of each group, with 95 % intervals", dots("groups", rows, ("erm", "bap", third))),
+        ("Accuracy of each group, with 95 % intervals", dots("groups", rows, compared)),
         ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
-        ("What is still wrong", *examples(samples, test & ~last.right["bap"], taken)),
+        ("What is still wrong", *examples(samples, test & ~last.right[best], taken)),
         ("The biased training data", *examples(samples, samples.split == 0, names)),
-        ("Composites to pre-train on", *shown),
+        ("Composites to pre-train on", *(shown or ["none"])),
         ("Methods", html_table(("method", *keys, "what"), table_rows)),
-        ("Additivity", tag("p", fit), html_table(*additivity_rows(results)), tag("p", sums)),
+        ("Additivity", *(additive if results["additivity"] else ["of composites: none"])),
         ("Invariance", tag("p", invariant)),
     ]
     if results["zero_shot"]:

@@ -1043,3 +1043,37 @@ def test_a_family_of_photos_runs_through_the_scripts_with_a_clip_resnet(
     assert run(argv) == 0  # the figures anew
     figures = json.loads((at / "finetune/figures.json").read_text())
     assert len(figures["groups"]) == groups and 0 <= figures["region_overall"] <= 1
+
+
+# --- embeddings and predictions from elsewhere
+
+
+def test_embeddings_from_elsewhere_are_measured_like_any_model(tmp_path, capsys):
+    g = np.random.default_rng(0)
+    x, y, place = g.normal(0, 1, (120, 8)), np.arange(120) % 3, g.integers(2, size=120)
+    x[:, 0] += y
+    text, names = g.normal(0, 1, (3, 8)), np.array(["cat", "dog", "owl"])
+    split, path = np.repeat([0, 1, 2], 40), tmp_path / "e.npz"
+    np.savez(path, embedding=x, y=y, place=place, text=text, classes=names, split=split)
+    argv = [f"--data=embeddings:{path}", f"--out_dir={tmp_path}", "--protocol=zeroshot,probe,dfr"]
+    assert run(argv) == 0
+    found = entry(tmp_path, f"embeddings:{path}")
+    test, cosine = split == 2, x @ (text / np.linalg.norm(text, axis=1, keepdims=True)).T
+    right = (cosine.argmax(1) == y)[test]
+    zero, probe = (found["protocols"][p] for p in ("zeroshot", "probe"))
+    assert zero["metrics"]["average"] == pytest.approx(right.mean())
+    of = [right[(y[test] == c) & (place[test] == p)].mean() for c in range(3) for p in range(2)]
+    assert [m["accuracy"] for m in zero["groups"]] == pytest.approx(of)
+    fit = model.fit_probe(unit(torch.from_numpy(x).float()[split == 0]), torch.from_numpy(y)[split == 0], 0.8)
+    right = fit.predict(unit(torch.from_numpy(x).float()))[test].numpy() == y[test]
+    assert probe["metrics"]["average"] == pytest.approx(right.mean()) and "cells" in found["additivity"]
+    assert table_of(tmp_path / "predictions.csv")[0]["image"] == f"{path}[80]"
+    two = [*argv[:2], "--protocol=zeroshot", "--classes=owl,cat"]
+    assert run(two) == 0
+    both = test & (y != 1)
+    right = (cosine[:, [2, 0]].argmax(1) == (y == 0))[both]
+    assert entry(tmp_path, f"embeddings:{path}")["metrics"]["average"] == pytest.approx(right.mean())
+    refused(capsys, [*argv, "--model=tiny"], "--data", "needs none")
+    refused(capsys, [*argv, "--composites=8"], "embeddings only", "composites")
+    np.savez(path.with_name("bare.npz"), embedding=x, y=y)
+    refused(capsys, [f"--data=embeddings:{tmp_path}/bare.npz", *argv[1:]], "array text [C, D]")

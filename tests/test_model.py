@@ -1258,3 +1258,52 @@ def test_a_checkpoint_edited_by_hand_is_one_line(tmp_path, part, value):
     with complaint("the checkpoint", "train anew"):
         model.load_map(state)
         model.load_probe(state, "bap")
+
+
+# --- embeddings from elsewhere
+
+
+def test_stored_embeddings_are_rows_of_their_file_and_texts_of_its_classes(tmp_path):
+    x = gaussian(6, 4).half().numpy()
+    text, names = gaussian(3, 4, seed=1).float(), np.array(["cat", "dog", "owl"])
+    np.savez(tmp_path / "e.npz", embedding=np.asfortranarray(x), text=text.numpy(), classes=names)
+    encoder = load_encoder(f"embeddings:{tmp_path / 'e.npz'}", device="cpu")
+    some = [data.Stored(str(tmp_path / "e.npz"), k) for k in (4, 0, 4)]
+    z = encoder.embed(some)
+    assert z.dtype == torch.float32 and torch.equal(z, torch.from_numpy(x[[4, 0, 4]]).float())
+    unit_norm = text / text.norm(dim=1)[:, None]
+    assert torch.allclose(encoder.prompts([["owl"], ["cat"]]), unit_norm[[2, 0]])
+    assert torch.allclose(encoder.prompts([["A"], ["B"], ["C"]]), unit(text))  # other names, in their order
+    assert encoder.facts["logit_scale"] == 100 and encoder.embed([]).shape == (0, 4)
+    with complaint("embeddings only", "composites"):
+        encoder.embed([Noise(0)], "composites")
+    np.savez(tmp_path / "f.npz", embedding=np.ones((1, 5)))
+    with complaint("f.npz: 5 dimensions", "has 4"):
+        encoder.embed([data.Stored(str(tmp_path / "f.npz"), 0)])
+    with complaint("--pretrained", "needs no model"):
+        load_encoder(f"embeddings:{tmp_path / 'e.npz'}", "x")
+
+
+def test_stored_embeddings_that_are_none_stop_or_are_left_out_and_counted(tmp_path, capsys):
+    x = np.ones((5, 3), np.float32)
+    x[1], x[3, 1] = 0, np.inf
+    np.savez(tmp_path / "e.npz", embedding=x)
+    some = [data.Stored(str(tmp_path / "e.npz"), k) for k in range(5)]
+    encoder = load_encoder(f"embeddings:{tmp_path / 'e.npz'}", device="cpu")
+    with complaint("e.npz[1]", "--skip_bad"):
+        encoder.embed(some)
+    assert encoder.embeds_with(device="cpu", skip_bad=True).embed(some).isnan().all(1).tolist() == [
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]
+    assert "2 of 5 skipped" in capsys.readouterr().out
+
+
+def test_stored_embeddings_of_one_width_have_one_fingerprint(tmp_path):
+    for name, shape in dict(a=(4, 3), b=(9, 3), c=(4, 5)).items():
+        np.savez(tmp_path / f"{name}.npz", embedding=np.ones(shape))
+    a, b, c = (load_encoder(f"embeddings:{tmp_path / name}.npz").fingerprint for name in "abc")
+    assert a == b != c

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,17 @@ SPLITS = ("train", "val", "test")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow would start Ghostscript for an EPS
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
+COLUMNS = {  # of tables: what we call them, and what people do, the likeliest first
+    "path": "path file_name filename img_filename filepath file_path image_path img_path image_file image "
+    "file img image_name img_name image_id",
+    "y": "y label target class class_name label_name category y_true true_label class_id label_id "
+    "category_id",
+    "place": "place a background attribute env environment confounder group domain context spurious attr",
+    "split": "split partition subset set phase",
+    "predicted": "predicted prediction pred y_pred yhat y_hat predicted_label pred_label predicted_class",
+    "confidence": "confidence conf probability prob score",
+}
+EMPTY = {"", "nan", "na", "n/a", "null", "<na>"}  # no value
 SKIP = "replace it, or leave such files out with --skip_bad"
 
 
@@ -256,8 +268,19 @@ def read_lines(path, flag):
     return lines
 
 
+class Table(dict):
+    """The columns of a table: name -> tuple of strings, one for each row."""
+
+    def __init__(self, path, names, rows):
+        super().__init__(zip(names, zip(*rows, strict=True), strict=True))
+        self.path = path
+
+    def complaint(self, k, problem):
+        return Complaint(f"{self.path}:{k + 2}: {problem}")
+
+
 def read_table(path, needed=()):
-    """A table with a header, comma-, semicolon- or tab-separated -> dict column -> tuple of strings.
+    """The Table in a file with a header, comma-, semicolon- or tab-separated.
 
     needed: columns that must be there. Fast enough for millions of rows.
     """
@@ -275,7 +298,7 @@ def read_table(path, needed=()):
     if odd is not None:
         start = delimiter.join(rows[odd])[:60]
         raise Complaint(f"{path}:{odd + 2}: {len(rows[odd])} fields ({start!r}), expected {len(header)}")
-    return dict(zip(header, zip(*rows, strict=True), strict=True))
+    return Table(path, header, rows)
 
 
 def whole(path, column, values, high=0):
@@ -287,6 +310,72 @@ def whole(path, column, values, high=0):
         wanted = f"a whole number from 0 to {high - 1}"
         raise Complaint(f"{path}:{line + 2}: {column}={values[line][:60]!r}, expected {wanted}")
     return list(map(numbers.__getitem__, values))
+
+
+def columns_of(table, chosen, ours, needed=()):
+    """Which column of a table is what: {name of ours: theirs, or None}, and a line that says so.
+
+    chosen: --columns, ours=theirs,...; nothing behind = for none. ours: of COLUMNS; needed: must be there.
+    """
+    usual, spelled = {name: COLUMNS[name].split() for name in ours}, {plain(c): c for c in table if c}
+    for pair in chosen.split(",") if chosen else ():
+        name, equals, theirs = (part.strip() for part in pair.partition("="))
+        expect(equals and name in usual, "columns", chosen, f"ours=theirs,..., ours of {', '.join(ours)}")
+        there = not theirs or plain(theirs) in spelled
+        expect(there, "columns", theirs, f"a column of {table.path}; {near(theirs, spelled.values())}")
+        usual[name] = [theirs] if theirs else []
+    at = {name: next((spelled[plain(c)] for c in usual[name] if plain(c) in spelled), None) for name in ours}
+    for name in needed:
+        if at[name] is None:
+            found = f"no column {name!r} (found: {', '.join(table) or 'no rows'})"
+            raise Complaint(f"{table.path}: {found}; say which it is, --columns={name}=NAME")
+    rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
+    used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
+    return at, f"{table.path}: {used}; columns not used: {rest}" + " (see --columns)" * (rest != "none")
+
+
+def named(table, column, names=()):
+    """A column of classes or places -> for each row its name, None where it is empty; all names in order; and
+    a line about them, or none. Whole numbers, also as 1.0, are those that occur. names: theirs, or their own
+    in order, where the file --classes gives some.
+    """
+    values, where = table[column], f"{table.path}: {column}"
+    text = {v: v.strip() for v in set(values)}
+    text = {v: t for v, t in text.items() if t.casefold() not in EMPTY}
+    number = {v: re.fullmatch(r"(-?[0-9]{1,18})(\.0*)?", t) for v, t in text.items()}
+    if not all(number.values()):
+        words = [v for v, n in number.items() if not n]
+        if len(words) < len(number) / 2:
+            k = next(k for k, v in enumerate(values) if v in words)
+            raise table.complaint(
+                k, f"{column}={values[k][:60]!r}, expected a whole number, as in other rows"
+            )
+        mixed = f"{where} has words and numbers, as {words[0][:60]!r}; all are read as words"
+        notes = [f"WARNING: {mixed}"] if any(number.values()) else []
+        return [text.get(v) for v in values], list(names) or sorted(set(text.values())), notes
+    number = {v: int(n[1]) for v, n in number.items()}
+    if min(number.values(), default=0) < 0 and set(number.values()) != {
+        -1,
+        1,
+    }:  # -1 says that it is not known
+        number = {v: n for v, n in number.items() if n != -1}
+    distinct, notes = sorted(set(number.values())), []
+    listed, many = ", ".join(map(str, distinct[:20])), len(distinct)
+    if many and distinct != list(range(many)):
+        notes = [f"{where} has the numbers {listed}{', ...' * (many > 20)}: {many}, those that occur"]
+    spoken = dict(zip(distinct, map(str, distinct), strict=True))
+    if names and len(names) == many:
+        spoken = dict(zip(distinct, names, strict=True))
+        notes = [f"{line}, named {', '.join(names[:20])}" for line in notes]
+    elif names:
+        for k, v in enumerate(values):
+            if not 0 <= number.get(v, 0) < len(names):
+                raise table.complaint(
+                    k, f"{column}={v!r}, expected 0 to {len(names) - 1}, as --classes has names"
+                )
+        spoken = dict(enumerate(names))
+    name = {v: spoken[n] for v, n in number.items()}
+    return list(map(name.get, values)), list(names) or list(spoken.values()), notes
 
 
 def folder(path, flag):
@@ -1425,6 +1514,60 @@ def csv_table(path, facts):
         yield Row(*row)
 
 
+def load_predictions(path, columns="", classes=""):
+    """What another program predicted, a table of y, predicted and, if it has them, place, confidence, split,
+    path (see COLUMNS) -> Samples, what each is taken for [n], and how surely [n], NaN where it is not said.
+
+    columns: ours=theirs,...; classes: a file of names. Rows without y or predicted are left out, and counted.
+    """
+    t, what = read_table(path), f"predictions:{path}"
+    at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
+    n, facts = len(t[at["y"]]), Facts(notes=[note])
+    t["y and predicted"] = t[at["y"]] + t[at["predicted"]]  # numbered together
+    words, facts.classes, notes = named(t, "y and predicted")
+    y, taken, place = words[:n], words[n:], [None] * n
+    if not set(y) & set(taken) - {None}:
+        found = f"y as {t[at['y']][0]!r}, predicted as {t[at['predicted']][0]!r}"
+        raise Complaint(f"{path}: {found}, no value in both; expected the same names or numbers")
+    if at["place"]:
+        place, facts.places, more = named(t, at["place"])
+        notes += more
+    facts.notes += notes
+    sure, split = [math.nan] * n, [2] * n
+    if at["confidence"]:
+        sure = [share_in(t, at["confidence"], k) for k in range(n)]
+    if at["split"]:
+        known = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
+        split = [known.get(v.strip().lower()) for v in t[at["split"]]]
+        if None in split:
+            k = split.index(None)
+            raise t.complaint(k, f"{at['split']}={t[at['split']][k][:60]!r}, expected train, val or test")
+    names = [os.path.join(os.path.dirname(path), v) for v in t[at["path"]]] if at["path"] else [""] * n
+    pictures = [Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in enumerate(names, 2)]
+    keep = torch.tensor([a is not None and b is not None for a, b in zip(y, taken, strict=True)])
+    if not keep.all():
+        line = f"{int((~keep).sum())} of {n} rows have no y or no predicted, and are left out"
+        facts.notes.append(f"WARNING: {path}: {line}")
+    samples = samples_of(what, map(Row, pictures, y, place, [2] * n), facts)
+    samples.split, taken = torch.tensor(split), numbered(taken, facts.classes, "class")[0]
+    if os.path.isfile(classes):
+        samples.classes = samples.labels = read_classes(classes)
+        named_by = f"{len(facts.classes)} names, one for each value of y and predicted"
+        expect(len(samples.classes) == len(facts.classes), "classes", classes, named_by)
+    samples.prompts = [[name] for name in samples.classes]
+    return check(samples.keep(keep), False), taken[keep], torch.tensor(sure)[keep]
+
+
+def share_in(table, column, k):
+    """A number from 0 to 1 in row k of a column, NaN where it is empty; or Complaint."""
+    text = table[column][k].strip()
+    with contextlib.suppress(ValueError):
+        value = float(text) if text.casefold() not in EMPTY else math.nan
+        if not (value < 0 or value > 1):
+            return value
+    raise table.complaint(k, f"{column}={text[:60]!r}, expected a number from 0 to 1")
+
+
 STORED = {  # arrays of --data=embeddings:FILE, and what others call them
     "embedding": "embeddings features image_features image_embeddings",
     "y": "label labels target targets",
@@ -1489,9 +1632,9 @@ def stored(path, facts):
     if C and names and len(names) != C or C and not names and a.get("y", np.empty(0)).dtype.kind in "SUO":
         have = f"{len(names)} names" if names else "names in y, in no order"
         raise Complaint(f"{path}: {C} rows of text and {have} of classes; give classes, {C} names in order")
-    y, facts.classes = named(path, "y", a.get("y", np.full(n, -1)), names or list(map(str, range(C))))
+    y, facts.classes = labels_in(path, "y", a.get("y", np.full(n, -1)), names or list(map(str, range(C))))
     places = list(map(str, a.get("places", ())))
-    place, facts.places = named(path, "place", a.get("place", np.full(n, -1)), places)
+    place, facts.places = labels_in(path, "place", a.get("place", np.full(n, -1)), places)
     split = [None] * n
     if "split" in a:
         known = SPLIT_NAMES | {str(k): k for s in range(3) for k in (s, float(s))}
@@ -1505,7 +1648,7 @@ def stored(path, facts):
         yield Row(Stored(str(path), k), *row)
 
 
-def named(path, key, values, names):
+def labels_in(path, key, values, names):
     """An array [n] of names or numbers -> list of names, None where there is none, and all names in order:
     those given, or else those that occur."""
     if values.dtype.kind in "SU":

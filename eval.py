@@ -33,11 +33,12 @@ from PIL import Image
 
 from data import LEAST, SPLITS, Complaint, Cutout, Ground, dots, drawing, expect, flags, html_table
 from data import composites as compose
-from data import layers, load_data, load_regions, near, open_mask, page, read_json, reading, region_truth
-from data import revision, rng, run, say, table, tag, text, thumb, write, write_json, write_table
+from data import layers, load_data, load_predictions, load_regions, near, open_mask, page, plain
+from data import read_json, reading, region_truth, revision, rng, run, say, table, tag, text, thumb
+from data import write, write_json, write_table
 from model import LOADED, additivity, dfr, file_digest, fit_probe, group_metrics, join, load_checkpoint
-from model import load_encoder, load_map, mean_std, paired_bootstrap, region_embeddings, sha256, sums, unit
-from model import wilson, with_map
+from model import load_encoder, load_heads, load_map, mean_std, paired_bootstrap, region_embeddings, sha256, sums
+from model import unit, wilson, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -48,6 +49,8 @@ skip_bad = False          # leave out images that cannot be read, counted and na
 data = ""                 # NAME:DIR, NAME waterbirds, celeba, counteranimal, nico, cocogender, in9,
                           # imagenet, folder, csv, coco, embeddings; or, without a folder, scenes, digits,
                           # cutouts. Empty: scenes, for --protocol=ravl digits
+predictions = ""          # instead a FILE.csv of what another program predicted: y, place, predicted,
+columns = ""              # confidence; in tables columns by other names than the usual: ours=theirs,...
 split = "auto"            # photos to measure on: train, val, test, all; auto: test, or all if splits are ours
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
@@ -115,29 +118,25 @@ def main():
     config = flags(globals(), split=("auto", *SPLITS, "all"), **numbers)
     if protocol == "ravl":
         return controlled_settings(config)
-    stored = data.startswith("embeddings:")
-    expect(not (stored and model + models), "data", data, "without --model and --models: it needs none")
-    config.update(data=data or "scenes", model=data if stored else model or "lite0")
     asked = [] if protocol == "auto" else protocol.split(",")
     for p in asked:
         expect(p in PROTOCOLS, "protocol", p, f"of {', '.join(PROTOCOLS)}; {near(p, PROTOCOLS)}")
     whole = all(s.isdecimal() and int(s) for s in shots.split(","))
     expect(whole, "shots", shots, "whole numbers from 1, comma-separated")
-    for flag, value in dict(model=model, pretrained=pretrained).items():
-        expect(not models or not value, flag, value, "nothing with --models; tags go behind @ in --models")
-    names = [n.strip() for n in (models or f"{config['model']}@{pretrained}".rstrip("@")).split(",")]
-    different = len(set(names)) == len(names) and all(names)
-    expect(different, "models", models, "different names, comma-separated")
+    names = names_of(config)
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
-    samples = load_data(config["data"], classes, places, prompts, masks, False, seed, **planted)
+    if predictions:
+        samples, given = predicted_elsewhere()
+    else:
+        samples = load_data(config["data"], classes, places, prompts, masks, False, seed, **planted)
     for note in samples.notes:
         say(note)
 
     outcomes, results, failed = {}, {}, {}
     for name in names:
         try:
-            outcomes[name], additive = evaluate(name, samples, asked)
+            outcomes[name], additive = given if predictions else evaluate(name, samples, asked)
             if rank == 0:
                 results[name] = measured(outcomes[name], additive, samples, seed)
         except Exception as problem:
@@ -163,6 +162,22 @@ def main():
     write_json(out / "eval.json", contract(config, git, samples, names, results, failed, started))
     written = "eval.json, eval.html, eval.csv, groups.csv and predictions.csv written"
     say(f"\n{out}/{written}, {time.time() - started:.1f} s")
+
+
+def names_of(config):
+    """The models to measure, as --models has them; the one of embeddings and of predictions is their file."""
+    stored = data if data.startswith("embeddings:") else predictions
+    for flag, value in dict(models=models, model=model, pretrained=pretrained).items():
+        expect(not (stored and value), flag, value, f"nothing with {stored}, which needs no model")
+        alone = flag == "models" or not models or not value
+        expect(alone, flag, value, "nothing with --models; tags go behind @ in --models")
+    config.update(data=data or predictions or "scenes", model=stored or model or "lite0")
+    if stored:
+        return [stored]
+    names = [n.strip() for n in (models or f"{config['model']}@{pretrained}".rstrip("@")).split(",")]
+    different = len(set(names)) == len(names) and all(names)
+    expect(different, "models", models, "different names, comma-separated")
+    return names
 
 
 def headline(name, entry):
@@ -261,6 +276,20 @@ def evaluate(name, samples, asked):
                 photos = f"{out.seen} of the {len(out.index)} photos that it is measured on"
                 say(f"WARNING: {p} was trained on {photos}; see --split")
     return outcomes, additive_parts(e, grid)
+
+
+def predicted_elsewhere():
+    """--predictions=FILE: Samples, whose photos need not be here, and ({"predictions": Outcome}, {})."""
+    for flag, value in dict(data=data, ckpt=ckpt, masks=masks, prompts=prompts, places=places).items():
+        expect(not value, flag, value, "nothing with --predictions, which runs no model")
+    samples, taken, sure = load_predictions(predictions, columns, classes)
+    index = torch.arange(len(taken))
+    index = index if split in ("auto", "all") else index[samples.split == SPLITS.index(split)]
+    if split == "auto" and (samples.split == 2).any():
+        index = index[samples.split == 2]
+    expect(len(index), "split", split, "one that the table has rows of")
+    out = Outcome(index, taken[None, index], sure[None, index], samples.y[index], samples.classes)
+    return samples, ({"predictions": out}, {})
 
 
 def is_counteranimal(samples):
@@ -598,7 +627,10 @@ def redraw(cells, seed, stream=0, times=2000):
 
 
 def ece(confidence, correct, bins=15):
-    """Expected calibration error: photos' mean |accuracy - confidence| of their bin (Guo et al. 2017)."""
+    """Expected calibration error: photos' mean |accuracy - confidence| of their bin (Guo et al. 2017); None
+    where a confidence is not known."""
+    if confidence.isnan().any():
+        return None
     b = (confidence * bins).long().clamp(0, bins - 1)
     gap = torch.zeros(bins, dtype=torch.double).index_add_(0, b, correct.double() - confidence.double())
     return float(gap.abs().sum() / len(b))
@@ -698,7 +730,7 @@ def each_outcome(results):
     return [(name, p, m) for name, r in results.items() for p, m in r["protocols"].items()]
 
 
-def columns(results, samples):
+def metric_keys(results, samples):
     """The metrics to show: those that some row has; n where it differs, as probes see the test split."""
     wanted = ["bg_gap", *samples.places, "worst_group", "avg_group_mean", "avg_train_weighted", "average"]
     wanted += ["region_overall", "region_worst_group", "confidence", "ece"]
@@ -748,7 +780,7 @@ def blocks_of(results, outcomes, samples, failed):
 
 
 def results_block(results, samples, failed):
-    keys, (name, head) = columns(results, samples), next(iter(results.items()))
+    keys, (name, head) = metric_keys(results, samples), next(iter(results.items()))
     few = head["groups"] if len(head["groups"]) <= 8 and not is_counteranimal(samples) else []
     alike, best, rows = "n" not in keys, head["metrics"], []
     named = [group_name(samples, g["y"], g["place"]) + f" (n={g['n']})" * alike for g in few]
@@ -835,7 +867,13 @@ def worst(out, samples, most=12):
     """The photos that are wrong with the highest confidence, as figures; not of one class alone."""
     y, figures, shown = samples.y[out.index].tolist(), [], []
     wrong = (out.predicted[0] != out.target) & (samples.y[out.index] >= 0)
-    for k in out.confidence[0].where(wrong, -1.0).argsort(descending=True)[: int(wrong.sum())].tolist():
+    for k in (
+        out.confidence[0]
+        .nan_to_num(1.0)
+        .where(wrong, -1.0)
+        .argsort(descending=True)[: int(wrong.sum())]
+        .tolist()
+    ):
         if shown.count(y[k]) < max(2, most // len(samples.classes)) and len(figures) < most:
             shown.append(y[k])
             photo, taken = int(out.index[k]), called(out, int(out.predicted[0][k]))
@@ -860,7 +898,7 @@ def write_tables(out, results, outcomes, samples):
         o = outcomes[name][p]
         for k, c, v in zip(o.index.tolist(), o.predicted[0].tolist(), o.confidence[0].tolist(), strict=True):
             cells = photos.setdefault(k, [""] * 2 * len(rows))
-            cells[2 * column : 2 * column + 2] = called(o, c, True), f"{v:.4f}"
+            cells[2 * column : 2 * column + 2] = called(o, c, True), "" if v != v else f"{v:.4f}"
     written = ("model", "protocol", "class", "place", "n", "accuracy", "low", "high")
     write_table(out / "groups.csv", written, of_groups)
     lines = []

@@ -443,7 +443,7 @@ def test_rows_on_different_photos_say_how_many():
 
     def columns(*ns):
         rows = {str(k): dict(metrics=dict(n=n, average=0.5), groups=[]) for k, n in enumerate(ns)}
-        return script.columns(dict(m=dict(protocols=rows)), samples)
+        return script.metric_keys(dict(m=dict(protocols=rows)), samples)
 
     assert columns(12, 12) == ["average"] and columns(60, 12) == ["n", "average"]
 
@@ -1073,7 +1073,66 @@ def test_embeddings_from_elsewhere_are_measured_like_any_model(tmp_path, capsys)
     both = test & (y != 1)
     right = (cosine[:, [2, 0]].argmax(1) == (y == 0))[both]
     assert entry(tmp_path, f"embeddings:{path}")["metrics"]["average"] == pytest.approx(right.mean())
-    refused(capsys, [*argv, "--model=tiny"], "--data", "needs none")
+    refused(capsys, [*argv, "--model=tiny"], "--model", "needs no model")
     refused(capsys, [*argv, "--composites=8"], "embeddings only", "composites")
     np.savez(path.with_name("bare.npz"), embedding=x, y=y)
     refused(capsys, [f"--data=embeddings:{tmp_path}/bare.npz", *argv[1:]], "array text [C, D]")
+
+
+def predictions(path, *lines):
+    path.write_text("\n".join(lines))
+    return [f"--predictions={path}", f"--out_dir={path.parent}"]
+
+
+def test_predictions_of_another_program_are_measured_like_any_model(tmp_path, capsys):
+    rows = ["a,0,0,0,.9", "b,0,1,1,.8", "c,1,1,1,.7", "d,1,0,1,.6", "e,1,0,0,.9", "f,,0,0,.9"]
+    rows += ["g,0,0,0,.9", "h,0,1,0,.9", "i,1,1,2,0.5", "j,1,0,NaN,.1"]
+    argv = predictions(tmp_path / "p.csv", "img,label,background,pred,prob", *rows)
+    assert run(argv) == 0
+    found = entry(tmp_path, str(tmp_path / "p.csv"))
+    assert found["protocol"] == "predictions" and found["metrics"]["n"] == 8
+    groups = {(g["y"], g["place"]): (g["accuracy"], g["n"]) for g in found["groups"]}
+    assert groups == {(0, 0): (1.0, 2), (0, 1): (0.5, 2), (1, 0): (0.5, 2), (1, 1): (0.5, 2)}
+    m = found["metrics"]
+    assert (m["worst_group"], m["avg_group_mean"], m["average"]) == (0.5, 0.625, 0.625)
+    assert m["avg_train_weighted"] is None  # no photos of a training split
+    # bins of 1/15: .9 five times, right 4; .8 wrong; .7 right; .6 right (its own); .5 wrong
+    gaps = abs(3 / 4 - 0.9) * 4 + 0.8 + 0.3 + 0.4 + 0.5
+    assert m["ece"] == pytest.approx(gaps / 8, abs=1e-6)
+    assert found["classes"]["1"]["taken_for"] == {"2": 1, "0": 1}
+    said = capsys.readouterr().out
+    assert "background" in said and "2 of 10 rows have no y or no predicted" in said
+    assert table_of(tmp_path / "groups.csv")[1]["n"] == "2"
+
+
+def test_predictions_by_name_without_confidence_and_with_splits(tmp_path, capsys):
+    lines = ["truth,bg,said,split", "cat,sea,cat,train", "dog,sea,cat,train", "cat,wood,cat,train"]
+    lines += ["cat,sea,dog,test", "dog,wood,dog,test", "dog,sea,dog,test", "dog,sea,cat,test"]
+    argv = [*predictions(tmp_path / "p.csv", *lines), "--columns=y=truth,place=bg,predicted=said"]
+    assert run(argv) == 0
+    found = entry(tmp_path, str(tmp_path / "p.csv"))
+    assert found["metrics"]["n"] == 4 and found["metrics"]["ece"] is None
+    assert [(g["y"], g["place"], g["accuracy"]) for g in found["groups"]] == [
+        (0, 0, 0),
+        (1, 0, 0.5),
+        (1, 1, 1),
+    ]
+    assert found["metrics"]["avg_train_weighted"] == 0.25  # train: cat on sea 1, dog on sea 1, dog on wood 0
+    assert run([*argv, "--split=train"]) == 0
+    assert entry(tmp_path, str(tmp_path / "p.csv"))["metrics"]["average"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "lines, more, expected",
+    [
+        (("y,guess", "0,0"), (), "predicted"),
+        (("y,predicted,confidence", "0,0,.5", "1,1,87.5"), (), "confidence='87.5'"),
+        (("y,predicted", "cat,0", "dog,1"), (), "no value in both"),
+        (("y,predicted,split", "0,0,test", "1,1,tset"), (), "'tset'"),
+        (("y,predicted", "0,0", "1,1"), ("--model=tiny",), "--model"),
+        (("y,predicted", "0,0", "1,1"), ("--data=scenes",), "--data"),
+        (("y,predicted", "0,0", "1,1"), ("--columns=y=nothing",), "--columns"),
+    ],
+)
+def test_predictions_that_cannot_be_read_are_one_line(tmp_path, capsys, lines, more, expected):
+    refused(capsys, [*predictions(tmp_path / "p.csv", *lines), *more], expected)

@@ -951,7 +951,6 @@ TRANSFORMERS = {  # names of Hugging Face's CLIPModel and SiglipModel -> open_cl
         "text_model.encoder.layers": "transformer.resblocks",
         "text_model.final_layer_norm": "ln_final",
         "text_model.head": "text_projection",
-        "text_projection.weight": "text_projection",
         **CLIP_BLOCK,
     },
     "clip": {
@@ -961,7 +960,6 @@ TRANSFORMERS = {  # names of Hugging Face's CLIPModel and SiglipModel -> open_cl
         "vision_model.encoder.layers": "visual.transformer.resblocks",
         "vision_model.pre_layrnorm": "visual.ln_pre",
         "vision_model.post_layernorm": "visual.ln_post",
-        "visual_projection.weight": "visual.proj",
         **CLIP_BLOCK,
     },
     "siglip": {  # a tower of timm's
@@ -979,6 +977,8 @@ TRANSFORMERS = {  # names of Hugging Face's CLIPModel and SiglipModel -> open_cl
     },
 }
 
+TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+
 
 def from_transformers(state, module):
     """A state dict of Hugging Face's CLIPModel or SiglipModel -> by open_clip's names, for its module."""
@@ -993,8 +993,8 @@ def from_transformers(state, module):
         name = k.replace(".q_proj.", ".qkv.")
         for theirs, ours in TRANSFORMERS[side].items() if k.startswith(("vis", "text")) else ():
             name = name.replace(theirs, ours)
-        if k in ("visual_projection.weight", "text_projection.weight"):
-            v = v.T
+        if k in TRANSPOSED:
+            name, v = TRANSPOSED[k], v.T
         elif name == "visual.trunk.pos_embed":
             v = v[None]
         if "attn_pool.attention.in_proj_" in name:  # its query has a layer of its own

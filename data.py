@@ -748,6 +748,7 @@ class Facts:
     strength: float = 0.0
     spurious: str = "0"
     feature: str = ""
+    names: list = field(default_factory=list)  # of classes, where images have no labels and no flag says them
     notes: list = field(default_factory=list)  # lines to print
     classes: list = field(default_factory=list)  # in their order, if it is not the alphabet's; also places
     places: list = field(default_factory=list)
@@ -1456,7 +1457,7 @@ def image_folder(root, facts):
     rest = [p[1:] if official and len(p) > 1 else p for p in paths]
     stray, deep = sum(len(r) == 1 for r in rest), [len(r) > 2 for r in rest if len(r) > 1]
     if stray == len(paths):
-        facts.classes, facts.chosen = facts.renamed or facts.chosen, []
+        facts.classes, facts.chosen = facts.renamed or facts.chosen or facts.names, []
         if not facts.classes:
             raise Complaint(f"--data=folder:{root}: {stray} images, no class folders; give --classes=FILE")
         facts.notes.append(f"{stray} images without labels")

@@ -34,7 +34,7 @@ from PIL import ImageDraw
 from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table
 from data import load_data, load_regions, opaque, open_mask, page, reading, region_truth, revision, rng, run
 from data import say, table, tag, thumb, write, write_json
-from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_map, load_probe
+from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_heads, load_probe
 from model import region_embeddings, repeat_by, unit, wilson
 
 # fmt: off
@@ -351,17 +351,16 @@ def probe_classifier(encoder, samples, parts, config):
 def checkpoint_probe(encoder, samples, parts, ckpt, name):
     """The probe of a name in a checkpoint of train.py, on raw embeddings or through the checkpoint's map."""
     state = load_checkpoint(ckpt, encoder)
-    fitted = load_probe(state, name, encoder.device)
-    other = name in ("nullspace", "leace", "bap_closed", "bap_synthetic", "bap_map", "bap_both")
-    expect(not other, "probe", name, "one on raw embeddings, or bap: the map of others is not in the file")
+    load_probe(state, name)  # complains if it is not there
+    heads = load_heads(state, encoder.device)
+    expect(name in heads, "probe", name, f"of {', '.join(heads)}: the map of others is not in the file")
     part = "val" if name.startswith("val_probe") else "train"
     if part in parts:
         what = f"the probe {name} was fitted on the {part} split, and must be looked at on another"
         raise Complaint(f"--split={','.join(parts)}: {what}")
     if state["classes"] != samples.classes:
         raise Complaint(f"--ckpt={ckpt}: made for {state['classes']}, {samples.name} has {samples.classes}")
-    g = load_map(state, encoder.device) if name in ("bap", "val_probe_bap") else unit
-    return lambda v: fitted.logits(g(v.float())), f"classifier: probe {name} of {ckpt}"
+    return heads[name], f"classifier: probe {name} of {ckpt}"
 
 
 CLASSIFIERS = {"probe": probe_classifier, "text": text_classifier, "rows": own_rows}

@@ -71,8 +71,8 @@ dtype = "auto"            # of the forward pass: auto, float32, bfloat16
 batch_size = 8            # small batches are faster on a CPU; raise it on a GPU
 threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
 # --- protocols ----------------------------------------------------------------------------------------------
-protocol = "auto"         # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; or
-                          # ravl; auto: the first three, where they can be
+protocol = "auto"         # of zeroshot, classifier, probe, clip_probe, dfr, ckpt (the probes in --ckpt),
+                          # fewshot, comma-separated; or ravl; auto: the first three, where they can be
 l2 = 0.8                  # penalty of probe and fewshot, as in train.py
 shots = "1,4,16"          # fewshot: training images per class
 picker = "auto"           # CounterAnimal 1v20: what picks each class's 20 labels: NAME@PRETRAINED, or self;
@@ -125,7 +125,14 @@ def main():
     expect(whole, "shots", shots, "whole numbers from 1, comma-separated")
     names = names_of(config)
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
-    planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
+    made = load_checkpoint(ckpt) if ckpt else {}
+    planted = dict(
+        names=made.get("classes", []),
+        confounder=confounder,
+        strength=strength,
+        spurious=spurious,
+        feature=feature,
+    )
     if predictions:
         samples, given = predicted_elsewhere()
     else:
@@ -138,7 +145,7 @@ def main():
         try:
             outcomes[name], additive = given if predictions else evaluate(name, samples, asked)
             if rank == 0:
-                results[name] = measured(outcomes[name], additive, samples, seed)
+                results[name] = measured(outcomes[name], additive, samples, seed) | dict(ckpt=ckpt)
         except Exception as problem:
             full = isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError)
             if len(names) == 1 or full or world > 1:  # a full disk is no fault of the model, and of several
@@ -222,10 +229,11 @@ def contract(config, git, samples, names, results, failed, started):
 
 class Embedded:
     """What a protocol has at hand: embeddings z [n, D] of samples; y, group [n] on their device; good [n],
-    which could be read; the map g that heads see them through; the flags l2 and seed."""
+    which could be read; the map g that heads see them through; flags l2 and seed; a checkpoint's state."""
 
-    def __init__(self, encoder, samples, z, g, l2, seed):
+    def __init__(self, encoder, samples, z, g, l2, seed, state=None):
         self.encoder, self.samples, self.z, self.g, self.l2, self.seed = encoder, samples, z, g, l2, seed
+        self.state = state
         self.y, self.group = samples.y.to(z.device), samples.group().to(z.device)
         self.good = z.isfinite().all(1).cpu()
 
@@ -253,7 +261,7 @@ def evaluate(name, samples, asked):
     for note in encoder.notes:
         say(note)
     state = load_checkpoint(ckpt, encoder) if ckpt else None
-    todo = offered(encoder, samples, asked)
+    todo = offered(encoder, samples, asked, state)
     z = encoder.embed(samples.items, name)
     judge, judged, picks = encoder, z, ""
     if is_counteranimal(samples) and {"zeroshot", "classifier"} & set(todo):
@@ -265,16 +273,15 @@ def evaluate(name, samples, asked):
     grid = composed(encoder, foregrounds, backgrounds, composites, skip_bad, seed) if composites else None
     if z is None:
         return None, None
-    e = Embedded(encoder, samples, z, load_map(state, z.device) if state else unit, l2, seed)
+    e = Embedded(encoder, samples, z, load_map(state, z.device) if state else unit, l2, seed, state)
     twenty, outcomes = pick_labels(judge, judged, samples) if picks else None, {}
     for p in todo:
-        for k in shots.split(",") if p == "fewshot" else [""]:
-            heads = PROTOCOLS[p].heads(e, *([int(k)] if k else []))
-            out = classify(e, PROTOCOLS[p], heads, split, twenty, cells)._replace(picker=picks)
-            outcomes[f"{p}_{k}".rstrip("_")] = out
+        for name, row, heads in rows_of(p, e, shots):
+            out = classify(e, row, heads, split, twenty, cells)._replace(picker=picks)
+            outcomes[name] = out
             if out.seen:
                 photos = f"{out.seen} of the {len(out.index)} photos that it is measured on"
-                say(f"WARNING: {p} was trained on {photos}; see --split")
+                say(f"WARNING: {name} was trained on {photos}; see --split")
     return outcomes, additive_parts(e, grid)
 
 
@@ -298,15 +305,15 @@ def is_counteranimal(samples):
 
 def classify(e, row, heads, split, twenty, cells):
     """The Outcome of a protocol's heads on photos and, if they are given, on cells that show the object."""
-    samples, source = e.samples, SOURCES.get(row.needs)
+    samples, source, wide = e.samples, SOURCES.get(row.needs), row.needs in ("texts", "rows")
     if split == "auto":
         split = "test" if samples.official or source is not None else "all"
     index = (e.good if split == "all" else e.good & (samples.split == SPLITS.index(split))).nonzero()[:, 0]
     if not len(index):
         raise Complaint(f"--split={split}: {samples.name} has no photos there")
-    names, target = (samples.classes, samples.y) if source is not None else choice(samples)
+    names, target = choice(samples) if wide else (samples.classes, samples.y)
     predicted, confidence = (torch.empty(len(heads), len(index), dtype=t) for t in (torch.long, torch.float))
-    of_20 = torch.empty_like(index) if twenty is not None and source is None else None
+    of_20 = torch.empty_like(index) if twenty is not None and wide else None
     for r, head in enumerate(heads):
         for here in (slice(k, k + STEP) for k in range(0, len(index), STEP)):
             logits, owner = head(e.z[index[here]])
@@ -427,6 +434,32 @@ def fewshot_heads(e, shots):
     return heads
 
 
+def ckpt_heads(e):
+    """{name: head} of the checkpoint's own probes, whose classes are the samples', in any order."""
+    names = [plain(name) for name in e.samples.classes]
+    owner = torch.tensor([names.index(plain(name)) for name in e.state["classes"]], device=e.z.device)
+    return {name: on_owner(head, owner) for name, head in load_heads(e.state, e.z.device).items()}
+
+
+def on_owner(head, owner):
+    return lambda v: (head(v), owner)
+
+
+def rows_of(p, e, shots):
+    """The rows of a protocol, (name, Protocol, heads): one; of fewshot one for each number of shots; of ckpt
+    for each probe, which has learned from a split if the checkpoint was made with the same --data."""
+    row = PROTOCOLS[p]
+    if p == "fewshot":
+        return [(f"{p}_{k}", row, row.heads(e, int(k))) for k in shots.split(",")]
+    if p != "ckpt":
+        return [(p, row, row.heads(e))]
+    rows, same = [], e.state["config"].get("data") == e.samples.name.partition(" V ")[0]
+    for name, head in row.heads(e).items():
+        learned = "validation" if name.startswith("val_probe") else "training"
+        rows.append((name, row._replace(needs=learned) if same else row, [head]))
+    return rows
+
+
 Protocol = namedtuple("Protocol", "what needs heads")  # heads: Embedded -> a list of heads, one a draw
 SOURCES = {"training": 0, "validation": 1}  # what is needed, and the split that heads then learn from
 PROTOCOLS = {
@@ -435,27 +468,38 @@ PROTOCOLS = {
     "probe": Protocol("linear probe, class-balanced, on unit embeddings", "training", probe_heads),
     "clip_probe": Protocol("linear probe as CLIP's authors run it, C = 0.316", "training", clip_probe_heads),
     "dfr": Protocol("last-layer retraining on the validation groups", "validation", dfr_heads),
+    "ckpt": Protocol("the checkpoint's own probes, in rows of their names", "ckpt", ckpt_heads),
     "fewshot": Protocol("probe on a few images of each class", "training", fewshot_heads),
 }
 
 
-def offered(encoder, samples, asked):
+def offered(encoder, samples, asked, state=None):
     """The protocols to run: those asked for, Complaint if one cannot be; else what model and data allow."""
-    lacks = lacking(encoder, samples)
+    lacks = lacking(encoder, samples, state)
     for p in asked:
         if PROTOCOLS[p].needs in lacks:
             raise Complaint(lacks[PROTOCOLS[p].needs].format(p=p))
     can = [p for p in ("zeroshot", "classifier") if PROTOCOLS[p].needs not in lacks]
     if "training" not in lacks and (samples.official or len(samples.classes) == 2 or not can):
         can.append("probe")
+    if "ckpt" not in lacks and (not can or samples.y.max() < 0):
+        can.append("ckpt")
     if not can and not asked:
         raise Complaint(lacks["texts"])
     return sorted(set(asked), key=list(PROTOCOLS).index) or can
 
 
-def lacking(encoder, samples):
+def lacking(encoder, samples, state=None):
     """{what a protocol needs: the line that says that it is not there}."""
     lacks, name = {}, f"--model={encoder.name}"
+    made = (state or {}).get("classes")
+    if made is None:
+        lacks["ckpt"] = "{p}: the probes of a checkpoint need it, --ckpt=FILE of train.py"
+    elif {plain(c) for c in made} != {plain(c) for c in samples.classes}:
+        kinds = ", ".join(samples.classes[:6])
+        lacks["ckpt"] = (
+            f"--ckpt: made for {', '.join(made[:6])}; {samples.name} has {kinds}: expected the same"
+        )
     if encoder.tokenizer is None:
         cure = "take --protocol=classifier or probe, or a CLIP-like model"
         cure = "give the file an array text [C, D], or take probe" if encoder.kind == "stored" else cure
@@ -791,6 +835,9 @@ def results_block(results, samples, failed):
         rows.append((model, p, *values))
     if any(p.startswith("fewshot") for _, p, *_ in rows):
         notes.append("fewshot: means over the draws; worst_group, too, is the mean of each draw's own")
+    mapped = [p for p in head["protocols"] if p.partition("_")[0] in PROTOCOLS or p == "clip_probe"]
+    if head["ckpt"] and mapped:
+        notes.append(f"through the map bap of {head['ckpt']}: {', '.join(mapped)}")
     for k in [k for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")][:1]:
         low, high = best[k + "_interval"]
         notes.append(f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}")

@@ -1629,6 +1629,21 @@ def load_map(state, device="cpu"):
         return g.to(device)
 
 
+RAW = "erm", "group_weighted", "copy_paste", "val_probe", "balanced_train"  # probes on unit embeddings
+MAPPED = "bap", "val_probe_bap"  # and through the map of the checkpoint; those of others are not in it
+
+
+def load_heads(state, device="cpu"):
+    """{name: embeddings [N, D] -> logits [N, C]} of the probes that a checkpoint of train.py can apply."""
+    g = load_map(state, device)
+
+    def head(name):
+        probe, seen = load_probe(state, name, device), g if name in MAPPED else unit
+        return lambda v: probe.logits(seen(v.float()))
+
+    return {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
+
+
 def load_probe(state, name, device="cpu"):
     """A probe of a checkpoint of train.py. Complaint if it has none of that name."""
     with reading("the checkpoint", "one with probes of train.py", "train anew"):

@@ -498,6 +498,74 @@ def test_checkpoint_of_train_is_applied_first_and_others_are_refused(files, tmp_
     refused(capsys, words(files, tmp_path / "no", f"--ckpt={tmp_path / 'bad.pt'}"), "bad.pt")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny):
+    """A checkpoint as of train.py, whose classes are in another order than the alphabet's."""
+    draw = torch.Generator().manual_seed(0)
+    g = model.Map(0.1 * torch.randn(64, generator=draw), torch.randn(64, 64, generator=draw))
+    probes = {}
+    for name in ("erm", "nullspace", "bap"):
+        weight = torch.randn(64, 2, generator=draw).double()
+        bias = torch.zeros(2).double()
+        probes[name] = dict(
+            mean=torch.zeros(64).double(), scale=torch.tensor(0.1).double(), weight=weight, bias=bias
+        )
+    path, config = (
+        tmp_path_factory.mktemp("ckpt") / "ckpt.pt",
+        dict(model="tiny", pretrained="", data="folder:x"),
+    )
+    state = dict(config=config, fingerprint=tiny.fingerprint, probes=probes, classes=["dog", "cat"])
+    state.update(map=g.state_dict(), power=1.0)
+    model.save_checkpoint(path, state)
+
+    def logits(name, z):
+        """Of cat and dog [N, 2]."""
+        x = unit(z.double()) if name == "erm" else (unit(z.double()) - g.mu.double()) @ g.W.double()
+        return (x / 0.1 @ probes[name]["weight"])[:, [1, 0]]
+
+    return path, state, logits
+
+
+def test_probes_of_a_checkpoint_are_rows_of_their_names_on_other_data(
+    files, tmp_path, trained, embedded, capsys
+):
+    samples, z = embedded
+    path, state, logits = trained
+    argv = words(files, tmp_path, "--protocol=ckpt", f"--ckpt={path}")
+    assert run(argv) == 0
+    assert list(entry(tmp_path)["protocols"]) == ["erm", "bap"]  # the map of nullspace is not in the file
+    for name in ("erm", "bap"):
+        same_as(tmp_path, name, logits(name, z).argmax(1), samples)
+    assert "was trained on" not in capsys.readouterr().out
+    made = dict(state, classes=["bird", "cat"])
+    model.save_checkpoint(tmp_path / "other.pt", made)
+    refused(
+        capsys, words(files, tmp_path, "--protocol=ckpt", f"--ckpt={tmp_path}/other.pt"), "bird", "cat, dog"
+    )
+    refused(capsys, words(files, tmp_path, "--protocol=ckpt"), "--ckpt=FILE")
+
+
+def test_probes_of_a_checkpoint_of_the_same_data_say_that_they_have_seen_it(files, tmp_path, trained, capsys):
+    state = dict(trained[1], config=dict(trained[1]["config"], data=f"folder:{files / 'set'}"))
+    model.save_checkpoint(tmp_path / "same.pt", state)
+    assert (
+        run(words(files, tmp_path, "--protocol=ckpt", f"--ckpt={tmp_path / 'same.pt'}", "--split=all")) == 0
+    )
+    assert "WARNING: erm was trained on 20 of the 74" in capsys.readouterr().out
+
+
+def test_a_checkpoint_classifies_photos_without_labels(tmp_path, trained, tiny):
+    for k in range(6):
+        picture(tmp_path / f"photos/{k}.png", k, "cat", "sea")
+    argv = [f"--data=folder:{tmp_path / 'photos'}", "--model=tiny", f"--ckpt={trained[0]}", "--dtype=float32"]
+    assert run([*argv, f"--out_dir={tmp_path}", "--cache_dir="]) == 0
+    z = tiny.embed([data.Photo(str(tmp_path / f"photos/{k}.png")) for k in range(6)])
+    sure, taken = trained[2]("bap", z).softmax(1).max(1)
+    rows = table_of(tmp_path / "predictions.csv")
+    assert [r["tiny bap"] for r in rows] == [("cat", "dog")[k] for k in taken]
+    assert [float(r["tiny bap confidence"]) for r in rows] == pytest.approx(sure.tolist(), abs=1e-4)
+
+
 def test_regions_that_show_the_object_are_classified_too(tmp_path):
     rows = ["img_id,img_filename,y,split,place,place_filename"]
     (tmp_path / "masks").mkdir()

@@ -748,6 +748,7 @@ class Facts:
     strength: float = 0.0
     spurious: str = "0"
     feature: str = ""
+    all_labels: bool = False  # --labels=all: models choose among all of ImageNet's, not the folder's own
     names: list = field(default_factory=list)  # of classes, where images have no labels and no flag says them
     notes: list = field(default_factory=list)  # lines to print
     classes: list = field(default_factory=list)  # in their order, if it is not the alphabet's; also places
@@ -1418,7 +1419,7 @@ def in9(root, facts):
 
 
 def imagenet(root, facts):
-    """imagenet:DIR       ImageNet's 1000 classes
+    """imagenet:DIR       ImageNet's 1000 classes, or some of them (ImageNet-R, -A: folders n01440764, ...)
     Download ILSVRC2012's validation images from image-net.org and sort them into folders of their classes:
     DIR/n01440764/*.JPEG    or files n01440764_*.JPEG; or 1000 files or folders that sort as the classes do"""
     root = first_folder(folder(root, "data imagenet"), "val")
@@ -1431,12 +1432,16 @@ def imagenet(root, facts):
         if len(number) != 1000 or len({len(p) > 1 for p in paths}) > 1:
             what = f"{len(paths)} images, the first is {'/'.join(paths[0])}"
             raise Complaint(f"{root}: {what}; expected n01440764 ... or 1000 folders in order of classes")
-    if len(set(label)) < 1000:
-        facts.notes.append(f"WARNING: {root}: {len(set(label))} of 1000 classes")
-    facts.classes = [f"{n} ({w})" if short.count(n) > 1 else n for n, w in zip(short, ids, strict=True)]
-    facts.labels, facts.imagenet = short, [[k] for k in range(1000)]
+    there = sorted({number[name] for name in label})
+    if len(there) < 1000:
+        among = "all 1000 (--labels=all)" if facts.all_labels else "these only; --labels=all: among 1000"
+        facts.notes.append(f"{root}: {len(there)} of 1000 classes; models choose among {among}")
+    twice = Counter(short[k] for k in there)
+    names = [f"{n} ({w})" if twice[n] > 1 else n for n, w in zip(short, ids, strict=True)]
+    facts.classes, facts.imagenet = [names[k] for k in there], [[k] for k in there]
+    facts.labels = short if facts.all_labels or len(there) == 1000 else []
     for p, name in zip(paths, label, strict=True):
-        yield Row(os.path.join(root, *p), facts.classes[number[name]])
+        yield Row(os.path.join(root, *p), names[number[name]])
 
 
 def image_folder(root, facts):

@@ -54,6 +54,7 @@ columns = ""              # confidence; in tables columns by other names than th
 split = "auto"            # photos to measure on: train, val, test, all; auto: test, or all if splits are ours
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
+labels = "own"            # imagenet: of a folder with fewer classes models choose among these; all: of 1000
 prompts = ""              # openai: its 80 templates; or a file of templates with {}, or of class<TAB>prompt
 masks = ""                # folder of foreground masks: also metrics of the regions that show the object
 confounder = 1.0          # scenes and pairs: share of the training images on their class's own place
@@ -115,7 +116,7 @@ PUBLISHED = {  # CounterAnimal's table: common, counter in per cent, over 1000 l
 def main():
     numbers = dict.fromkeys("composites mitigate base_steps steps pairs learning_rate".split(), "[0, inf)")
     numbers.update(settings="[1, 50]", region_weight="[0, 1]", region_temperature="(0, inf)")
-    config = flags(globals(), split=("auto", *SPLITS, "all"), **numbers)
+    config = flags(globals(), split=("auto", *SPLITS, "all"), labels=("own", "all"), **numbers)
     if protocol == "ravl":
         return controlled_settings(config)
     asked = [] if protocol == "auto" else protocol.split(",")
@@ -125,14 +126,8 @@ def main():
     expect(whole, "shots", shots, "whole numbers from 1, comma-separated")
     names = names_of(config)
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
-    made = load_checkpoint(ckpt) if ckpt else {}
-    planted = dict(
-        names=made.get("classes", []),
-        confounder=confounder,
-        strength=strength,
-        spurious=spurious,
-        feature=feature,
-    )
+    planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
+    planted.update(all_labels=labels == "all", names=load_checkpoint(ckpt).get("classes") if ckpt else [])
     if predictions:
         samples, given = predicted_elsewhere()
     else:

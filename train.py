@@ -21,6 +21,7 @@ discover.py found, and the mitigations that it is compared with. torchrun spread
 import contextlib
 import copy
 import functools
+import io
 import itertools
 import math
 import os
@@ -53,7 +54,7 @@ from model import weights_bytes, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
-out_dir = "out"           # results.json, report.html, ckpt.pt; trained: weights.safetensors, log.csv
+out_dir = "out"           # results.json, report.html, ckpt.pt, map.npz; trained: weights.safetensors, log.csv
 cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
 resume = False            # go on where an interrupted run of the same flags stopped
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
@@ -181,7 +182,7 @@ def main():
     results.update(average(runs, results["notes"]))
     results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
     save_results(out, results, last)
-    say(f"\n{out}: results.json, report.html, ckpt.pt written, {time.time() - started:.0f} s")
+    say(f"\n{out}: results.json, report.html, ckpt.pt, map.npz written, {time.time() - started:.0f} s")
 
 
 def save_results(out, results, last):
@@ -199,11 +200,30 @@ def save_results(out, results, last):
     state.update(probes={name: probe.state() for name, probe in last.probes.items()})
     state.update(classes=last.samples.classes, places=last.samples.places)
     save_checkpoint(out / "ckpt.pt", state)
+    write(out / "map.npz", map_bytes(last))
     write(out / "report.html", report(results, last))
     write_json(out / "results.json", results)  # last: it is there only if all the rest is
     for name in PARTIAL:
         (out / name).unlink(missing_ok=True)
     others_here(out, old)
+
+
+def map_bytes(last):
+    """map.npz: the map and its probe (of bap, or without composites of erm) for those who have numpy only.
+    Of embeddings z [n, D] by the same encoder:
+
+        a = np.load("map.npz"); x = np.sign(z) * abs(z) ** a["power"]
+        g = (x / np.linalg.norm(x, axis=1, keepdims=True) - a["mu"]) @ a["W"]
+        label = a["classes"][(g @ a["weight"] + a["bias"]).argmax(1)]
+    """
+    probe, buffer = last.probes.get("bap", last.probes["erm"]), io.BytesIO()
+    weight = probe.weight / torch.as_tensor(probe.scale).reshape(-1, 1)  # [D, C]
+    arrays = dict(
+        weight=weight, bias=probe.bias - torch.as_tensor(probe.mean) @ weight, **last.map.state_dict()
+    )
+    arrays = {k: v.detach().cpu().numpy() for k, v in arrays.items()}
+    np.savez(buffer, power=last.map.power, classes=np.array(last.samples.classes, str), **arrays)
+    return buffer.getvalue()
 
 
 def material(config):
@@ -956,7 +976,7 @@ def finetune(config, encoder, samples):
     tree = dict(config=config, git=head["git"], notes=notes, before=before, after=after, seconds=seconds)
     write_json(out / "finetune.json", tree)
     path.unlink(missing_ok=True)
-    others_here(out, ["results.json", "report.html", "ckpt.pt"])
+    others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
     say(f"\n{out}: weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s")
 
 

@@ -1101,10 +1101,13 @@ def test_in9_map_that_is_none(tmp_path, content):
 def test_imagenet_by_wordnet_id_or_by_order(tmp_path):
     touch(tmp_path / "ids", "n01440764/a.JPEG", "n01440764/b.JPEG", "n15075141/c.JPEG")
     samples = loaded(f"imagenet:{tmp_path}/ids")
-    assert samples.y.tolist() == [0, 0, 999] and samples.labels[999] == "toilet paper"
-    assert noted(samples, "WARNING", "2 of 1000")
+    assert samples.y.tolist() == [0, 0, 1] and samples.labels == samples.classes == ["tench", "toilet paper"]
+    assert samples.imagenet == [[0], [999]] and noted(samples, "2 of 1000 classes", "--labels=all")
+    samples = loaded(f"imagenet:{tmp_path}/ids", all_labels=True)
+    assert samples.y.tolist() == [0, 0, 1] and samples.labels[999] == "toilet paper"
+    assert len(samples.labels) == 1000 and samples.imagenet == [[0], [999]]
     touch(tmp_path / "files", "n15075141_x.jpg", "n01443537.jpg")
-    assert loaded(f"imagenet:{tmp_path}/files").y.tolist() == [1, 999]
+    assert loaded(f"imagenet:{tmp_path}/files").imagenet == [[1], [999]]
     for k in range(1000):
         text(tmp_path / f"order/class_{k:04}.jpg")
     assert loaded(f"imagenet:{tmp_path}/order").y.tolist() == list(range(1000))
@@ -1112,7 +1115,9 @@ def test_imagenet_by_wordnet_id_or_by_order(tmp_path):
     with complaint("999 images", "n01440764"):
         loaded(f"imagenet:{tmp_path}/order")
     chosen = loaded(f"imagenet:{tmp_path}/ids", classes="toilet paper,tench")
-    assert chosen.y.tolist() == [1, 1, 0] and chosen.imagenet == [[999], [0]] and len(chosen.labels) == 1000
+    assert (
+        chosen.y.tolist() == [1, 1, 0] and chosen.imagenet == [[999], [0]] and chosen.labels == chosen.classes
+    )
 
 
 # --- layers, composites, masks

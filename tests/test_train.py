@@ -245,7 +245,7 @@ def test_results_keep_the_contract(which, train_counts, request):
         assert alone == {k: m[k] for k in alone} and m["spread"] == 0
     assert r["config"]["model"] == "tiny" and r["config"]["instances"] == 16 and r["seconds"]["total"] > 0
     assert any("100 % correlated" in note for note in r["notes"]) == (which == "plain")
-    assert sorted(os.listdir(out)) == ["ckpt.pt", "report.html", "results.json"]
+    assert sorted(os.listdir(out)) == ["ckpt.pt", "map.npz", "report.html", "results.json"]
 
 
 def groups_of(kept, probe, z, samples, g):
@@ -264,6 +264,34 @@ def test_numbers_are_those_of_the_embeddings_and_of_the_checkpoint_which_holds_n
         assert groups_of(kept, name, z, samples, g) == r["methods"][name]["groups"]
     probe, x = model.load_probe(kept, "erm"), unit(z)
     assert torch.allclose(probe.logits(x), model.fit_probe(x[fit], samples.y[fit], 0.8).logits(x), atol=1e-4)
+
+
+def test_the_map_as_a_matrix_and_ten_lines_of_python_apply_it(files, plain, capsys):
+    encoder, samples = tiny(files), samples_of(files, "all")
+    z = encoder.embed(samples.items).numpy()
+    a, right = np.load(plain / "map.npz"), model.load_checkpoint(plain / "ckpt.pt")
+    x = np.sign(z) * abs(z) ** a["power"]
+    g = (x / np.linalg.norm(x, axis=1, keepdims=True) - a["mu"]) @ a["W"]
+    label = a["classes"][(g @ a["weight"] + a["bias"]).argmax(1)]
+    assert (label == np.array(samples.classes)[samples.y])[samples.split == 2].mean() == pytest.approx(
+        tree(plain)["methods"]["bap"]["overall"]
+    )
+    folder = Path(samples.items[0].path).parent
+    lines = f"""
+from data import Photo, scan
+from model import load_checkpoint, load_encoder, load_heads
+
+encoder = load_encoder("tiny", dtype="float32")
+state = load_checkpoint("{plain}/ckpt.pt", encoder)
+photos = [Photo("{folder}/" + "/".join(parts)) for parts in scan("{folder}")]
+logits = load_heads(state, encoder.device)["bap"](encoder.embed(photos))
+names = [state["classes"][k] for k in logits.argmax(1).tolist()]
+"""
+    exec(lines, scope := {})
+    by_path = dict(zip([p.path for p in scope["photos"]], scope["names"], strict=True))
+    assert [by_path[item.path] for item in samples.items] == label.tolist() and right[
+        "classes"
+    ] == samples.classes
 
 
 def test_report_is_one_self_contained_page(plain, full):

@@ -67,7 +67,8 @@ prompts = ""              # openai: its 80 templates; or a file of templates wit
                           # if empty the data set's own, of most "a photo of a {}."
 temperature = 0.07        # of softmax over cosines with text embeddings
 model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-pretrained = ""           # open_clip tag or local file
+                          # hf-hub:NAME, local-dir:FOLDER
+pretrained = ""           # open_clip tag, local file, or folder of weights
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
 device = "auto"           # auto, cpu, cuda
 dtype = "auto"            # of the forward pass: auto, float32, bfloat16

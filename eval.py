@@ -63,7 +63,8 @@ spurious = "0"            # that class, by number or name (ravl goes through str
 feature = ""              # and that feature, where there is a choice
 # --- models -------------------------------------------------------------------------------------------------
 model = ""                # empty: lite0; timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-pretrained = ""           # open_clip tag or local file
+                          # hf-hub:NAME, local-dir:FOLDER
+pretrained = ""           # open_clip tag, local file, or folder of weights
 models = ""               # several instead, comma-separated, each NAME or NAME@PRETRAINED
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
 ckpt = ""                 # ckpt.pt of train.py: its map is applied first

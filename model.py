@@ -592,7 +592,7 @@ def timm_model(model, pretrained, quick_gelu, cache):
         raise Complaint(f"--model={model}: timm has no such model; {near(name, timm.list_models())}")
     record, more = timm.get_pretrained_cfg(name), {}
     made = record.to_dict() if record else {}
-    said = os.path.isfile(os.path.join(pretrained, "config.json")) and pretrained
+    said = pretrained and os.path.isfile(os.path.join(pretrained, "config.json"))
     if said:  # a folder as timm writes it for a hub
         from timm.models._hub import load_model_config_from_path
 
@@ -651,6 +651,7 @@ def clip_model(model, pretrained, quick_gelu, cache):
     source = f"--quick_gelu={quick_gelu}" if quick_gelu != "auto" else f"the record of {pretrained}"
     if quick_gelu == "auto" and wanted is None:
         source = f"the config of {model}, as there is no record; --quick_gelu=on|off decides otherwise"
+        source += " (OpenAI's weights need on)" * (not own)
     notes = [f"{model}: {'QuickGELU' if quick else 'GELU'}, by {source}"]
     said = record.get("preprocess") or record  # a file of train.py says how pictures were seen
     if local and not record.get("preprocess"):
@@ -734,9 +735,7 @@ def snapshot(model, pretrained, quick_gelu, cache):
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.utils import EntryNotFoundError
 
-    expect(
-        not pretrained, "pretrained", pretrained, f"none with --model={model}, whose folder has the weights"
-    )
+    expect(not pretrained, "pretrained", pretrained, f"none with {model}, whose folder has the weights")
     hub, _, folder = model.partition(":")
     if hub == "hf-hub":
         name = folder
@@ -746,16 +745,15 @@ def snapshot(model, pretrained, quick_gelu, cache):
                 with contextlib.suppress(EntryNotFoundError):
                     hf_hub_download(name, file)
                     break
-    elif not os.path.isdir(folder):
-        raise Complaint(f"--model={model}: no such folder")
+    expect(os.path.isdir(folder), "model", model, "a folder that exists")
     if os.path.isfile(os.path.join(folder, "open_clip_config.json")):
         encoder = clip_model(f"local-dir:{folder}", folder, quick_gelu, cache)
     else:
         config = read_json(os.path.join(folder, "config.json"), "the config.json of a model of timm")
-        kind = config.get("model_type")
         if "architecture" not in config:
             cure = f"give open_clip's name of its architecture, --model=ViT-B-32 --pretrained={folder}"
-            raise Complaint(f"--model={model}: a {kind or 'model'} of another library, not timm's; {cure}")
+            kind = config.get("model_type", "model")
+            raise Complaint(f"--model={model}: a {kind} of another library, not timm's; {cure}")
         encoder = timm_model(f"timm:{config['architecture']}", folder, quick_gelu, cache)
     encoder.name = model
     return encoder
@@ -787,13 +785,9 @@ def weights_record(path):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
                 record = dict(json.loads((tensors.metadata() or {}).get("record", "{}")))
-        if not record and file.stem.startswith(WEIGHTS):
-            ours, theirs, seen = (
-                read_json(at, "a hub's file") if at.is_file() else {}
-                for at in map(
-                    file.with_name, ("open_clip_config.json", "config.json", "preprocessor_config.json")
-                )
-            )
+        if not record and file.stem.split("-0")[0] in WEIGHTS:
+            beside = [file.with_name(f"{name}config.json") for name in ("open_clip_", "", "preprocessor_")]
+            ours, theirs, seen = (read_json(f, "a hub's file") if f.is_file() else {} for f in beside)
             if ours:
                 quick = bool(ours["model_cfg"].get("quick_gelu"))
                 record = dict(quick_gelu=quick, preprocess=ours.get("preprocess_cfg"))
@@ -848,6 +842,7 @@ def load_file(module, path):
         if not clip:
             state = without_classifier(state, module, notes)
         has = module.state_dict()
+        state |= {k: v for k, v in has.items() if k.endswith("num_batches_tracked") and k not in state}
         odd = [f"no {k}" for k in has if k not in state]
         extra = [k for k in state if k not in has]
         odd += [f"{k}, which the model does not have" for k in extra if not FOREIGN.match(k)]
@@ -908,9 +903,7 @@ def without_classifier(state, module, notes):
     if mine == theirs or not mine:
         return state
     found = f"a classifier of {next(iter(theirs.values()))[0]} classes" if theirs else "no classifier"
-    notes.append(
-        f"{found} in it, {module.num_classes} classes expected: left out, probes and features need none"
-    )
+    notes.append(f"{found} in it, not {module.num_classes}: left out, probes and features need none")
     module.reset_classifier(0)
     return {k: v for k, v in state.items() if k not in theirs}
 
@@ -930,20 +923,14 @@ def as_open_clip(state, module):
     resize_pos_embed(state, module)
     resize_text_pos_embed(state, module)
     if hasattr(module.visual, "trunk"):
-        trunk = {
-            k.removeprefix("visual.trunk."): v for k, v in state.items() if k.startswith("visual.trunk.")
-        }
-        state |= {f"visual.trunk.{k}": v for k, v in as_timm(trunk, module.visual.trunk).items()}
+        at = "visual.trunk."
+        trunk = {k.removeprefix(at): v for k, v in state.items() if k.startswith(at)}
+        state |= {at + k: v for k, v in as_timm(trunk, module.visual.trunk).items()}
     return state
 
 
-CLIP_BLOCK = {
-    "self_attn.qkv.": "attn.in_proj_",
-    "self_attn.": "attn.",
-    "layer_norm": "ln_",
-    "mlp.fc1": "mlp.c_fc",
-}
-CLIP_BLOCK["mlp.fc2"] = "mlp.c_proj"
+CLIP_BLOCK = {"self_attn.qkv.": "attn.in_proj_", "self_attn.": "attn.", "layer_norm": "ln_"}
+CLIP_BLOCK |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
 TRANSFORMERS = {  # names of Hugging Face's CLIPModel and SiglipModel -> open_clip's
     "text": {
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -1017,9 +1004,7 @@ def weights_files(path):
         base = str(read_json(adapter, "a file of peft").get("base_model_name_or_path"))
         own, beside = ([f for f in usual if (f.stem == "adapter_model") == k] for k in (True, False))
         if not own or not (beside or os.path.exists(base)):
-            cure = (
-                "put that model's file beside it as model.safetensors, or its path into adapter_config.json"
-            )
+            cure = "put its model.safetensors beside the adapter, or its path into adapter_config.json"
             raise Complaint(f"--pretrained={path}: a LoRA adapter of {base}, which is not here; {cure}")
         return [*(beside[:1] or weights_files(base)), own[0]]
     if parts and not any(f.stem in WEIGHTS for f in there):

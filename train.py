@@ -77,7 +77,8 @@ instances = 640           # foregrounds in a pose of their own: each cut-out is 
 per_instance = 8          # backgrounds behind each
 # --- encoder ------------------------------------------------------------------------------------------------
 model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-pretrained = ""           # open_clip tag or local file
+                          # hf-hub:NAME, local-dir:FOLDER
+pretrained = ""           # open_clip tag, local file, or folder of weights
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
 device = "auto"           # auto, cpu, cuda
 dtype = "auto"            # of the forward pass: auto, float32, bfloat16

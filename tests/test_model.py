@@ -588,6 +588,7 @@ WRAPPED = {
     "teacher's own": lambda s: dict(
         student=behind("", {k: 0 * v for k, v in s.items()}), teacher=behind("backbone.", s)
     ),
+    "an old one": lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
     "half": lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()},
 }
 

@@ -879,11 +879,8 @@ def samples_of(name, rows, facts):
         usual = [f"a {c} on {p}" if len(places) > 1 else f"a {c}" for c in classes for p in places]
         usual += [""] * len(places)  # where y is -1
         captions = [usual[g] for g in group.tolist()]
-    split = (
-        make_splits(group.clamp(min=-1))
-        if None in split
-        else completed(torch.tensor(split), group, facts.notes)
-    )
+    group = group.clamp(min=-1)  # the unlabelled are one
+    split = make_splits(group) if None in split else completed(torch.tensor(split), group, facts.notes)
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
     samples.labels, samples.imagenet, samples.official = facts.labels or classes, facts.imagenet, official
@@ -1604,9 +1601,8 @@ def stored_arrays(path):
         a = {ours: there[names[0]] for ours, names in taken.items() if names}
     z = a.get("embedding")
     if z is None:
-        raise Complaint(
-            f"{path}: no array 'embedding' (found: {', '.join(there)}); see --data=embeddings:help"
-        )
+        found = f"no array 'embedding' (found: {', '.join(there)})"
+        raise Complaint(f"{path}: {found}; see --data=embeddings:help")
     n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
     good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
     good = good and ("text" not in a or a["text"].shape[1:] == z.shape[1:])
@@ -1666,13 +1662,11 @@ def labels_in(path, key, values, names):
     odd = ((k != x) | (k < 0)) & ~missing
     if odd.any() or (names and k.max(initial=0) >= len(names)):
         wanted = f"whole numbers from 0 to {len(names) - 1}, of {len(names)} names" if names else "from 0"
-        raise Complaint(
-            f"{path}: {key} has {x[odd.argmax() if odd.any() else k.argmax()]:g}, expected {wanted}"
-        )
-    of = dict(enumerate(names)) if names else {v: str(v) for v in np.unique(k[~missing]).tolist()}
-    return [None if gone else of[v] for v, gone in zip(k.tolist(), missing.tolist(), strict=True)], [
-        *of.values()
-    ]
+        found = x[odd.argmax() if odd.any() else k.argmax()]
+        raise Complaint(f"{path}: {key} has {found:g}, expected {wanted}")
+    name = dict(enumerate(names)) if names else {v: str(v) for v in np.unique(k[~missing]).tolist()}
+    known = np.where(missing, -1, k).tolist()
+    return [name.get(v) for v in known], [*name.values()]
 
 
 def stored_composites(path):

@@ -141,7 +141,8 @@ def main():
         try:
             outcomes[name], additive = given if predictions else evaluate(name, samples, asked)
             if rank == 0:
-                results[name] = measured(outcomes[name], additive, samples, seed) | dict(ckpt=ckpt)
+                results[name] = measured(outcomes[name], additive, samples, seed)
+                results[name].update(dict(ckpt=ckpt) if ckpt else {})
         except Exception as problem:
             full = isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError)
             if len(names) == 1 or full or world > 1:  # a full disk is no fault of the model, and of several
@@ -283,7 +284,8 @@ def evaluate(name, samples, asked):
 
 def predicted_elsewhere():
     """--predictions=FILE: Samples, whose photos need not be here, and ({"predictions": Outcome}, {})."""
-    for flag, value in dict(data=data, ckpt=ckpt, masks=masks, prompts=prompts, places=places).items():
+    wanted = dict(data=data, ckpt=ckpt, masks=masks, prompts=prompts, places=places)
+    for flag, value in dict(wanted, protocol=protocol.replace("auto", "")).items():
         expect(not value, flag, value, "nothing with --predictions, which runs no model")
     samples, taken, sure = load_predictions(predictions, columns, classes)
     index = torch.arange(len(taken))
@@ -493,9 +495,7 @@ def lacking(encoder, samples, state=None):
         lacks["ckpt"] = "{p}: the probes of a checkpoint need it, --ckpt=FILE of train.py"
     elif {plain(c) for c in made} != {plain(c) for c in samples.classes}:
         kinds = ", ".join(samples.classes[:6])
-        lacks["ckpt"] = (
-            f"--ckpt: made for {', '.join(made[:6])}; {samples.name} has {kinds}: expected the same"
-        )
+        lacks["ckpt"] = f"--ckpt: made for {', '.join(made[:6])}, {samples.name} has {kinds}; take the same"
     if encoder.tokenizer is None:
         cure = "take --protocol=classifier or probe, or a CLIP-like model"
         cure = "give the file an array text [C, D], or take probe" if encoder.kind == "stored" else cure
@@ -832,7 +832,7 @@ def results_block(results, samples, failed):
     if any(p.startswith("fewshot") for _, p, *_ in rows):
         notes.append("fewshot: means over the draws; worst_group, too, is the mean of each draw's own")
     mapped = [p for p in head["protocols"] if p.partition("_")[0] in PROTOCOLS or p == "clip_probe"]
-    if head["ckpt"] and mapped:
+    if head.get("ckpt") and mapped:
         notes.append(f"through the map bap of {head['ckpt']}: {', '.join(mapped)}")
     for k in [k for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")][:1]:
         low, high = best[k + "_interval"]
@@ -910,13 +910,8 @@ def worst(out, samples, most=12):
     """The photos that are wrong with the highest confidence, as figures; not of one class alone."""
     y, figures, shown = samples.y[out.index].tolist(), [], []
     wrong = (out.predicted[0] != out.target) & (samples.y[out.index] >= 0)
-    for k in (
-        out.confidence[0]
-        .nan_to_num(1.0)
-        .where(wrong, -1.0)
-        .argsort(descending=True)[: int(wrong.sum())]
-        .tolist()
-    ):
+    sure = out.confidence[0].nan_to_num(1.0).where(wrong, -1.0)
+    for k in sure.argsort(descending=True)[: int(wrong.sum())].tolist():
         if shown.count(y[k]) < max(2, most // len(samples.classes)) and len(figures) < most:
             shown.append(y[k])
             photo, taken = int(out.index[k]), called(out, int(out.predicted[0][k]))

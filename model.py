@@ -819,6 +819,7 @@ def weights_bytes(encoder, module, **metadata):
 WEIGHTS = "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model", "adapter_model"
 WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "teacher", "student"
 PREFIXES = {"module", "_orig_mod", "base_model", "network", "net", *WRAPPERS}
+SHELLS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # of torch, anywhere
 FOREIGN = re.compile(  # what training leaves in files, and no embedding needs
     "decoder|mask_token|(.*_)?head|fc\\b|classifier|proj|predict|queue|loss|criterion|cent|prototypes|n_averaged|"
     ".*position_ids|input_resolution|context_length|vocab_size|logit_bias"
@@ -998,7 +999,9 @@ def weights_files(path):
     if not os.path.isdir(path):
         return [Path(path)]
     folder, adapter = Path(path), Path(path) / "adapter_config.json"
-    there = [f for end in ("safetensors", "bin", "pth", "pt") for f in sorted(folder.glob(f"*.{end}"))]
+    there = [
+        f for end in ("safetensors", "bin", "pth", "pt", "ckpt") for f in sorted(folder.glob(f"*.{end}"))
+    ]
     usual, parts = [f for name in WEIGHTS for f in there if f.stem == name], [*folder.glob("*.index.json")]
     if adapter.is_file():
         base = str(read_json(adapter, "a file of peft").get("base_model_name_or_path"))
@@ -1046,16 +1049,28 @@ def tensors_in(path):
             held = f"it holds {code[1]}, and opening that could run code"
             what = "where you trust it, write its tensors with (of a dict m['model'] or m['state_dict'])"
             raise Complaint(f"{path}: {held}; {what}: {cure}") from None
-    while isinstance(state, dict) and (wrapped := [k for k in WRAPPERS if isinstance(state.get(k), dict)]):
+    while wrapped := wrappers_in(state):
         if len(wrapped) > 1:
             say(f"{path}: the weights in {wrapped[0]!r}, not those in {', '.join(wrapped[1:])}")
         state = state[wrapped[0]]
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors = {SHELLS.sub("", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     while tensors and len(ends := {k.partition(".")[0] for k in tensors}) == 1 and ends <= PREFIXES:
         tensors = {k.partition(".")[2]: v for k, v in tensors.items()}
     if not tensors:
         raise ValueError(f"no tensors, but {', '.join(map(str, [*state][:4]))}")
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def wrappers_in(state):
+    """The names in a file's dict behind which its state dicts may be, the likeliest first."""
+    if not isinstance(state, dict):
+        raise ValueError(f"a {type(state).__name__}, no state dict")
+
+    def holds(v):
+        return any(isinstance(t, torch.Tensor) for t in v.values())
+
+    usual = [k for k in WRAPPERS if isinstance(state.get(k), dict)]
+    return usual or [k for k, v in state.items() if isinstance(v, dict) and holds(v) and not holds(state)]
 
 
 def with_lora(state, path):
@@ -1070,12 +1085,8 @@ def with_lora(state, path):
         scale = made["lora_alpha"] / (made["r"] ** 0.5 if made.get("use_rslora") else made["r"])
         out = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
         for k in [k for k in state if ".lora_A." in k]:
-            A, B, name = (
-                state[k],
-                state[k.replace(".lora_A.", ".lora_B.")],
-                k.split(".lora_A.")[0] + ".weight",
-            )
-            out[name] = out[name] + scale * B @ A
+            name = k.split(".lora_A.")[0] + ".weight"
+            out[name] = out[name] + scale * state[k.replace(".lora_A.", ".lora_B.")] @ state[k]
         say(f"{path}: LoRA merged into {sum('.lora_A.' in k for k in state)} layers, times {scale:g}")
         return out
 

@@ -219,9 +219,8 @@ def map_bytes(last):
     """
     probe, buffer = last.probes.get("bap", last.probes["erm"]), io.BytesIO()
     weight = probe.weight / torch.as_tensor(probe.scale).reshape(-1, 1)  # [D, C]
-    arrays = dict(
-        weight=weight, bias=probe.bias - torch.as_tensor(probe.mean) @ weight, **last.map.state_dict()
-    )
+    bias = probe.bias - torch.as_tensor(probe.mean) @ weight
+    arrays = dict(weight=weight, bias=bias, **last.map.state_dict())
     arrays = {k: v.detach().cpu().numpy() for k, v in arrays.items()}
     np.savez(buffer, power=last.map.power, classes=np.array(last.samples.classes, str), **arrays)
     return buffer.getvalue()
@@ -267,11 +266,8 @@ def bap(s, encoder, compose, grounds, samples, out, config):
     lap("target")
     grids, own_cells, all_j = [(1.0, z, i)], [], j
     power = 1.0 if (z < 0).any() else 0.5  # after a ReLU a few large channels outshout the rest
-    cuts = (
-        cut_own(encoder, samples.keep(samples.split == 0).items, cells, s)
-        if own and encoder.kind != "stored"
-        else []
-    )
+    here = own and encoder.kind != "stored"
+    cuts = cut_own(encoder, samples.keep(samples.split == 0).items, cells, s) if here else []
     if cuts:
         own_cells, own_i, own_j = own_composites(cuts, grounds, s)
         own_cells, v, own_i, own_j = embedded(encoder, own_cells, "own foregrounds", own_i, own_j)

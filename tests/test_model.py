@@ -588,6 +588,10 @@ WRAPPED = {
     "teacher's own": lambda s: dict(
         student=behind("", {k: 0 * v for k, v in s.items()}), teacher=behind("backbone.", s)
     ),
+    "a wrapper of its own": lambda s: dict(
+        weights=s, optimizer=dict(state={0: dict(m=torch.ones(2))}), epoch=1
+    ),
+    "shells inside": lambda s: {k.replace("layer1.", "layer1._orig_mod."): v for k, v in s.items()},
     "an old one": lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
     "half": lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()},
 }

@@ -207,7 +207,9 @@ def report(results, samples, blocks, config, git):
     numbers = [(f"{m[k]:.0%}", k.replace("_", " ")) for k in shown if m[k] is not None]
     made = os.path.relpath(Path(ckpt).parent / "report.html", config["out_dir"])
     links = [("the report of the map", made)] if ckpt else []
-    lead = f"{PROTOCOLS[head['protocol'].partition('_')[0]].what.capitalize()}; {m['n']} photos."
+    what = "what another program predicted" if predictions else f"the checkpoint's probe {head['protocol']}"
+    what = getattr(protocol_of(head["protocol"]), "what", what)
+    lead = f"{what[0].upper() + what[1:]}; {m['n']} photos."
     return page(kicker, title, lead, sections(blocks), config, git, samples.notes, numbers, links)
 
 
@@ -469,6 +471,11 @@ PROTOCOLS = {
     "ckpt": Protocol("the checkpoint's own probes, in rows of their names", "ckpt", ckpt_heads),
     "fewshot": Protocol("probe on a few images of each class", "training", fewshot_heads),
 }
+
+
+def protocol_of(row):
+    """The Protocol of a row of the tables, by its name; None of a checkpoint's probes and of predictions."""
+    return PROTOCOLS.get(row) or PROTOCOLS.get(row.partition("_")[0])
 
 
 def offered(encoder, samples, asked, state=None):
@@ -831,7 +838,7 @@ def results_block(results, samples, failed):
         rows.append((model, p, *values))
     if any(p.startswith("fewshot") for _, p, *_ in rows):
         notes.append("fewshot: means over the draws; worst_group, too, is the mean of each draw's own")
-    mapped = [p for p in head["protocols"] if p.partition("_")[0] in PROTOCOLS or p == "clip_probe"]
+    mapped = [p for p in head["protocols"] if protocol_of(p)]
     if head.get("ckpt") and mapped:
         notes.append(f"through the map bap of {head['ckpt']}: {', '.join(mapped)}")
     for k in [k for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")][:1]:

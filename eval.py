@@ -49,12 +49,12 @@ skip_bad = False          # leave out images that cannot be read, counted and na
 data = ""                 # NAME:DIR, NAME waterbirds, celeba, counteranimal, nico, cocogender, in9,
                           # imagenet, folder, csv, coco, embeddings; or, without a folder, scenes, digits,
                           # cutouts. Empty: scenes, for --protocol=ravl digits
-predictions = ""          # instead a FILE.csv of what another program predicted: y, place, predicted,
-columns = ""              # confidence; in tables columns by other names than the usual: ours=theirs,...
+predictions = ""          # instead a FILE.csv of what another program predicted: y, place, predicted, confidence
+labels = "own"            # imagenet: of a folder with fewer classes models choose among these; all: of 1000
 split = "auto"            # photos to measure on: train, val, test, all; auto: test, or all if splits are ours
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
-labels = "own"            # imagenet: of a folder with fewer classes models choose among these; all: of 1000
+columns = ""              # of csv, waterbirds: which is what, as in place=weather,path=photo; see csv:help
 prompts = ""              # openai: its 80 templates; or a file of templates with {}, or of class<TAB>prompt
 masks = ""                # folder of foreground masks: also metrics of the regions that show the object
 confounder = 1.0          # scenes and pairs: share of the training images on their class's own place
@@ -777,7 +777,7 @@ def each_outcome(results):
     return [(name, p, m) for name, r in results.items() for p, m in r["protocols"].items()]
 
 
-def metric_keys(results, samples):
+def metric_columns(results, samples):
     """The metrics to show: those that some row has; n where it differs, as probes see the test split."""
     wanted = ["bg_gap", *samples.places, "worst_group", "avg_group_mean", "avg_train_weighted", "average"]
     wanted += ["region_overall", "region_worst_group", "confidence", "ece"]
@@ -827,7 +827,7 @@ def blocks_of(results, outcomes, samples, failed):
 
 
 def results_block(results, samples, failed):
-    keys, (name, head) = metric_keys(results, samples), next(iter(results.items()))
+    keys, (name, head) = metric_columns(results, samples), next(iter(results.items()))
     few = head["groups"] if len(head["groups"]) <= 8 and not is_counteranimal(samples) else []
     alike, best, rows = "n" not in keys, head["metrics"], []
     named = [group_name(samples, g["y"], g["place"]) + f" (n={g['n']})" * alike for g in few]

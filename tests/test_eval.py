@@ -459,7 +459,7 @@ def test_rows_on_different_photos_say_how_many():
 
     def columns(*ns):
         rows = {str(k): dict(metrics=dict(n=n, average=0.5), groups=[]) for k, n in enumerate(ns)}
-        return script.metric_keys(dict(m=dict(protocols=rows)), samples)
+        return script.metric_columns(dict(m=dict(protocols=rows)), samples)
 
     assert columns(12, 12) == ["average"] and columns(60, 12) == ["n", "average"]
 

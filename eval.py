@@ -49,7 +49,7 @@ skip_bad = False          # leave out images that cannot be read, counted and na
 data = ""                 # NAME:DIR, NAME waterbirds, celeba, counteranimal, nico, cocogender, in9,
                           # imagenet, folder, csv, coco, embeddings; or, without a folder, scenes, digits,
                           # cutouts. Empty: scenes, for --protocol=ravl digits
-predictions = ""          # instead a FILE.csv of predictions: y, predicted, and place, confidence, if it has them
+predictions = ""          # instead a FILE.csv of predictions: y, predicted, if it has them place, confidence
 labels = "own"            # imagenet: of a folder with fewer classes models choose among these; all: of 1000
 split = "auto"            # photos to measure on: train, val, test, all; auto: test, or all if splits are ours
 classes = ""              # only these, as in car,truck; or a file of names, one a line

@@ -722,7 +722,7 @@ class StoredEncoder(Encoder):
             say(f"skipped {line}; {label}: {int(bad.sum())} of {len(z)} skipped")
         return z.masked_fill(bad[:, None], torch.nan).to(self.device)
 
-    def prompts(self, prompts):
+    def prompts(self, prompts, *_):
         """The file's text embeddings of classes, each prompt the name of one: [C, D] unit-norm."""
         text = self.arrays["text"]
         names = list(map(str, self.arrays.get("classes", range(len(text)))))

@@ -804,12 +804,8 @@ def summary(results, samples):
     lines = ["\n" + table(*zero_rows(results["zero_shot"]))] if results["zero_shot"] else []
     if results["additivity"]:
         lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
-        lines += [
-            table(*additivity_rows(results)),
-            *[sums] * bool(sums),
-            "\nIs the map invariant?",
-            invariant,
-        ]
+        lines += [table(*additivity_rows(results)), *filter(None, [sums])]
+        lines += ["\nIs the map invariant?", invariant]
     lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: worst group, 95 %, paired bootstrap")
     header = ("method", "worst", "mean", "weighted", *range(1, len(names) + 1), "over erm")
     return "\n".join([*lines, table(header, rows), "groups: " + ", ".join(names)])

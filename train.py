@@ -172,11 +172,11 @@ def main():
     if method != "bap":
         return finetune(config, encoder, samples)
     out, started = Path(out_dir), time.time()
-    compose, grounds, notes = material(config)
+    figures, grounds, notes = material(config)
     states = [unfinished(out / name, config, encoder) for name in PARTIAL]  # complains now, not in an hour
     runs = states[0]["runs"][: seeds - 1] if states[0] else []
     for s in range(seed + len(runs), seed + seeds):
-        result, last = bap(s, encoder, compose, grounds, dataset(seed=s), out, config)
+        result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, config)
         runs.append(result)
         save_checkpoint(out / PARTIAL[0], dict(config=config, fingerprint=encoder.fingerprint, runs=runs))
     results = dict(config=config, git=revision(), notes=encoder.notes + notes + last.samples.notes)
@@ -227,29 +227,30 @@ def map_bytes(last):
 
 
 def material(config):
-    """What composites are made of: a function of a seed -> (composites [N], foreground and background of each
-    [N]), the backgrounds, and notes. Of embeddings from elsewhere what --foregrounds has of composites."""
+    """What composites are made of: foregrounds, backgrounds, and notes. With embeddings from elsewhere in place
+    of foregrounds the composites that --foregrounds has, or none: Stored [N], foreground, background [N]."""
+    kind, _, file = foregrounds.partition(":")
     if not config["data"].startswith("embeddings:"):
         wanted = "a folder; embeddings of composites go with --data=embeddings:FILE"
-        expect(not foregrounds.startswith("embeddings:"), "foregrounds", foregrounds, wanted)
+        expect(kind != "embeddings", "foregrounds", foregrounds, wanted)
         figures, notes = layers(foregrounds, Cutout, "foregrounds", skip_bad)
         grounds, more = grounds_of(backgrounds, skip_bad)
-        return functools.partial(composites, figures, grounds, instances, per_instance), grounds, notes + more
-    kind, _, file = foregrounds.partition(":")
+        return figures, grounds, notes + more
     if kind == "embeddings":
         grid = stored_composites(file)
-        return lambda s: grid, [], [f"{file}: embeddings of {len(grid[0])} composites"]
+        return grid, [], [f"{file}: embeddings of {len(grid[0])} composites"]
     none = torch.empty(0, dtype=torch.long)
     note = "no composites (--foregrounds=embeddings:FILE): no rows of bap, nullspace, leace, no additivity"
-    return lambda s: ([], none, none), [], [note]
+    return ([], none, none), [], [note]
 
 
-def bap(s, encoder, compose, grounds, samples, out, config):
+def bap(s, encoder, figures, grounds, samples, out, config):
     """The whole method for one seed: its result in plain numbers, and what report and checkpoint need."""
     lap = Laps()
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
-    cells, i, j = compose(s)
+    stored = isinstance(figures, tuple)  # composites themselves, as embeddings from elsewhere
+    cells, i, j = figures if stored else composites(figures, grounds, instances, per_instance, s)
     cells, z, i, j = embedded(encoder, cells, "composites", i, j)
     lap("composites")
 
@@ -266,8 +267,8 @@ def bap(s, encoder, compose, grounds, samples, out, config):
     lap("target")
     grids, own_cells, all_j = [(1.0, z, i)], [], j
     power = 1.0 if (z < 0).any() else 0.5  # after a ReLU a few large channels outshout the rest
-    here = own and encoder.kind != "stored"
-    cuts = cut_own(encoder, samples.keep(samples.split == 0).items, cells, s) if here else []
+    mine = samples.keep(samples.split == 0).items if own and not stored else []
+    cuts = cut_own(encoder, mine, cells, s) if mine else []
     if cuts:
         own_cells, own_i, own_j = own_composites(cuts, grounds, s)
         own_cells, v, own_i, own_j = embedded(encoder, own_cells, "own foregrounds", own_i, own_j)

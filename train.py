@@ -227,8 +227,8 @@ def map_bytes(last):
 
 
 def material(config):
-    """What composites are made of: foregrounds, backgrounds, and notes. With embeddings from elsewhere in place
-    of foregrounds the composites that --foregrounds has, or none: Stored [N], foreground, background [N]."""
+    """What composites are made of: foregrounds, backgrounds, and notes. With embeddings from elsewhere not
+    foregrounds but the composites that --foregrounds has, or none: Stored [N], foreground, background [N]."""
     kind, _, file = foregrounds.partition(":")
     if not config["data"].startswith("embeddings:"):
         wanted = "a folder; embeddings of composites go with --data=embeddings:FILE"

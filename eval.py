@@ -37,8 +37,8 @@ from data import layers, load_data, load_predictions, load_regions, near, open_m
 from data import read_json, reading, region_truth, revision, rng, run, say, table, tag, text, thumb
 from data import write, write_json, write_table
 from model import LOADED, additivity, dfr, file_digest, fit_probe, group_metrics, join, load_checkpoint
-from model import load_encoder, load_heads, load_map, mean_std, paired_bootstrap, region_embeddings, sha256, sums
-from model import unit, wilson, with_map
+from model import load_encoder, load_heads, load_map, mean_std, paired_bootstrap, region_embeddings, sha256
+from model import sums, unit, wilson, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------

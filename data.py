@@ -561,6 +561,23 @@ class Photo(Picture):
 
 
 @dataclass(frozen=True)
+class Stored(Picture):
+    """An image of which only the embedding is at hand, a row of a file. To look at there is its number."""
+
+    file: str
+    row: int
+
+    @property
+    def path(self):
+        return f"{self.file}[{self.row}]"
+
+    def image(self):
+        tile = Image.new("RGB", (150, 100), GREY)
+        ImageDraw.Draw(tile).text((45, 44), f"row {self.row}")
+        return tile
+
+
+@dataclass(frozen=True)
 class Ground(Photo):
     """A photo as a background."""
 
@@ -940,6 +957,8 @@ class Facts:
     spurious: str = "0"
     feature: str = ""
     columns: str = ""  # --columns=ours=theirs,...
+    all_labels: bool = False  # --labels=all: models choose among all of ImageNet's, not the folder's own
+    names: list = field(default_factory=list)  # of classes, where images have no labels and no flag says them
     notes: list = field(default_factory=list)  # lines to print
     classes: list = field(default_factory=list)  # in their order, if it is not the alphabet's; also places
     places: list = field(default_factory=list)
@@ -1057,10 +1076,13 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         pairs = zip(samples.items, files, strict=True)
         samples.cut = [m and Composite(Masked(item, Photo(m)), None, None) for item, m in pairs]
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[SETS[name].template]] * len(labels)
+    expect(
+        not prompts or name != "embeddings", "prompts", prompts, "none: texts of embeddings are in their file"
+    )
     samples.prompts = [[t.replace("{}", c) for t in own] for c, own in zip(labels, texts, strict=True)]
     said = [c for c, own in zip(labels, texts, strict=True) if any("{}" in text for text in own)]
     codes = [label for label in said if not renamed and re.fullmatch(CODE, label.strip().lower())]
-    if codes:
+    if codes and name != "embeddings":
         found = f"{len(codes)} of its {len(labels)} class names are numbers or codes, as {codes[0]!r}"
         cure = "no text says what they are; name them, --classes=FILE, one a line"
         samples.nameless = f"{samples.name}: {found}: {cure}"
@@ -1096,6 +1118,7 @@ def samples_of(name, rows, facts):
         usual = [f"a {c} on {p}" if P > 1 else f"a {c}" for c in classes for p in places]
         usual += [f"a {c}" for c in classes] + [""] * P  # the last where y is -1
         captions = [usual[g] for g in group.tolist()]
+    group = group.clamp(min=-1)  # the unlabelled are one
     split = make_splits(group) if None in split else completed(torch.tensor(split), group, facts.notes)
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
@@ -1756,7 +1779,7 @@ def in9(root, facts):
 
 
 def imagenet(root, facts):
-    """imagenet:DIR       ImageNet's 1000 classes
+    """imagenet:DIR       ImageNet's 1000 classes, or some of them (ImageNet-R, -A: folders n01440764, ...)
     Download ILSVRC2012's validation images from image-net.org and sort them into folders of their classes:
     DIR/n01440764/*.JPEG    or files n01440764_*.JPEG; or 1000 files or folders that sort as the classes do"""
     root = first_folder(folder(root, "data imagenet"), "val")
@@ -1769,12 +1792,16 @@ def imagenet(root, facts):
         if len(number) != 1000 or len({len(p) > 1 for p in paths}) > 1:
             what = f"{len(paths)} images, the first is {'/'.join(paths[0])}"
             raise Complaint(f"{root}: {what}; expected n01440764 ... or 1000 folders in order of classes")
-    if len(set(label)) < 1000:
-        facts.notes.append(f"WARNING: {root}: {len(set(label))} of 1000 classes")
-    facts.classes = [f"{n} ({w})" if short.count(n) > 1 else n for n, w in zip(short, ids, strict=True)]
-    facts.labels, facts.imagenet = short, [[k] for k in range(1000)]
+    there = sorted({number[name] for name in label})
+    if len(there) < 1000:
+        among = "all 1000 (--labels=all)" if facts.all_labels else "these only; --labels=all: among 1000"
+        facts.notes.append(f"{root}: {len(there)} of 1000 classes; models choose among {among}")
+    twice = Counter(short[k] for k in there)
+    names = [f"{n} ({w})" if twice[n] > 1 else n for n, w in zip(short, ids, strict=True)]
+    facts.classes, facts.imagenet = [names[k] for k in there], [[k] for k in there]
+    facts.labels = short if facts.all_labels or len(there) == 1000 else []
     for p, name in zip(paths, label, strict=True):
-        yield Row(os.path.join(root, *p), facts.classes[number[name]])
+        yield Row(os.path.join(root, *p), names[number[name]])
 
 
 def image_folder(root, facts):
@@ -1801,7 +1828,7 @@ def image_folder(root, facts):
     rest = [p[1:] if official and len(p) > 1 else p for p in moved]
     classes, stray = {r[0] for r in rest if len(r) > 1}, sum(len(r) == 1 for r in rest)
     if stray == len(paths):
-        facts.classes, facts.chosen = facts.renamed or facts.chosen, []
+        facts.classes, facts.chosen = facts.renamed or facts.chosen or facts.names, []
         if not facts.classes:
             raise Complaint(f"{where}: {stray} images, no class folders; give --classes=FILE")
         facts.notes.append(f"{stray} images without labels")
@@ -1877,6 +1904,169 @@ def table_rows(table, facts, needed):
         root = os.path.commonpath({os.path.dirname(name) for name in names})
         names = [name[len(root) :].lstrip("/") for name in names]
     return inside_root(root, table, names), y, place, split
+
+
+def load_predictions(path, columns="", classes=""):
+    """What another program predicted, a table of y, predicted and, if it has them, place, confidence, split,
+    path (see COLUMNS) -> Samples, what each is taken for [n], and how surely [n], NaN where it is not said.
+
+    columns: ours=theirs,...; classes: a file of names. Rows without y or predicted are left out, and counted.
+    """
+    t, what = read_table(path), f"predictions:{path}"
+    at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
+    n, facts = len(t[at["y"]]), Facts(notes=[note])
+    t["y and predicted"] = t[at["y"]] + t[at["predicted"]]  # numbered together
+    words, facts.classes, notes = named(t, "y and predicted")
+    y, taken, place = words[:n], words[n:], [None] * n
+    if not set(y) & set(taken) - {None}:
+        found = f"y as {t[at['y']][0]!r}, predicted as {t[at['predicted']][0]!r}"
+        raise Complaint(f"{path}: {found}, no value in both; expected the same names or numbers")
+    if at["place"]:
+        place, facts.places, more = named(t, at["place"])
+        notes += more
+    facts.notes += notes
+    sure, split = [math.nan] * n, [2] * n
+    if at["confidence"]:
+        sure = [share_in(t, at["confidence"], k) for k in range(n)]
+    if at["split"]:
+        known = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
+        split = [known.get(v.strip().lower()) for v in t[at["split"]]]
+        if None in split:
+            k = split.index(None)
+            raise t.complaint(k, f"{at['split']}={t[at['split']][k][:60]!r}, expected train, val or test")
+    names = [os.path.join(os.path.dirname(path), v) for v in t[at["path"]]] if at["path"] else [""] * n
+    pictures = [Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in enumerate(names, 2)]
+    keep = torch.tensor([a is not None and b is not None for a, b in zip(y, taken, strict=True)])
+    if not keep.all():
+        line = f"{int((~keep).sum())} of {n} rows have no y or no predicted, and are left out"
+        facts.notes.append(f"WARNING: {path}: {line}")
+    samples = samples_of(what, map(Row, pictures, y, place, [2] * n), facts)
+    samples.split, taken = torch.tensor(split), numbered(taken, facts.classes, "class")[0]
+    if os.path.isfile(classes):
+        samples.classes = samples.labels = read_classes(classes)
+        named_by = f"{len(facts.classes)} names, one for each value of y and predicted"
+        expect(len(samples.classes) == len(facts.classes), "classes", classes, named_by)
+    samples.prompts = [[name] for name in samples.classes]
+    return check(samples.keep(keep), False), taken[keep], torch.tensor(sure)[keep]
+
+
+def share_in(table, column, k):
+    """A number from 0 to 1 in row k of a column, NaN where it is empty; or Complaint."""
+    text = table[column][k].strip()
+    with contextlib.suppress(ValueError):
+        value = float(text) if text.casefold() not in EMPTY else math.nan
+        if not (value < 0 or value > 1):
+            return value
+    raise table.complaint(k, f"{column}={text[:60]!r}, expected a number from 0 to 1")
+
+
+STORED = {  # arrays of --data=embeddings:FILE, and what others call them
+    "embedding": "embeddings features image_features image_embeddings",
+    "y": "label labels target targets",
+    "place": "group attribute",
+    "split": "splits",
+    "text": "text_features text_embeddings",
+    "classes": "class_names",
+    "places": "place_names",
+    "logit_scale": "",
+    "foreground": "",
+    "background": "",
+}
+
+
+@functools.lru_cache(4)
+def stored_arrays(path):
+    """The arrays of an .npz, of a folder of .npy files (not read whole), or one .npy -> dict by the names in
+    STORED, and the note that says which were taken. Complaint where shapes do not fit."""
+    cure = "save plain arrays, of names np.array(names, dtype=str)"
+    with reading(path, "an .npz file, or a folder of .npy files", cure):
+        if os.path.isdir(path):
+            there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
+            expect(there, "data", path, f"an .npz file, or .npy files in it (found {inside(path)})")
+        else:
+            there = np.load(path, mmap_mode="r")
+            there = dict(embedding=there) if isinstance(there, np.ndarray) else there
+        taken = {ours: [n for n in (ours, *theirs.split()) if n in there] for ours, theirs in STORED.items()}
+        a = {ours: there[names[0]] for ours, names in taken.items() if names}
+    z = a.get("embedding")
+    if z is None:
+        found = f"no array 'embedding' (found: {', '.join(there)})"
+        raise Complaint(f"{path}: {found}; see --data=embeddings:help")
+    n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
+    good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
+    good = good and ("text" not in a or a["text"].shape[1:] == z.shape[1:])
+    for key in ("y", "place", "split", "foreground", "background"):
+        if key in a:
+            a[key] = a[key][:, 0] if a[key].shape == (n, 1) else a[key]
+            good = good and a[key].shape == (n,)
+    if not good:
+        wanted = "embedding [n, D] of numbers, y, place, split [n], text [C, D]"
+        raise Complaint(f"{path}: {shapes}; expected {wanted}")
+    used = [names[0] + f" as {ours}" * (names[0] != ours) for ours, names in taken.items() if names]
+    rest = sorted(set(there) - {names[0] for names in taken.values() if names})
+    return a, f"{path}: {', '.join(used)}" + f"; not used: {', '.join(rest)}" * bool(rest)
+
+
+def stored(path, facts):
+    """embeddings:FILE.npz       embeddings from elsewhere, of images that need not be here; arrays:
+    embedding [n, D]     of any float type; a folder of .npy files of these names is read as it is used
+    y [n]                whole numbers from 0, or names; -1, NaN or an empty name: unlabelled
+    place [n]            the same, the group within a class; may be missing
+    split [n]            0, 1, 2 or train, val, test; may be missing: 3/5, 1/5, 1/5 of each group
+    text [C, D]          of each class, for zero-shot; logit_scale, 100 if it is not there
+    classes [C], places [P]    names; --classes=FILE gives others
+    train.py --foregrounds=embeddings:FILE.npz: composites; embedding [N, D], foreground, background [N]."""
+    a, note = stored_arrays(str(path))
+    facts.notes.append(note)
+    n, C = len(a["embedding"]), len(a["text"]) if "text" in a else 0
+    names = facts.renamed or list(map(str, a.get("classes", ())))
+    if C and names and len(names) != C or C and not names and a.get("y", np.empty(0)).dtype.kind in "SUO":
+        have = f"{len(names)} names" if names else "names in y, in no order"
+        raise Complaint(f"{path}: {C} rows of text and {have} of classes; give classes, {C} names in order")
+    y, facts.classes = labels_in(path, "y", a.get("y", np.full(n, -1)), names or list(map(str, range(C))))
+    places = list(map(str, a.get("places", ())))
+    place, facts.places = labels_in(path, "place", a.get("place", np.full(n, -1)), places)
+    split = [None] * n
+    if "split" in a:
+        known = SPLIT_NAMES | {str(k): k for s in range(3) for k in (s, float(s))}
+        words = [str(v).lower() for v in a["split"].tolist()]
+        split = [known.get(word) for word in words]
+        if None in split:
+            k = split.index(None)
+            raise Complaint(f"{path}: split[{k}] is {words[k][:60]!r}, expected 0, 1, 2 or train, val, test")
+        split = list(map(int, split))
+    for k, row in enumerate(zip(y, place, split, strict=True)):
+        yield Row(Stored(str(path), k), *row)
+
+
+def labels_in(path, key, values, names):
+    """An array [n] of names or numbers -> list of names, None where there is none, and all names in order:
+    those given, or else those that occur."""
+    if values.dtype.kind in "SU":
+        words = [word.strip() for word in values.astype(str).tolist()]
+        return [word if word.lower() not in ("", "nan") else None for word in words], names
+    x = values.astype(float)
+    missing = np.isnan(x) | (x == -1)
+    k = np.where(missing, 0, x).astype(np.int64)
+    odd = ((k != x) | (k < 0)) & ~missing
+    if odd.any() or (names and k.max(initial=0) >= len(names)):
+        wanted = f"whole numbers from 0 to {len(names) - 1}, of {len(names)} names" if names else "from 0"
+        found = x[odd.argmax() if odd.any() else k.argmax()]
+        raise Complaint(f"{path}: {key} has {found:g}, expected {wanted}")
+    name = dict(enumerate(names)) if names else {v: str(v) for v in np.unique(k[~missing]).tolist()}
+    known = np.where(missing, -1, k).tolist()
+    return [name.get(v) for v in known], [*name.values()]
+
+
+def stored_composites(path):
+    """--foregrounds=embeddings:FILE.npz -> composites as Stored, foreground and background of each [N]."""
+    a = stored_arrays(path)[0]
+    numbers = [a.get(key, np.empty(0)) for key in ("foreground", "background")]
+    if any(v.dtype.kind not in "iu" for v in numbers):
+        found = f"found {', '.join(a)}"
+        raise Complaint(f"{path}: expected foreground and background, whole numbers [N] ({found})")
+    i, j = (torch.from_numpy(v.astype(np.int64)) for v in numbers)
+    return [Stored(path, k) for k in range(len(i))], i, j
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -2214,6 +2404,7 @@ SETS = {
     "imagenet": DataSet(imagenet),
     "folder": DataSet(image_folder),
     "csv": DataSet(csv_table),
+    "embeddings": DataSet(stored, "{}"),  # its texts are rows of the file
     "digits": DataSet(digits, alone=True),
     "cutouts": DataSet(cutouts, alone=True),
     "coco": DataSet(coco),

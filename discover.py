@@ -34,7 +34,7 @@ from PIL import ImageDraw
 from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, load_data
 from data import load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table, tag, thumb
 from data import write, write_json
-from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_map, load_probe
+from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_heads, load_probe
 from model import mask_shares, region_embeddings, repeat_by, sums, unit, wilson
 
 # fmt: off
@@ -69,7 +69,8 @@ prompts = ""              # openai: its 80 templates; or a file of templates wit
                           # if empty the data set's own, of most "a photo of a {}."
 temperature = 0.07        # of softmax over cosines with text embeddings
 model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-pretrained = ""           # open_clip tag or local file
+                          # hf-hub:NAME, local-dir:FOLDER
+pretrained = ""           # open_clip tag, local file, or folder of weights
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
 test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
 device = "auto"           # auto, cpu, cuda
@@ -192,6 +193,8 @@ def from_images(config):
     encoder = load_encoder(model, pretrained, quick_gelu, test_size, skip_bad=skip_bad, **how)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     planted["columns"] = columns
+    wanted = "pictures; region embeddings from elsewhere go with --embeddings=FILE.npz"
+    expect(not data.startswith("embeddings:"), "data", data, wanted)
     samples = load_data(data, classes, places, prompts, "", False, seed, **planted)
     if (samples.y < 0).any():
         raise Complaint(f"{samples.name}: no labels; discovery needs them: a folder for each class")
@@ -342,17 +345,16 @@ def probe_classifier(encoder, samples, parts, config):
 def checkpoint_probe(encoder, samples, parts, ckpt, name):
     """The probe of a name in a checkpoint of train.py, on raw embeddings or through the checkpoint's map."""
     state = load_checkpoint(ckpt, encoder)
-    fitted = load_probe(state, name, encoder.device)
-    other = name in ("nullspace", "leace", "bap_closed", "bap_synthetic", "bap_map", "bap_both")
-    expect(not other, "probe", name, "one on raw embeddings, or bap: the map of others is not in the file")
+    load_probe(state, name)  # complains if it is not there
+    heads = load_heads(state, encoder.device)
+    expect(name in heads, "probe", name, f"of {', '.join(heads)}: the map of others is not in the file")
     part = "val" if name.startswith("val_probe") else "train"
     if part in parts:
         what = f"the probe {name} was fitted on the {part} split, and must be looked at on another"
         raise Complaint(f"--split={','.join(parts)}: {what}")
     if state["classes"] != samples.classes:
         raise Complaint(f"--ckpt={ckpt}: made for {state['classes']}, {samples.name} has {samples.classes}")
-    g = load_map(state, encoder.device) if name in ("bap", "val_probe_bap") else unit
-    return lambda v: fitted.logits(g(v.float())), f"classifier: probe {name} of {ckpt}"
+    return heads[name], f"classifier: probe {name} of {ckpt}"
 
 
 CLASSIFIERS = {"probe": probe_classifier, "text": text_classifier, "rows": own_rows}

@@ -28,13 +28,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import LEAST, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers
+from data import LEAST, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers, load_data
 from data import composites as compose
-from data import load_data, load_foregrounds, load_regions, near, page, read_json, reading, region_truth
-from data import revision, rng, run, say, table, tag, text, thumb, write, write_json, write_table
+from data import load_foregrounds, load_predictions, load_regions, near, page, plain, read_json, reading
+from data import region_truth, revision, rng, run, say, table, tag, text, thumb, write, write_json
+from data import write_table
 from model import LOADED, additivity, dfr, file_digest, fit_probe, group_metrics, join, load_checkpoint
-from model import load_encoder, load_map, mask_shares, mean_std, paired_bootstrap, region_embeddings
-from model import repeat_by, sha256, standard, sums, unbalanced, unit, wilson, worst_ends
+from model import load_encoder, load_heads, load_map, mask_shares, mean_std, paired_bootstrap
+from model import region_embeddings, repeat_by, sha256, standard, sums, unbalanced, unit, wilson, worst_ends
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -44,8 +45,10 @@ skip_bad = False          # leave out images that cannot be read, counted and na
 max_pixels = 89478485     # a photo of more is refused
 # --- data ---------------------------------------------------------------------------------------------------
 data = ""                 # NAME:DIR, NAME waterbirds, celeba, counteranimal, nico, cocogender, in9,
-                          # imagenet, folder, csv or coco; or, without a folder, scenes, digits or cutouts.
-                          # Empty: scenes, for --protocol=ravl digits
+                          # imagenet, folder, csv, coco, embeddings; or, without a folder, scenes, digits,
+                          # cutouts. Empty: scenes, for --protocol=ravl digits
+predictions = ""          # instead a FILE.csv of predictions: y, predicted, if it has them place, confidence
+labels = "own"            # imagenet: of a folder with fewer classes models choose among these; all: of 1000
 split = "auto"            # photos to measure on: train, val, test, all; auto: test, or all if splits are ours
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
@@ -58,7 +61,8 @@ spurious = "0"            # that class, by number or name (ravl goes through str
 feature = ""              # and that feature, where there is a choice
 # --- models -------------------------------------------------------------------------------------------------
 model = ""                # empty: lite0; timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-pretrained = ""           # open_clip tag or local file
+                          # hf-hub:NAME, local-dir:FOLDER
+pretrained = ""           # open_clip tag, local file, or folder of weights
 models = ""               # several instead, comma-separated, each NAME or NAME@PRETRAINED
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
 test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
@@ -68,8 +72,8 @@ dtype = "auto"            # of the forward pass: auto, float32, bfloat16
 batch_size = "auto"       # images at a time; auto: 256 on a GPU, fewer if memory asks for it; 8 on a CPU
 threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
 # --- protocols ----------------------------------------------------------------------------------------------
-protocol = "auto"         # of zeroshot, classifier, probe, clip_probe, dfr, fewshot, comma-separated; or
-                          # ravl; auto: the first three, where they can be
+protocol = "auto"         # of zeroshot, classifier, probe, clip_probe, dfr, ckpt (the probes in --ckpt),
+                          # fewshot, comma-separated; or ravl; auto: the first three, where they can be
 l2 = 0.8                  # penalty of probe and fewshot, as in train.py
 shots = "1,4,16"          # fewshot: training images per class
 picker = "auto"           # CounterAnimal 1v20: what picks each class's 20 labels: NAME@PRETRAINED, or self;
@@ -112,33 +116,33 @@ PUBLISHED = {  # CounterAnimal's table: common, counter in per cent, over 1000 l
 def main():
     numbers = dict.fromkeys("composites mitigate base_steps steps pairs learning_rate".split(), "[0, inf)")
     numbers.update(settings="[1, 50]", region_weight="[0, 1]", region_temperature="(0, inf)")
-    config = flags(globals(), split=("auto", *SPLITS, "all"), **numbers)
+    config = flags(globals(), split=("auto", *SPLITS, "all"), labels=("own", "all"), **numbers)
     if protocol == "ravl":
         return controlled_settings(config)
-    config.update(data=data or "scenes", model=model or "lite0")
     asked = [] if protocol == "auto" else protocol.split(",")
     for p in asked:
         expect(p in PROTOCOLS, "protocol", p, f"of {', '.join(PROTOCOLS)}; {near(p, PROTOCOLS)}")
     whole = all(s.isdecimal() and int(s) for s in shots.split(","))
     expect(whole, "shots", shots, "whole numbers from 1, comma-separated")
-    for flag, value in dict(model=model, pretrained=pretrained).items():
-        expect(not models or not value, flag, value, "nothing with --models; tags go behind @ in --models")
-    names = [n.strip() for n in (models or f"{config['model']}@{pretrained}".rstrip("@")).split(",")]
-    different = len(set(names)) == len(names) and all(names)
-    expect(different, "models", models, "different names, comma-separated")
+    names = names_of(config)
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
-    planted["columns"] = columns
-    samples = load_data(config["data"], classes, places, prompts, masks, False, seed, **planted)
+    planted.update(columns=columns, all_labels=labels == "all")
+    planted["names"] = load_checkpoint(ckpt).get("classes") if ckpt else []
+    if predictions:
+        samples, given = predicted_elsewhere()
+    else:
+        samples = load_data(config["data"], classes, places, prompts, masks, False, seed, **planted)
     for note in samples.notes:
         say(note)
 
     outcomes, results, failed = {}, {}, {}
     for name in names:
         try:
-            outcomes[name], additive = evaluate(name, samples, asked)
+            outcomes[name], additive = given if predictions else evaluate(name, samples, asked)
             if rank == 0:
                 results[name] = measured(outcomes[name], additive, samples, seed)
+                results[name].update(dict(ckpt=ckpt) if ckpt else {})
         except Exception as problem:
             full = isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError)
             if len(names) == 1 or full or world > 1:  # a full disk is no fault of the model, and of several
@@ -164,6 +168,22 @@ def main():
     say(f"\n{out}/{written}, {time.time() - started:.1f} s")
 
 
+def names_of(config):
+    """The models to measure, as --models has them; the one of embeddings and of predictions is their file."""
+    stored = data if data.startswith("embeddings:") else predictions
+    for flag, value in dict(models=models, model=model, pretrained=pretrained).items():
+        expect(not (stored and value), flag, value, f"nothing with {stored}, which needs no model")
+        alone = flag == "models" or not models or not value
+        expect(alone, flag, value, "nothing with --models; tags go behind @ in --models")
+    config.update(data=data or predictions or "scenes", model=stored or model or "lite0")
+    if stored:
+        return [stored]
+    names = [n.strip() for n in (models or f"{config['model']}@{pretrained}".rstrip("@")).split(",")]
+    different = len(set(names)) == len(names) and all(names)
+    expect(different, "models", models, "different names, comma-separated")
+    return names
+
+
 def headline(name, entry):
     """What is said of a model in one line."""
     figures = [f"{k} {v:.3f}" for k, v in entry["metrics"].items() if isinstance(v, float)]
@@ -187,7 +207,9 @@ def report(results, samples, blocks, config, git):
     numbers = [(f"{m[k]:.0%}", k.replace("_", " ")) for k in shown if m[k] is not None]
     made = os.path.relpath(Path(ckpt).parent / "report.html", config["out_dir"])
     links = [("the report of the map", made)] if ckpt else []
-    lead = f"{PROTOCOLS[head['protocol'].partition('_')[0]].what.capitalize()}; {m['n']} photos."
+    what = "what another program predicted" if predictions else f"the checkpoint's probe {head['protocol']}"
+    what = getattr(protocol_of(head["protocol"]), "what", what)
+    lead = f"{what[0].upper() + what[1:]}; {m['n']} photos."
     return page(kicker, title, lead, sections(blocks), config, git, samples.notes, numbers, links)
 
 
@@ -206,10 +228,11 @@ def contract(config, git, samples, names, results, failed, started):
 
 class Embedded:
     """What a protocol has at hand: embeddings z [n, D] of samples; y, group [n] on their device; good [n],
-    which could be read; the map g that heads see them through; the flags l2 and seed."""
+    which could be read; the map g that heads see them through; flags l2 and seed; a checkpoint's state."""
 
-    def __init__(self, encoder, samples, z, g, l2, seed):
+    def __init__(self, encoder, samples, z, g, l2, seed, state=None):
         self.encoder, self.samples, self.z, self.g, self.l2, self.seed = encoder, samples, z, g, l2, seed
+        self.state = state
         self.y, self.group = samples.y.to(z.device), samples.group().to(z.device)
         self.good = z.isfinite().all(1).cpu()
 
@@ -237,7 +260,7 @@ def evaluate(name, samples, asked):
     for note in encoder.notes:
         say(note)
     state = load_checkpoint(ckpt, encoder) if ckpt else None
-    todo = offered(encoder, samples, asked)
+    todo = offered(encoder, samples, asked, state)
     z = encoder.embed(samples.items, name)
     judge, judged, picks = encoder, z, ""
     if is_counteranimal(samples) and {"zeroshot", "classifier"} & set(todo):
@@ -249,17 +272,31 @@ def evaluate(name, samples, asked):
     grid = composed(encoder, foregrounds, backgrounds, composites, skip_bad, seed) if composites else None
     if z is None:
         return None, None
-    e = Embedded(encoder, samples, z, load_map(state, z.device) if state else unit, l2, seed)
+    e = Embedded(encoder, samples, z, load_map(state, z.device) if state else unit, l2, seed, state)
     twenty, outcomes = pick_labels(judge, judged, samples) if picks else None, {}
     for p in todo:
-        for k in shots.split(",") if p == "fewshot" else [""]:
-            heads = PROTOCOLS[p].heads(e, *([int(k)] if k else []))
-            out = classify(e, PROTOCOLS[p], heads, split, twenty, cells)._replace(picker=picks)
-            outcomes[f"{p}_{k}".rstrip("_")] = out
+        for name, row, heads in rows_of(p, e, shots):
+            out = classify(e, row, heads, split, twenty, cells)._replace(picker=picks)
+            outcomes[name] = out
             if out.seen:
                 photos = f"{out.seen} of the {len(out.index)} photos that it is measured on"
-                say(f"WARNING: {p} was trained on {photos}; see --split")
+                say(f"WARNING: {name} was trained on {photos}; see --split")
     return outcomes, additive_parts(e, grid)
+
+
+def predicted_elsewhere():
+    """--predictions=FILE: Samples, whose photos need not be here, and ({"predictions": Outcome}, {})."""
+    wanted = dict(data=data, ckpt=ckpt, masks=masks, prompts=prompts, places=places)
+    for flag, value in dict(wanted, protocol=protocol.replace("auto", "")).items():
+        expect(not value, flag, value, "nothing with --predictions, which runs no model")
+    samples, taken, sure = load_predictions(predictions, columns, classes)
+    index = torch.arange(len(taken))
+    index = index if split in ("auto", "all") else index[samples.split == SPLITS.index(split)]
+    if split == "auto" and (samples.split == 2).any():
+        index = index[samples.split == 2]
+    expect(len(index), "split", split, "one that the table has rows of")
+    out = Outcome(index, taken[None, index], sure[None, index], samples.y[index], samples.classes)
+    return samples, ({"predictions": out}, {})
 
 
 def is_counteranimal(samples):
@@ -268,15 +305,15 @@ def is_counteranimal(samples):
 
 def classify(e, row, heads, split, twenty, cells):
     """The Outcome of a protocol's heads on photos and, if they are given, on cells that show the object."""
-    samples, source = e.samples, SOURCES.get(row.needs)
+    samples, source, wide = e.samples, SOURCES.get(row.needs), row.needs in ("texts", "rows")
     if split == "auto":
         split = "test" if samples.official or source is not None else "all"
     index = (e.good if split == "all" else e.good & (samples.split == SPLITS.index(split))).nonzero()[:, 0]
     if not len(index):
         raise Complaint(f"--split={split}: {samples.name} has no photos there")
-    names, target = (samples.classes, samples.y) if source is not None else choice(samples)
+    names, target = choice(samples) if wide else (samples.classes, samples.y)
     predicted, confidence = (torch.empty(len(heads), len(index), dtype=t) for t in (torch.long, torch.float))
-    of_20 = torch.empty_like(index) if twenty is not None and source is None else None
+    of_20 = torch.empty_like(index) if twenty is not None and wide else None
     for r, head in enumerate(heads):
         for here in (slice(k, k + STEP) for k in range(0, len(index), STEP)):
             logits, owner = head(e.z[index[here]])
@@ -405,6 +442,32 @@ def fewshot_heads(e, shots):
     return heads
 
 
+def ckpt_heads(e):
+    """{name: head} of the checkpoint's own probes, whose classes are the samples', in any order."""
+    names = [plain(name) for name in e.samples.classes]
+    owner = torch.tensor([names.index(plain(name)) for name in e.state["classes"]], device=e.z.device)
+    return {name: on_owner(head, owner) for name, head in load_heads(e.state, e.z.device).items()}
+
+
+def on_owner(head, owner):
+    return lambda v: (head(v), owner)
+
+
+def rows_of(p, e, shots):
+    """The rows of a protocol, (name, Protocol, heads): one; of fewshot one for each number of shots; of ckpt
+    for each probe, which has learned from a split if the checkpoint was made with the same --data."""
+    row = PROTOCOLS[p]
+    if p == "fewshot":
+        return [(f"{p}_{k}", row, row.heads(e, int(k))) for k in shots.split(",")]
+    if p != "ckpt":
+        return [(p, row, row.heads(e))]
+    rows, same = [], e.state["config"].get("data") == e.samples.name.partition(" V ")[0]
+    for name, head in row.heads(e).items():
+        learned = "validation" if name.startswith("val_probe") else "training"
+        rows.append((name, row._replace(needs=learned) if same else row, [head]))
+    return rows
+
+
 Protocol = namedtuple("Protocol", "what needs heads")  # heads: Embedded -> a list of heads, one a draw
 SOURCES = {"training": 0, "validation": 1}  # what is needed, and the split that heads then learn from
 PROTOCOLS = {
@@ -414,19 +477,27 @@ PROTOCOLS = {
     "clip_probe": Protocol("linear probe as CLIP's authors run it, C = 0.316", "training", clip_probe_heads),
     "dfr": Protocol("last-layer retraining on validation groups, as published", "validation", dfr_heads),
     "dfr_val_scaled": Protocol("scaled by these, bias free", "validation", lambda e: dfr_heads(e, False)),
+    "ckpt": Protocol("the checkpoint's own probes, in rows of their names", "ckpt", ckpt_heads),
     "fewshot": Protocol("probe on a few images of each class", "training", fewshot_heads),
 }
 
 
-def offered(encoder, samples, asked):
+def protocol_of(row):
+    """The Protocol of a row of the tables, by its name; None of a checkpoint's probes and of predictions."""
+    return PROTOCOLS.get(row) or PROTOCOLS.get(row.partition("_")[0])
+
+
+def offered(encoder, samples, asked, state=None):
     """The protocols to run: those asked for, Complaint if one cannot be; else what model and data allow."""
-    lacks = lacking(encoder, samples)
+    lacks = lacking(encoder, samples, state)
     for p in asked:
         if PROTOCOLS[p].needs in lacks:
             raise Complaint(lacks[PROTOCOLS[p].needs].format(p=p))
     can = [p for p in ("zeroshot", "classifier") if PROTOCOLS[p].needs not in lacks]
     if "training" not in lacks and (samples.official or len(samples.classes) == 2 or not can):
         can.append("probe")
+    if "ckpt" not in lacks and (not can or samples.y.max() < 0):
+        can.append("ckpt")
     if not can and not asked:
         raise Complaint(lacks["texts"])
     if encoder.tokenizer and samples.nameless and not asked:
@@ -434,11 +505,18 @@ def offered(encoder, samples, asked):
     return sorted(set(asked), key=list(PROTOCOLS).index) or can
 
 
-def lacking(encoder, samples):
+def lacking(encoder, samples, state=None):
     """{what a protocol needs: the line that says that it is not there}."""
     lacks, name = {}, f"--model={encoder.name}"
+    made = (state or {}).get("classes")
+    if made is None:
+        lacks["ckpt"] = "{p}: the probes of a checkpoint need it, --ckpt=FILE of train.py"
+    elif {plain(c) for c in made} != {plain(c) for c in samples.classes}:
+        kinds = ", ".join(samples.classes[:6])
+        lacks["ckpt"] = f"--ckpt: made for {', '.join(made[:6])}, {samples.name} has {kinds}; take the same"
     if encoder.tokenizer is None:
         cure = "take --protocol=classifier or probe, or a CLIP-like model"
+        cure = "give the file an array text [C, D], or take probe" if encoder.kind == "stored" else cure
         lacks["texts"] = f"{name}: it has no text tower, zero-shot needs one; {cure}"
     elif samples.nameless:
         lacks["texts"] = samples.nameless.replace("{", "{{").replace("}", "}}")
@@ -595,7 +673,10 @@ def redraw(cells, seed, stream=0, times=2000):
 
 
 def ece(confidence, correct, bins=15):
-    """Expected calibration error: photos' mean |accuracy - confidence| of their bin (Guo et al. 2017)."""
+    """Expected calibration error: photos' mean |accuracy - confidence| of their bin (Guo et al. 2017); None
+    where a confidence is not known."""
+    if confidence.isnan().any():
+        return None
     b = (confidence * bins).long().clamp(0, bins - 1)
     gap = sums((correct.double() - confidence.double())[:, None], b, bins)
     return float(gap.abs().sum() / len(b))
@@ -754,6 +835,9 @@ def results_block(results, samples, failed):
         rows.append((model, p, *values))
     if any(p.startswith("fewshot") for _, p, *_ in rows):
         notes.append("fewshot: means over the draws; worst_group, too, is the mean of each draw's own")
+    mapped = [p for p in head["protocols"] if protocol_of(p)]
+    if head.get("ckpt") and mapped:
+        notes.append(f"through the map bap of {head['ckpt']}: {', '.join(mapped)}")
     for k in [k for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")][:1]:
         low, high = best[k + "_interval"]
         notes.append(f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}")
@@ -830,7 +914,8 @@ def worst(out, samples, most=12):
     """The photos that are wrong with the highest confidence, as figures; not of one class alone."""
     y, figures, shown = samples.y[out.index].tolist(), [], []
     wrong = (out.predicted[0] != out.target) & (samples.y[out.index] >= 0)
-    for k in out.confidence[0].where(wrong, -1.0).argsort(descending=True)[: int(wrong.sum())].tolist():
+    sure = out.confidence[0].nan_to_num(1.0).where(wrong, -1.0)
+    for k in sure.argsort(descending=True)[: int(wrong.sum())].tolist():
         if shown.count(y[k]) < max(2, most // len(samples.classes)) and len(figures) < most:
             shown.append(y[k])
             photo, taken = int(out.index[k]), called(out, int(out.predicted[0][k]))
@@ -855,7 +940,7 @@ def write_tables(out, results, outcomes, samples):
         o = outcomes[name][p]
         for k, c, v in zip(o.index.tolist(), o.predicted[0].tolist(), o.confidence[0].tolist(), strict=True):
             cells = photos.setdefault(k, [""] * 2 * len(rows))
-            cells[2 * column : 2 * column + 2] = called(o, c, True), f"{v:.4f}"
+            cells[2 * column : 2 * column + 2] = called(o, c, True), "" if v != v else f"{v:.4f}"
     written = ("model", "protocol", "class", "place", "n", "accuracy", "low", "high")
     write_table(out / "groups.csv", written, of_groups)
     lines = []

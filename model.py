@@ -14,7 +14,9 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
+import sys
 import time
 import warnings
 import zipfile
@@ -33,7 +35,8 @@ from einops import rearrange, repeat
 from torch import nn
 from tqdm import tqdm
 
-from data import ASSETS, Complaint, Crop, Ground, expect, near, one_line, open_mask, reading, say, scan, write
+from data import ASSETS, Complaint, Crop, Ground, Stored, expect, inside, near, one_line, open_mask, read_json
+from data import reading, say, scan, stored_arrays, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -569,19 +572,18 @@ def write_cache(path, z):
 def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how):
     """The encoder that --model and --pretrained name.
 
-    model: a name in FAMILIES, timm:NAME, or an open_clip name. pretrained: a tag, a local file (.pt,
-    .safetensors), or "none" for random weights; "" means what the model has by default. quick_gelu:
-    auto, on or off (open_clip models only). test_size: see timm_model. how: of embedding: device, dtype
-    (float32, bfloat16, or auto: see Encoder.facts), batch (a number, or auto: 256 on a GPU, 8 on a CPU,
+    model: a name in FAMILIES, timm:NAME, an open_clip name, or embeddings:FILE. pretrained: a tag, a local
+    file (.pt, .safetensors), or "none" for random weights; "" means what the model has by default.
+    quick_gelu: auto, on or off (open_clip models only). test_size: see timm_model. how: of embedding: device,
+    dtype (float32, bfloat16, or auto: see Encoder.facts), batch (a number, or auto: 256 on a GPU, 8 on a CPU,
     where small ones are faster), threads (that decode and, on a CPU, run the network; 0 for one per core),
     cache (a folder, "" for none), skip_bad. Raises Complaint for an unknown model or tag, a file that does
     not fit, weights that cannot be fetched.
     """
-    family = FAMILIES.get(model, clip_model)
-    if model.startswith("timm:"):
-        family = functools.partial(timm_model, test_size=test_size)
-    encoder = family(model, pretrained, quick_gelu, how.get("cache", "")).embeds_with(**how)
-    if test_size and not model.startswith("timm:"):
+    family = FAMILIES.get(model, SCHEMES.get(model.partition(":")[0], clip_model))
+    sized = dict(test_size=test_size) if family is timm_model else {}
+    encoder = family(model, pretrained, quick_gelu, how.get("cache", ""), **sized).embeds_with(**how)
+    if test_size and not sized:
         encoder.notes.append(f"{model}: --test_size has no effect, only timm's models have such a size")
     return encoder
 
@@ -713,9 +715,18 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     name = model.removeprefix("timm:")
     if not timm.is_model(name.split(".")[0]):
         raise Complaint(f"--model={model}: timm has no such model; {near(name, timm.list_models())}")
-    record = timm.get_pretrained_cfg(name)
-    given = dict(pretrained_cfg=record.to_dict() if record else {}, verbose=False)
-    sizes = [resolve_data_config({}, use_test_size=test, **given) for test in (False, True)]
+    record, more = timm.get_pretrained_cfg(name), {}
+    made = record.to_dict() if record else {}
+    said = pretrained and os.path.isfile(os.path.join(pretrained, "config.json"))
+    if said:  # a folder as timm writes it for a hub
+        from timm.models._hub import load_model_config_from_path
+
+        with reading(f"--pretrained={pretrained}", f"the folder of a {name} of timm"):
+            made, of, more = load_model_config_from_path(pretrained)
+            if of != name.split(".")[0]:
+                raise Complaint(f"--model={model}: {pretrained} holds a {of}; take timm:{of}")
+            more = dict(more, num_classes=made.get("num_classes", 1000))
+    sizes = [resolve_data_config({}, made, None, test, False) for test in (False, True)]
     config, notes = sizes[test_size], []
     recipe = [name.split(".")[0], sorted(config.items())]
     if sizes[0] != sizes[1]:
@@ -723,7 +734,7 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
         other = f"in testing {each[1]}, as in its published accuracies: --test_size=True"
         other = f"in training {each[0]}" if test_size else other
         notes.append(f"{model}: pictures are read at {each[test_size]}; {other}")
-    if pretrained not in ("", "none"):
+    if pretrained not in ("", "none") and not said:
         tag = ".".join(filter(None, (record.architecture, record.tag))) if record else name
         notes.append(f"{model}: preprocessing of {tag}, as a local file says none; timm:NAME.TAG has another")
     digest = hub_digest(record, model) if pretrained == "" else weights_digest(pretrained, cache)
@@ -731,7 +742,7 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     def build():
         torch.manual_seed(0)
         with fetching(f"--model={model}"), quiet():
-            module = timm.create_model(name, pretrained=pretrained == "")
+            module = timm.create_model(name, pretrained=pretrained == "", **more)
         if pretrained not in ("", "none"):
             load_file(module, pretrained)
         return module
@@ -751,14 +762,16 @@ def hub_digest(record, model):
 
 
 def clip_model(model, pretrained, quick_gelu, cache):
-    """Any model of open_clip, with a tag or a local file."""
+    """Any model of open_clip, with a tag or a local file or folder; or local-dir:FOLDER."""
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
-    if model not in open_clip.list_models():
+    whole = model.startswith("local-dir:")
+    if not whole and model not in open_clip.list_models():
         known = [*FAMILIES, *open_clip.list_models()]
         raise Complaint(f"--model={model}: no such model; {near(model, known)} (or timm:NAME)")
-    tags, local = open_clip.list_pretrained_tags_by_model(model), os.path.isfile(pretrained)
+    tags = [] if whole else open_clip.list_pretrained_tags_by_model(model)
+    local = os.path.isfile(pretrained) or (os.path.isdir(pretrained) and pretrained not in tags)
     if not local and pretrained not in ("none", *tags):
         cure = near(pretrained, tags) if tags else "it has no tags, give a file"
         raise Complaint(f"--pretrained={pretrained}: neither a file nor a tag of {model}; {cure}")
@@ -769,6 +782,7 @@ def clip_model(model, pretrained, quick_gelu, cache):
     source = f"--quick_gelu={quick_gelu}" if quick_gelu != "auto" else f"the record of {pretrained}"
     if quick_gelu == "auto" and wanted is None:
         source = f"the config of {model}, as there is no record; --quick_gelu=on|off decides otherwise"
+        source += " (OpenAI's weights need on)" * (not own)
     notes = [f"{model}: {'QuickGELU' if quick else 'GELU'}, by {source}"]
     said = record.get("preprocess") or record  # a file of train.py says how pictures were seen
     if local and not record.get("preprocess"):
@@ -785,9 +799,10 @@ def clip_model(model, pretrained, quick_gelu, cache):
             more["init_logit_bias"] = 0.0
         name = "" if pretrained == "none" or local else pretrained
         with fetching(f"--model={model} --pretrained={pretrained}"), quiet():
-            module = open_clip.create_model(model, pretrained=name, force_preprocess_cfg=seen, **more)
+            given = dict(pretrained=name, load_weights=not local, force_preprocess_cfg=seen)
+            module = open_clip.create_model(model, **given, **more)
         if local:
-            load_file(module, pretrained, clip=True)
+            load_file(module, pretrained)
         return module
 
     if local or pretrained == "none":
@@ -795,30 +810,125 @@ def clip_model(model, pretrained, quick_gelu, cache):
     else:
         with fetching(f"--model={model} --pretrained={pretrained}"):
             digest = file_digest(open_clip.download_pretrained(record), cache)
-    recipe = [model, quick, sorted(seen.items())]
+    recipe = [json.dumps(config) if whole else model, quick, sorted(seen.items())]
     transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
     tokenizer = functools.partial(clip_tokenizer, model)
     return Encoder(model, "open_clip", build, transform, recipe, digest, tokenizer, notes)
 
 
+class StoredEncoder(Encoder):
+    """Embeddings from elsewhere in an encoder's place: embed gives rows of files, prompts a file's texts.
+
+    Files of one width count as of one encoder, as nothing in them says which it was.
+    """
+
+    def __init__(self, model, pretrained, quick_gelu, cache):
+        expect(not pretrained, "pretrained", pretrained, f"none with --data={model}, which needs no model")
+        self.file = model.partition(":")[2]
+        self.arrays = a = stored_arrays(self.file)[0]
+        recipe, texts = ["embeddings", a["embedding"].shape[1]], "text" in a
+        super().__init__(model, "stored", None, None, recipe, "", (lambda: None) if texts else None)
+
+    @property
+    def facts(self):
+        scale = float(self.arrays.get("logit_scale", 100))
+        return dict(dim=self.recipe[1], precision="float32", logit_scale=scale, rows=False)
+
+    def embed(self, pictures, label="images", compute=None, part="", rows=None):
+        """Rows of Stored pictures, all of one file: float32 [n, D]; NaN where one is zero or not finite."""
+        if compute or not all(isinstance(p, Stored) for p in pictures):
+            raise Complaint(f"--data={self.name}: embeddings only; {label} would need pictures and a model")
+        if ranks()[0]:
+            return None
+        file = pictures[0].file if pictures else self.file
+        x = stored_arrays(file)[0]["embedding"]
+        if x.shape[1] != self.recipe[1]:
+            raise Complaint(f"{file}: {x.shape[1]} dimensions, {self.file} has {self.recipe[1]}")
+        z = torch.from_numpy(np.array(x[[p.row for p in pictures]], np.float32, order="C"))
+        bad = ~z.isfinite().all(1) | (z == 0).all(1)
+        if bad.any():
+            line = f"{pictures[int(bad.int().argmax())].path}: an embedding that is zero or not finite"
+            if not self.skip_bad:
+                raise Complaint(f"{line}; mend it, or leave such rows out with --skip_bad")
+            say(f"skipped {line}; {label}: {int(bad.sum())} of {len(z)} skipped")
+        return z.masked_fill(bad[:, None], torch.nan).to(self.device)
+
+    def prompts(self, prompts, *_):
+        """The file's text embeddings of classes, each prompt the name of one: [C, D] unit-norm."""
+        text = self.arrays["text"]
+        names = list(map(str, self.arrays.get("classes", range(len(text)))))
+        rows = range(len(text)) if len(prompts) == len(text) else [names.index(p) for (p,) in prompts]
+        return unit(torch.from_numpy(np.array(text[list(rows)], np.float32))).to(self.device)
+
+
+def snapshot(model, pretrained, quick_gelu, cache):
+    """hf-hub:ORG/NAME, local-dir:FOLDER: config and weights, as open_clip or timm write them for a hub."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.utils import EntryNotFoundError
+
+    expect(not pretrained, "pretrained", pretrained, f"none with {model}, whose folder has the weights")
+    hub, _, folder = model.partition(":")
+    if hub == "hf-hub":
+        name = folder
+        with fetching(f"--model={model}"):
+            folder = snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"])
+            for file in [f"{stem}.{end}" for stem in WEIGHTS[:4] for end in ("safetensors", "bin")]:
+                with contextlib.suppress(EntryNotFoundError):
+                    hf_hub_download(name, file)
+                    break
+    expect(os.path.isdir(folder), "model", model, "a folder that exists")
+    if os.path.isfile(os.path.join(folder, "open_clip_config.json")):
+        encoder = clip_model(f"local-dir:{folder}", folder, quick_gelu, cache)
+    else:
+        config = read_json(os.path.join(folder, "config.json"), "the config.json of a model of timm")
+        if "architecture" not in config:
+            cure = f"give open_clip's name of its architecture, --model=ViT-B-32 --pretrained={folder}"
+            kind = config.get("model_type", "model")
+            raise Complaint(f"--model={model}: a {kind} of another library, not timm's; {cure}")
+        encoder = timm_model(f"timm:{config['architecture']}", folder, quick_gelu, cache)
+    encoder.name = model
+    return encoder
+
+
+SCHEMES = {"timm": timm_model, "embeddings": StoredEncoder, "hf-hub": snapshot, "local-dir": snapshot}
+
+
 def weights_digest(pretrained, cache):
-    """The digest of a local file of weights; of random ones their name. Complaint if it isn't there."""
+    """The digest of local weights, file or folder; of random ones their name. Complaint if there are none."""
     if pretrained in ("none", "imagenet"):
         return f"{pretrained} {torch.__version__}"
-    if not os.path.isfile(pretrained):
+    if not os.path.exists(pretrained):
         raise Complaint(f"--pretrained={pretrained}: no such file")
-    return file_digest(pretrained, cache)
+    files = weights_files(pretrained)
+    files += [f for f in [files[-1].with_name("adapter_config.json")] if f.is_file()]
+    digests = [file_digest(file, cache) for file in files]
+    return digests[0] if len(digests) == 1 else sha256(" ".join(digests))
 
 
 def weights_record(path):
-    """What train.py says of weights that it saved, as open_clip of tags: quick_gelu, preprocess, bias."""
-    if not path.endswith(".safetensors"):
-        return {}
+    """What is said of weights, as by open_clip of tags: quick_gelu, preprocess, bias. By train.py in the file
+    that it saved; by a hub's files beside one that is named as hubs do."""
     from safetensors import safe_open
 
-    with reading(path, "a file of weights in safetensors' format"):
-        with safe_open(path, "pt") as file:
-            record = dict(json.loads((file.metadata() or {}).get("record", "{}")))
+    file = weights_files(path)[0]
+    with reading(path, "weights with their record, or a hub's files beside them"):
+        record = {}
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                record = dict(json.loads((tensors.metadata() or {}).get("record", "{}")))
+        if not record and file.stem.split("-0")[0] in WEIGHTS:
+            beside = [file.with_name(f"{name}config.json") for name in ("open_clip_", "", "preprocessor_")]
+            ours, theirs, seen = (read_json(f, "a hub's file") if f.is_file() else {} for f in beside)
+            if ours:
+                quick = bool(ours["model_cfg"].get("quick_gelu"))
+                record = dict(quick_gelu=quick, preprocess=ours.get("preprocess_cfg"))
+            elif theirs.get("model_type") == "clip":  # transformers' default is QuickGELU
+                act = (theirs.get("vision_config") or {}).get("hidden_act", "quick_gelu")
+                record = dict(quick_gelu=act == "quick_gelu")
+            if not ours and "image_mean" in seen:
+                crop = "shortest" if seen.get("do_center_crop") else "squash"
+                seen = dict(mean=seen["image_mean"], std=seen["image_std"], resize_mode=crop)
+                record["preprocess"] = dict(seen, interpolation="bicubic")
         seen = record["preprocess"] = dict(record.get("preprocess") or {})
         seen.update({k: tuple(map(float, seen[k])) for k in ("mean", "std") if k in seen})
         return record
@@ -837,27 +947,221 @@ def weights_bytes(encoder, module, **metadata):
     return save(state, {"record": json.dumps(record), **{k: json.dumps(v) for k, v in metadata.items()}})
 
 
-def load_file(module, path, clip=False):
-    """Strictly loads a state dict from .safetensors or a weights-only .pt. clip: by open_clip's loader, which
-    knows older layouts and resamples positions; that is said."""
-    from open_clip.factory import load_checkpoint as load_clip
+WEIGHTS = "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model", "adapter_model"
+WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "teacher", "student"
+PREFIXES = {"module", "_orig_mod", "base_model", "network", "net", *WRAPPERS}
+SHELLS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # of torch, anywhere
+FOREIGN = re.compile(  # what training leaves in files, and no embedding needs
+    "decoder|mask_token|(.*_)?head|fc\\b|classifier|proj|predict|queue|loss|criterion|cent|prototypes|n_averaged|"
+    ".*position_ids|input_resolution|context_length|vocab_size|logit_bias"
+)
 
-    what = f"weights that fit {type(module).__name__}"
-    with reading(f"--pretrained={path}", what, "give others, or another --model"):
-        had, has = state_of(path, module), module.state_dict()
+
+def load_file(module, path):
+    """Loads the weights of a file or folder into a module of timm or open_clip.
+
+    Of the file those names are taken that end as the module's do, behind their commonest prefix. Positions of
+    another number are resampled; with a classifier of another size, or none, the module loses its own; what
+    is of training only is left out. All that is said. Whatever else is too much, missing or of another shape
+    is a Complaint, with the file's first names.
+    """
+    what, cure = f"weights that fit {type(module).__name__}", "give others, or another --model"
+    with reading(f"--pretrained={path}", what, cure), quiet():
+        read, has, notes, clip = state_of(path), module.state_dict(), [], hasattr(module, "encode_text")
+        state = from_transformers(read, module) if clip and any("vision_model." in k for k in read) else read
+        state = before = without_prefix(state, has, notes)
+        state = as_open_clip(dict(state), module) if clip else as_timm(dict(state), module)
         if not clip:
-            module.load_state_dict(had)
-            return
-        for key in ("visual.positional_embedding", "visual.trunk.pos_embed"):
-            if key in had and had[key].shape[-2] != has[key].shape[-2]:
-                made = f"positions of {had[key].shape[-2]} tokens, {has[key].shape[-2]} are needed"
-                say(f"WARNING: {path}: {made}: made for another size of images, and resampled")
-        with quiet():
-            load_clip(module, path, strict=True)
+            state = without_classifier(state, module, notes)
+        has = module.state_dict()
+        state |= {k: v for k, v in has.items() if k.endswith("num_batches_tracked") and k not in state}
+        odd = [f"no {k}" for k in has if k not in state]
+        extra = [k for k in state if k not in has]
+        odd += [f"{k}, which the model does not have" for k in extra if not FOREIGN.match(k)]
+        for k in has.keys() & state.keys():
+            state[k] = state[k].view_as(has[k]) if state[k].numel() == has[k].numel() == 1 else state[k]
+            made, needed = before.get(k, state[k]).shape, has[k].shape
+            if state[k].shape != needed:
+                odd.append(f"{k} is {list(made)}, expected {list(needed)}")
+            elif made != needed and made.numel() > 1:
+                sizes = f"{k} is {list(made)}, expected {list(needed)}"
+                if "pos" in k:
+                    sizes = f"positions of {made[-2]} tokens, {needed[-2]} are needed"
+                notes.append(f"WARNING: {sizes}: made for another size of images, and resampled")
+        if odd:
+            raise ValueError(f"{odd[0]}; {len(odd)} such; its first names are {', '.join([*read][:4])}")
+        module.load_state_dict({k: state[k] for k in has})
+    if extra:
+        parts = ", ".join(sorted({k.split(".")[0] for k in extra})[:6])
+        notes.append(f"left out what the model does not have: {len(extra)} tensors of {parts}")
+    for note in notes:
+        say(f"{path}: {note}")
 
 
-def state_of(path, module):
-    """The state dict in a file of weights."""
+def without_prefix(state, has, notes):
+    """A state dict without the prefix (backbone., teacher., Lightning's model., ...) behind which most of the
+    module's names (has) are; what stands beside is left out, and noted."""
+    behind = collections.Counter()
+    for name in state:
+        parts = name.split(".")
+        ends = [k for k in range(len(parts)) if ".".join(parts[k:]) in has]
+        behind.update(["".join(f"{part}." for part in parts[: ends[0]])] if ends else [])
+    most = max(behind.values(), default=0)
+    prefix = max((p for p, n in behind.items() if n == most), default="")  # of equals teacher before student
+    if not prefix or most < len(has) / 2:
+        return state
+    within = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    beside = sorted({k.split(".")[0] for k in state if not k.startswith(prefix)})
+    others = f"; left out {len(state) - len(within)} of {', '.join(beside[:6])}" * bool(beside)
+    notes.append(f"the weights behind {prefix!r}{others}")
+    return within
+
+
+def as_timm(state, module):
+    """A state dict as its authors have it (DINOv2, MAE, ...) by timm's names, positions resampled."""
+    convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    try:
+        return dict(convert(dict(state), module)) if convert else state
+    except Exception:  # not as its authors have it
+        return state
+
+
+def without_classifier(state, module, notes):
+    """The state dict; without a classifier if the file's is of another size, or missing: the module's too."""
+    names = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    mine = {k: v.shape for k, v in module.state_dict().items() if k.startswith(names)}
+    theirs = {k: v.shape for k, v in state.items() if k.startswith(names)}
+    if mine == theirs or not mine:
+        return state
+    found = f"a classifier of {next(iter(theirs.values()))[0]} classes" if theirs else "no classifier"
+    notes.append(f"{found} in it, not {module.num_classes}: left out, probes and features need none")
+    module.reset_classifier(0)
+    return {k: v for k, v in state.items() if k not in theirs}
+
+
+def as_open_clip(state, module):
+    """A state dict of older layouts, or of other sizes of images and texts, as open_clip's module has it."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+
+    state = convert_state_dict(module, state)
+    if "positional_embedding" in state and not hasattr(module, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    if "logit_bias" in state and getattr(module, "logit_bias", 0) is None:  # fine-tuned by SigLIP's loss
+        module.logit_bias = nn.Parameter(torch.zeros(()))
+    elif getattr(module, "logit_bias", None) is not None:
+        state.setdefault("logit_bias", torch.zeros(()))
+    resize_pos_embed(state, module)
+    resize_text_pos_embed(state, module)
+    if hasattr(module.visual, "trunk"):
+        at = "visual.trunk."
+        trunk = {k.removeprefix(at): v for k, v in state.items() if k.startswith(at)}
+        state |= {at + k: v for k, v in as_timm(trunk, module.visual.trunk).items()}
+    return state
+
+
+CLIP_BLOCK = {"self_attn.qkv.": "attn.in_proj_", "self_attn.": "attn.", "layer_norm": "ln_"}
+CLIP_BLOCK |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+TRANSFORMERS = {  # names of Hugging Face's CLIPModel and SiglipModel -> open_clip's
+    "text": {
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.embeddings.": "",
+        "text_model.encoder.layers": "transformer.resblocks",
+        "text_model.final_layer_norm": "ln_final",
+        "text_model.head": "text_projection",
+        **CLIP_BLOCK,
+    },
+    "clip": {
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.embeddings.patch_embedding": "visual.conv1",
+        "vision_model.embeddings.": "visual.",
+        "vision_model.encoder.layers": "visual.transformer.resblocks",
+        "vision_model.pre_layrnorm": "visual.ln_pre",
+        "vision_model.post_layernorm": "visual.ln_post",
+        **CLIP_BLOCK,
+    },
+    "siglip": {  # a tower of timm's
+        "vision_model.embeddings.position_embedding.weight": "visual.trunk.pos_embed",
+        "vision_model.embeddings.patch_embedding": "visual.trunk.patch_embed.proj",
+        "vision_model.encoder.layers": "visual.trunk.blocks",
+        "vision_model.post_layernorm": "visual.trunk.norm",
+        "vision_model.head.": "visual.trunk.attn_pool.",
+        "attn_pool.attention.out_proj": "attn_pool.proj",
+        "attn_pool.probe": "attn_pool.latent",
+        "attn_pool.layernorm": "attn_pool.norm",
+        "self_attn.out_proj": "attn.proj",
+        "self_attn.": "attn.",
+        "layer_norm": "norm",
+    },
+}
+
+TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+
+
+def from_transformers(state, module):
+    """A state dict of Hugging Face's CLIPModel or SiglipModel -> by open_clip's names, for its module."""
+    out, vision = {}, "siglip" if hasattr(module.visual, "trunk") else "clip"
+    inner = "" if hasattr(module, "positional_embedding") else "text."  # open_clip's classes differ in this
+    for k, v in state.items():
+        if "position_ids" in k or ".k_proj." in k or ".v_proj." in k:
+            continue
+        if ".q_proj." in k:
+            v = torch.cat([state[k.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+        side = vision if k.startswith("vis") else "text"
+        name = k.replace(".q_proj.", ".qkv.")
+        for theirs, ours in TRANSFORMERS[side].items() if k.startswith(("vis", "text")) else ():
+            name = name.replace(theirs, ours)
+        if k in TRANSPOSED:
+            name, v = TRANSPOSED[k], v.T
+        elif name == "visual.trunk.pos_embed":
+            v = v[None]
+        if "attn_pool.attention.in_proj_" in name:  # its query has a layer of its own
+            for part, rows in zip(("q", "kv"), v.split([len(v) // 3, 2 * len(v) // 3]), strict=True):
+                out[name.replace("attention.in_proj_", f"{part}.")] = rows
+        else:
+            out[inner * k.startswith("text") + name] = v
+    return out
+
+
+def weights_files(path):
+    """The files of weights that a path stands for: itself; of a folder (a hub's snapshot) the usual one, or
+    all its parts; of peft's adapter those of its base, then its own."""
+    if not os.path.isdir(path):
+        return [Path(path)]
+    folder, adapter = Path(path), Path(path) / "adapter_config.json"
+    there = [
+        f for end in ("safetensors", "bin", "pth", "pt", "ckpt") for f in sorted(folder.glob(f"*.{end}"))
+    ]
+    usual, parts = [f for name in WEIGHTS for f in there if f.stem == name], [*folder.glob("*.index.json")]
+    if adapter.is_file():
+        base = str(read_json(adapter, "a file of peft").get("base_model_name_or_path"))
+        own, beside = ([f for f in usual if (f.stem == "adapter_model") == k] for k in (True, False))
+        if not own or not (beside or os.path.exists(base)):
+            cure = "put its model.safetensors beside the adapter, or its path into adapter_config.json"
+            raise Complaint(f"--pretrained={path}: a LoRA adapter of {base}, which is not here; {cure}")
+        return [*(beside[:1] or weights_files(base)), own[0]]
+    if parts and not any(f.stem in WEIGHTS for f in there):
+        names = read_json(parts[0], "an index of the parts of weights")["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    if not usual and len(there) != 1:
+        found = ", ".join(f.name for f in there[:4]) or f"no weights (found {inside(path)})"
+        raise Complaint(f"--pretrained={path}: {found} in it, expected one file of weights; name the file")
+    return (usual or there)[:1]
+
+
+def state_of(path):
+    """The state dict in a file or folder of weights: wrappers undone, LoRA merged. Name -> tensor."""
+    state, files = {}, weights_files(path)
+    for file in files:
+        state |= tensors_in(str(file))
+    if any(".lora_" in k for k in state):
+        return with_lora(state, files[-1].with_name("adapter_config.json"))
+    return state
+
+
+def tensors_in(path):
+    """The tensors in a file of weights by their names, out of the wrapper that holds them, in float32."""
     if zipfile.is_zipfile(path) and "constants.pkl" in " ".join(zipfile.ZipFile(path).namelist()):
         cure = "use --pretrained=openai, or save torch.jit.load(FILE).state_dict() with safetensors"
         raise Complaint(f"{path}: a TorchScript archive, which holds code (OpenAI's original format); {cure}")
@@ -866,11 +1170,56 @@ def state_of(path, module):
 
         state = load(path)
     else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    if "logit_bias" in state and getattr(module, "logit_bias", 0) is None:  # fine-tuned by SigLIP's loss
-        module.logit_bias = nn.Parameter(torch.zeros(()))
-    return state
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as problem:
+            code = re.search(r"GLOBAL (\S+)", str(problem))
+            if not code:
+                raise
+            cure = f"m = torch.load({path!r}, weights_only=False); torch.save(m.state_dict(), 'weights.pt')"
+            held = f"it holds {code[1]}, and opening that could run code"
+            what = "where you trust it, write its tensors with (of a dict m['model'] or m['state_dict'])"
+            raise Complaint(f"{path}: {held}; {what}: {cure}") from None
+    while wrapped := wrappers_in(state):
+        if len(wrapped) > 1:
+            say(f"{path}: the weights in {wrapped[0]!r}, not those in {', '.join(wrapped[1:])}")
+        state = state[wrapped[0]]
+    tensors = {SHELLS.sub("", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    while tensors and len(ends := {k.partition(".")[0] for k in tensors}) == 1 and ends <= PREFIXES:
+        tensors = {k.partition(".")[2]: v for k, v in tensors.items()}
+    if not tensors:
+        raise ValueError(f"no tensors, but {', '.join(map(str, [*state][:4]))}")
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def wrappers_in(state):
+    """The names in a file's dict behind which its state dicts may be, the likeliest first."""
+    if not isinstance(state, dict):
+        raise ValueError(f"a {type(state).__name__}, no state dict")
+
+    def holds(v):
+        return any(isinstance(t, torch.Tensor) for t in v.values())
+
+    usual = [k for k in WRAPPERS if isinstance(state.get(k), dict)]
+    return usual or [k for k, v in state.items() if isinstance(v, dict) and holds(v) and not holds(state)]
+
+
+def with_lora(state, path):
+    """A state dict with LoRA's parts as peft has them, A [r, in] and B [out, r], merged: W + alpha / r B A;
+    alpha and r as the adapter_config.json at path says."""
+    made = read_json(path, "the adapter_config.json of peft, which says how LoRA's parts are merged")
+    odd = [k for k in ("use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out") if made.get(k)]
+    if odd:
+        cure = "merge it with peft, model.merge_and_unload(), and save the state dict of that"
+        raise Complaint(f"{path}: LoRA with {odd[0]} cannot be merged here; {cure}")
+    with reading(path, "a LoRA adapter of the weights beside it"):
+        scale = made["lora_alpha"] / (made["r"] ** 0.5 if made.get("use_rslora") else made["r"])
+        out = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+        for k in [k for k in state if ".lora_A." in k]:
+            name = k.split(".lora_A.")[0] + ".weight"
+            out[name] = out[name] + scale * state[k.replace(".lora_A.", ".lora_B.")] @ state[k]
+        say(f"{path}: LoRA merged into {sum('.lora_A.' in k for k in state)} layers, times {scale:g}")
+        return out
 
 
 @contextlib.contextmanager
@@ -1546,6 +1895,21 @@ def load_map(state, device="cpu"):
         g = Map(state["map"]["mu"], state["map"]["W"], float(state["power"]))
         g(torch.zeros(1, len(g.W)))  # shapes that do not fit fail here
         return g.to(device)
+
+
+RAW = "erm", "group_weighted", "copy_paste", "val_probe", "balanced_train"  # probes on unit embeddings
+MAPPED = "bap", "val_probe_bap"  # and through the map of the checkpoint; those of others are not in it
+
+
+def load_heads(state, device="cpu"):
+    """{name: embeddings [N, D] -> logits [N, C]} of the probes that a checkpoint of train.py can apply."""
+    g = load_map(state, device)
+
+    def head(name):
+        probe, seen = load_probe(state, name, device), g if name in MAPPED else unit
+        return lambda v: probe.logits(seen(v.float()))
+
+    return {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
 
 
 def load_probe(state, name, device="cpu"):

@@ -21,6 +21,7 @@ discover.py found, and the mitigations that it is compared with. torchrun spread
 import contextlib
 import copy
 import functools
+import io
 import itertools
 import math
 import os
@@ -42,9 +43,9 @@ from einops import rearrange, repeat
 from PIL import Image
 
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
-from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers
-from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading, revision
-from data import rng, run, say, synsets, table, tag, thumb, write, write_json, write_table
+from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, load_data
+from data import load_foregrounds, load_regions, page, picture_size, read_json, reading, revision, rng, run
+from data import say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
 from kernels import pairwise_loss, region_logits
 from model import Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe, from_first
 from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
@@ -53,14 +54,15 @@ from model import unit, weights_bytes, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
-out_dir = "out"           # results.json, report.html, ckpt.pt; trained: weights.safetensors, log.csv
+out_dir = "out"           # results.json, report.html, ckpt.pt, map.npz; trained: weights.safetensors, log.csv
 cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
 resume = False            # go on where an interrupted run of the same flags stopped
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
 max_pixels = 89478485     # a photo of more is refused
 # --- the biased data to train the probe on ------------------------------------------------------------------
 data = "scenes"           # scenes, or NAME:DIR: waterbirds, celeba, counteranimal, nico, cocogender, in9,
-                          # imagenet, folder, csv; controlled: digits, cutouts, coco; --data=NAME:help
+                          # imagenet, folder, csv; controlled: digits, cutouts, coco; --data=NAME:help;
+                          # embeddings:FILE.npz: no images and no encoder
 classes = ""              # only these, as in car,truck; or a file of names, one a line
 places = ""               # only these; with as many as --classes the k-th is the k-th class's own
 columns = ""              # of csv, waterbirds: which is what, as in place=weather,path=photo; see csv:help
@@ -77,7 +79,8 @@ instances = 640           # foregrounds in a pose of their own: each cut-out is 
 per_instance = 8          # backgrounds behind each
 # --- encoder ------------------------------------------------------------------------------------------------
 model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-pretrained = ""           # open_clip tag or local file
+                          # hf-hub:NAME, local-dir:FOLDER
+pretrained = ""           # open_clip tag, local file, or folder of weights
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
 test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
 device = "auto"           # auto, cpu, cuda
@@ -169,23 +172,30 @@ def main():
     alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1
     expect(alone, "method", method, "another under torchrun, as bap runs in one process")
     join(device)
-    samples, encoder = dataset(seed=seed), load_encoder(model, pretrained, quick_gelu, test_size, **how)
+    stored = data.startswith("embeddings:")
+    for flag, able in (("method", "bap"), ("model", "lite0"), ("train", ("auto", "map"))) if stored else ():
+        wanted = "its default with --data=embeddings: there is no network"
+        expect(config[flag] in able, flag, config[flag], wanted)
+    config["model"] = data if stored else model
+    samples, encoder = (
+        dataset(seed=seed),
+        load_encoder(config["model"], pretrained, quick_gelu, test_size, **how),
+    )
     if method != "bap":
         return finetune(config, encoder, samples)
     out, started = Path(out_dir), time.time()
-    grounds, notes = grounds_of(backgrounds, skip_bad)
-    figures, more = figures_of(foregrounds, grounds, encoder, skip_bad, out)
+    figures, grounds, notes = material(config, encoder, out)
     states = [unfinished(out / name, config, encoder) for name in PARTIAL]  # complains now, not in an hour
     runs = states[0]["runs"][: seeds - 1] if states[0] else []
     for s in range(seed + len(runs), seed + seeds):
         result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, config)
         runs.append(result)
         save_checkpoint(out / PARTIAL[0], dict(config=config, fingerprint=encoder.fingerprint, runs=runs))
-    results = dict(config=config, git=revision(), notes=encoder.notes + more + notes + last.samples.notes)
+    results = dict(config=config, git=revision(), notes=encoder.notes + notes + last.samples.notes)
     results.update(average(runs, results["notes"]))
     results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
     save_results(out, results, last)
-    say(f"\n{out}: results.json, report.html, ckpt.pt written, {time.time() - started:.0f} s")
+    say(f"\n{out}: results.json, report.html, ckpt.pt, map.npz written, {time.time() - started:.0f} s")
 
 
 def save_results(out, results, last):
@@ -203,6 +213,7 @@ def save_results(out, results, last):
     state.update(probes={name: probe.state() for name, probe in last.probes.items()})
     state.update(classes=last.samples.classes, places=last.samples.places)
     save_checkpoint(out / "ckpt.pt", state)
+    write(out / "map.npz", map_bytes(last))
     write(out / "report.html", report(results, last))
     write_json(out / "results.json", results)  # last: it is there only if all the rest is
     for name in PARTIAL:
@@ -210,17 +221,53 @@ def save_results(out, results, last):
     others_here(out, old)
 
 
+def map_bytes(last):
+    """map.npz: the map and its probe (of bap, or without composites of erm) for those who have numpy only.
+    Of embeddings z [n, D] by the same encoder:
+
+        a = np.load("map.npz"); x = np.sign(z) * abs(z) ** a["power"]
+        g = (x / np.linalg.norm(x, axis=1, keepdims=True) - a["mu"]) @ a["W"]
+        label = a["classes"][(g @ a["weight"] + a["bias"]).argmax(1)]
+    """
+    probe, buffer = last.probes.get("bap", last.probes["erm"]), io.BytesIO()
+    weight = probe.weight / torch.as_tensor(probe.scale).reshape(-1, 1)  # [D, C]
+    bias = probe.bias - torch.as_tensor(probe.mean) @ weight
+    arrays = dict(weight=weight, bias=bias, **last.map.state_dict())
+    arrays = {k: v.detach().cpu().numpy() for k, v in arrays.items()}
+    np.savez(buffer, power=last.map.power, classes=np.array(last.samples.classes, str), **arrays)
+    return buffer.getvalue()
+
+
+def material(config, encoder, out):
+    """What composites are made of: foregrounds, backgrounds, and notes. With embeddings from elsewhere not
+    foregrounds but the composites that --foregrounds has, or none: Stored [N], foreground, background [N]."""
+    kind, _, file = foregrounds.partition(":")
+    if not config["data"].startswith("embeddings:"):
+        wanted = "a folder; embeddings of composites go with --data=embeddings:FILE"
+        expect(kind != "embeddings", "foregrounds", foregrounds, wanted)
+        grounds, notes = grounds_of(backgrounds, skip_bad)
+        figures, more = figures_of(foregrounds, grounds, encoder, skip_bad, out)
+        return figures, grounds, more + notes
+    if kind == "embeddings":
+        grid = stored_composites(file)
+        return grid, [], [f"{file}: embeddings of {len(grid[0])} composites"]
+    none = torch.empty(0, dtype=torch.long)
+    note = "no composites (--foregrounds=embeddings:FILE): no rows of bap, nullspace, leace, no additivity"
+    return ([], none, none), [], [note]
+
+
 def bap(s, encoder, figures, grounds, samples, out, config):
     """The whole method for one seed: its result in plain numbers, and what report and checkpoint need."""
     lap = Laps()
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
-    cells, i, j = composites(figures, grounds, instances, per_instance, s)
+    stored = isinstance(figures, tuple)  # composites themselves, as embeddings from elsewhere
+    cells, i, j = figures if stored else composites(figures, grounds, instances, per_instance, s)
     cells, z, i, j = embedded(encoder, cells, "composites", i, j)
     lap("composites")
 
     # 2. how additive are they?
-    additive = how_additive(encoder, cells, z, i, j, s)
+    additive = how_additive(encoder, cells, z, i, j, s) if cells else None
     lap("additivity")
 
     # 3. the biased data. Its training foregrounds are worth having among the composites, and need no labels:
@@ -232,7 +279,8 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     lap("target")
     grids, own_cells, all_j = [(1.0, z, i)], [], j
     power = 1.0 if (z < 0).any() else 0.5  # after a ReLU a few large channels outshout the rest
-    cuts = cut_own(encoder, samples.keep(samples.split == 0).items, cells, s) if own else []
+    mine = samples.keep(samples.split == 0).items if own and not stored else []
+    cuts = cut_own(encoder, mine, cells, s) if mine else []
     if cuts:
         own_cells, own_i, own_j = own_composites(cuts, grounds, s)
         own_cells, v, own_i, own_j = embedded(encoder, own_cells, "own foregrounds", own_i, own_j)
@@ -240,23 +288,24 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     lap("own")
 
     # 4. the maps, and with --train=last_blocks|image first the encoder
-    maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1.0, z, i)], lam))
-    if cuts:
-        maps["bap_synthetic"] = wiener([(1.0, z, i)], lam, power)
-    maps["bap"] = wiener(grids, lam, power)
+    maps, D = {}, x.shape[1]
+    identity = Map(x.new_zeros(D), torch.eye(D, device=x.device))
+    if cells:
+        maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1.0, z, i)], lam))
+        maps |= dict(bap_synthetic=wiener([(1.0, z, i)], lam, power)) if cuts else {}
+        maps["bap"] = wiener(grids, lam, power)
     trained, x_bap, zero, weights = encoder, x, None, b""
     if train in ("last_blocks", "image"):
         trained, weights = pretrain(encoder, cells + own_cells, grids, all_j, samples, s, out, config)
         new = trained.embed(cells + own_cells, "composites, trained").split([len(v) for _, v, _ in grids])
         grids = [(weight, v, k) for v, (weight, _, k) in zip(new, grids, strict=True)]
-        x_bap, D = trained.embed(samples.items, "target, trained"), x.shape[1]
-        identity = Map(x.new_zeros(D), torch.eye(D, device=x.device))  # no map any more
-        maps.update(bap_map=maps["bap"], bap_both=wiener(grids, lam, power), bap=identity)
+        x_bap = trained.embed(samples.items, "target, trained")
+        maps.update(bap_map=maps["bap"], bap_both=wiener(grids, lam, power), bap=identity)  # no map any more
         if encoder.tokenizer:
             say(samples.nameless or samples.prompt_line())
         if encoder.tokenizer and not samples.nameless:
             zero = dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
-    if bap_map == "linear":
+    if bap_map == "linear" and cells:
         name = "bap_both" if "bap_both" in maps else "bap"
         maps[name] = contrast(maps[name], grids[0][1], i, j, s, steps, learning_rate)
     lap("pretraining")
@@ -265,10 +314,11 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     extra = recomposed(encoder, samples, grounds, place_grounds(samples, place_backgrounds), s)
     probes, methods, reasons, right = probe_all(maps, x, x_bap, samples, extra, l2, s)
     lap("probes")
-    found = invariance(maps["bap"], grids[0][1], i, x, x_bap, samples, l2, s)
+    g = maps.get("bap", identity)
+    found = invariance(g, grids[0][1], i, x, x_bap, samples, l2, s) if cells else None
     result = dict(additivity=additive, invariance=found, methods=methods, reasons=reasons)
     result.update(seconds=lap.seconds, zero_shot=zero)
-    last = dict(map=maps["bap"], probes=probes, right=right, samples=samples, x=x_bap, cells=cells, cuts=cuts)
+    last = dict(map=g, probes=probes, right=right, samples=samples, x=x_bap, cells=cells, cuts=cuts)
     return result, SimpleNamespace(**last, encoder=trained, weights=weights)
 
 
@@ -293,6 +343,8 @@ def embedded(encoder, pictures, label, *numbers):
 def how_additive(encoder, cells, z, i, j, s):
     """The fit of z(f, b) = mu + a_f + c_b + e, and of 200 composites cos(z(f, b), z(f on grey) + z(b))."""
     additive = additivity(unit(z), i, j, seed=s)
+    if encoder.kind == "stored":  # neither part alone can be embedded
+        return additive
     some = some_of(len(z), 200, s)
     f = encoder.embed([replace(cells[k], ground=None) for k in some], "foregrounds on grey")
     b = encoder.embed([replace(cells[k], figure=None) for k in some], "backgrounds alone")
@@ -327,7 +379,8 @@ def probe_all(maps, x, x_bap, samples, extra, l2, s):
     for name, g in maps.items():
         probe(name, g)
     probe("val_probe", unit, val)
-    probe("val_probe_bap", maps["bap"], val)
+    if "bap" in maps:
+        probe("val_probe_bap", maps["bap"], val)
     for name, more in extra.items():
         probe(name, unit, more=more)
     reasons = dict(group_weighted=unbalanced(samples, 0), dfr=unbalanced(samples, 1, 2, 8))
@@ -763,16 +816,18 @@ ADDITIVE = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
 
 
 def additivity_rows(results):
-    return ("geometry", *ADDITIVE), [(k, *[v[q] for q in ADDITIVE]) for k, v in results["additivity"].items()]
+    fits = results["additivity"] or {}
+    return ("geometry", *ADDITIVE), [(k, *[v[q] for q in ADDITIVE]) for k, v in fits.items()]
 
 
 def sentences(results):
     """What the console and the page say of additivity and invariance."""
-    a, v = results["additivity"]["flat"], results["invariance"]
-    sums = (
-        f"cos(z(f, b), z(f) + z(b)): raw {a['cos_sum']:.3f} (shuffled {a['cos_sum_shuffled']:.3f}), "
-        f"means removed {a['cos_sum_centred']:.3f} ({a['cos_sum_centred_shuffled']:.3f})"
-    )
+    if not results["additivity"]:
+        return "", ""
+    a, v, sums = results["additivity"]["flat"], results["invariance"], ""
+    if "cos_sum" in a:
+        sums = f"cos(z(f, b), z(f) + z(b)): raw {a['cos_sum']:.3f} (shuffled {a['cos_sum_shuffled']:.3f}), "
+        sums += f"means removed {a['cos_sum_centred']:.3f} ({a['cos_sum_centred_shuffled']:.3f})"
     place = ""
     if v["place_probe_raw"] is not None:
         accuracies = f"raw {v['place_probe_raw']:.3f}, map {v['place_probe_map']:.3f}"
@@ -796,12 +851,15 @@ def summary(results, samples):
             rows.append((name, *[m[k] for k in keys], *[g["accuracy"] for g in m["groups"]], over))
         elif name in results["reasons"]:
             rows.append((name, *[None] * (len(keys) + len(names)), results["reasons"][name]))
-    spread = f"; means of {config['seeds']} seeds, bap's worst group +- {methods['bap']['spread']:.3f}"
+    best = "bap" if "bap" in methods else "erm"
+    spread = f"; means of {config['seeds']} seeds, {best}'s worst group +- {methods[best]['spread']:.3f}"
     spread = spread if config["seeds"] > 1 else ""
     sums, invariant = sentences(results)
     lines = ["\n" + table(*zero_rows(results["zero_shot"]))] if results["zero_shot"] else []
-    lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
-    lines += [table(*additivity_rows(results)), sums, "\nIs the map invariant?", invariant]
+    if results["additivity"]:
+        lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
+        lines += [table(*additivity_rows(results)), *filter(None, [sums])]
+        lines += ["\nIs the map invariant?", invariant]
     lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: worst group, 95 % interval")
     header = ("method", "worst", "mean", "weighted", *range(1, len(names) + 1), "over erm")
     return "\n".join([*lines, table(header, rows), "groups: " + ", ".join(names)])
@@ -812,14 +870,17 @@ def report(results, last):
     samples, methods, config = last.samples, results["methods"], results["config"]
     third = "balanced_train" if "balanced_train" in methods else "val_probe"
     names = [samples.group_name(*pair) for pair in zip(samples.y, samples.place, strict=True)]
-    predicted = last.probes["bap"].predict(last.map.to(last.x.device)(last.x)).tolist()
+    best = "bap" if "bap" in methods else "erm"  # without composites
+    compared = tuple(dict.fromkeys(("erm", best, third)))
+    predicted = last.probes[best].predict(last.map.to(last.x.device)(last.x)).tolist()
     taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
     test = samples.split == 2
-    mended = test & last.right["bap"] & ~last.right["erm"]
-    erm, ours = methods["erm"], methods["bap"]
+    mended = test & last.right[best] & ~last.right["erm"]
+    erm, ours = methods["erm"], methods[best]
     low, high = ours["over_erm"]
     title = "BAP made the worst group worse." if high < 0 else "BAP made no clear difference."
     title = "The probe went by the background. With BAP it goes by the foreground." if low > 0 else title
+    title = title if best == "bap" else "A plain probe, as there are no composites for BAP."
     worst = min(erm["groups"], key=lambda g: g["accuracy"])
     worst = samples.group_name(worst["y"], worst["place"])
     gain, ends = ours["worst_group"] - erm["worst_group"], f"95 %: {100 * low:+.0f} to {100 * high:+.0f}"
@@ -828,14 +889,15 @@ def report(results, last):
         (f"{ours['worst_group']:.0%}", f"worst group with BAP: {100 * gain:+.0f} points ({ends})"),
         (f"{methods[third]['worst_group']:.0%}", ROWS[third]),
     ]
+    numbers = numbers if best == "bap" else numbers[::2]
     rows = []
     for k, g in enumerate(erm["groups"]):
         n = int(samples.counts(0)[g["y"] * len(samples.places) + g["place"]])
-        values = [methods[name]["groups"][k] for name in ("erm", "bap", third)]
+        values = [methods[name]["groups"][k] for name in compared]
         note = f"{n or 'none'} in training, n = {g['n']}"
         name = samples.group_name(g["y"], g["place"])
         rows.append((name, note, [(m["accuracy"], m["interval"]) for m in values]))
-    picked = torch.linspace(0, len(last.cells) - 1, 12).long().tolist()
+    picked = torch.linspace(0, len(last.cells) - 1, 12 * bool(last.cells)).long().tolist()
     shown = [thumb(last.cells[k].image(), f"composite {k}") for k in picked]
     shown += [thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in last.cuts[:6]]
     keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
@@ -844,14 +906,15 @@ def report(results, last):
         table_rows.append((name, *[None] * len(keys), f"{ROWS[name]}: {reason}"))
     sums, invariant = sentences(results)
     fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map."
+    additive = tag("p", fit), html_table(*additivity_rows(results)), tag("p", sums)
     sections = [
-        ("Accuracy of each group, with 95 % intervals", dots("groups", rows, ("erm", "bap", third))),
+        ("Accuracy of each group, with 95 % intervals", dots("groups", rows, compared)),
         ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
-        ("What is still wrong", *examples(samples, test & ~last.right["bap"], taken)),
+        ("What is still wrong", *examples(samples, test & ~last.right[best], taken)),
         ("The biased training data", *examples(samples, samples.split == 0, names)),
-        ("Composites to pre-train on", *shown),
+        ("Composites to pre-train on", *(shown or ["none"])),
         ("Methods", html_table(("method", *keys, "what"), table_rows)),
-        ("Additivity", tag("p", fit), html_table(*additivity_rows(results)), tag("p", sums)),
+        ("Additivity", *(additive if results["additivity"] else ["of composites: none"])),
         ("Invariance", tag("p", invariant)),
     ]
     if results["zero_shot"]:
@@ -964,7 +1027,7 @@ def finetune(config, encoder, samples):
     tree = dict(config=config, git=head["git"], notes=notes, before=before, after=after, seconds=seconds)
     write_json(out / "finetune.json", tree)
     path.unlink(missing_ok=True)
-    others_here(out, ["results.json", "report.html", "ckpt.pt"])
+    others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
     say(f"\n{out}: weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s")
 
 

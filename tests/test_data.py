@@ -1103,7 +1103,7 @@ def test_help_of_every_data_set_says_how_it_looks_line_by_line(name, capsys):
         load_data(f"{name}:help")
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0 and lines[0].startswith(name) and len(lines) > 2
-    assert name == "csv" or any(line.startswith(("DIR/", "--")) for line in lines)
+    assert name in ("csv", "embeddings") or any(line.startswith(("DIR/", "--")) for line in lines)
 
 
 @pytest.mark.parametrize("name", [n for n in data.SETS if n not in ("scenes", "csv", "digits", "cutouts")])
@@ -1111,7 +1111,7 @@ def test_every_data_set_says_what_a_wrong_folder_holds(tmp_path, name):
     (tmp_path / "everything.tar.gz").write_bytes(b"x")
     with complaint("everything.tar.gz: unpack it first"):
         loaded(f"{name}:{tmp_path}")
-    with complaint("nowhere", "no such folder"):
+    with complaint("nowhere", "no such f"):  # file or folder
         loaded(f"{name}:{tmp_path / 'nowhere'}")
 
 
@@ -1396,10 +1396,13 @@ def test_in9_map_that_is_none(tmp_path, content):
 def test_imagenet_by_wordnet_id_or_by_order(tmp_path):
     touch(tmp_path / "ids", "n01440764/a.JPEG", "n01440764/b.JPEG", "n15075141/c.JPEG")
     samples = loaded(f"imagenet:{tmp_path}/ids")
-    assert samples.y.tolist() == [0, 0, 999] and samples.labels[999] == "toilet paper"
-    assert noted(samples, "WARNING", "2 of 1000")
+    assert samples.y.tolist() == [0, 0, 1] and samples.labels == samples.classes == ["tench", "toilet paper"]
+    assert samples.imagenet == [[0], [999]] and noted(samples, "2 of 1000 classes", "--labels=all")
+    samples = loaded(f"imagenet:{tmp_path}/ids", all_labels=True)
+    assert samples.y.tolist() == [0, 0, 1] and samples.labels[999] == "toilet paper"
+    assert len(samples.labels) == 1000 and samples.imagenet == [[0], [999]]
     touch(tmp_path / "files", "n15075141_x.jpg", "n01443537.jpg")
-    assert loaded(f"imagenet:{tmp_path}/files").y.tolist() == [1, 999]
+    assert loaded(f"imagenet:{tmp_path}/files").imagenet == [[1], [999]]
     for k in range(1000):
         text(tmp_path / f"order/class_{k:04}.jpg")
     assert loaded(f"imagenet:{tmp_path}/order").y.tolist() == list(range(1000))
@@ -1407,7 +1410,9 @@ def test_imagenet_by_wordnet_id_or_by_order(tmp_path):
     with complaint("999 images", "n01440764"):
         loaded(f"imagenet:{tmp_path}/order")
     chosen = loaded(f"imagenet:{tmp_path}/ids", classes="toilet paper,tench")
-    assert chosen.y.tolist() == [1, 1, 0] and chosen.imagenet == [[999], [0]] and len(chosen.labels) == 1000
+    assert (
+        chosen.y.tolist() == [1, 1, 0] and chosen.imagenet == [[999], [0]] and chosen.labels == chosen.classes
+    )
 
 
 # --- layers, composites, masks
@@ -2310,3 +2315,92 @@ def test_thumb_holds_a_readable_jpeg_no_larger_than_twice_its_box():
     code = re.search(r"base64,([^\"]+)", data.thumb(Image.new("RGB", (900, 600), "red"), "", 100)).group(1)
     image = Image.open(io.BytesIO(base64.b64decode(code)))
     assert image.format == "JPEG" and image.size == (200, 133) and image.getpixel((5, 5))[0] > 240
+
+
+# --- embeddings from elsewhere
+
+
+def vectors(path, **arrays):
+    """A file of five embeddings [5, 3] and other arrays."""
+    arrays = dict(embedding=np.arange(15.0).reshape(5, 3)) | {k: np.array(v) for k, v in arrays.items()}
+    np.savez(path, **{k: v for k, v in arrays.items() if v.dtype != object})
+    return f"embeddings:{path}"
+
+
+STORED = [  # arrays -> y, classes, place, places
+    (dict(y=[0, 1, 1, 0, 2]), [0, 1, 1, 0, 2], ["0", "1", "2"], None),
+    (dict(y=[1, 3, 3, 1, 1]), [0, 1, 1, 0, 0], ["1", "3"], None),  # gaps make no classes
+    (dict(y=[1, 3, 3, 1, 1], text=np.ones((4, 3))), [1, 3, 3, 1, 1], ["0", "1", "2", "3"], None),
+    (dict(y=[True, False, True, True, False], place=np.array([2, 2, 0, 0, 2], np.uint8)),
+     [1, 0, 1, 1, 0], ["0", "1"], ([1, 1, 0, 0, 1], ["0", "2"])),
+    (dict(y=[0.0, 1.0, np.nan, -1, 1], classes=["cat", "dog"]), [0, 1, -1, -1, 1], ["cat", "dog"], None),
+    (dict(labels=["b", "a", " ", "a ", "nan"], group=["x", "y", "x", "x", "y"]),
+     [1, 0, -1, 0, -1], ["a", "b"], ([0, 1, 0, 0, 1], ["x", "y"])),
+    (dict(y=[[0], [1], [0], [1], [1]], places=["sea", "wood"], place=[1, 1, 0, 0, 1]),
+     [0, 1, 0, 1, 1], ["0", "1"], ([1, 1, 0, 0, 1], ["sea", "wood"])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arrays, y, classes, where", STORED)
+def test_embeddings_bring_their_labels_in_any_type(tmp_path, arrays, y, classes, where):
+    samples = load_data(vectors(tmp_path / "e.npz", **arrays), splits=False)
+    assert samples.y.tolist() == y and samples.classes == classes
+    assert [samples.place.tolist(), samples.places] == list(where or ([0] * 5, ["anywhere"]))
+    assert [item.row for item in samples.items] == list(range(5))
+    labels = [k + " as y" * (k == "labels") + " as place" * (k == "group") for k in sorted(arrays)]
+    assert all(word in samples.notes[0] for word in ["e.npz: embedding", *labels])
+
+
+def test_embeddings_in_a_folder_are_mapped_and_what_is_not_used_is_said(tmp_path):
+    for name, array in dict(
+        embedding=np.ones((4, 2)), y=[0, 1, 0, 1], split=[0, 1, 2, 0], ids=[9] * 4
+    ).items():
+        np.save(tmp_path / f"{name}.npy", array)
+    samples = load_data(f"embeddings:{tmp_path}", splits=False)
+    assert isinstance(data.stored_arrays(str(tmp_path))[0]["embedding"], np.memmap)
+    assert samples.split.tolist() == [0, 1, 2, 0] and "not used: ids" in samples.notes[0]
+    words = dict(y=[0, 1, 1, 0, 1], split=["train", "Val", "test", "test", "train"])
+    assert load_data(vectors(tmp_path / "w.npz", **words), splits=False).split.tolist() == [0, 1, 2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "arrays, expected",
+    [
+        (dict(embedding=[1.0, 2.0]), "embedding float64[2]"),
+        (dict(embedding=[["a", "b"]]), "expected embedding [n, D]"),
+        (dict(y=[0, 1]), "y int64[2]"),
+        (dict(y=[0, 1, 0.5, 1, 1]), "y has 0.5"),
+        (dict(y=[0, 1, -2, 1, 1]), "y has -2"),
+        (dict(y=[0, 1, 2, 1, 1], classes=["a", "b"]), "y has 2, expected whole numbers from 0 to 1"),
+        (dict(y=[0, 1, 0, 1, 1], text=np.ones((2, 4))), "text float64[2, 4]"),
+        (
+            dict(y=[0, 1, 0, 1, 1], text=np.ones((2, 3)), classes=["a", "b", "c"]),
+            "2 rows of text and 3 names",
+        ),
+        (dict(y=list("abaab"), text=np.ones((2, 3))), "names in y, in no order"),
+        (dict(y=[0, 1, 0, 1, 1], split=[0, 1, 2, 3, 0]), "split[3] is '3'"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_one_line(tmp_path, arrays, expected):
+    with complaint("e.npz", expected):
+        load_data(vectors(tmp_path / "e.npz", **arrays), splits=False)
+
+
+def test_embeddings_without_any_and_of_objects_say_what_to_do(tmp_path):
+    np.savez(tmp_path / "e.npz", feats=np.ones((2, 2)))
+    with complaint("no array 'embedding'", "found: feats", "embeddings:help"):
+        load_data(f"embeddings:{tmp_path / 'e.npz'}")
+    np.savez(tmp_path / "o.npz", embedding=np.ones((2, 2)), y=np.array(["a", "b"], object))
+    with complaint("o.npz", "np.array(names, dtype=str)"):
+        load_data(f"embeddings:{tmp_path / 'o.npz'}")
+    with complaint("--prompts", "in their file"):
+        load_data(vectors(tmp_path / "p.npz", y=[0, 1, 0, 1, 1]), prompts="openai", splits=False)
+
+
+def test_composites_of_elsewhere_need_their_foregrounds_and_backgrounds(tmp_path):
+    vectors(tmp_path / "c.npz", foreground=[0, 0, 1, 1, 5], background=[3, 1, 3, 1, 3])
+    cells, i, j = data.stored_composites(str(tmp_path / "c.npz"))
+    assert [c.row for c in cells] == [0, 1, 2, 3, 4] and i.tolist() == [0, 0, 1, 1, 5] and j[0] == 3
+    vectors(tmp_path / "d.npz", foreground=[0, 0, 1, 1, 5])
+    with complaint("d.npz", "background"):
+        data.stored_composites(str(tmp_path / "d.npz"))

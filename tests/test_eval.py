@@ -334,9 +334,25 @@ def test_lite0_on_imagenet_photos(tmp_path):
     (tmp_path / "some").mkdir()
     for path in sorted((DATA / "imagenet_samples").iterdir())[::8]:
         (tmp_path / "some" / path.name).symlink_to(path)
-    argv = [f"--data=imagenet:{tmp_path / 'some'}", "--model=lite0", f"--out_dir={tmp_path}", "--cache_dir="]
+    argv = [f"--data=imagenet:{tmp_path / 'some'}", "--model=lite0", f"--out_dir={tmp_path}"]
+    argv += [f"--cache_dir={tmp_path / 'cache'}"]
+    assert run([*argv, "--labels=all"]) == 0
+    among_all = entry(tmp_path, "lite0")
+    assert among_all["metrics"]["average"] >= 0.75  # 125 photos; .82 of all 1000
     assert run(argv) == 0
-    assert entry(tmp_path, "lite0")["metrics"]["average"] >= 0.75  # 125 photos; .82 of all 1000
+    own = entry(tmp_path, "lite0")  # what is right among 1000 is right among 125
+    assert own["metrics"]["average"] > among_all["metrics"]["average"] and len(own["classes"]) == 125
+    encoder, names = (
+        load_encoder("lite0", dtype="float32"),
+        json.loads((tmp_path / "eval.json").read_text())["data"],
+    )
+    assert len(names["classes"]) == 125
+    photos = [data.Photo(str(p)) for p in sorted((tmp_path / "some").iterdir())]
+    rows, bias = encoder.classifier()
+    mine = [data.synsets()[0].index(p.name.split("_")[0]) for p in (Path(photo.path) for photo in photos)]
+    taken = (encoder.embed(photos) @ rows[mine].T + bias[mine]).argmax(1)
+    right = float((taken == torch.arange(125)).double().mean())
+    assert own["metrics"]["average"] == pytest.approx(right, abs=0.017)  # bfloat16 may turn two of them
 
 
 def test_unlabelled_photos_are_classified(files, tmp_path):
@@ -540,6 +556,74 @@ def test_checkpoint_of_train_is_applied_first_and_others_are_refused(files, tmp_
     refused(capsys, applied("other.pt", "no", **other), "other.pt", "lite0", "tiny")
     (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
     refused(capsys, words(files, tmp_path / "no", f"--ckpt={tmp_path / 'bad.pt'}"), "bad.pt")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny):
+    """A checkpoint as of train.py, whose classes are in another order than the alphabet's."""
+    draw = torch.Generator().manual_seed(0)
+    g = model.Map(0.1 * torch.randn(64, generator=draw), torch.randn(64, 64, generator=draw))
+    probes = {}
+    for name in ("erm", "nullspace", "bap"):
+        weight = torch.randn(64, 2, generator=draw).double()
+        bias = torch.zeros(2).double()
+        probes[name] = dict(
+            mean=torch.zeros(64).double(), scale=torch.tensor(0.1).double(), weight=weight, bias=bias
+        )
+    path, config = (
+        tmp_path_factory.mktemp("ckpt") / "ckpt.pt",
+        dict(model="tiny", pretrained="", data="folder:x"),
+    )
+    state = dict(config=config, fingerprint=tiny.fingerprint, probes=probes, classes=["dog", "cat"])
+    state.update(map=g.state_dict(), power=1.0)
+    model.save_checkpoint(path, state)
+
+    def logits(name, z):
+        """Of cat and dog [N, 2]."""
+        x = unit(z.double()) if name == "erm" else (unit(z.double()) - g.mu.double()) @ g.W.double()
+        return (x / 0.1 @ probes[name]["weight"])[:, [1, 0]]
+
+    return path, state, logits
+
+
+def test_probes_of_a_checkpoint_are_rows_of_their_names_on_other_data(
+    files, tmp_path, trained, embedded, capsys
+):
+    samples, z = embedded
+    path, state, logits = trained
+    argv = words(files, tmp_path, "--protocol=ckpt", f"--ckpt={path}")
+    assert run(argv) == 0
+    assert list(entry(tmp_path)["protocols"]) == ["erm", "bap"]  # the map of nullspace is not in the file
+    for name in ("erm", "bap"):
+        same_as(tmp_path, name, logits(name, z).argmax(1), samples)
+    assert "was trained on" not in capsys.readouterr().out
+    made = dict(state, classes=["bird", "cat"])
+    model.save_checkpoint(tmp_path / "other.pt", made)
+    refused(
+        capsys, words(files, tmp_path, "--protocol=ckpt", f"--ckpt={tmp_path}/other.pt"), "bird", "cat, dog"
+    )
+    refused(capsys, words(files, tmp_path, "--protocol=ckpt"), "--ckpt=FILE")
+
+
+def test_probes_of_a_checkpoint_of_the_same_data_say_that_they_have_seen_it(files, tmp_path, trained, capsys):
+    state = dict(trained[1], config=dict(trained[1]["config"], data=f"folder:{files / 'set'}"))
+    model.save_checkpoint(tmp_path / "same.pt", state)
+    assert (
+        run(words(files, tmp_path, "--protocol=ckpt", f"--ckpt={tmp_path / 'same.pt'}", "--split=all")) == 0
+    )
+    assert "WARNING: erm was trained on 20 of the 74" in capsys.readouterr().out
+
+
+def test_a_checkpoint_classifies_photos_without_labels(tmp_path, trained, tiny):
+    for k in range(6):
+        picture(tmp_path / f"photos/{k}.png", k, "cat", "sea")
+    argv = [f"--data=folder:{tmp_path / 'photos'}", "--model=tiny", f"--ckpt={trained[0]}", "--dtype=float32"]
+    assert run([*argv, f"--out_dir={tmp_path}", "--cache_dir="]) == 0
+    z = tiny.embed([data.Photo(str(tmp_path / f"photos/{k}.png")) for k in range(6)])
+    sure, taken = trained[2]("bap", z).softmax(1).max(1)
+    rows = table_of(tmp_path / "predictions.csv")
+    assert [r["tiny bap"] for r in rows] == [("cat", "dog")[k] for k in taken]
+    assert [float(r["tiny bap confidence"]) for r in rows] == pytest.approx(sure.tolist(), abs=1e-4)
 
 
 def test_regions_that_show_the_object_are_classified_too(tmp_path):
@@ -1086,3 +1170,96 @@ def test_a_family_of_photos_runs_through_the_scripts_with_a_clip_resnet(
     assert run(argv) == 0  # the figures anew
     figures = json.loads((at / "finetune/figures.json").read_text())
     assert len(figures["groups"]) == groups and 0 <= figures["region_overall"] <= 1
+
+
+# --- embeddings and predictions from elsewhere
+
+
+def test_embeddings_from_elsewhere_are_measured_like_any_model(tmp_path, capsys):
+    g = np.random.default_rng(0)
+    x, y, place = g.normal(0, 1, (120, 8)), np.arange(120) % 3, g.integers(2, size=120)
+    x[:, 0] += y
+    text, names = g.normal(0, 1, (3, 8)), np.array(["cat", "dog", "owl"])
+    split, path = np.repeat([0, 1, 2], 40), tmp_path / "e.npz"
+    np.savez(path, embedding=x, y=y, place=place, text=text, classes=names, split=split)
+    argv = [f"--data=embeddings:{path}", f"--out_dir={tmp_path}", "--protocol=zeroshot,probe,dfr"]
+    assert run(argv) == 0
+    found = entry(tmp_path, f"embeddings:{path}")
+    test, cosine = split == 2, x @ (text / np.linalg.norm(text, axis=1, keepdims=True)).T
+    right = (cosine.argmax(1) == y)[test]
+    zero, probe = (found["protocols"][p] for p in ("zeroshot", "probe"))
+    assert zero["metrics"]["average"] == pytest.approx(right.mean())
+    of = [right[(y[test] == c) & (place[test] == p)].mean() for c in range(3) for p in range(2)]
+    assert [m["accuracy"] for m in zero["groups"]] == pytest.approx(of)
+    fit = model.fit_probe(unit(torch.from_numpy(x).float()[split == 0]), torch.from_numpy(y)[split == 0], 0.8)
+    right = fit.predict(unit(torch.from_numpy(x).float()))[test].numpy() == y[test]
+    assert probe["metrics"]["average"] == pytest.approx(right.mean()) and "cells" in found["additivity"]
+    assert table_of(tmp_path / "predictions.csv")[0]["image"] == f"{path}[80]"
+    two = [*argv[:2], "--protocol=zeroshot", "--classes=owl,cat"]
+    assert run(two) == 0
+    both = test & (y != 1)
+    right = (cosine[:, [2, 0]].argmax(1) == (y == 0))[both]
+    assert entry(tmp_path, f"embeddings:{path}")["metrics"]["average"] == pytest.approx(right.mean())
+    refused(capsys, [*argv, "--model=tiny"], "--model", "needs no model")
+    refused(capsys, [*argv, "--composites=8"], "embeddings only", "composites")
+    np.savez(path.with_name("bare.npz"), embedding=x, y=y)
+    refused(capsys, [f"--data=embeddings:{tmp_path}/bare.npz", *argv[1:]], "array text [C, D]")
+
+
+def predictions(path, *lines):
+    path.write_text("\n".join(lines))
+    return [f"--predictions={path}", f"--out_dir={path.parent}"]
+
+
+def test_predictions_of_another_program_are_measured_like_any_model(tmp_path, capsys):
+    rows = ["a,0,0,0,.9", "b,0,1,1,.8", "c,1,1,1,.7", "d,1,0,1,.6", "e,1,0,0,.9", "f,,0,0,.9"]
+    rows += ["g,0,0,0,.9", "h,0,1,0,.9", "i,1,1,2,0.5", "j,1,0,NaN,.1"]
+    argv = predictions(tmp_path / "p.csv", "img,label,background,pred,prob", *rows)
+    assert run(argv) == 0
+    found = entry(tmp_path, str(tmp_path / "p.csv"))
+    assert found["protocol"] == "predictions" and found["metrics"]["n"] == 8
+    groups = {(g["y"], g["place"]): (g["accuracy"], g["n"]) for g in found["groups"]}
+    assert groups == {(0, 0): (1.0, 2), (0, 1): (0.5, 2), (1, 0): (0.5, 2), (1, 1): (0.5, 2)}
+    m = found["metrics"]
+    assert (m["worst_group"], m["avg_group_mean"], m["average"]) == (0.5, 0.625, 0.625)
+    assert m["avg_train_weighted"] is None  # no photos of a training split
+    # bins of 1/15: .9 five times, right 4; .8 wrong; .7 right; .6 right (its own); .5 wrong
+    gaps = abs(3 / 4 - 0.9) * 4 + 0.8 + 0.3 + 0.4 + 0.5
+    assert m["ece"] == pytest.approx(gaps / 8, abs=1e-6)
+    assert found["classes"]["1"]["taken_for"] == {"2": 1, "0": 1}
+    said = capsys.readouterr().out
+    assert "background" in said and "2 of 10 rows have no y or no predicted" in said
+    assert table_of(tmp_path / "groups.csv")[1]["n"] == "2"
+
+
+def test_predictions_by_name_without_confidence_and_with_splits(tmp_path, capsys):
+    lines = ["truth,bg,said,split", "cat,sea,cat,train", "dog,sea,cat,train", "cat,wood,cat,train"]
+    lines += ["cat,sea,dog,test", "dog,wood,dog,test", "dog,sea,dog,test", "dog,sea,cat,test"]
+    argv = [*predictions(tmp_path / "p.csv", *lines), "--columns=y=truth,place=bg,predicted=said"]
+    assert run(argv) == 0
+    found = entry(tmp_path, str(tmp_path / "p.csv"))
+    assert found["metrics"]["n"] == 4 and found["metrics"]["ece"] is None
+    assert [(g["y"], g["place"], g["accuracy"]) for g in found["groups"]] == [
+        (0, 0, 0),
+        (1, 0, 0.5),
+        (1, 1, 1),
+    ]
+    assert found["metrics"]["avg_train_weighted"] == 0.25  # train: cat on sea 1, dog on sea 1, dog on wood 0
+    assert run([*argv, "--split=train"]) == 0
+    assert entry(tmp_path, str(tmp_path / "p.csv"))["metrics"]["average"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "lines, more, expected",
+    [
+        (("y,guess", "0,0"), (), "predicted"),
+        (("y,predicted,confidence", "0,0,.5", "1,1,87.5"), (), "confidence='87.5'"),
+        (("y,predicted", "cat,0", "dog,1"), (), "no value in both"),
+        (("y,predicted,split", "0,0,test", "1,1,tset"), (), "'tset'"),
+        (("y,predicted", "0,0", "1,1"), ("--model=tiny",), "--model"),
+        (("y,predicted", "0,0", "1,1"), ("--data=scenes",), "--data"),
+        (("y,predicted", "0,0", "1,1"), ("--columns=y=nothing",), "--columns"),
+    ],
+)
+def test_predictions_that_cannot_be_read_are_one_line(tmp_path, capsys, lines, more, expected):
+    refused(capsys, [*predictions(tmp_path / "p.csv", *lines), *more], expected)

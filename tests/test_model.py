@@ -44,6 +44,19 @@ VIT = dict(image_size=48, layers=3, width=32, patch_size=16, head_width=16)
 RN50 = dict(image_size=64, layers=[1, 1, 1, 1], width=16, patch_size=None)
 TIMM = dict(timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="", timm_proj="linear")
 TOWERS = {"flock-vit": VIT, "flock-rn": RN50, "flock-timm": {**TIMM, "image_size": 160}}
+SIGLIP = dict(
+    embed_dim=96,
+    init_logit_bias=-10,
+    custom_text=True,
+    vision_cfg={
+        **TIMM,
+        "timm_model_name": "test_vit3",
+        "timm_pool": "map",
+        "timm_proj": "none",
+        "image_size": 160,
+    },
+    text_cfg={**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+)
 
 
 def complaint(*words):
@@ -89,6 +102,7 @@ def get(tmp_path_factory):
     for name, tower in TOWERS.items():
         config = dict(embed_dim=24, vision_cfg=tower, text_cfg=TEXT)
         (folder / f"{name}.json").write_text(json.dumps(config))
+    (folder / "flock-siglip.json").write_text(json.dumps(SIGLIP))
     open_clip.add_model_config(folder)
 
     @functools.cache
@@ -630,6 +644,313 @@ def test_timm_models_are_read_at_training_size_or_at_test_size_and_that_is_said(
     assert not same.notes
     notes = load_encoder("tiny", test_size=on, device="cpu").notes
     assert ("--test_size has no effect" in " ".join(notes)) == on
+
+
+def resnet(**how):
+    torch.manual_seed(1)
+    module = timm.create_model("resnet18", **how)
+    return module, module.state_dict()
+
+
+def loaded(path, content, name="resnet18", **how):
+    """A module of timm after loading a file with this content."""
+    torch.save(content, path)
+    module = timm.create_model(name, **how)
+    model.load_file(module, str(path))
+    return module
+
+
+def behind(prefix, state, but=()):
+    return {prefix + k: v for k, v in state.items() if not k.startswith(tuple(but))}
+
+
+WRAPPED = {
+    "DistributedDataParallel": lambda s: behind("module.", s),
+    "torch.compile": lambda s: dict(model=behind("_orig_mod.", s), epoch=3),
+    "both": lambda s: dict(model_state_dict=behind("module._orig_mod.", s)),
+    "Lightning": lambda s: dict(state_dict=behind("model.", s) | {"loss.weight": torch.ones(2)}),
+    "encoder": lambda s: behind("encoder.", s) | {"projector.0.weight": torch.ones(2, 2)},
+    "averaged by timm": lambda s: dict(
+        state_dict=behind("", {k: 0 * v for k, v in s.items()}), state_dict_ema=s
+    ),
+    "teacher": lambda s: behind("student.", {k: 0 * v for k, v in s.items()}) | behind("teacher.", s),
+    "teacher's own": lambda s: dict(
+        student=behind("", {k: 0 * v for k, v in s.items()}), teacher=behind("backbone.", s)
+    ),
+    "a wrapper of its own": lambda s: dict(
+        weights=s, optimizer=dict(state={0: dict(m=torch.ones(2))}), epoch=1
+    ),
+    "shells inside": lambda s: {k.replace("layer1.", "layer1._orig_mod."): v for k, v in s.items()},
+    "an old one": lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
+    "half": lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_weights_are_found_behind_prefixes_and_in_wrappers(tmp_path, kind, capsys):
+    state = resnet()[1]
+    module = loaded(tmp_path / "w.pt", WRAPPED[kind](state))
+    bare = module.state_dict()
+    exact = 1e-3 if kind == "half" else 0
+    assert all(torch.allclose(bare[k].float(), v.float(), rtol=exact, atol=exact) for k, v in state.items())
+    said = capsys.readouterr().out
+    assert {"Lightning": "loss", "encoder": "projector", "averaged by timm": "'state_dict_ema', not"}.get(
+        kind, ""
+    ) in said
+
+
+def test_a_classifier_of_another_size_or_none_is_left_out_and_said(tmp_path, capsys):
+    two = resnet(num_classes=2)[1]
+    for state, words in (
+        (two, "a classifier of 2 classes"),
+        (behind("", two, ["fc"]), "no classifier in it"),
+    ):
+        module = loaded(tmp_path / "w.pt", dict(state_dict=state))
+        assert torch.equal(module.layer4[1].conv2.weight, two["layer4.1.conv2.weight"])
+        assert isinstance(module.get_classifier(), nn.Identity)
+        said = capsys.readouterr().out
+        assert words in said and "probes and features need none" in said
+    torch.save(two, tmp_path / "w.pt")
+    encoder = load_encoder("timm:resnet18", str(tmp_path / "w.pt"), device="cpu", dtype="float32")
+    assert encoder.facts["rows"] is False and encoder.facts["dim"] == 512
+    torch.manual_seed(2)
+    net = timm.create_model("convnext_atto", num_classes=7)  # part of whose head is its last norm
+    module = loaded(tmp_path / "c.pt", {k: v + 0.5 for k, v in net.state_dict().items()}, "convnext_atto")
+    assert torch.equal(module.head.norm.weight, net.head.norm.weight + 0.5)
+
+
+def test_weights_of_authors_lose_what_is_of_training_and_have_their_positions_resampled(tmp_path, capsys):
+    torch.manual_seed(1)
+    vit = timm.create_model("test_vit").state_dict()
+    more = {"mask_token": torch.zeros(1, 64), "decoder_blocks.0.norm1.weight": torch.zeros(3)}
+    module = loaded(tmp_path / "mae.pt", dict(model=behind("", vit, ["head"]) | more), "test_vit")
+    assert torch.equal(module.blocks[0].attn.qkv.weight, vit["blocks.0.attn.qkv.weight"])
+    assert (
+        "1 tensors of decoder_blocks" in capsys.readouterr().out
+    )  # timm's own filter takes the mask_token out
+    module = loaded(tmp_path / "size.pt", vit, "test_vit", img_size=96)
+    assert module.pos_embed.shape == (1, 37, 64)
+    assert "positions of 101 tokens, 37 are needed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("extra", ["blocks.0.ls1.gamma", "reg_token", "blocks.12.norm1.weight"])
+def test_weights_with_more_than_the_model_computes_with_are_refused(tmp_path, extra):
+    state = timm.create_model("test_vit").state_dict() | {extra: torch.ones(64)}
+    with complaint("w.pt", extra, "first names are cls_token, pos_embed"):
+        loaded(tmp_path / "w.pt", state, "test_vit")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pickled_module_or_namespace_is_refused_with_the_lines_that_save_its_weights(tmp_path):
+    torch.save(resnet()[0], tmp_path / "module.pt")
+    torch.save(dict(model=resnet()[1], args=types.SimpleNamespace(lr=1)), tmp_path / "args.pt")
+    for name, held in (("module.pt", "timm.models.resnet.ResNet"), ("args.pt", "types.SimpleNamespace")):
+        with complaint(name, held, "weights_only=False", "torch.save(m.state_dict()", "m['model']"):
+            model.load_file(resnet()[0], str(tmp_path / name))
+
+
+def hugging_face(state, siglip):
+    """A state dict of open_clip -> by the names of transformers' CLIPModel or SiglipModel."""
+    text, out = "text." * siglip, {}
+    blocks = {
+        "transformer.resblocks.": "text_model.encoder.layers.",
+        "visual.trunk.blocks.": "vision_model.encoder.layers.",
+    }
+    blocks["visual.transformer.resblocks."] = "vision_model.encoder.layers."
+    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "norm1": "layer_norm1", "norm2": "layer_norm2"}
+    inner |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    inner |= {"attn.out_proj": "self_attn.out_proj", "attn.proj": "self_attn.out_proj"}
+    single = {
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "ln_final.weight": "text_model.final_layer_norm.weight",
+        "ln_final.bias": "text_model.final_layer_norm.bias",
+        "text_projection.weight": "text_model.head.weight",
+        "text_projection.bias": "text_model.head.bias",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.trunk.pos_embed": "vision_model.embeddings.position_embedding.weight",
+    }
+    starts = {
+        "visual.ln_pre.": "vision_model.pre_layrnorm.",
+        "visual.ln_post.": "vision_model.post_layernorm.",
+        "visual.trunk.norm.": "vision_model.post_layernorm.",
+        "visual.trunk.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
+        "visual.trunk.attn_pool.norm.": "vision_model.head.layernorm.",
+        "visual.trunk.attn_pool.mlp.": "vision_model.head.mlp.",
+        "visual.trunk.attn_pool.proj.": "vision_model.head.attention.out_proj.",
+    }
+    for k, v in state.items():
+        k = k.removeprefix(text)
+        start = next((s for s in blocks if k.startswith(s)), None)
+        if start:
+            n, _, rest = k.removeprefix(start).partition(".")
+            packed = re.fullmatch(r"attn\.(?:in_proj_|qkv\.)(weight|bias)", rest)
+            for part, piece in zip("qkv", v.chunk(3), strict=True) if packed else ():
+                out[f"{blocks[start]}{n}.self_attn.{part}_proj.{packed[1]}"] = piece
+            name, _, last = rest.rpartition(".")
+            if not packed:
+                out[f"{blocks[start]}{n}.{inner[name]}.{last}" if name in inner else k] = v
+        elif k in ("visual.proj", "text_projection"):
+            out[k.replace("visual.proj", "visual_projection").rstrip() + ".weight"] = v.T
+        elif k in single:
+            out[single[k]] = v[0] if k == "visual.trunk.pos_embed" else v
+        else:
+            to = next((s for s in starts if k.startswith(s)), "")
+            out[starts.get(to, "") + k.removeprefix(to)] = v
+    for kind in ("weight", "bias") if siglip else ():
+        q, kv = (out.pop(f"visual.trunk.attn_pool.{part}.{kind}") for part in ("q", "kv"))
+        out[f"vision_model.head.attention.in_proj_{kind}"] = torch.cat([q, kv])
+    if siglip:
+        out["vision_model.head.probe"] = out.pop("visual.trunk.attn_pool.latent")
+    out["text_model.embeddings.position_ids"] = torch.arange(8)
+    scales = {k: out[k].reshape(1) if siglip else out[k] for k in ("logit_scale", "logit_bias") if k in out}
+    return out | scales
+
+
+@pytest.mark.parametrize("name", ["flock-vit", "flock-siglip"])
+def test_clip_and_siglip_of_transformers_are_those_of_open_clip(tmp_path, get, name):
+    state = {
+        k: v + 0.01 * torch.randn(v.shape, generator=torch.Generator().manual_seed(len(k)))
+        for k, v in weights(get(name)).items()
+    }
+    theirs = hugging_face(state, name == "flock-siglip")
+    assert {
+        "text_model.encoder.layers.0.self_attn.q_proj.bias",
+        "vision_model.post_layernorm.bias",
+    } < theirs.keys()
+    ours = [k for k in theirs if k.startswith(("visual.t", "visual.l", "transformer"))]
+    assert all(".ls" in k or "reg_token" in k for k in ours)  # which SigLIP has not
+    for path in (tmp_path / "a.safetensors", tmp_path / "b.pt"):
+        theirs = {k: v.contiguous() for k, v in theirs.items()}
+        module = load_encoder(name, saved(path, theirs), device="cpu").module
+        assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+
+
+def test_a_folder_of_transformers_says_activation_and_preprocessing(tmp_path, get):
+    theirs = {k: v.contiguous() for k, v in hugging_face(weights(get("flock-vit")), False).items()}
+    save_file(theirs, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="clip")))
+    seen = dict(image_mean=[0.5] * 3, image_std=[0.25] * 3, do_center_crop=True)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(seen))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        encoder = load_encoder("flock-vit", str(path), device="cpu")
+        assert is_quick(encoder) and tuple(encoder.transform.transforms[-1].std) == (0.25,) * 3
+    (tmp_path / "config.json").write_text(
+        json.dumps(dict(model_type="clip", vision_config=dict(hidden_act="gelu")))
+    )
+    assert not is_quick(load_encoder("flock-vit", str(tmp_path), device="cpu"))
+
+
+def lora(folder, base, made=(), key="self_attn.q_proj"):
+    """A LoRA adapter of peft for one layer of a base; A, B and the layer's name."""
+    name = f"vision_model.encoder.layers.1.{key}"
+    A, B = gaussian(2, 32, seed=3).float(), gaussian(32, 2, seed=4).float()
+    pair = {f"base_model.model.{name}.lora_{k}.weight": v for k, v in (("A", A), ("B", B))}
+    save_file(pair, folder / "adapter_model.safetensors")
+    config = dict(r=2, lora_alpha=8, base_model_name_or_path=str(base)) | dict(made)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return A, B
+
+
+def test_lora_is_merged_as_peft_s_file_says_and_else_is_one_line(tmp_path, get, capsys):
+    state = weights(get("flock-vit"))
+    theirs = {k: v.contiguous() for k, v in hugging_face(state, False).items()}
+    base, folder = tmp_path / "base.safetensors", tmp_path / "adapter"
+    save_file(theirs, base)
+    folder.mkdir()
+    key = "visual.transformer.resblocks.1.attn.in_proj_weight"
+    for made, scale in (({}, 8 / 2), (dict(use_rslora=True), 8 / 2**0.5)):
+        A, B = lora(folder, base, made)
+        encoder = load_encoder("flock-vit", str(folder), device="cpu")
+        now = encoder.module.state_dict()[key]
+        assert torch.allclose(now[:32], state[key][:32] + scale * B @ A, atol=1e-5)
+        assert (
+            torch.equal(now[32:], state[key][32:]) and "LoRA merged into 1 layers" in capsys.readouterr().out
+        )
+    assert encoder.fingerprint != load_encoder("flock-vit", str(base), device="cpu").fingerprint
+    lora(folder, base, dict(use_dora=True))
+    with complaint("adapter_config.json", "use_dora", "merge_and_unload"):
+        load_encoder("flock-vit", str(folder), device="cpu").module.eval()
+    lora(folder, "openai/clip-vit-base-patch32")
+    with complaint("LoRA adapter of openai/clip-vit-base-patch32", "adapter_config.json"):
+        load_encoder("flock-vit", str(folder), device="cpu")
+    lora(folder, base, key="self_attn.nothing")
+    with complaint("adapter_config.json", "nothing"):
+        load_encoder("flock-vit", str(folder), device="cpu").module.eval()
+
+
+def test_a_folder_of_weights_is_read_by_its_usual_names_and_in_parts(tmp_path):
+    module, state = resnet()
+    save_file(dict(list(state.items())[:50]), tmp_path / "part-1.safetensors")
+    save_file(dict(list(state.items())[50:]), tmp_path / "part-2.safetensors")
+    parts = {k: f"part-{1 + (n >= 50)}.safetensors" for n, k in enumerate(state)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=parts)))
+    again = load_encoder("timm:resnet18", str(tmp_path), device="cpu").module.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in again.items())
+    for name in ("part-1.safetensors", "model.safetensors.index.json"):
+        (tmp_path / name).unlink()
+    (tmp_path / "other.pt").write_bytes(b"x")
+    with complaint(f"--pretrained={tmp_path}", "part-2.safetensors", "other.pt", "name the file"):
+        load_encoder("timm:resnet18", str(tmp_path), device="cpu")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, get):
+    """Folders of a hub: a model of timm with 3 classes, one of open_clip, one of transformers."""
+    for name in ("timm", "open", "trans"):
+        (tmp_path / name).mkdir()
+    state = resnet(num_classes=3)[1]
+    save_file(state, tmp_path / "timm/model.safetensors")
+    cfg = dict(input_size=[3, 128, 128], mean=[0.1] * 3, std=[0.2] * 3, classifier="fc", num_classes=3)
+    config = dict(architecture="resnet18", num_classes=3, pretrained_cfg=cfg)
+    (tmp_path / "timm/config.json").write_text(json.dumps(config))
+    save_file(weights(get("flock-vit")), tmp_path / "open/open_clip_model.safetensors")
+    config = dict(model_cfg=dict(embed_dim=24, vision_cfg=VIT, text_cfg=TEXT, quick_gelu=True))
+    config["preprocess_cfg"] = dict(mean=[0.3] * 3, std=[0.4] * 3)
+    (tmp_path / "open/open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "trans/config.json").write_text(json.dumps(dict(model_type="clip")))
+    return tmp_path
+
+
+def test_folders_of_a_hub_are_models_with_their_preprocessing(hub, get):
+    encoder = load_encoder(f"local-dir:{hub / 'timm'}", device="cpu", dtype="float32")
+    assert encoder.module.num_classes == 3 and tuple(encoder.transform.transforms[-1].mean) == (0.1,) * 3
+    assert torch.equal(encoder.module.fc.weight, resnet(num_classes=3)[1]["fc.weight"])
+    assert encoder.name == f"local-dir:{hub / 'timm'}" and not encoder.notes
+    same = load_encoder("timm:resnet18", str(hub / "timm"), device="cpu")
+    assert same.fingerprint == encoder.fingerprint
+    encoder = load_encoder(f"local-dir:{hub / 'open'}", device="cpu", dtype="float32")
+    assert is_quick(encoder) and tuple(encoder.transform.transforms[-1].mean) == (0.3,) * 3
+    state = weights(get("flock-vit"))
+    assert all(torch.equal(v, state[k]) for k, v in encoder.module.state_dict().items())
+    assert encoder.texts(["a bird"]).shape == (1, 24)
+    with complaint("a clip of another library", "--model=ViT-B-32"):
+        load_encoder(f"local-dir:{hub / 'trans'}", device="cpu")
+    with complaint("timm:resnet50", "holds a resnet18"):
+        load_encoder("timm:resnet50", str(hub / "timm"), device="cpu")
+    with complaint("--pretrained", "whose folder has the weights"):
+        load_encoder(f"local-dir:{hub / 'timm'}", "x", device="cpu")
+
+
+def test_models_of_the_hub_are_fetched_config_first_then_one_file_of_weights(hub, monkeypatch):
+    from huggingface_hub.utils import EntryNotFoundError
+
+    asked = []
+
+    def fetch(name, file):
+        asked.append(file)
+        if file != "model.safetensors":
+            raise EntryNotFoundError("none")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(hub / name))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    assert load_encoder("hf-hub:timm", device="cpu").module.num_classes == 3
+    assert asked[-1] == "model.safetensors" and len(asked) == 5
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    with complaint("--model=hf-hub:timm", "cannot be fetched", "--pretrained"):
+        load_encoder("hf-hub:timm", device="cpu")
 
 
 def is_quick(encoder):
@@ -1527,3 +1848,52 @@ def test_a_checkpoint_edited_by_hand_is_one_line(tmp_path, part, value):
     with complaint("the checkpoint", "train anew"):
         model.load_map(state)
         model.load_probe(state, "bap")
+
+
+# --- embeddings from elsewhere
+
+
+def test_stored_embeddings_are_rows_of_their_file_and_texts_of_its_classes(tmp_path):
+    x = gaussian(6, 4).half().numpy()
+    text, names = gaussian(3, 4, seed=1).float(), np.array(["cat", "dog", "owl"])
+    np.savez(tmp_path / "e.npz", embedding=np.asfortranarray(x), text=text.numpy(), classes=names)
+    encoder = load_encoder(f"embeddings:{tmp_path / 'e.npz'}", device="cpu")
+    some = [data.Stored(str(tmp_path / "e.npz"), k) for k in (4, 0, 4)]
+    z = encoder.embed(some)
+    assert z.dtype == torch.float32 and torch.equal(z, torch.from_numpy(x[[4, 0, 4]]).float())
+    unit_norm = text / text.norm(dim=1)[:, None]
+    assert torch.allclose(encoder.prompts([["owl"], ["cat"]]), unit_norm[[2, 0]])
+    assert torch.allclose(encoder.prompts([["A"], ["B"], ["C"]]), unit(text))  # other names, in their order
+    assert encoder.facts["logit_scale"] == 100 and encoder.embed([]).shape == (0, 4)
+    with complaint("embeddings only", "composites"):
+        encoder.embed([Noise(0)], "composites")
+    np.savez(tmp_path / "f.npz", embedding=np.ones((1, 5)))
+    with complaint("f.npz: 5 dimensions", "has 4"):
+        encoder.embed([data.Stored(str(tmp_path / "f.npz"), 0)])
+    with complaint("--pretrained", "needs no model"):
+        load_encoder(f"embeddings:{tmp_path / 'e.npz'}", "x")
+
+
+def test_stored_embeddings_that_are_none_stop_or_are_left_out_and_counted(tmp_path, capsys):
+    x = np.ones((5, 3), np.float32)
+    x[1], x[3, 1] = 0, np.inf
+    np.savez(tmp_path / "e.npz", embedding=x)
+    some = [data.Stored(str(tmp_path / "e.npz"), k) for k in range(5)]
+    encoder = load_encoder(f"embeddings:{tmp_path / 'e.npz'}", device="cpu")
+    with complaint("e.npz[1]", "--skip_bad"):
+        encoder.embed(some)
+    assert encoder.embeds_with(device="cpu", skip_bad=True).embed(some).isnan().all(1).tolist() == [
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]
+    assert "2 of 5 skipped" in capsys.readouterr().out
+
+
+def test_stored_embeddings_of_one_width_have_one_fingerprint(tmp_path):
+    for name, shape in dict(a=(4, 3), b=(9, 3), c=(4, 5)).items():
+        np.savez(tmp_path / f"{name}.npz", embedding=np.ones(shape))
+    a, b, c = (load_encoder(f"embeddings:{tmp_path / name}.npz").fingerprint for name in "abc")
+    assert a == b != c

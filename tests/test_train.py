@@ -248,7 +248,7 @@ def test_results_keep_the_contract(which, train_counts, request):
         assert alone == {k: m[k] for k in alone} and m["spread"] == 0
     assert r["config"]["model"] == "tiny" and r["config"]["instances"] == 16 and r["seconds"]["total"] > 0
     assert any("100 % correlated" in note for note in r["notes"]) == (which == "plain")
-    assert sorted(os.listdir(out)) == ["ckpt.pt", "report.html", "results.json"]
+    assert sorted(os.listdir(out)) == ["ckpt.pt", "map.npz", "report.html", "results.json"]
 
 
 def groups_of(kept, probe, z, samples, g):
@@ -274,6 +274,34 @@ def test_numbers_are_those_of_the_embeddings_and_of_the_checkpoint_which_holds_n
     assert re.search(r"\ncopy_paste +-[- ]+needs --masks\n", said)
     probe, x = model.load_probe(kept, "erm"), unit(z)
     assert torch.allclose(probe.logits(x), model.fit_probe(x[fit], samples.y[fit], 0.8).logits(x), atol=1e-4)
+
+
+def test_the_map_as_a_matrix_and_ten_lines_of_python_apply_it(files, plain, capsys):
+    encoder, samples = tiny(files), samples_of(files, "all")
+    z = encoder.embed(samples.items).numpy()
+    a, right = np.load(plain / "map.npz"), model.load_checkpoint(plain / "ckpt.pt")
+    x = np.sign(z) * abs(z) ** a["power"]
+    g = (x / np.linalg.norm(x, axis=1, keepdims=True) - a["mu"]) @ a["W"]
+    label = a["classes"][(g @ a["weight"] + a["bias"]).argmax(1)]
+    assert (label == np.array(samples.classes)[samples.y])[samples.split == 2].mean() == pytest.approx(
+        tree(plain)["methods"]["bap"]["overall"]
+    )
+    folder = Path(samples.items[0].path).parent
+    lines = f"""
+from data import Photo, scan
+from model import load_checkpoint, load_encoder, load_heads
+
+encoder = load_encoder("tiny", dtype="float32")
+state = load_checkpoint("{plain}/ckpt.pt", encoder)
+photos = [Photo("{folder}/" + "/".join(parts)) for parts in scan("{folder}")]
+logits = load_heads(state, encoder.device)["bap"](encoder.embed(photos))
+names = [state["classes"][k] for k in logits.argmax(1).tolist()]
+"""
+    exec(lines, scope := {})
+    by_path = dict(zip([p.path for p in scope["photos"]], scope["names"], strict=True))
+    assert [by_path[item.path] for item in samples.items] == label.tolist() and right[
+        "classes"
+    ] == samples.classes
 
 
 def test_report_is_one_self_contained_page(plain, full):
@@ -1206,3 +1234,71 @@ def test_a_loss_that_is_not_finite_stops_with_its_term_and_the_last_good_state(f
 def test_a_batch_of_one_class_is_said_and_does_not_stop(files, tmp_path, capsys):
     assert tune(files, tmp_path, "--pairs=2 --steps=12") == 0
     assert capsys.readouterr().out.count("one class only") == 1
+
+
+# --- embeddings from elsewhere
+
+
+def spurious_vectors(path, D=12):
+    """Embeddings whose coordinate 0 is the class and 1, thrice as large, the place; and of composites."""
+    g, parts = np.random.default_rng(0), []
+    for n, share in ((300, 0.95), (200, 0.5), (240, 0.5)):
+        y = np.arange(n) % 2
+        place = np.where(g.random(n) < share, y, 1 - y)
+        z = g.normal(0, 0.3, (n, D))
+        z[:, 0] += 2 * y - 1
+        z[:, 1] += 3 * (2 * place - 1)
+        parts.append((z, y, place))
+    z, y, place = (np.concatenate(v) for v in zip(*parts, strict=True))
+    split, text = np.repeat([0, 1, 2], [300, 200, 240]), np.zeros((2, D))
+    text[:, 0] = -1, 1
+    np.savez(path, embedding=z.astype(np.float16), y=y, place=place, split=split, text=text)
+    i, j = np.repeat(np.arange(40), 6), g.integers(20, size=240)
+    a, b = g.normal(0, 1, (40, D)), np.zeros((20, D))
+    a[:, 1], b[:, 1] = 0, g.normal(0, 3, 20)
+    composed = a[i] + b[j] + g.normal(0, 0.1, (240, D))
+    np.savez(path.with_name("composites.npz"), embedding=composed, foreground=i, background=j)
+    return [f"--data=embeddings:{path}", f"--out_dir={path.parent / 'out'}", "--cache_dir="]
+
+
+def test_embeddings_from_elsewhere_have_the_rows_that_need_no_pictures(tmp_path, capsys):
+    argv = spurious_vectors(tmp_path / "e.npz")
+    assert run(argv) == 0
+    found = tree(tmp_path / "out")
+    assert set(found["methods"]) == {"erm", "group_weighted", "dfr", "val_probe"}
+    assert found["additivity"] is None and found["invariance"] is None
+    assert "no rows of bap" in capsys.readouterr().out
+    at, erm = found["methods"], found["methods"]["erm"]
+    assert erm["worst_group"] < 0.3 < 0.9 < min(at[m]["worst_group"] for m in ("dfr", "val_probe"))
+    arrays = dict(np.load(tmp_path / "e.npz"))
+    state, (train, test) = saved(tmp_path / "out/ckpt.pt"), (arrays["split"] == k for k in (0, 2))
+    x = unit(torch.from_numpy(arrays["embedding"]).double())
+    probe = model.fit_probe(x[train], torch.from_numpy(arrays["y"])[train], 0.8)
+    right = probe.predict(x).numpy() == arrays["y"]
+    of = [right[test & (arrays["y"] == g // 2) & (arrays["place"] == g % 2)].mean() for g in range(4)]
+    assert [g["accuracy"] for g in erm["groups"]] == pytest.approx(of)
+    assert torch.equal(state["map"]["W"], torch.eye(12)) and state["config"]["model"].startswith(
+        "embeddings:"
+    )
+    page = (tmp_path / "out/report.html").read_text()
+    assert "no composites for BAP" in page and "of composites: none" in page
+
+
+def test_composites_from_elsewhere_bring_the_maps_back(tmp_path):
+    argv = spurious_vectors(tmp_path / "e.npz")
+    assert run([*argv, f"--foregrounds=embeddings:{tmp_path / 'composites.npz'}"]) == 0
+    found = tree(tmp_path / "out")
+    assert {"nullspace", "leace", "bap_closed", "bap", "val_probe_bap"} <= set(found["methods"])
+    assert found["additivity"]["flat"]["r2"] > 0.9 and "cos_sum" not in found["additivity"]["flat"]
+    worst = {m: found["methods"][m]["worst_group"] for m in ("erm", "bap_closed")}
+    assert worst["bap_closed"] > 0.85 > 0.3 > worst["erm"]
+
+
+@pytest.mark.parametrize("word", ["--method=finetune", "--train=image", "--model=tiny", "--pretrained=x"])
+def test_what_needs_a_network_is_refused_for_embeddings(tmp_path, capsys, word):
+    refused(capsys, [*spurious_vectors(tmp_path / "e.npz"), word], word.partition("=")[0], "embeddings")
+
+
+def test_embeddings_of_composites_go_with_embeddings(files, tmp_path, capsys):
+    argv = words(files, tmp_path / "out", "--foregrounds=embeddings:x.npz")
+    refused(capsys, argv, "--foregrounds", "--data=embeddings:FILE")

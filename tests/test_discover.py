@@ -1303,7 +1303,7 @@ def test_which_probes_may_be_looked_at_on_what(photos, trained, tmp_path, capsys
         ("--split=train", "--split=train", "erm was fitted on the train split"),
         ("--classifier=text", "--ckpt", "--classifier=text"),
         ("--probe=magic", "--probe=magic", "erm"),
-        ("--probe=leace", "--probe", "leace", "raw embeddings"),
+        ("--probe=leace", "--probe", "leace", "the map of others is not in the file"),
         (f"--ckpt={tmp_path / 'none.pt'}", "none.pt", "no such file"),
         ("--ckpt=", "--probe", "--ckpt=FILE"),
     ):

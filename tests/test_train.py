@@ -1265,7 +1265,8 @@ def test_embeddings_from_elsewhere_have_the_rows_that_need_no_pictures(tmp_path,
     argv = spurious_vectors(tmp_path / "e.npz")
     assert run(argv) == 0
     found = tree(tmp_path / "out")
-    assert set(found["methods"]) == {"erm", "group_weighted", "dfr", "val_probe"}
+    rows = {"erm", "group_weighted", "dfr", "dfr_val_scaled", "val_probe"}
+    assert set(found["methods"]) == rows
     assert found["additivity"] is None and found["invariance"] is None
     assert "no rows of bap" in capsys.readouterr().out
     at, erm = found["methods"], found["methods"]["erm"]

@@ -3,6 +3,7 @@
 Every equation of BAP (arXiv 2605.11107) here is our reading: the paper's own are not public.
 """
 
+import atexit
 import collections
 import contextlib
 import copy
@@ -479,6 +480,7 @@ def join(device="auto"):
         if gpu:
             torch.cuda.set_device(auto_device(device))
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
+        atexit.register(dist.destroy_process_group)  # else its threads, still at work, may abort the process
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     return ranks()
 

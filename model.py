@@ -480,9 +480,15 @@ def join(device="auto"):
         if gpu:
             torch.cuda.set_device(auto_device(device))
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
-        atexit.register(dist.destroy_process_group)  # else its threads, still at work, may abort the process
         torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     return ranks()
+
+
+@atexit.register
+def leave():
+    """Leaves the processes of torchrun at the end: else threads that are still at work may abort this one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

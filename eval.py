@@ -33,7 +33,17 @@ from data import composites as compose
 from data import load_foregrounds, load_predictions, load_regions, near, page, plain, read_json, reading
 from data import region_truth, revision, rng, run, say, table, tag, text, thumb, write, write_json
 from data import write_table
-from model import LOADED, additivity, dfr, file_digest, fit_probe, group_metrics, join, load_checkpoint
+from model import (
+    LOADED,
+    SHARES,
+    additivity,
+    dfr,
+    file_digest,
+    fit_probe,
+    group_metrics,
+    join,
+    load_checkpoint,
+)
 from model import load_encoder, load_heads, load_map, mask_shares, mean_std, paired_bootstrap
 from model import region_embeddings, repeat_by, sha256, standard, sums, unbalanced, unit, wilson, worst_ends
 
@@ -603,9 +613,12 @@ def additive_parts(e, grid):
 
 
 def measured(outcomes, additive, samples, seed):
-    """Outcomes of one model -> its entry in eval.json, with what the first protocol gives on top."""
+    """Outcomes of one model -> its entry in eval.json, with what the first protocol gives on top; of a
+    checkpoint's probes alone that of its own method."""
     parts = {p: measure(out, samples, seed) for p, out in outcomes.items()}
     p = next(iter(parts))
+    if protocol_of(p) is None and "bap" in parts:
+        p = "bap"
     return dict(parts[p], protocol=p, protocols=parts, additivity=additive)
 
 
@@ -806,14 +819,14 @@ def blocks_of(results, outcomes, samples, failed):
     for name, r in list(results.items())[:3]:
         figures = worst(outcomes[name][r["protocol"]], samples) or [tag("p", "none")]
         blocks.append(Block(f"Worst confusions: wrong and sure, {name} {r['protocol']}", parts=figures))
-    rows, parts = [], ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
+    rows = []
     for name, r in results.items():
         for kind, fits in r["additivity"].items():
-            rows += [(name, kind, geometry, *[fit[k] for k in parts]) for geometry, fit in fits.items()]
+            rows += [(name, kind, geometry, *[fit[k] for k in SHARES]) for geometry, fit in fits.items()]
     title = "Additivity of mean embeddings of class x place (cells), of composites: shares of variance"
     unknown = any(row[3] is None for row in rows)
     notes = ["-: too few classes share places, so that any embeddings would fit"] * unknown
-    blocks.append(Block(title, ("model", "of", "geometry", *parts), rows, notes=notes, said=True))
+    blocks.append(Block(title, ("model", "of", "geometry", *SHARES), rows, notes=notes, said=True))
     rows = []
     for label, texts in zip(samples.labels, samples.prompts, strict=True):
         rows.append((label, "; ".join(texts[:4]) + f" and {len(texts) - 4} more" * (len(texts) > 4)))

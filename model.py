@@ -22,7 +22,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -956,8 +956,9 @@ def weights_bytes(encoder, module, **metadata):
 
 
 WEIGHTS = "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model", "adapter_model"
-WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "teacher", "student"
-PREFIXES = {"module", "_orig_mod", "base_model", "network", "net", *WRAPPERS}
+USUAL = re.compile(  # before names: dicts of a file that hold others, and what training wraps modules in
+    "^((module|base_model|network|net|teacher|student|model_state_dict|(model|state_dict)(_ema)?)[.])+"
+)
 SHELLS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # of torch, anywhere
 FOREIGN = re.compile(  # what training leaves in files, and no embedding needs
     "decoder|mask_token|(.*_)?head|fc\\b|classifier|proj|predict|queue|loss|criterion|cent|prototypes|n_averaged|"
@@ -976,8 +977,11 @@ def load_file(module, path):
     what, cure = f"weights that fit {type(module).__name__}", "give others, or another --model"
     with reading(f"--pretrained={path}", what, cure), quiet():
         read, has, notes, clip = state_of(path), module.state_dict(), [], hasattr(module, "encode_text")
-        state = from_transformers(read, module) if clip and any("vision_model." in k for k in read) else read
-        state = before = without_prefix(state, has, notes)
+        state = without_prefix(read, has, notes)
+        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        if clip and any(k.startswith("vision_model.") for k in state):
+            state = from_transformers(state, module)
+        before = state
         state = as_open_clip(dict(state), module) if clip else as_timm(dict(state), module)
         if not clip:
             state = without_classifier(state, module, notes)
@@ -1007,19 +1011,21 @@ def load_file(module, path):
 
 
 def without_prefix(state, has, notes):
-    """A state dict without the prefix (backbone., teacher., Lightning's model., ...) behind which most of the
-    module's names (has) are; what stands beside is left out, and noted."""
-    behind = collections.Counter()
+    """A state dict without the prefix (backbone., state_dict.teacher., Lightning's model., ...) behind which
+    most of the module's names (has) are, or, where they have others, most of all names; of equals averaged
+    weights before others, teacher before student. What stands beside is left out, and noted."""
+    behind, usual = collections.Counter(), collections.Counter()
     for name in state:
         parts = name.split(".")
         ends = [k for k in range(len(parts)) if ".".join(parts[k:]) in has]
         behind.update(["".join(f"{part}." for part in parts[: ends[0]])] if ends else [])
-    most = max(behind.values(), default=0)
-    prefix = max((p for p, n in behind.items() if n == most), default="")  # of equals teacher before student
-    if not prefix or most < len(has) / 2:
+        usual.update([found[0]] if (found := USUAL.match(name)) else [])
+    counts = behind if max(behind.values(), default=0) >= len(has) / 2 else usual
+    prefix = max(counts, key=lambda p: (counts[p], "_ema." in p, p), default="")
+    if not prefix or counts[prefix] < len(has) / 2:
         return state
     within = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    beside = sorted({k.split(".")[0] for k in state if not k.startswith(prefix)})
+    beside = sorted({".".join(k.split(".")[:2]) for k in state if not k.startswith(prefix)})
     others = f"; left out {len(state) - len(within)} of {', '.join(beside[:6])}" * bool(beside)
     notes.append(f"the weights behind {prefix!r}{others}")
     return within
@@ -1159,7 +1165,7 @@ def weights_files(path):
 
 
 def state_of(path):
-    """The state dict in a file or folder of weights: wrappers undone, LoRA merged. Name -> tensor."""
+    """The tensors in a file or folder of weights by their names; LoRA merged."""
     state, files = {}, weights_files(path)
     for file in files:
         state |= tensors_in(str(file))
@@ -1169,7 +1175,7 @@ def state_of(path):
 
 
 def tensors_in(path):
-    """The tensors in a file of weights by their names, out of the wrapper that holds them, in float32."""
+    """The tensors in a file of weights by their names, behind those of the dicts that hold them."""
     if zipfile.is_zipfile(path) and "constants.pkl" in " ".join(zipfile.ZipFile(path).namelist()):
         cure = "use --pretrained=openai, or save torch.jit.load(FILE).state_dict() with safetensors"
         raise Complaint(f"{path}: a TorchScript archive, which holds code (OpenAI's original format); {cure}")
@@ -1188,28 +1194,23 @@ def tensors_in(path):
             held = f"it holds {code[1]}, and opening that could run code"
             what = "where you trust it, write its tensors with (of a dict m['model'] or m['state_dict'])"
             raise Complaint(f"{path}: {held}; {what}: {cure}") from None
-    while wrapped := wrappers_in(state):
-        if len(wrapped) > 1:
-            say(f"{path}: the weights in {wrapped[0]!r}, not those in {', '.join(wrapped[1:])}")
-        state = state[wrapped[0]]
-    tensors = {SHELLS.sub("", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    while tensors and len(ends := {k.partition(".")[0] for k in tensors}) == 1 and ends <= PREFIXES:
-        tensors = {k.partition(".")[2]: v for k, v in tensors.items()}
+    tensors = flat(state)
     if not tensors:
         raise ValueError(f"no tensors, but {', '.join(map(str, [*state][:4]))}")
-    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    return tensors
 
 
-def wrappers_in(state):
-    """The names in a file's dict behind which its state dicts may be, the likeliest first."""
+def flat(state, at=""):
+    """A dict of tensors and dicts of them, whatever else is in it -> tensors by names joined by dots."""
     if not isinstance(state, dict):
         raise ValueError(f"a {type(state).__name__}, no state dict")
-
-    def holds(v):
-        return any(isinstance(t, torch.Tensor) for t in v.values())
-
-    usual = [k for k in WRAPPERS if isinstance(state.get(k), dict)]
-    return usual or [k for k, v in state.items() if isinstance(v, dict) and holds(v) and not holds(state)]
+    out = {}
+    for k, v in state.items():
+        if isinstance(v, dict):
+            out |= flat(v, f"{at}{k}.")
+        elif isinstance(v, torch.Tensor):
+            out[SHELLS.sub("", f"{at}{k}")] = v
+    return out
 
 
 def with_lora(state, path):
@@ -1222,10 +1223,12 @@ def with_lora(state, path):
         raise Complaint(f"{path}: LoRA with {odd[0]} cannot be merged here; {cure}")
     with reading(path, "a LoRA adapter of the weights beside it"):
         scale = made["lora_alpha"] / (made["r"] ** 0.5 if made.get("use_rslora") else made["r"])
-        out = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+        state = {USUAL.sub("", k).replace(".base_layer.", "."): v for k, v in state.items()}
+        out = {k: v for k, v in state.items() if ".lora_" not in k}
         for k in [k for k in state if ".lora_A." in k]:
             name = k.split(".lora_A.")[0] + ".weight"
-            out[name] = out[name] + scale * state[k.replace(".lora_A.", ".lora_B.")] @ state[k]
+            B = state[k.replace(".lora_A.", ".lora_B.")]  # [out, r]
+            out[name] = out[name].float() + scale * B.float() @ state[k].float()
         say(f"{path}: LoRA merged into {sum('.lora_A.' in k for k in state)} layers, times {scale:g}")
         return out
 
@@ -1390,8 +1393,8 @@ def region_embeddings(encoder, pictures, how="pool", label="regions"):
     both = encoder.embed(pictures, label, compute, how, [1 + c for c in count])
     if both is None:
         return None, None
-    first = torch.tensor([0, *[1 + c for c in count[:-1]]], device=both.device).cumsum(0)[: len(count)]
-    is_image = torch.zeros(len(both), dtype=torch.bool, device=both.device).index_fill_(0, first, True)
+    kinds = itertools.chain(*[[True] + [False] * c for c in count])  # each image, then its regions
+    is_image = torch.tensor(list(kinds), dtype=torch.bool, device=both.device)
     return both[is_image], both[~is_image]
 
 
@@ -1505,7 +1508,7 @@ def additivity(z, i, j, heldout=0.1, seed=0):
     return {name: shares(x, i, j, test) for name, x in (("flat", z.double()), ("sphere", sphere_log(z)))}
 
 
-SHARES = "foreground", "background", "residual", "r2", "cross", "r2_heldout"
+SHARES = "r2", "r2_heldout", "foreground", "background", "residual", "cross"  # as tables show them
 
 
 def shares(x, i, j, test):
@@ -1563,11 +1566,14 @@ def features(z, power=1.0):
 # probes
 
 
+@dataclass
 class Probe:
     """Logistic regression on (x - mean) / scale. weight [D, C], bias [C]."""
 
-    def __init__(self, mean, scale, weight, bias):
-        self.mean, self.scale, self.weight, self.bias = mean, scale, weight, bias
+    mean: torch.Tensor | float
+    scale: torch.Tensor | float
+    weight: torch.Tensor
+    bias: torch.Tensor
 
     def logits(self, x):
         """[N, D] -> [N, C] double."""
@@ -1575,9 +1581,6 @@ class Probe:
 
     def predict(self, x):
         return self.logits(x).argmax(1)
-
-    def state(self):
-        return dict(mean=self.mean, scale=self.scale, weight=self.weight, bias=self.bias)
 
 
 class Blocks:

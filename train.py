@@ -47,7 +47,18 @@ from data import cell_shares, check, composites, dots, draw_view, expect, flags,
 from data import load_foregrounds, load_regions, page, picture_size, read_json, reading, revision, rng, run
 from data import say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
 from kernels import pairwise_loss, region_logits
-from model import Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe, from_first
+from model import (
+    SHARES,
+    Map,
+    additive_solve,
+    additivity,
+    cos_sum,
+    dfr,
+    embeddings,
+    features,
+    fit_probe,
+    from_first,
+)
 from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
 from model import region_embeddings, renumber, save_checkpoint, sha256, sphere_log, standard, sums, unbalanced
 from model import unit, weights_bytes, with_map
@@ -210,7 +221,7 @@ def save_results(out, results, last):
         last.probes = {name: last.probes[of] for name, of in kept.items()}
     state = dict(config=results["config"], git=results["git"], fingerprint=last.encoder.fingerprint)
     state.update(map=last.map.state_dict(), power=last.map.power)
-    state.update(probes={name: probe.state() for name, probe in last.probes.items()})
+    state.update(probes={name: vars(probe) for name, probe in last.probes.items()})
     state.update(classes=last.samples.classes, places=last.samples.places)
     save_checkpoint(out / "ckpt.pt", state)
     write(out / "map.npz", map_bytes(last))
@@ -812,12 +823,9 @@ def average(runs, notes):
     return dict(rest, methods=methods, reasons=reasons)
 
 
-ADDITIVE = ("r2", "r2_heldout", "foreground", "background", "residual", "cross")
-
-
 def additivity_rows(results):
     fits = results["additivity"] or {}
-    return ("geometry", *ADDITIVE), [(k, *[v[q] for q in ADDITIVE]) for k, v in fits.items()]
+    return ("geometry", *SHARES), [(k, *[v[q] for q in SHARES]) for k, v in fits.items()]
 
 
 def sentences(results):

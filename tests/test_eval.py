@@ -594,6 +594,7 @@ def test_probes_of_a_checkpoint_are_rows_of_their_names_on_other_data(
     argv = words(files, tmp_path, "--protocol=ckpt", f"--ckpt={path}")
     assert run(argv) == 0
     assert list(entry(tmp_path)["protocols"]) == ["erm", "bap"]  # the map of nullspace is not in the file
+    assert entry(tmp_path)["protocol"] == "bap"  # the headline is the checkpoint's own method, not erm
     for name in ("erm", "bap"):
         same_as(tmp_path, name, logits(name, z).argmax(1), samples)
     assert "was trained on" not in capsys.readouterr().out

@@ -33,19 +33,10 @@ from data import composites as compose
 from data import load_foregrounds, load_predictions, load_regions, near, page, plain, read_json, reading
 from data import region_truth, revision, rng, run, say, table, tag, text, thumb, write, write_json
 from data import write_table
-from model import (
-    LOADED,
-    SHARES,
-    additivity,
-    dfr,
-    file_digest,
-    fit_probe,
-    group_metrics,
-    join,
-    load_checkpoint,
-)
-from model import load_encoder, load_heads, load_map, mask_shares, mean_std, paired_bootstrap
-from model import region_embeddings, repeat_by, sha256, standard, sums, unbalanced, unit, wilson, worst_ends
+from model import LOADED, SHARES, additivity, dfr, file_digest, fit_probe, group_metrics, join
+from model import load_checkpoint, load_encoder, load_heads, load_map, mask_shares, mean_std
+from model import paired_bootstrap, region_embeddings, repeat_by, sha256, standard, sums, unbalanced, unit
+from model import wilson, worst_ends
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -238,11 +229,12 @@ def contract(config, git, samples, names, results, failed, started):
 
 class Embedded:
     """What a protocol has at hand: embeddings z [n, D] of samples; y, group [n] on their device; good [n],
-    which could be read; the map g that heads see them through; flags l2 and seed; a checkpoint's state."""
+    which could be read; g that heads see them through, a checkpoint's map or unit, and bare, the same but
+    for unit nothing; flags l2 and seed; a checkpoint's state."""
 
     def __init__(self, encoder, samples, z, g, l2, seed, state=None):
         self.encoder, self.samples, self.z, self.g, self.l2, self.seed = encoder, samples, z, g, l2, seed
-        self.state = state
+        self.state, self.bare = state, torch.nn.Identity() if g is unit else g
         self.y, self.group = samples.y.to(z.device), samples.group().to(z.device)
         self.good = z.isfinite().all(1).cpu()
 
@@ -324,9 +316,9 @@ def classify(e, row, heads, split, twenty, cells):
     names, target = choice(samples) if wide else (samples.classes, samples.y)
     predicted, confidence = (torch.empty(len(heads), len(index), dtype=t) for t in (torch.long, torch.float))
     of_20 = torch.empty_like(index) if twenty is not None and wide else None
-    for r, head in enumerate(heads):
+    for r, (head, owner) in enumerate(heads):
         for here in (slice(k, k + STEP) for k in range(0, len(index), STEP)):
-            logits, owner = head(e.z[index[here]])
+            logits = head(e.z[index[here]])
             predicted[r, here], confidence[r, here] = surest(logits, owner)
             if of_20 is not None:
                 mine = twenty[samples.y[index[here]]].to(logits.device)  # [N, 20]
@@ -336,7 +328,8 @@ def classify(e, row, heads, split, twenty, cells):
     if cells is None:
         return out
     inside = torch.isin(cells[1], index)
-    taken = surest(*heads[0](cells[0][inside]))[0]
+    head, owner = heads[0]
+    taken = surest(head(cells[0][inside]), owner)[0]
     return out._replace(region_photo=cells[1][inside], region_predicted=taken)
 
 
@@ -362,19 +355,14 @@ def choice(samples):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# protocols, each with its heads: embeddings [N, D] -> (logits [N, C], the class [C] that owns each column:
-# None where column k is class k, -1 for none of them)
+# protocols, each with its heads: (embeddings [N, D] -> logits [N, C], the class [C] that owns each column,
+# -1 for none of them; None where column k is class k)
 
 
 def prompt_heads(e):
     say(e.samples.prompt_line())
     rows = e.encoder.prompts(e.samples.prompts, e.samples.labels) * (e.encoder.facts["logit_scale"] or 100.0)
-
-    def head(v):
-        v = v if e.g is unit else repaired(e.g, v)
-        return unit(v) @ rows.T, None
-
-    return [head]
+    return [(lambda v: unit(repaired(e.g, v)) @ rows.T, None)]
 
 
 def classifier_heads(e):
@@ -387,22 +375,24 @@ def classifier_heads(e):
     best = owner is None and len(e.samples.labels) < len(rows)
 
     def head(v):
-        v = v if e.g is unit else repaired(e.g, v)
-        logits = v @ rows.T + bias
-        return torch.stack([logits[:, k].amax(1) for k in labels], 1) if best else logits, owner
+        logits = repaired(e.g, v) @ rows.T + bias
+        return torch.stack([logits[:, k].amax(1) for k in labels], 1) if best else logits
 
-    return [head]
+    return [(head, owner)]
 
 
 def repaired(g, z):
     """Embeddings [N, D] -> of the foreground only, in their own space, for texts and a classifier's rows:
-    mu + g(z) back through the map's power, at the length of z. Our reading: BAP names no zero-shot use."""
+    mu + g(z) back through the map's power, at the length of z; without a map z itself. Our reading: BAP names
+    no zero-shot use."""
+    if g is unit:
+        return z
     v = g.mu + g(z)
     return unit(v.sign() * v.abs() ** (1 / g.power)) * z.norm(dim=1, keepdim=True)
 
 
 def probe_head(fit, g):
-    return lambda v: (fit.logits(g(v)), None)
+    return lambda v: fit.logits(g(v)), None
 
 
 def probe_heads(e):
@@ -412,16 +402,16 @@ def probe_heads(e):
 
 def clip_probe_heads(e, C=0.316):
     """Raw embeddings, all images alike; C counts in the embeddings' own units."""
-    train, raw = e.usable(0), e.g is unit
-    x = e.z[train] if raw else e.g(e.z[train])
+    train = e.usable(0)
+    x = e.bare(e.z[train])
     scale, alike = float(mean_std(x)[1].mean()), torch.ones_like(x[:, 0])
     fit = fit_probe(x, e.y[train], 1 / (C * len(x) * scale * scale), alike, len(e.samples.classes))
-    return [probe_head(fit, torch.nn.Identity() if raw else e.g)]
+    return [probe_head(fit, e.bare)]
 
 
 def dfr_heads(e, scaled=True):
     """On embeddings as the encoder gives them, as train.py; of a checkpoint through its map."""
-    val, x = e.usable(1), e.z if e.g is unit else e.g(e.z)
+    val, x = e.usable(1), e.bare(e.z)
     groups = e.group[val]
     least = int(torch.unique(groups[groups >= 0], return_counts=True)[1].min())
     if least < 8:
@@ -431,7 +421,7 @@ def dfr_heads(e, scaled=True):
         say("dfr: there are no training images to standardise by, these are the validation images")
     scaler = standard(x[train if len(train) else val]) if scaled else None
     fit = dfr(x[val], e.y[val], groups, e.seed, scaler)
-    return [probe_head(fit, torch.nn.Identity() if e.g is unit else e.g)]
+    return [probe_head(fit, e.bare)]
 
 
 def fewshot_heads(e, shots):
@@ -456,11 +446,7 @@ def ckpt_heads(e):
     """{name: head} of the checkpoint's own probes, whose classes are the samples', in any order."""
     names = [plain(name) for name in e.samples.classes]
     owner = torch.tensor([names.index(plain(name)) for name in e.state["classes"]], device=e.z.device)
-    return {name: on_owner(head, owner) for name, head in load_heads(e.state, e.z.device).items()}
-
-
-def on_owner(head, owner):
-    return lambda v: (head(v), owner)
+    return {name: (head, owner) for name, head in load_heads(e.state, e.z.device).items()}
 
 
 def rows_of(p, e, shots):

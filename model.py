@@ -785,12 +785,15 @@ def clip_model(model, pretrained, quick_gelu, cache):
         raise Complaint(f"--pretrained={pretrained}: neither a file nor a tag of {model}; {cure}")
     record = weights_record(pretrained) if local else open_clip.get_pretrained_cfg(model, pretrained) or {}
     config = open_clip.get_model_config(model) or {}
-    own, wanted = bool(config.get("quick_gelu")), record.get("quick_gelu")
-    quick = {"on": True, "off": False, "auto": own if wanted is None else bool(wanted)}[quick_gelu]
-    source = f"--quick_gelu={quick_gelu}" if quick_gelu != "auto" else f"the record of {pretrained}"
-    if quick_gelu == "auto" and wanted is None:
-        source = f"the config of {model}, as there is no record; --quick_gelu=on|off decides otherwise"
-        source += " (OpenAI's weights need on)" * (not own)
+    own = bool(config.get("quick_gelu"))
+    if quick_gelu != "auto":
+        quick, source = quick_gelu == "on", f"--quick_gelu={quick_gelu}"
+    elif record.get("quick_gelu") is not None:
+        quick, source = bool(record["quick_gelu"]), f"the record of {pretrained}"
+    else:
+        hint = " (OpenAI's weights need on)" * (not own)
+        source = f"the config of {model}, as there is no record; --quick_gelu=on|off decides otherwise{hint}"
+        quick = own
     notes = [f"{model}: {'QuickGELU' if quick else 'GELU'}, by {source}"]
     said = record.get("preprocess") or record  # a file of train.py says how pictures were seen
     if local and not record.get("preprocess"):
@@ -1075,66 +1078,64 @@ def as_open_clip(state, module):
     return state
 
 
-CLIP_BLOCK = {"self_attn.qkv.": "attn.in_proj_", "self_attn.": "attn.", "layer_norm": "ln_"}
-CLIP_BLOCK |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-TRANSFORMERS = {  # names of Hugging Face's CLIPModel and SiglipModel -> open_clip's
-    "text": {
-        "text_model.embeddings.position_embedding.weight": "positional_embedding",
-        "text_model.embeddings.": "",
-        "text_model.encoder.layers": "transformer.resblocks",
-        "text_model.final_layer_norm": "ln_final",
-        "text_model.head": "text_projection",
-        **CLIP_BLOCK,
-    },
-    "clip": {
-        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-        "vision_model.embeddings.patch_embedding": "visual.conv1",
-        "vision_model.embeddings.": "visual.",
-        "vision_model.encoder.layers": "visual.transformer.resblocks",
-        "vision_model.pre_layrnorm": "visual.ln_pre",
-        "vision_model.post_layernorm": "visual.ln_post",
-        **CLIP_BLOCK,
-    },
-    "siglip": {  # a tower of timm's
-        "vision_model.embeddings.position_embedding.weight": "visual.trunk.pos_embed",
-        "vision_model.embeddings.patch_embedding": "visual.trunk.patch_embed.proj",
-        "vision_model.encoder.layers": "visual.trunk.blocks",
-        "vision_model.post_layernorm": "visual.trunk.norm",
-        "vision_model.head.": "visual.trunk.attn_pool.",
-        "attn_pool.attention.out_proj": "attn_pool.proj",
-        "attn_pool.probe": "attn_pool.latent",
-        "attn_pool.layernorm": "attn_pool.norm",
-        "self_attn.out_proj": "attn.proj",
-        "self_attn.": "attn.",
-        "layer_norm": "norm",
-    },
+# Names behind text_model. and vision_model. of Hugging Face's CLIPModel, SiglipModel -> open_clip's, timm's
+CLIP = {
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.": "",
+    "encoder.layers": "transformer.resblocks",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+    "head": "text_projection",
+    "self_attn.qkv.": "attn.in_proj_",
+    "self_attn.": "attn.",
+    "layer_norm": "ln_",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
 }
-
-TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+SIGLIP = {
+    "embeddings.position_embedding.weight": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "encoder.layers": "blocks",
+    "post_layernorm": "norm",
+    "head.attention.out_proj": "attn_pool.proj",
+    "head.probe": "attn_pool.latent",
+    "head.layernorm": "attn_pool.norm",
+    "head.": "attn_pool.",
+    "self_attn.out_proj": "attn.proj",
+    "self_attn.": "attn.",
+    "layer_norm": "norm",
+}
 
 
 def from_transformers(state, module):
     """A state dict of Hugging Face's CLIPModel or SiglipModel -> by open_clip's names, for its module."""
-    out, vision = {}, "siglip" if hasattr(module.visual, "trunk") else "clip"
     inner = "" if hasattr(module, "positional_embedding") else "text."  # open_clip's classes differ in this
+    vision = ("visual.trunk.", SIGLIP) if hasattr(module.visual, "trunk") else ("visual.", CLIP)
+    towers, out = {"vision_model": vision, "text_model": (inner, CLIP)}, {}
+    transposed = {
+        "visual_projection.weight": "visual.proj",
+        "text_projection.weight": f"{inner}text_projection",
+    }
     for k, v in state.items():
         if "position_ids" in k or ".k_proj." in k or ".v_proj." in k:
             continue
         if ".q_proj." in k:
             v = torch.cat([state[k.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
-        side = vision if k.startswith("vis") else "text"
-        name = k.replace(".q_proj.", ".qkv.")
-        for theirs, ours in TRANSFORMERS[side].items() if k.startswith(("vis", "text")) else ():
-            name = name.replace(theirs, ours)
-        if k in TRANSPOSED:
-            name, v = TRANSPOSED[k], v.T
-        elif name == "visual.trunk.pos_embed":
-            v = v[None]
-        if "attn_pool.attention.in_proj_" in name:  # its query has a layer of its own
-            for part, rows in zip(("q", "kv"), v.split([len(v) // 3, 2 * len(v) // 3]), strict=True):
-                out[name.replace("attention.in_proj_", f"{part}.")] = rows
+        tower, _, name = k.replace(".q_proj.", ".qkv.").partition(".")
+        ours, rules = towers.get(tower, (f"{tower}.", {}))
+        for theirs, here in rules.items():
+            name = name.replace(theirs, here)
+        name = ours + name if "." in k else k
+        if k in transposed:
+            out[transposed[k]] = v.T
+        elif "attn_pool.attention.in_proj_" in name:  # its query has a layer of its own
+            q, kv = v.split([len(v) // 3, 2 * len(v) // 3])
+            out[name.replace("attention.in_proj_", "q.")] = q
+            out[name.replace("attention.in_proj_", "kv.")] = kv
         else:
-            out[inner * k.startswith("text") + name] = v
+            out[name] = v[None] if name == "visual.trunk.pos_embed" else v
     return out
 
 
@@ -1144,9 +1145,7 @@ def weights_files(path):
     if not os.path.isdir(path):
         return [Path(path)]
     folder, adapter = Path(path), Path(path) / "adapter_config.json"
-    there = [
-        f for end in ("safetensors", "bin", "pth", "pt", "ckpt") for f in sorted(folder.glob(f"*.{end}"))
-    ]
+    there = [f for end in "safetensors bin pth pt ckpt".split() for f in sorted(folder.glob(f"*.{end}"))]
     usual, parts = [f for name in WEIGHTS for f in there if f.stem == name], [*folder.glob("*.index.json")]
     if adapter.is_file():
         base = str(read_json(adapter, "a file of peft").get("base_model_name_or_path"))
@@ -1925,12 +1924,11 @@ def load_heads(state, device="cpu"):
 
 def load_probe(state, name, device="cpu"):
     """A probe of a checkpoint of train.py. Complaint if it has none of that name."""
-    with reading("the checkpoint", "one with probes of train.py", "train anew"):
-        probes = {k: dict(v) for k, v in state["probes"].items()}
-    if name not in probes:
-        raise Complaint(f"--probe={name}: the checkpoint has {', '.join(probes)}")
-    with reading("the checkpoint", f"one with a probe {name}", "train anew"):
+    with reading("the checkpoint", f"one with a probe {name} of train.py", "train anew"):
+        probes = state["probes"]
+        if name not in probes:
+            raise Complaint(f"--probe={name}: the checkpoint has {', '.join(probes)}")
         parts = {k: torch.as_tensor(v, dtype=torch.double).to(device) for k, v in probes[name].items()}
-        probe = Probe(parts["mean"], parts["scale"], parts["weight"], parts["bias"])
+        probe = Probe(**parts)
         probe.logits(torch.zeros(1, len(probe.weight), device=device))  # shapes that do not fit fail here
         return probe

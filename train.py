@@ -47,21 +47,10 @@ from data import cell_shares, check, composites, dots, draw_view, expect, flags,
 from data import load_foregrounds, load_regions, page, picture_size, read_json, reading, revision, rng, run
 from data import say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
 from kernels import pairwise_loss, region_logits
-from model import (
-    SHARES,
-    Map,
-    additive_solve,
-    additivity,
-    cos_sum,
-    dfr,
-    embeddings,
-    features,
-    fit_probe,
-    from_first,
-)
-from model import group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
-from model import region_embeddings, renumber, save_checkpoint, sha256, sphere_log, standard, sums, unbalanced
-from model import unit, weights_bytes, with_map
+from model import SHARES, Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe
+from model import from_first, group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
+from model import region_embeddings, renumber, save_checkpoint, sha256, sphere_log, standard, sums
+from model import unbalanced, unit, weights_bytes, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------

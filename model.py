@@ -79,7 +79,7 @@ class Encoder:
         self.batch = int(batch) if batch != "auto" else 256 if self.on_gpu else 8
         able = dtype != "bfloat16" or not self.on_gpu or self.bf16
         expect(able, "dtype", dtype, f"float32 or auto: {self.device} does not compute in it")
-        self.threads = threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.threads = threads or cores()
         self.cache, self.skip_bad = cache, skip_bad
         return self
 
@@ -464,7 +464,9 @@ def repeat_by(values, counts):
 
 
 def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores of this machine for each of its processes."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1))
 
 
 def ranks():
@@ -480,7 +482,7 @@ def join(device="auto"):
         if gpu:
             torch.cuda.set_device(auto_device(device))
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
-        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+        torch.set_num_threads(cores())
     return ranks()
 
 
@@ -945,7 +947,7 @@ def weights_record(path):
         return record
 
 
-def weights_bytes(encoder, module, **metadata):
+def weights_bytes(module, **metadata):
     """A file of weights for --pretrained, with the activation and preprocessing that a local file needs."""
     from safetensors.torch import save
 
@@ -1268,12 +1270,10 @@ def fused(module):
         names = [name for name, _ in part.named_children()]
         for a, b in itertools.pairwise(names):
             conv, norm = getattr(part, a), getattr(part, b)
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                if conv.out_channels == norm.num_features:
-                    bare = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-                    fold = nn.utils.fusion.fuse_conv_bn_weights
-                    conv.weight, conv.bias = fold(conv.weight, conv.bias, *bare)
-                    setattr(part, b, getattr(norm, "act", nn.Identity()))
+            pair = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+            if pair and conv.out_channels == norm.num_features:
+                setattr(part, a, nn.utils.fuse_conv_bn_eval(conv, norm))
+                setattr(part, b, getattr(norm, "act", nn.Identity()))
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     x = x.to(next(module.parameters()).device)
     try:

@@ -762,7 +762,7 @@ def pretrain(encoder, cells, grids, j, samples, s, out, config):
     with until_asked() as asked:
         resumed = state if state and state["seed"] == s else None
         fit(student, task, ANCHORS, config, resumed, lambda **more: save_checkpoint(path, head | more), asked)
-    weights = weights_bytes(encoder, student.module, config=config, git=head["git"])
+    weights = weights_bytes(student.module, config=config, git=head["git"])
     trained = student.with_module(student.module, sha256(weights))
     trained.cache = encoder.cache
     return trained, weights
@@ -1019,7 +1019,7 @@ def finetune(config, encoder, samples):
         return
     after = zero_shot(student, samples)
     say(table(*zero_rows(dict(before=before, after=after))))
-    write(out / "weights.safetensors", weights_bytes(encoder, student.module, config=config, git=head["git"]))
+    write(out / "weights.safetensors", weights_bytes(student.module, config=config, git=head["git"]))
     seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
     tree = dict(config=config, git=head["git"], notes=notes, before=before, after=after, seconds=seconds)
     write_json(out / "finetune.json", tree)

@@ -1079,7 +1079,7 @@ def test_figures_of_a_setting_are_the_accuracies_of_images_and_kept(tmp_path, mo
         tmp_path / "weights.safetensors",
     )
     torch.nn.init.normal_(encoder.module.visual.trunk.body[8].bias, std=0.1)
-    data.write(weights, model.weights_bytes(encoder, encoder.module))
+    data.write(weights, model.weights_bytes(encoder.module))
     config = of(tmp_path, "--dtype=float32")
     samples = script.setting_data(config, 0.99, 0)
     found = script.reached(config, weights, samples)

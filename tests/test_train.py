@@ -1160,7 +1160,7 @@ def test_weights_go_back_in_with_their_activation_preprocessing_and_bias(files, 
     open_clip.add_model_config(tmp_path)
     encoder, path = load_encoder("flock-tune", "none", "on", device="cpu"), tmp_path / "one.safetensors"
     encoder.module.visual.preprocess_cfg.update(mean=(0.1,) * 3, std=(0.5,) * 3)
-    data.write(path, model.weights_bytes(encoder, encoder.module))
+    data.write(path, model.weights_bytes(encoder.module))
     how = f"--model=flock-tune --pretrained={path} --loss=sigmoid --dtype=bfloat16"
     assert tune(files, tmp_path / "out", how) == 0
     encoder = load_encoder("flock-tune", str(tmp_path / "out/weights.safetensors"), device="cpu")

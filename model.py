@@ -962,7 +962,7 @@ def weights_bytes(module, **metadata):
 
 WEIGHTS = "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model", "adapter_model"
 USUAL = re.compile(  # before names: dicts of a file that hold others, and what training wraps modules in
-    "^((module|base_model|network|net|teacher|student|model_state_dict|(model|state_dict)(_ema)?)[.])+"
+    "^((weights|params|module|base_model|network|net|teacher|student|model_state_dict|(model|state_dict)(_ema)?)[.])+"
 )
 SHELLS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # of torch, anywhere
 FOREIGN = re.compile(  # what training leaves in files, and no embedding needs

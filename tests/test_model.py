@@ -824,7 +824,7 @@ def test_clip_and_siglip_of_transformers_are_those_of_open_clip(tmp_path, get, n
     } < theirs.keys()
     ours = [k for k in theirs if k.startswith(("visual.t", "visual.l", "transformer"))]
     assert all(".ls" in k or "reg_token" in k for k in ours)  # which SigLIP has not
-    for path in (tmp_path / "a.safetensors", tmp_path / "b.pt"):
+    for path in (tmp_path / "a.safetensors", tmp_path / "wrapped.pt"):
         theirs = {k: v.contiguous() for k, v in theirs.items()}
         module = load_encoder(name, saved(path, theirs), device="cpu").module
         assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
@@ -859,8 +859,8 @@ def lora(folder, base, made=(), key="self_attn.q_proj"):
 def test_lora_is_merged_as_peft_s_file_says_and_else_is_one_line(tmp_path, get, capsys):
     state = weights(get("flock-vit"))
     theirs = {k: v.contiguous() for k, v in hugging_face(state, False).items()}
-    base, folder = tmp_path / "base.safetensors", tmp_path / "adapter"
-    save_file(theirs, base)
+    base, folder = tmp_path / "wrapped.pt", tmp_path / "adapter"
+    saved(base, theirs)
     folder.mkdir()
     key = "visual.transformer.resblocks.1.attn.in_proj_weight"
     for made, scale in (({}, 8 / 2), (dict(use_rslora=True), 8 / 2**0.5)):

@@ -42,9 +42,6 @@ ASSETS = Path(__file__).parent / "assets"
 GREY = (124, 116, 104)  # the mean colour of ImageNet
 SPLITS = ("train", "val", "test")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif"}
-EXTENSIONS |= {".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k"}
-HEIF = {".heic", ".heif"}  # with the package pillow-heif
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 SKIP = "replace it, or leave such files out with --skip_bad"
 COLUMNS = {  # of tables: what we call them, and what people do, the likeliest first
@@ -140,7 +137,10 @@ def flags(script, argv=None, **limits):
         config[key] = read_flag(key, value if equals else None, type(config[key]))
     for key, limit in {**LIMITS, **limits}.items():
         if key in config and isinstance(limit, str):
-            expect(in_interval(config[key], limit), key, config[key], f"a number in {limit}")
+            low, high = map(float, limit[1:-1].split(","))
+            inside = low < config[key] < high or config[key] == low and limit[0] == "["
+            inside = inside or config[key] == high and limit[-1] == "]"
+            expect(inside, key, config[key], f"a number in {limit}")
         elif key in config:
             expect(config[key] in limit, key, config[key], " or ".join(word for word in limit if word))
     batch = config.get("batch_size", "auto")
@@ -170,14 +170,6 @@ def read_flag(key, value, kind):
         number = math.nan
     expect(number == number, key, value, "a whole number" if kind is int else "a number")
     return number
-
-
-def in_interval(value, interval):
-    """Whether a number lies in an interval such as "[0, 1)"."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value > low or (value == low and interval[0] == "[")
-    below = value < high or (value == high and interval[-1] == "]")
-    return above and below
 
 
 def near(word, known):
@@ -216,26 +208,25 @@ def rng(seed, purpose, *index):
 
 def write(path, content):
     """Writes str or bytes whole or not at all: a temporary file beside it, fsync, rename."""
-    path = Path(path)
+    path, temporary = Path(path), None
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
     except OSError as problem:
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "free some space on that disk" if full else "choose another folder, or allow writing there"
         raise Complaint(f"{path}: cannot be written ({problem.strerror}); {cure}") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(path, tree):
@@ -304,7 +295,7 @@ class Table(dict):
         return [reader.line_num for row in reader if row][-self.count :]
 
     def complaint(self, k, problem):
-        return Complaint(f"{self.path}:{self.lines()[k]}: {problem}")
+        return Complaint(f"{self.path}:{self.lines()[k % self.count]}: {problem}")
 
 
 def csv_reader(path):
@@ -449,7 +440,7 @@ def scan(root, flag="data", notes=None):
     notes: a list that a line on other files is added to.
     """
     found, other, folders = [], [], [((), (os.path.realpath(folder(root, flag)),))]
-    wanted = EXTENSIONS | HEIF if "HEIF" in formats() else EXTENSIONS
+    opens, endings = formats(), Image.registered_extensions()
     while folders:
         parts, above = folders.pop()
         for entry in os.scandir(os.path.join(root, *parts)):
@@ -459,14 +450,15 @@ def scan(root, flag="data", notes=None):
             if entry.is_dir():
                 real = os.path.realpath(entry.path)
                 folders += [((*parts, entry.name), (*above, real))] if real not in above else []
-            elif kind in wanted:
+            elif endings.get(kind) in opens:
                 if entry.is_symlink() and not os.path.exists(entry.path):
                     gone = os.readlink(entry.path)
                     raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
                 found.append((*parts, entry.name))
             else:
                 other.append((parts, kind or "without an ending"))
-    cure = "; for .heic: pip install pillow-heif" * any(kind in HEIF for _, kind in other)
+    heif = any(kind in (".heic", ".heif") for _, kind in other)
+    cure = "; for .heic: pip install pillow-heif" * heif
     if not found:
         raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)}){cure}")
     if other and notes is not None:
@@ -1886,24 +1878,35 @@ def table_rows(table, facts, needed):
         raise table.complaint(y.index(None), f"{at['y']} is empty or -1; give every image its class")
     words = spoken(set(y), facts)
     y = [words[name] for name in y] if words else y
-    place, split = [None] * table.count, [None] * table.count
     facts.notes += [line, *notes]
-    if at["place"]:
-        place, facts.places, notes = named(table, at["place"])
-        facts.notes += notes
-    if at["split"]:
-        words = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
-        number = {v: words.get(v.strip().lower().removesuffix(".0")) for v in set(table[at["split"]])}
-        split = list(map(number.get, table[at["split"]]))
-        if None in split:
-            k = split.index(None)
-            found = f"{at['split']}={table[at['split']][k][:60]!r}"
-            raise table.complaint(k, f"{found}, expected 0, 1, 2 or train, val, test")
+    place, split = places_and_splits(table, at, facts)
     names, root = table[at["path"]], os.path.dirname(table.path) or "."
     if all(map(os.path.isabs, names)):
         root = os.path.commonpath({os.path.dirname(name) for name in names})
         names = [name[len(root) :].lstrip("/") for name in names]
     return inside_root(root, table, names), y, place, split
+
+
+def places_and_splits(table, at, facts):
+    """Of each row of a table its place and its split: lists, of None where there is no such column."""
+    place, split = [None] * table.count, [None] * table.count
+    if at["place"]:
+        place, facts.places, notes = named(table, at["place"])
+        facts.notes += notes
+    if at["split"]:
+        split = split_numbers(table[at["split"]], at["split"], table.complaint)
+    return place, split
+
+
+def split_numbers(values, name, complaint):
+    """0, 1, 2 of values such as 0, 1.0, train, val; else raises complaint(k, what is wrong)."""
+    known = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
+    number = {v: known.get(str(v).strip().lower().removesuffix(".0")) for v in set(values)}
+    split = [number[v] for v in values]
+    if None in split:
+        k = split.index(None)
+        raise complaint(k, f"{name}={str(values[k])[:60]!r}, expected 0, 1, 2 or train, val, test")
+    return split
 
 
 def load_predictions(path, columns="", classes=""):
@@ -1912,52 +1915,38 @@ def load_predictions(path, columns="", classes=""):
 
     columns: ours=theirs,...; classes: a file of names. Rows without y or predicted are left out, and counted.
     """
-    t, what = read_table(path), f"predictions:{path}"
+    t = read_table(path)
     at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
-    n, facts = len(t[at["y"]]), Facts(notes=[note])
+    n, facts = t.count, Facts()
     t["y and predicted"] = t[at["y"]] + t[at["predicted"]]  # numbered together
     words, facts.classes, notes = named(t, "y and predicted")
-    y, taken, place = words[:n], words[n:], [None] * n
+    y, taken = words[:n], words[n:]
     if not set(y) & set(taken) - {None}:
         found = f"y as {t[at['y']][0]!r}, predicted as {t[at['predicted']][0]!r}"
         raise Complaint(f"{path}: {found}, no value in both; expected the same names or numbers")
-    if at["place"]:
-        place, facts.places, more = named(t, at["place"])
-        notes += more
-    facts.notes += notes
-    sure, split = [math.nan] * n, [2] * n
-    if at["confidence"]:
-        sure = [share_in(t, at["confidence"], k) for k in range(n)]
-    if at["split"]:
-        known = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
-        split = [known.get(v.strip().lower()) for v in t[at["split"]]]
-        if None in split:
-            k = split.index(None)
-            raise t.complaint(k, f"{at['split']}={t[at['split']][k][:60]!r}, expected train, val or test")
+    facts.notes = [note, *notes]
+    place, split = places_and_splits(t, at, facts)
+    sure = []  # from 0 to 1
+    for k, text in enumerate(t[at["confidence"]] if at["confidence"] else [""] * n):
+        with contextlib.suppress(ValueError):
+            sure.append(float(text) if text.strip().casefold() not in EMPTY else math.nan)
+        if len(sure) == k or sure[k] < 0 or sure[k] > 1:
+            raise t.complaint(k, f"{at['confidence']}={text[:60]!r}, expected a number from 0 to 1")
     names = [os.path.join(os.path.dirname(path), v) for v in t[at["path"]]] if at["path"] else [""] * n
     pictures = [Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in enumerate(names, 2)]
     keep = torch.tensor([a is not None and b is not None for a, b in zip(y, taken, strict=True)])
     if not keep.all():
         line = f"{int((~keep).sum())} of {n} rows have no y or no predicted, and are left out"
         facts.notes.append(f"WARNING: {path}: {line}")
-    samples = samples_of(what, map(Row, pictures, y, place, [2] * n), facts)
-    samples.split, taken = torch.tensor(split), numbered(taken, facts.classes, "class")[0]
+    samples = samples_of(f"predictions:{path}", map(Row, pictures, y, place, [2] * n), facts)
+    samples.split = torch.tensor(split) if at["split"] else samples.split
+    taken = numbered(taken, facts.classes, "class")[0]
     if os.path.isfile(classes):
         samples.classes = samples.labels = read_classes(classes)
         named_by = f"{len(facts.classes)} names, one for each value of y and predicted"
         expect(len(samples.classes) == len(facts.classes), "classes", classes, named_by)
     samples.prompts = [[name] for name in samples.classes]
     return check(samples.keep(keep), False), taken[keep], torch.tensor(sure)[keep]
-
-
-def share_in(table, column, k):
-    """A number from 0 to 1 in row k of a column, NaN where it is empty; or Complaint."""
-    text = table[column][k].strip()
-    with contextlib.suppress(ValueError):
-        value = float(text) if text.casefold() not in EMPTY else math.nan
-        if not (value < 0 or value > 1):
-            return value
-    raise table.complaint(k, f"{column}={text[:60]!r}, expected a number from 0 to 1")
 
 
 STORED = {  # arrays of --data=embeddings:FILE, and what others call them
@@ -2028,13 +2017,8 @@ def stored(path, facts):
     place, facts.places = labels_in(path, "place", a.get("place", np.full(n, -1)), places)
     split = [None] * n
     if "split" in a:
-        known = SPLIT_NAMES | {str(k): k for s in range(3) for k in (s, float(s))}
-        words = [str(v).lower() for v in a["split"].tolist()]
-        split = [known.get(word) for word in words]
-        if None in split:
-            k = split.index(None)
-            raise Complaint(f"{path}: split[{k}] is {words[k][:60]!r}, expected 0, 1, 2 or train, val, test")
-        split = list(map(int, split))
+        where = functools.partial("{}: row {}: {}".format, path)
+        split = split_numbers(a["split"].tolist(), "split", lambda *what: Complaint(where(*what)))
     for k, row in enumerate(zip(y, place, split, strict=True)):
         yield Row(Stored(str(path), k), *row)
 

@@ -422,6 +422,11 @@ def inside(root):
     return f"{', '.join(packed[:3])}: unpack it first" if packed else ", ".join(names[:5]) or "nothing"
 
 
+def lacking(root, what, name):
+    """The Complaint of a folder that is not as --data=name wants it."""
+    return Complaint(f"{root}: no {what} in it (found {inside(root)}); see --data={name}:help")
+
+
 @functools.cache
 def formats():
     """Those of FORMATS that this Pillow opens."""
@@ -482,7 +487,11 @@ def open_image(path):
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = eight_bits(np.asarray(image, np.float32), path, image.mode == "F")
+            grey, top = np.asarray(image, np.float32), 65535  # of 8, 12 or 16 bits, or floats from 0 to 1
+            top = next((t for t in (1, 255, 4095) if grey.max() <= t and (t > 1 or image.mode == "F")), top)
+            if top == 4095:
+                warn_once(path, "no value above 4095 in 16 bits; read as 12 bits")
+            image = Image.fromarray((grey * (255 / top)).clip(0, 255).astype(np.uint8))
         elif deep and max(high for _, high in image.convert("RGB").getextrema()) < 16:
             warn_once(path, "12-bit values in 16 bits of each colour come out dark; scale them")
         clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
@@ -501,14 +510,6 @@ def opened(path):
         except Image.DecompressionBombError:
             line = f"more than --max_pixels={Image.MAX_IMAGE_PIXELS}"
             raise Complaint(f"{path}: {line}; raise it if you trust the file, or shrink it") from None
-
-
-def eight_bits(a, path, floats):
-    """Grey values [h, w] of 8, 12 or 16 bits, or floats from 0 to 1 -> PIL L."""
-    top = 1 if floats and a.max() <= 1 else next((t for t in (255, 4095) if a.max() <= t), 65535)
-    if top == 4095:
-        warn_once(path, "no value above 4095 in 16 bits; read as 12 bits")
-    return Image.fromarray((a * (255 / top)).clip(0, 255).astype(np.uint8))
 
 
 def open_mask(path):
@@ -1263,12 +1264,10 @@ def check(samples, splits=True):
     if not grouped.any(1).all():
         bare = SPLITS[int(grouped.any(1).int().argmin())]
         raise Complaint(f"{name}: no image of {bare} has a place; --columns=place= reads it without places")
-    empty = ((other[0] | other[1]) & ~train).nonzero()[:, 0].tolist()
-    empty = [divmod(g, len(samples.places)) for g in empty]
-    correlated = ": 100 % correlated" if (train.view(n, -1).sum(1) == 1).all() else ""
-    if empty:
-        empty = " or ".join(samples.group_name(*group) for group in empty[:4])
-        samples.notes.append(f"training set without {empty}{correlated}")
+    empty = ((other[0] | other[1]) & ~train).nonzero()[:4, 0].tolist()
+    empty = " or ".join(samples.group_name(*divmod(g, len(samples.places))) for g in empty)
+    correlated = ": 100 % correlated" * bool((train.view(n, -1).sum(1) == 1).all())
+    samples.notes += [f"training set without {empty}{correlated}"] * bool(empty)
     return samples
 
 
@@ -1421,7 +1420,7 @@ def waterbirds(root, facts):
     Land- and waterbirds are known by their species and counts, land and water by place_filename."""
     table = folder(root, "data waterbirds") / "metadata.csv"
     if not table.is_file():
-        raise Complaint(f"{root}: no metadata.csv in it (found {inside(root)}); see --data=waterbirds:help")
+        raise lacking(root, "metadata.csv", "waterbirds")
     table = read_table(table)
     paths, y, place, split = table_rows(table, facts, ("path", "y", "split", "place"))
     some = slice(None, None, max(1, len(y) // 5000))
@@ -1431,9 +1430,7 @@ def waterbirds(root, facts):
     if len(facts.classes) == len(facts.places) == 2:
         y0, place0 = facts.classes[0], facts.places[0]
         groups = [-1 if p is None else 2 * (c != y0) + (p != place0) for c, p in zip(y, place, strict=True)]
-        official, notes = official_waterbirds(root.name, np.array(groups), np.array(split))
-        facts.notes += notes
-        if official:
+        if official_waterbirds(root.name, np.array(groups), np.array(split), facts.notes):
             what, where = {"0": "landbird", "1": "waterbird"}, {"0": "land", "1": "water"}
     facts.classes = [what.get(name, name) for name in facts.classes]
     facts.places = [where.get(name, name) for name in facts.places]
@@ -1465,20 +1462,23 @@ def told_by(values, keys, words):
     return called if 1 < len(called) == len(set(called.values())) else {}
 
 
-def official_waterbirds(name, group, split):
-    """Whether val and test have the counts of the official sets (PROTOCOLS 1), and notes on it. group: [n],
-    2 y + place, -1: not known; split: [n]."""
+def official_waterbirds(name, group, split, notes):
+    """Whether val and test have the counts of the official sets (PROTOCOLS 1), which notes then say. group:
+    [n], 2 y + place, -1: not known; split: [n]."""
     counts = [np.bincount(group[(split == s) & (group >= 0)], minlength=4).tolist() for s in range(3)]
-    if counts[1:] == [[467, 466, 133, 133], [2255, 2255, 642, 642]]:
-        if counts[0] == [3498, 184, 56, 1057]:
-            return True, [f"{name}: the counts of the official Waterbirds, 95 %"]
+    official = counts[1:] == [[467, 466, 133, 133], [2255, 2255, 642, 642]]
+    if official and counts[0] == [3498, 184, 56, 1057]:
+        notes.append(f"{name}: the counts of the official Waterbirds, 95 %")
+    elif official:
         makings = {4795: "generated at 100 %", 4555: "the 95 % set without its minority groups"}
         making = makings.get(sum(counts[0]), "of another making")
-        return True, [f"{name}: official val and test; train {sum(counts[0])} images: {making}"]
-    if len(group) == 11788 or "waterbird_complete" in name or "forest2water2" in name:
-        line = f"{name}: {len(group)} images, groups {counts}, not the official counts"
-        return False, [f"WARNING: {line}: incomplete or generated anew; published figures do not hold for it"]
-    return False, []
+        notes.append(f"{name}: official val and test; train {sum(counts[0])} images: {making}")
+    elif len(group) == 11788 or "waterbird_complete" in name or "forest2water2" in name:
+        line = (
+            f"{name}: {len(group)} images, groups {counts}, not the official counts: incomplete or generated"
+        )
+        notes.append(f"WARNING: {line} anew; published figures do not hold for it")
+    return official
 
 
 def celeba(root, facts):
@@ -1492,7 +1492,7 @@ def celeba(root, facts):
         found = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
         path = next((p for p in found if p.is_file()), None)
         if path is None:
-            raise Complaint(f"{root}: no {name}.txt or .csv in it (found {inside(root)}); see celeba:help")
+            raise lacking(root, f"{name}.txt or .csv", "celeba")
         tables.append(path)
     faces = read_table(tables[0], ("Blond_Hair", "Male"))
     parts = read_table(tables[1], header=("image_id", "partition"))
@@ -1523,8 +1523,7 @@ def counteranimal(root, facts):
     inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
     root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
     if root is None:
-        there = f"no folders such as '9 ostrich' in it (found {inside(outer)})"
-        raise Complaint(f"{outer}: {there}; see counteranimal:help")
+        raise lacking(outer, "folders such as '9 ostrich'", "counteranimal")
     for parts in scan(root):
         number, _, name = parts[0].partition(" ")
         kind = parts[1].lower() if len(parts) > 2 else ""
@@ -1535,10 +1534,10 @@ def counteranimal(root, facts):
         else:
             skipped.add("/".join(parts[:2]))
     if skipped:
-        line = f"{len(skipped)} files or folders are neither common nor counter, as {min(skipped)}; left out"
-        facts.notes.append(f"WARNING: {root}: {line}")
+        odd = f"{len(skipped)} files or folders are neither common nor counter, as {min(skipped)}; left out"
+        facts.notes.append(f"WARNING: {root}: {odd}")
     if not rows:
-        raise Complaint(f"{root}: no photos in common-... and counter-... folders; see counteranimal:help")
+        raise lacking(root, "photos in common-... and counter-... folders", "counteranimal")
     number = {name: number for number, name, *_ in sorted(rows)}
     named, spelled = imagenet_names((root, outer), facts.notes), {plain(name): name for name in number}
     pair = [spelled.get(plain(name), name) for name in facts.chosen]
@@ -1616,7 +1615,7 @@ def nico(root, facts):
     root = Path(root, *at)
     paths = [p[len(at) :] for p in outer if p[: len(at)] == at and len(p) > len(at) + 2]
     if not paths:
-        raise Complaint(f"{root}: no images in context/class/ folders (found {inside(root)}); see nico:help")
+        raise lacking(root, "context/class/ folders of images", "nico")
     if len(paths) < len(outer):
         beside = f"{len(outer) - len(paths)} images beside its context/class folders"
         facts.notes.append(f"{root}: {beside} are not used")
@@ -1691,7 +1690,7 @@ def coco_photos(root, notes, outlines=False):
     at, flat = first_folder(folder(root, "data coco"), "annotations"), 0
     files, everything, categories = sorted(at.glob("instances_*.json")), {}, {}
     if not files:
-        raise Complaint(f"{at}: no instances_*.json in it (found {inside(at)}); see --data=coco:help")
+        raise lacking(at, "instances_*.json", "coco")
     for file in files:
         part, photos = file.stem.removeprefix("instances_"), {}
         images = first_folder(root, part, f"images/{part}", "images")
@@ -1750,7 +1749,7 @@ def in9(root, facts):
     kinds = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b only_bg_t".split()
     facts.places, facts.official = [kind for kind in kinds if (root / kind).is_dir()], False
     if not facts.places:
-        raise Complaint(f"{root}: no original, mixed_same ... in it (found {inside(root)}); see in9:help")
+        raise lacking(root, "original, mixed_same ...", "in9")
     facts.published = dict(classes=9, places=[4050] * len(facts.places))
     for kind in facts.places:
         at = first_folder(root / kind, "val")
@@ -1806,11 +1805,10 @@ def image_folder(root, facts):
     --prompts=FILE: templates with {} for the name, or lines class<TAB>prompt; several are averaged.
     Without split folders 3/5, 1/5, 1/5 of each group are train, val, test; without val 1/5 of train is."""
     paths, facts.classes, where = scan(root, notes=facts.notes), facts.renamed, f"--data=folder:{root}"
+    moved = {p: p for p in paths}
     if all(len(p) > 2 and p[1].lower() in SPLIT_NAMES for p in paths):
         facts.notes.append(f"{root}: class/split folders, expected split/class; read so")
         moved = {(p[1], p[0], *p[2:]): p for p in paths}
-    else:
-        moved = {p: p for p in paths}
     top = {p[0] for p in moved if len(p) > 1}
     splits = {t for t in top if t.lower() in SPLIT_NAMES}
     official = bool(splits) and splits == top
@@ -1840,20 +1838,20 @@ def image_folder(root, facts):
 
 def folder_notes(root, rest):
     """What of the folders class/place/... of images is not as expected. rest: their parts below a split."""
-    notes, depth = [], Counter(min(len(r), 4) for r in rest)
+    lines, depth, pairs = [], Counter(min(len(r), 4) for r in rest), {r[:2] for r in rest if len(r) > 2}
     if depth[1]:
-        notes.append(f"WARNING: {root}: {depth[1]} images lie outside the class folders, and are left out")
-    if depth[2] and depth[3] + depth[4]:
-        line = f"{depth[2]} images lie beside the place folders of their class"
-        notes.append(f"WARNING: {root}: {line}; their place is 'elsewhere'")
+        lines.append(f"{depth[1]} images lie outside the class folders, and are left out")
+    if depth[2] and pairs:
+        lines.append(f"{depth[2]} images lie beside the place folders; their place is 'elsewhere'")
     if depth[4]:
-        line = f"{depth[4]} images lie below class/place, as {'/'.join(next(r for r in rest if len(r) > 3))}"
-        notes.append(f"WARNING: {root}: {line}; the folders below the place are not used")
-    pairs = {r[:2] for r in rest if len(r) > 2}
-    if len(pairs) > 1 and len(pairs) == len({place for _, place in pairs}):
-        line = f"each place lies in one class only, as {'/'.join(min(pairs))}; no place compares two classes"
-        notes.append(f"WARNING: {root}: {line}. If the second folders are the classes, move them up")
-    return notes
+        deep = "/".join(next(r for r in rest if len(r) > 3))
+        lines.append(
+            f"{depth[4]} images lie below class/place, as {deep}; folders below the place do not count"
+        )
+    if 1 < len(pairs) == len({place for _, place in pairs}):
+        one = f"each place lies in one class only, as {'/'.join(min(pairs))}; no place compares two classes"
+        lines.append(f"{one}. If the second folders are the classes, move them up")
+    return [f"WARNING: {root}: {line}" for line in lines]
 
 
 def csv_table(path, facts):
@@ -2030,16 +2028,13 @@ def labels_in(path, key, values, names):
         words = [word.strip() for word in values.astype(str).tolist()]
         return [word if word.lower() not in ("", "nan") else None for word in words], names
     x = values.astype(float)
-    missing = np.isnan(x) | (x == -1)
-    k = np.where(missing, 0, x).astype(np.int64)
-    odd = ((k != x) | (k < 0)) & ~missing
-    if odd.any() or (names and k.max(initial=0) >= len(names)):
+    there = [k for k in np.unique(x[~np.isnan(x)]).tolist() if k != -1]
+    name = dict(enumerate(names)) if names else {k: f"{k:.0f}" for k in there if k >= 0 and k % 1 == 0}
+    odd = [k for k in there if k not in name]
+    if odd:
         wanted = f"whole numbers from 0 to {len(names) - 1}, of {len(names)} names" if names else "from 0"
-        found = x[odd.argmax() if odd.any() else k.argmax()]
-        raise Complaint(f"{path}: {key} has {found:g}, expected {wanted}")
-    name = dict(enumerate(names)) if names else {v: str(v) for v in np.unique(k[~missing]).tolist()}
-    known = np.where(missing, -1, k).tolist()
-    return [name.get(v) for v in known], [*name.values()]
+        raise Complaint(f"{path}: {key} has {odd[0]:g}, expected {wanted}")
+    return [name.get(k) for k in x.tolist()], [*name.values()]
 
 
 def stored_composites(path):
@@ -2242,14 +2237,13 @@ def kinds_of(where, kind, few, facts):
         name, mark, _ = Path(parts[-1]).stem.partition("__")
         name = parts[0] if len(parts) > 1 else name if mark else "all"
         found.setdefault(name, []).append(kind(os.path.join(where, *parts)))
-    for name in sorted(found, key=lambda name: (-len(found[name]), name)):
-        split = make_splits([0] * len(found[name])).tolist()
-        pairs = list(zip(found[name], split, strict=True))
-        out[name] = [[item for item, s in pairs if s == part] for part in range(3)]
     small = sorted(name for name in found if len(found[name]) < few)
     if small:
         facts.notes.append(f"{where}: fewer than {few} images of {', '.join(small)}; left out")
-    return {name: lists for name, lists in out.items() if name not in small}
+    for name in sorted({*found} - {*small}, key=lambda name: (-len(found[name]), name)):
+        split = make_splits([0] * len(found[name])).tolist()
+        out[name] = [[p for p, s in zip(found[name], split, strict=True) if s == k] for k in range(3)]
+    return out
 
 
 def coco(root, facts):
@@ -2262,16 +2256,16 @@ def coco(root, facts):
     are ours, the same for all strengths and seeds: val and test have a third of the smallest group, at most
     100 images; training images are drawn from the rest, as many as Cramer's V allows: a note says so."""
     (photos, categories), classes, feature = coco_photos(root, facts.notes), facts.chosen, facts.feature
-    there, names = exists([photo.path for photo in photos]), list(categories)
-    if not there.all():
-        line = f"{int((~there).sum())} of {len(photos)} images do not exist; they are left out"
-        facts.notes.append(f"WARNING: {root}: {line}")
-    photos = [photo for photo, here in zip(photos, there.tolist(), strict=True) if here]
+    there, names = exists([photo.path for photo in photos]).tolist(), list(categories)
+    if not all(there):
+        lost = f"{there.count(False)} of {len(photos)} images do not exist; they are left out"
+        facts.notes.append(f"WARNING: {root}: {lost}")
+    photos = [photo for photo, here in zip(photos, there, strict=True) if here]
     expect(classes, "classes", "", "two categories of COCO or more, as in cat,dog")
     for flag, word in [("feature", feature), *[("classes", name) for name in classes]]:
         expect(word in names, flag, word, f"a category of instances_*.json; {near(word, names)}")
     expect(feature not in classes, "feature", feature, "none of --classes")
-    groups = {(y, on): [] for y in range(len(classes)) for on in (0, 1)}
+    groups = {(y, on): [] for y, on in np.ndindex(len(classes), 2)}
     for k, photo in enumerate(photos):
         shown = [y for y, name in enumerate(classes) if name in photo.objects]
         if len(shown) == 1 and not photo.crowds & {*classes, feature}:
@@ -2426,8 +2420,8 @@ class Regions(Picture):
         """The masks' regions as shares of the cells of a map, [R, h, w]."""
         if not self.values:
             return torch.zeros(0, h, w)
-        grey = np.asarray(open_image(self.mask.path).convert("L"))
-        masks = [Image.fromarray(255 * (grey == value).astype(np.uint8)) for value in self.values]
+        grey = open_image(self.mask.path).convert("L")
+        masks = [grey.point([255 * (v == value) for v in range(256)]) for value in self.values]
         return torch.stack([cell_shares(mask, self.frame, h, w) for mask in masks])
 
 
@@ -2503,20 +2497,16 @@ def grid_regions(spec, pictures, sizes, frames):
 def mask_regions(spec, pictures, sizes, frames):
     out, masks = [], find_masks([getattr(p, "path", "") for p in pictures], spec.removeprefix("masks:"))
     for picture, path, f in zip(pictures, masks, frames, strict=True):
-        mask = np.asarray(open_image(path).convert("L")) if path else np.zeros((0, 0))
+        mask, boxes = open_image(path).convert("L") if path else Image.new("L", (0, 0)), {}
         values = np.unique(mask).tolist()
         if len(values) > 32:
             raise Complaint(f"{path}: {len(values)} grey values, expected at most 32, one a region")
-        boxes = {value: span_of(mask == value) for value in values}
-        boxes = {value: box for value, box in boxes.items() if overlap(box, f) > 0}
+        for value in values:
+            span = mask.point([v == value for v in range(256)]).getbbox()
+            box = tuple(v / n for v, n in zip(span, mask.size * 2, strict=True))
+            boxes |= {value: box} if overlap(box, f) > 0 else {}
         out.append(Regions(picture, tuple(boxes.values()), f, path and Photo(path), tuple(boxes)))
     return out, []
-
-
-def span_of(on):
-    """The box around the true pixels of an array, in shares."""
-    (h, w), rows, columns = on.shape, np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
-    return float(columns[0] / w), float(rows[0] / h), float((columns[-1] + 1) / w), float((rows[-1] + 1) / h)
 
 
 def box_regions(spec, pictures, sizes, frames):
@@ -2531,7 +2521,9 @@ def box_regions(spec, pictures, sizes, frames):
         if end and owner.setdefault(end, path) != path:
             two = f"{end} is the end of two paths, {owner[end]} and {path}"
             raise Complaint(f"{where}: {two}; give the folders in the file")
-        said["turned"] += end is not None and turned(picture)
+        if end is not None and isinstance(picture, Photo):
+            with opened(path) as image:
+                said["turned"] += image.getexif().get(274, 1) in range(2, 9)
         for line, x1, y1, x2, y2 in rows.get(end, ()):
             box = (max(0.0, x1 / W), max(0.0, y1 / H), min(1.0, x2 / W), min(1.0, y2 / H))
             flat = x1 == x2 or y1 == y2
@@ -2552,14 +2544,6 @@ def box_regions(spec, pictures, sizes, frames):
         turned="pictures are turned by their EXIF data; boxes count in the turned picture (WARNING)",
     )
     return out, [f"{where}: {said[k]} {line}" for k, line in lines.items() if said[k]]
-
-
-def turned(picture):
-    """Whether the EXIF data of a photo turns or mirrors it."""
-    if not isinstance(picture, Photo):
-        return False
-    with opened(picture.path) as image:
-        return image.getexif().get(274, 1) in range(2, 9)
 
 
 def overlap(a, b):
@@ -2607,26 +2591,18 @@ def region_truth(pictures, shows, share=0.5, outside=0.9):
     smaller of the two; a planted scene if at least `outside` of it is not the class object (our reading).
     """
     objects, features = [], []
-    for picture, (thing, mark) in zip(pictures, shows, strict=True):
-        thing, mark = boxes_of(thing), mark if mark == SCENE else boxes_of(mark)
+
+    def hits(box, others):
+        return any(overlap(box, b) >= share * min(overlap(box, box), overlap(b, b)) > 0 for b in others)
+
+    for picture, things in zip(pictures, shows, strict=True):
+        # tuples of boxes, or SCENE
+        thing, mark = (v if v == SCENE or not v or isinstance(v[0], tuple) else (v,) for v in things)
         for box in picture.boxes:
-            area = overlap(box, box)
-            objects.append(hits(box, thing, share))
-            behind = all(overlap(box, b) <= (1 - outside) * area for b in thing)
-            features.append(behind if mark == SCENE else hits(box, mark, share))
+            objects.append(hits(box, thing or ()))
+            behind = [overlap(box, b) <= (1 - outside) * overlap(box, box) for b in thing or ()]
+            features.append(all(behind) if mark == SCENE else hits(box, mark or ()))
     return torch.tensor(objects, dtype=torch.bool), torch.tensor(features, dtype=torch.bool)
-
-
-def boxes_of(thing):
-    """A box, a tuple of them, or None -> a tuple of boxes."""
-    if thing is None:
-        return ()
-    return thing if isinstance(thing[0], tuple) else (thing,)
-
-
-def hits(box, others, share):
-    """Whether a box shares enough of the smaller of the two with one of the others."""
-    return any(overlap(box, b) >= share * min(overlap(box, box), overlap(b, b)) > 0 for b in others)
 
 
 # --------------------------------------------------------------------------------------------------------

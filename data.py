@@ -197,6 +197,12 @@ def revision():
     return git.stdout.strip() or None
 
 
+@functools.cache
+def asset(name):
+    """The text of a file of assets/."""
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
 def rng(seed, purpose, *index):
     """A generator of its own for each (seed, purpose, index): any order, any sharding draws the same."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *index])
@@ -2314,28 +2320,11 @@ def mnist(root, seed):
     return out
 
 
-# a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
-STROKES = """
-52 8 24 22 18 55 32 88 62 90 82 62 76 22 52 8 38 12
-50 8 49 50 47 92|30 30 52 10, 52 10 50 92|32 28 54 9, 54 9 52 90, 30 91 74 90
-22 30 42 9 74 20 70 46 42 72 20 90, 20 90 50 86 82 90|20 26 50 8 76 30 56 64 26 88 18 76 40 74 60 88 84 86
-22 16 52 8 72 24 58 44 40 48, 40 48 70 54 78 74 54 92 20 84|20 12 74 12, 74 12 44 44, 44 44 74 54 78 76 52\
- 92 20 82
-58 8 38 36 18 62, 18 62 84 60, 64 36 60 92|28 10 24 36 26 54, 26 54 76 52, 72 10 68 50 66 92|62 8 18 64,\
- 18 64 86 64, 62 8 62 92
-76 12 32 12, 32 12 28 46, 28 46 58 40 78 62 62 88 22 84|30 12 26 48 56 44 76 66 56 92 20 82, 30 12 78 10
-70 10 42 26 24 60 36 88 66 88 74 64 52 52 28 66|56 8 32 40 26 74 48 92 72 74 58 54 30 66
-20 14 78 14, 78 14 52 50 42 92|20 14 78 12, 78 12 42 92, 34 52 68 50|22 26 24 12, 24 12 78 14, 78 14 46 92
-70 20 46 8 28 24 44 44 68 62 68 84 46 92 26 78 36 56 62 38 70 20 56 10|50 48 28 30 48 8 70 28 50 48 36 54 26\
- 74 50 92 74 74 62 54 50 48
-72 28 52 8 26 26 40 50 70 34 74 22, 74 24 70 60 58 92|70 30 48 10 26 32 46 52 70 34, 70 34 74 70 54 92 28 84
-"""
-
-
 def draw_digit(digit, seed, side=28):
     """PIL L (side, side), white on black: one of its ways, points moved, slanted, turned, bent."""
     g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * side
-    strokes = draw_one(STROKES.strip().splitlines()[digit].split("|"), g).split(",")
+    # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
+    strokes = draw_one(asset("digits.txt").splitlines()[digit].split("|"), g).split(",")
     turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
     wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
     turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
@@ -2657,7 +2646,7 @@ def text(x, y, words, anchor="start", kind="", **more):
 def drawing(name, height, *parts):
     """An SVG, 400 wide, and a link that saves it."""
     about = {"viewBox": f"0 0 400 {height:.0f}", "role": "img", "aria-label": name}
-    svg = tag("svg", Html(f"<style>{FIGURE}</style>"), *parts, xmlns=SVG, **about)
+    svg = tag("svg", Html(f"<style>{asset('figure.css')}</style>"), *parts, xmlns=SVG, **about)
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
     link = tag("a", "this figure as SVG", href=source, download=f"{name}.svg")
     return tag("div", svg, link, class_="chart")
@@ -2723,38 +2712,7 @@ def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links
     body.append(tag("details", *folded, tag("pre", lines)))
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    return head + tag("title", title) + f"<style>{STYLE}</style>" + "".join(body) + "</html>"
+    return head + tag("title", title) + f"<style>{asset('page.css')}</style>" + "".join(body) + "</html>"
 
 
 SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place
-FIGURE = """
-text{font:12px system-ui,sans-serif;fill:#22302d}.dim{fill:#55625d}circle.c0,circle.dot{fill:#b06d3b}
-circle.c1{fill:#2f8177}circle.c2,circle.c5{fill:#8a958f}circle.c3{fill:#6b5b95}circle.c4{fill:#b3922f}
-path{fill:none;stroke-width:1.5}path.c0{stroke:#b06d3b}path.c1{stroke:#2f8177}path.c2,path.c5{stroke:#8a958f}
-path.c3{stroke:#6b5b95}path.c4{stroke:#b3922f}path.way{stroke:#2f8177;opacity:.35}
-path.grid{stroke:#dedbd0;stroke-width:1}.pale{fill:none;stroke:#8a958f}
-@media(prefers-color-scheme:dark){text{fill:#e6e8e3}.dim{fill:#a3b0ab}path.grid{stroke:#343d3a}}
-"""
-STYLE = """
-:root{--ink:#22302d;--dim:#55625d;--paper:#fbfaf6;--line:#dedbd0;--link:#2f8177}
-@media(prefers-color-scheme:dark){
- :root{--ink:#e6e8e3;--dim:#a3b0ab;--paper:#171c1b;--line:#343d3a;--link:#67b8ac}}
-body{overflow-wrap:break-word;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);
- color:var(--ink);font:16px/1.5 system-ui,sans-serif}p{max-width:70ch}
-h1{margin:0;font-size:28px;line-height:1.25}h2{margin:36px 0 10px;font-size:19px}
-h3{margin:18px 0 4px;font-size:15px}
-.dim{color:var(--dim)}a{color:var(--link)}.links a{margin-right:18px}pre{overflow-x:auto;font-size:12.5px}
-.numbers{display:flex;flex-wrap:wrap;gap:14px 44px;margin:22px 0}
-.numbers b{display:block;font-size:46px;line-height:1.1}
-.numbers span{display:block;max-width:15em;font-size:14px;line-height:1.4;color:var(--dim)}
-.numbers div:nth-child(2) b{color:var(--link)}.chart{max-width:560px}.chart svg{width:100%;display:block}
-.chart a{font-size:13px}.wide{overflow-x:auto}
-figure{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}.small figure{width:84px}
-figcaption{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}
-figure img{width:100%;border-radius:6px;display:block}
-table{border-collapse:collapse;font-size:14px}td{white-space:nowrap}
-th,td{padding:4px 14px 4px 0;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child,.text{text-align:left}td.text{white-space:normal}
-details{margin-top:40px}summary{cursor:pointer;color:var(--dim)}
-@media(max-width:520px){figure{width:calc(50% - 10px)}.small figure{width:calc(20% - 10px)}h1{font-size:24px}}
-"""

@@ -42,9 +42,6 @@ ASSETS = Path(__file__).parent / "assets"
 GREY = (124, 116, 104)  # the mean colour of ImageNet
 SPLITS = ("train", "val", "test")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
-EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif"}
-EXTENSIONS |= {".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k"}
-HEIF = {".heic", ".heif"}  # with the package pillow-heif
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 SKIP = "replace it, or leave such files out with --skip_bad"
 COLUMNS = {  # of tables: what we call them, and what people do, the likeliest first
@@ -140,7 +137,10 @@ def flags(script, argv=None, **limits):
         config[key] = read_flag(key, value if equals else None, type(config[key]))
     for key, limit in {**LIMITS, **limits}.items():
         if key in config and isinstance(limit, str):
-            expect(in_interval(config[key], limit), key, config[key], f"a number in {limit}")
+            low, high = map(float, limit[1:-1].split(","))
+            inside = low < config[key] < high or config[key] == low and limit[0] == "["
+            inside = inside or config[key] == high and limit[-1] == "]"
+            expect(inside, key, config[key], f"a number in {limit}")
         elif key in config:
             expect(config[key] in limit, key, config[key], " or ".join(word for word in limit if word))
     batch = config.get("batch_size", "auto")
@@ -172,14 +172,6 @@ def read_flag(key, value, kind):
     return number
 
 
-def in_interval(value, interval):
-    """Whether a number lies in an interval such as "[0, 1)"."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value > low or (value == low and interval[0] == "[")
-    below = value < high or (value == high and interval[-1] == "]")
-    return above and below
-
-
 def near(word, known):
     """'did you mean ...' for a mistyped word, or the list of what there is."""
     known = [str(k) for k in known]
@@ -205,6 +197,12 @@ def revision():
     return git.stdout.strip() or None
 
 
+@functools.cache
+def asset(name):
+    """The text of a file of assets/."""
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
 def rng(seed, purpose, *index):
     """A generator of its own for each (seed, purpose, index): any order, any sharding draws the same."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *index])
@@ -216,26 +214,25 @@ def rng(seed, purpose, *index):
 
 def write(path, content):
     """Writes str or bytes whole or not at all: a temporary file beside it, fsync, rename."""
-    path = Path(path)
+    path, temporary = Path(path), None
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
     except OSError as problem:
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "free some space on that disk" if full else "choose another folder, or allow writing there"
         raise Complaint(f"{path}: cannot be written ({problem.strerror}); {cure}") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(path, tree):
@@ -304,7 +301,7 @@ class Table(dict):
         return [reader.line_num for row in reader if row][-self.count :]
 
     def complaint(self, k, problem):
-        return Complaint(f"{self.path}:{self.lines()[k]}: {problem}")
+        return Complaint(f"{self.path}:{self.lines()[k % self.count]}: {problem}")
 
 
 def csv_reader(path):
@@ -431,6 +428,11 @@ def inside(root):
     return f"{', '.join(packed[:3])}: unpack it first" if packed else ", ".join(names[:5]) or "nothing"
 
 
+def lacking(root, what, name):
+    """The Complaint of a folder that is not as --data=name wants it."""
+    return Complaint(f"{root}: no {what} in it (found {inside(root)}); see --data={name}:help")
+
+
 @functools.cache
 def formats():
     """Those of FORMATS that this Pillow opens."""
@@ -449,7 +451,7 @@ def scan(root, flag="data", notes=None):
     notes: a list that a line on other files is added to.
     """
     found, other, folders = [], [], [((), (os.path.realpath(folder(root, flag)),))]
-    wanted = EXTENSIONS | HEIF if "HEIF" in formats() else EXTENSIONS
+    opens, endings = formats(), Image.registered_extensions()
     while folders:
         parts, above = folders.pop()
         for entry in os.scandir(os.path.join(root, *parts)):
@@ -459,14 +461,15 @@ def scan(root, flag="data", notes=None):
             if entry.is_dir():
                 real = os.path.realpath(entry.path)
                 folders += [((*parts, entry.name), (*above, real))] if real not in above else []
-            elif kind in wanted:
+            elif endings.get(kind) in opens:
                 if entry.is_symlink() and not os.path.exists(entry.path):
                     gone = os.readlink(entry.path)
                     raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
                 found.append((*parts, entry.name))
             else:
                 other.append((parts, kind or "without an ending"))
-    cure = "; for .heic: pip install pillow-heif" * any(kind in HEIF for _, kind in other)
+    heif = any(kind in (".heic", ".heif") for _, kind in other)
+    cure = "; for .heic: pip install pillow-heif" * heif
     if not found:
         raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)}){cure}")
     if other and notes is not None:
@@ -490,7 +493,11 @@ def open_image(path):
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = eight_bits(np.asarray(image, np.float32), path, image.mode == "F")
+            grey, top = np.asarray(image, np.float32), 65535  # of 8, 12 or 16 bits, or floats from 0 to 1
+            top = next((t for t in (1, 255, 4095) if grey.max() <= t and (t > 1 or image.mode == "F")), top)
+            if top == 4095:
+                warn_once(path, "no value above 4095 in 16 bits; read as 12 bits")
+            image = Image.fromarray((grey * (255 / top)).clip(0, 255).astype(np.uint8))
         elif deep and max(high for _, high in image.convert("RGB").getextrema()) < 16:
             warn_once(path, "12-bit values in 16 bits of each colour come out dark; scale them")
         clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
@@ -509,14 +516,6 @@ def opened(path):
         except Image.DecompressionBombError:
             line = f"more than --max_pixels={Image.MAX_IMAGE_PIXELS}"
             raise Complaint(f"{path}: {line}; raise it if you trust the file, or shrink it") from None
-
-
-def eight_bits(a, path, floats):
-    """Grey values [h, w] of 8, 12 or 16 bits, or floats from 0 to 1 -> PIL L."""
-    top = 1 if floats and a.max() <= 1 else next((t for t in (255, 4095) if a.max() <= t), 65535)
-    if top == 4095:
-        warn_once(path, "no value above 4095 in 16 bits; read as 12 bits")
-    return Image.fromarray((a * (255 / top)).clip(0, 255).astype(np.uint8))
 
 
 def open_mask(path):
@@ -1271,12 +1270,10 @@ def check(samples, splits=True):
     if not grouped.any(1).all():
         bare = SPLITS[int(grouped.any(1).int().argmin())]
         raise Complaint(f"{name}: no image of {bare} has a place; --columns=place= reads it without places")
-    empty = ((other[0] | other[1]) & ~train).nonzero()[:, 0].tolist()
-    empty = [divmod(g, len(samples.places)) for g in empty]
-    correlated = ": 100 % correlated" if (train.view(n, -1).sum(1) == 1).all() else ""
-    if empty:
-        empty = " or ".join(samples.group_name(*group) for group in empty[:4])
-        samples.notes.append(f"training set without {empty}{correlated}")
+    empty = ((other[0] | other[1]) & ~train).nonzero()[:4, 0].tolist()
+    empty = " or ".join(samples.group_name(*divmod(g, len(samples.places))) for g in empty)
+    correlated = ": 100 % correlated" * bool((train.view(n, -1).sum(1) == 1).all())
+    samples.notes += [f"training set without {empty}{correlated}"] * bool(empty)
     return samples
 
 
@@ -1429,7 +1426,7 @@ def waterbirds(root, facts):
     Land- and waterbirds are known by their species and counts, land and water by place_filename."""
     table = folder(root, "data waterbirds") / "metadata.csv"
     if not table.is_file():
-        raise Complaint(f"{root}: no metadata.csv in it (found {inside(root)}); see --data=waterbirds:help")
+        raise lacking(root, "metadata.csv", "waterbirds")
     table = read_table(table)
     paths, y, place, split = table_rows(table, facts, ("path", "y", "split", "place"))
     some = slice(None, None, max(1, len(y) // 5000))
@@ -1439,9 +1436,7 @@ def waterbirds(root, facts):
     if len(facts.classes) == len(facts.places) == 2:
         y0, place0 = facts.classes[0], facts.places[0]
         groups = [-1 if p is None else 2 * (c != y0) + (p != place0) for c, p in zip(y, place, strict=True)]
-        official, notes = official_waterbirds(root.name, np.array(groups), np.array(split))
-        facts.notes += notes
-        if official:
+        if official_waterbirds(root.name, np.array(groups), np.array(split), facts.notes):
             what, where = {"0": "landbird", "1": "waterbird"}, {"0": "land", "1": "water"}
     facts.classes = [what.get(name, name) for name in facts.classes]
     facts.places = [where.get(name, name) for name in facts.places]
@@ -1473,20 +1468,23 @@ def told_by(values, keys, words):
     return called if 1 < len(called) == len(set(called.values())) else {}
 
 
-def official_waterbirds(name, group, split):
-    """Whether val and test have the counts of the official sets (PROTOCOLS 1), and notes on it. group: [n],
-    2 y + place, -1: not known; split: [n]."""
+def official_waterbirds(name, group, split, notes):
+    """Whether val and test have the counts of the official sets (PROTOCOLS 1), which notes then say. group:
+    [n], 2 y + place, -1: not known; split: [n]."""
     counts = [np.bincount(group[(split == s) & (group >= 0)], minlength=4).tolist() for s in range(3)]
-    if counts[1:] == [[467, 466, 133, 133], [2255, 2255, 642, 642]]:
-        if counts[0] == [3498, 184, 56, 1057]:
-            return True, [f"{name}: the counts of the official Waterbirds, 95 %"]
+    official = counts[1:] == [[467, 466, 133, 133], [2255, 2255, 642, 642]]
+    if official and counts[0] == [3498, 184, 56, 1057]:
+        notes.append(f"{name}: the counts of the official Waterbirds, 95 %")
+    elif official:
         makings = {4795: "generated at 100 %", 4555: "the 95 % set without its minority groups"}
         making = makings.get(sum(counts[0]), "of another making")
-        return True, [f"{name}: official val and test; train {sum(counts[0])} images: {making}"]
-    if len(group) == 11788 or "waterbird_complete" in name or "forest2water2" in name:
-        line = f"{name}: {len(group)} images, groups {counts}, not the official counts"
-        return False, [f"WARNING: {line}: incomplete or generated anew; published figures do not hold for it"]
-    return False, []
+        notes.append(f"{name}: official val and test; train {sum(counts[0])} images: {making}")
+    elif len(group) == 11788 or "waterbird_complete" in name or "forest2water2" in name:
+        line = (
+            f"{name}: {len(group)} images, groups {counts}, not the official counts: incomplete or generated"
+        )
+        notes.append(f"WARNING: {line} anew; published figures do not hold for it")
+    return official
 
 
 def celeba(root, facts):
@@ -1500,7 +1498,7 @@ def celeba(root, facts):
         found = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
         path = next((p for p in found if p.is_file()), None)
         if path is None:
-            raise Complaint(f"{root}: no {name}.txt or .csv in it (found {inside(root)}); see celeba:help")
+            raise lacking(root, f"{name}.txt or .csv", "celeba")
         tables.append(path)
     faces = read_table(tables[0], ("Blond_Hair", "Male"))
     parts = read_table(tables[1], header=("image_id", "partition"))
@@ -1531,8 +1529,7 @@ def counteranimal(root, facts):
     inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
     root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
     if root is None:
-        there = f"no folders such as '9 ostrich' in it (found {inside(outer)})"
-        raise Complaint(f"{outer}: {there}; see counteranimal:help")
+        raise lacking(outer, "folders such as '9 ostrich'", "counteranimal")
     for parts in scan(root):
         number, _, name = parts[0].partition(" ")
         kind = parts[1].lower() if len(parts) > 2 else ""
@@ -1543,10 +1540,10 @@ def counteranimal(root, facts):
         else:
             skipped.add("/".join(parts[:2]))
     if skipped:
-        line = f"{len(skipped)} files or folders are neither common nor counter, as {min(skipped)}; left out"
-        facts.notes.append(f"WARNING: {root}: {line}")
+        odd = f"{len(skipped)} files or folders are neither common nor counter, as {min(skipped)}; left out"
+        facts.notes.append(f"WARNING: {root}: {odd}")
     if not rows:
-        raise Complaint(f"{root}: no photos in common-... and counter-... folders; see counteranimal:help")
+        raise lacking(root, "photos in common-... and counter-... folders", "counteranimal")
     number = {name: number for number, name, *_ in sorted(rows)}
     named, spelled = imagenet_names((root, outer), facts.notes), {plain(name): name for name in number}
     pair = [spelled.get(plain(name), name) for name in facts.chosen]
@@ -1624,7 +1621,7 @@ def nico(root, facts):
     root = Path(root, *at)
     paths = [p[len(at) :] for p in outer if p[: len(at)] == at and len(p) > len(at) + 2]
     if not paths:
-        raise Complaint(f"{root}: no images in context/class/ folders (found {inside(root)}); see nico:help")
+        raise lacking(root, "context/class/ folders of images", "nico")
     if len(paths) < len(outer):
         beside = f"{len(outer) - len(paths)} images beside its context/class folders"
         facts.notes.append(f"{root}: {beside} are not used")
@@ -1699,7 +1696,7 @@ def coco_photos(root, notes, outlines=False):
     at, flat = first_folder(folder(root, "data coco"), "annotations"), 0
     files, everything, categories = sorted(at.glob("instances_*.json")), {}, {}
     if not files:
-        raise Complaint(f"{at}: no instances_*.json in it (found {inside(at)}); see --data=coco:help")
+        raise lacking(at, "instances_*.json", "coco")
     for file in files:
         part, photos = file.stem.removeprefix("instances_"), {}
         images = first_folder(root, part, f"images/{part}", "images")
@@ -1758,7 +1755,7 @@ def in9(root, facts):
     kinds = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b only_bg_t".split()
     facts.places, facts.official = [kind for kind in kinds if (root / kind).is_dir()], False
     if not facts.places:
-        raise Complaint(f"{root}: no original, mixed_same ... in it (found {inside(root)}); see in9:help")
+        raise lacking(root, "original, mixed_same ...", "in9")
     facts.published = dict(classes=9, places=[4050] * len(facts.places))
     for kind in facts.places:
         at = first_folder(root / kind, "val")
@@ -1814,11 +1811,10 @@ def image_folder(root, facts):
     --prompts=FILE: templates with {} for the name, or lines class<TAB>prompt; several are averaged.
     Without split folders 3/5, 1/5, 1/5 of each group are train, val, test; without val 1/5 of train is."""
     paths, facts.classes, where = scan(root, notes=facts.notes), facts.renamed, f"--data=folder:{root}"
+    moved = {p: p for p in paths}
     if all(len(p) > 2 and p[1].lower() in SPLIT_NAMES for p in paths):
         facts.notes.append(f"{root}: class/split folders, expected split/class; read so")
         moved = {(p[1], p[0], *p[2:]): p for p in paths}
-    else:
-        moved = {p: p for p in paths}
     top = {p[0] for p in moved if len(p) > 1}
     splits = {t for t in top if t.lower() in SPLIT_NAMES}
     official = bool(splits) and splits == top
@@ -1848,20 +1844,20 @@ def image_folder(root, facts):
 
 def folder_notes(root, rest):
     """What of the folders class/place/... of images is not as expected. rest: their parts below a split."""
-    notes, depth = [], Counter(min(len(r), 4) for r in rest)
+    lines, depth, pairs = [], Counter(min(len(r), 4) for r in rest), {r[:2] for r in rest if len(r) > 2}
     if depth[1]:
-        notes.append(f"WARNING: {root}: {depth[1]} images lie outside the class folders, and are left out")
-    if depth[2] and depth[3] + depth[4]:
-        line = f"{depth[2]} images lie beside the place folders of their class"
-        notes.append(f"WARNING: {root}: {line}; their place is 'elsewhere'")
+        lines.append(f"{depth[1]} images lie outside the class folders, and are left out")
+    if depth[2] and pairs:
+        lines.append(f"{depth[2]} images lie beside the place folders; their place is 'elsewhere'")
     if depth[4]:
-        line = f"{depth[4]} images lie below class/place, as {'/'.join(next(r for r in rest if len(r) > 3))}"
-        notes.append(f"WARNING: {root}: {line}; the folders below the place are not used")
-    pairs = {r[:2] for r in rest if len(r) > 2}
-    if len(pairs) > 1 and len(pairs) == len({place for _, place in pairs}):
-        line = f"each place lies in one class only, as {'/'.join(min(pairs))}; no place compares two classes"
-        notes.append(f"WARNING: {root}: {line}. If the second folders are the classes, move them up")
-    return notes
+        deep = "/".join(next(r for r in rest if len(r) > 3))
+        lines.append(
+            f"{depth[4]} images lie below class/place, as {deep}; folders below the place do not count"
+        )
+    if 1 < len(pairs) == len({place for _, place in pairs}):
+        one = f"each place lies in one class only, as {'/'.join(min(pairs))}; no place compares two classes"
+        lines.append(f"{one}. If the second folders are the classes, move them up")
+    return [f"WARNING: {root}: {line}" for line in lines]
 
 
 def csv_table(path, facts):
@@ -1886,24 +1882,35 @@ def table_rows(table, facts, needed):
         raise table.complaint(y.index(None), f"{at['y']} is empty or -1; give every image its class")
     words = spoken(set(y), facts)
     y = [words[name] for name in y] if words else y
-    place, split = [None] * table.count, [None] * table.count
     facts.notes += [line, *notes]
-    if at["place"]:
-        place, facts.places, notes = named(table, at["place"])
-        facts.notes += notes
-    if at["split"]:
-        words = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
-        number = {v: words.get(v.strip().lower().removesuffix(".0")) for v in set(table[at["split"]])}
-        split = list(map(number.get, table[at["split"]]))
-        if None in split:
-            k = split.index(None)
-            found = f"{at['split']}={table[at['split']][k][:60]!r}"
-            raise table.complaint(k, f"{found}, expected 0, 1, 2 or train, val, test")
+    place, split = places_and_splits(table, at, facts)
     names, root = table[at["path"]], os.path.dirname(table.path) or "."
     if all(map(os.path.isabs, names)):
         root = os.path.commonpath({os.path.dirname(name) for name in names})
         names = [name[len(root) :].lstrip("/") for name in names]
     return inside_root(root, table, names), y, place, split
+
+
+def places_and_splits(table, at, facts):
+    """Of each row of a table its place and its split: lists, of None where there is no such column."""
+    place, split = [None] * table.count, [None] * table.count
+    if at["place"]:
+        place, facts.places, notes = named(table, at["place"])
+        facts.notes += notes
+    if at["split"]:
+        split = split_numbers(table[at["split"]], at["split"], table.complaint)
+    return place, split
+
+
+def split_numbers(values, name, complaint):
+    """0, 1, 2 of values such as 0, 1.0, train, val; else raises complaint(k, what is wrong)."""
+    known = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
+    number = {v: known.get(str(v).strip().lower().removesuffix(".0")) for v in set(values)}
+    split = [number[v] for v in values]
+    if None in split:
+        k = split.index(None)
+        raise complaint(k, f"{name}={str(values[k])[:60]!r}, expected 0, 1, 2 or train, val, test")
+    return split
 
 
 def load_predictions(path, columns="", classes=""):
@@ -1912,52 +1919,38 @@ def load_predictions(path, columns="", classes=""):
 
     columns: ours=theirs,...; classes: a file of names. Rows without y or predicted are left out, and counted.
     """
-    t, what = read_table(path), f"predictions:{path}"
+    t = read_table(path)
     at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
-    n, facts = len(t[at["y"]]), Facts(notes=[note])
+    n, facts = t.count, Facts()
     t["y and predicted"] = t[at["y"]] + t[at["predicted"]]  # numbered together
     words, facts.classes, notes = named(t, "y and predicted")
-    y, taken, place = words[:n], words[n:], [None] * n
+    y, taken = words[:n], words[n:]
     if not set(y) & set(taken) - {None}:
         found = f"y as {t[at['y']][0]!r}, predicted as {t[at['predicted']][0]!r}"
         raise Complaint(f"{path}: {found}, no value in both; expected the same names or numbers")
-    if at["place"]:
-        place, facts.places, more = named(t, at["place"])
-        notes += more
-    facts.notes += notes
-    sure, split = [math.nan] * n, [2] * n
-    if at["confidence"]:
-        sure = [share_in(t, at["confidence"], k) for k in range(n)]
-    if at["split"]:
-        known = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
-        split = [known.get(v.strip().lower()) for v in t[at["split"]]]
-        if None in split:
-            k = split.index(None)
-            raise t.complaint(k, f"{at['split']}={t[at['split']][k][:60]!r}, expected train, val or test")
+    facts.notes = [note, *notes]
+    place, split = places_and_splits(t, at, facts)
+    sure = []  # from 0 to 1
+    for k, text in enumerate(t[at["confidence"]] if at["confidence"] else [""] * n):
+        with contextlib.suppress(ValueError):
+            sure.append(float(text) if text.strip().casefold() not in EMPTY else math.nan)
+        if len(sure) == k or sure[k] < 0 or sure[k] > 1:
+            raise t.complaint(k, f"{at['confidence']}={text[:60]!r}, expected a number from 0 to 1")
     names = [os.path.join(os.path.dirname(path), v) for v in t[at["path"]]] if at["path"] else [""] * n
     pictures = [Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in enumerate(names, 2)]
     keep = torch.tensor([a is not None and b is not None for a, b in zip(y, taken, strict=True)])
     if not keep.all():
         line = f"{int((~keep).sum())} of {n} rows have no y or no predicted, and are left out"
         facts.notes.append(f"WARNING: {path}: {line}")
-    samples = samples_of(what, map(Row, pictures, y, place, [2] * n), facts)
-    samples.split, taken = torch.tensor(split), numbered(taken, facts.classes, "class")[0]
+    samples = samples_of(f"predictions:{path}", map(Row, pictures, y, place, [2] * n), facts)
+    samples.split = torch.tensor(split) if at["split"] else samples.split
+    taken = numbered(taken, facts.classes, "class")[0]
     if os.path.isfile(classes):
         samples.classes = samples.labels = read_classes(classes)
         named_by = f"{len(facts.classes)} names, one for each value of y and predicted"
         expect(len(samples.classes) == len(facts.classes), "classes", classes, named_by)
     samples.prompts = [[name] for name in samples.classes]
     return check(samples.keep(keep), False), taken[keep], torch.tensor(sure)[keep]
-
-
-def share_in(table, column, k):
-    """A number from 0 to 1 in row k of a column, NaN where it is empty; or Complaint."""
-    text = table[column][k].strip()
-    with contextlib.suppress(ValueError):
-        value = float(text) if text.casefold() not in EMPTY else math.nan
-        if not (value < 0 or value > 1):
-            return value
-    raise table.complaint(k, f"{column}={text[:60]!r}, expected a number from 0 to 1")
 
 
 STORED = {  # arrays of --data=embeddings:FILE, and what others call them
@@ -2028,13 +2021,8 @@ def stored(path, facts):
     place, facts.places = labels_in(path, "place", a.get("place", np.full(n, -1)), places)
     split = [None] * n
     if "split" in a:
-        known = SPLIT_NAMES | {str(k): k for s in range(3) for k in (s, float(s))}
-        words = [str(v).lower() for v in a["split"].tolist()]
-        split = [known.get(word) for word in words]
-        if None in split:
-            k = split.index(None)
-            raise Complaint(f"{path}: split[{k}] is {words[k][:60]!r}, expected 0, 1, 2 or train, val, test")
-        split = list(map(int, split))
+        where = functools.partial("{}: row {}: {}".format, path)
+        split = split_numbers(a["split"].tolist(), "split", lambda *what: Complaint(where(*what)))
     for k, row in enumerate(zip(y, place, split, strict=True)):
         yield Row(Stored(str(path), k), *row)
 
@@ -2046,16 +2034,13 @@ def labels_in(path, key, values, names):
         words = [word.strip() for word in values.astype(str).tolist()]
         return [word if word.lower() not in ("", "nan") else None for word in words], names
     x = values.astype(float)
-    missing = np.isnan(x) | (x == -1)
-    k = np.where(missing, 0, x).astype(np.int64)
-    odd = ((k != x) | (k < 0)) & ~missing
-    if odd.any() or (names and k.max(initial=0) >= len(names)):
+    there = [k for k in np.unique(x[~np.isnan(x)]).tolist() if k != -1]
+    name = dict(enumerate(names)) if names else {k: f"{k:.0f}" for k in there if k >= 0 and k % 1 == 0}
+    odd = [k for k in there if k not in name]
+    if odd:
         wanted = f"whole numbers from 0 to {len(names) - 1}, of {len(names)} names" if names else "from 0"
-        found = x[odd.argmax() if odd.any() else k.argmax()]
-        raise Complaint(f"{path}: {key} has {found:g}, expected {wanted}")
-    name = dict(enumerate(names)) if names else {v: str(v) for v in np.unique(k[~missing]).tolist()}
-    known = np.where(missing, -1, k).tolist()
-    return [name.get(v) for v in known], [*name.values()]
+        raise Complaint(f"{path}: {key} has {odd[0]:g}, expected {wanted}")
+    return [name.get(k) for k in x.tolist()], [*name.values()]
 
 
 def stored_composites(path):
@@ -2258,14 +2243,13 @@ def kinds_of(where, kind, few, facts):
         name, mark, _ = Path(parts[-1]).stem.partition("__")
         name = parts[0] if len(parts) > 1 else name if mark else "all"
         found.setdefault(name, []).append(kind(os.path.join(where, *parts)))
-    for name in sorted(found, key=lambda name: (-len(found[name]), name)):
-        split = make_splits([0] * len(found[name])).tolist()
-        pairs = list(zip(found[name], split, strict=True))
-        out[name] = [[item for item, s in pairs if s == part] for part in range(3)]
     small = sorted(name for name in found if len(found[name]) < few)
     if small:
         facts.notes.append(f"{where}: fewer than {few} images of {', '.join(small)}; left out")
-    return {name: lists for name, lists in out.items() if name not in small}
+    for name in sorted({*found} - {*small}, key=lambda name: (-len(found[name]), name)):
+        split = make_splits([0] * len(found[name])).tolist()
+        out[name] = [[p for p, s in zip(found[name], split, strict=True) if s == k] for k in range(3)]
+    return out
 
 
 def coco(root, facts):
@@ -2278,16 +2262,16 @@ def coco(root, facts):
     are ours, the same for all strengths and seeds: val and test have a third of the smallest group, at most
     100 images; training images are drawn from the rest, as many as Cramer's V allows: a note says so."""
     (photos, categories), classes, feature = coco_photos(root, facts.notes), facts.chosen, facts.feature
-    there, names = exists([photo.path for photo in photos]), list(categories)
-    if not there.all():
-        line = f"{int((~there).sum())} of {len(photos)} images do not exist; they are left out"
-        facts.notes.append(f"WARNING: {root}: {line}")
-    photos = [photo for photo, here in zip(photos, there.tolist(), strict=True) if here]
+    there, names = exists([photo.path for photo in photos]).tolist(), list(categories)
+    if not all(there):
+        lost = f"{there.count(False)} of {len(photos)} images do not exist; they are left out"
+        facts.notes.append(f"WARNING: {root}: {lost}")
+    photos = [photo for photo, here in zip(photos, there, strict=True) if here]
     expect(classes, "classes", "", "two categories of COCO or more, as in cat,dog")
     for flag, word in [("feature", feature), *[("classes", name) for name in classes]]:
         expect(word in names, flag, word, f"a category of instances_*.json; {near(word, names)}")
     expect(feature not in classes, "feature", feature, "none of --classes")
-    groups = {(y, on): [] for y in range(len(classes)) for on in (0, 1)}
+    groups = {(y, on): [] for y, on in np.ndindex(len(classes), 2)}
     for k, photo in enumerate(photos):
         shown = [y for y, name in enumerate(classes) if name in photo.objects]
         if len(shown) == 1 and not photo.crowds & {*classes, feature}:
@@ -2336,28 +2320,11 @@ def mnist(root, seed):
     return out
 
 
-# a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
-STROKES = """
-52 8 24 22 18 55 32 88 62 90 82 62 76 22 52 8 38 12
-50 8 49 50 47 92|30 30 52 10, 52 10 50 92|32 28 54 9, 54 9 52 90, 30 91 74 90
-22 30 42 9 74 20 70 46 42 72 20 90, 20 90 50 86 82 90|20 26 50 8 76 30 56 64 26 88 18 76 40 74 60 88 84 86
-22 16 52 8 72 24 58 44 40 48, 40 48 70 54 78 74 54 92 20 84|20 12 74 12, 74 12 44 44, 44 44 74 54 78 76 52\
- 92 20 82
-58 8 38 36 18 62, 18 62 84 60, 64 36 60 92|28 10 24 36 26 54, 26 54 76 52, 72 10 68 50 66 92|62 8 18 64,\
- 18 64 86 64, 62 8 62 92
-76 12 32 12, 32 12 28 46, 28 46 58 40 78 62 62 88 22 84|30 12 26 48 56 44 76 66 56 92 20 82, 30 12 78 10
-70 10 42 26 24 60 36 88 66 88 74 64 52 52 28 66|56 8 32 40 26 74 48 92 72 74 58 54 30 66
-20 14 78 14, 78 14 52 50 42 92|20 14 78 12, 78 12 42 92, 34 52 68 50|22 26 24 12, 24 12 78 14, 78 14 46 92
-70 20 46 8 28 24 44 44 68 62 68 84 46 92 26 78 36 56 62 38 70 20 56 10|50 48 28 30 48 8 70 28 50 48 36 54 26\
- 74 50 92 74 74 62 54 50 48
-72 28 52 8 26 26 40 50 70 34 74 22, 74 24 70 60 58 92|70 30 48 10 26 32 46 52 70 34, 70 34 74 70 54 92 28 84
-"""
-
-
 def draw_digit(digit, seed, side=28):
     """PIL L (side, side), white on black: one of its ways, points moved, slanted, turned, bent."""
     g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * side
-    strokes = draw_one(STROKES.strip().splitlines()[digit].split("|"), g).split(",")
+    # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
+    strokes = draw_one(asset("digits.txt").splitlines()[digit].split("|"), g).split(",")
     turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
     wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
     turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
@@ -2442,8 +2409,8 @@ class Regions(Picture):
         """The masks' regions as shares of the cells of a map, [R, h, w]."""
         if not self.values:
             return torch.zeros(0, h, w)
-        grey = np.asarray(open_image(self.mask.path).convert("L"))
-        masks = [Image.fromarray(255 * (grey == value).astype(np.uint8)) for value in self.values]
+        grey = open_image(self.mask.path).convert("L")
+        masks = [grey.point([255 * (v == value) for v in range(256)]) for value in self.values]
         return torch.stack([cell_shares(mask, self.frame, h, w) for mask in masks])
 
 
@@ -2519,20 +2486,16 @@ def grid_regions(spec, pictures, sizes, frames):
 def mask_regions(spec, pictures, sizes, frames):
     out, masks = [], find_masks([getattr(p, "path", "") for p in pictures], spec.removeprefix("masks:"))
     for picture, path, f in zip(pictures, masks, frames, strict=True):
-        mask = np.asarray(open_image(path).convert("L")) if path else np.zeros((0, 0))
+        mask, boxes = open_image(path).convert("L") if path else Image.new("L", (0, 0)), {}
         values = np.unique(mask).tolist()
         if len(values) > 32:
             raise Complaint(f"{path}: {len(values)} grey values, expected at most 32, one a region")
-        boxes = {value: span_of(mask == value) for value in values}
-        boxes = {value: box for value, box in boxes.items() if overlap(box, f) > 0}
+        for value in values:
+            span = mask.point([v == value for v in range(256)]).getbbox()
+            box = tuple(v / n for v, n in zip(span, mask.size * 2, strict=True))
+            boxes |= {value: box} if overlap(box, f) > 0 else {}
         out.append(Regions(picture, tuple(boxes.values()), f, path and Photo(path), tuple(boxes)))
     return out, []
-
-
-def span_of(on):
-    """The box around the true pixels of an array, in shares."""
-    (h, w), rows, columns = on.shape, np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
-    return float(columns[0] / w), float(rows[0] / h), float((columns[-1] + 1) / w), float((rows[-1] + 1) / h)
 
 
 def box_regions(spec, pictures, sizes, frames):
@@ -2547,7 +2510,9 @@ def box_regions(spec, pictures, sizes, frames):
         if end and owner.setdefault(end, path) != path:
             two = f"{end} is the end of two paths, {owner[end]} and {path}"
             raise Complaint(f"{where}: {two}; give the folders in the file")
-        said["turned"] += end is not None and turned(picture)
+        if end is not None and isinstance(picture, Photo):
+            with opened(path) as image:
+                said["turned"] += image.getexif().get(274, 1) in range(2, 9)
         for line, x1, y1, x2, y2 in rows.get(end, ()):
             box = (max(0.0, x1 / W), max(0.0, y1 / H), min(1.0, x2 / W), min(1.0, y2 / H))
             flat = x1 == x2 or y1 == y2
@@ -2568,14 +2533,6 @@ def box_regions(spec, pictures, sizes, frames):
         turned="pictures are turned by their EXIF data; boxes count in the turned picture (WARNING)",
     )
     return out, [f"{where}: {said[k]} {line}" for k, line in lines.items() if said[k]]
-
-
-def turned(picture):
-    """Whether the EXIF data of a photo turns or mirrors it."""
-    if not isinstance(picture, Photo):
-        return False
-    with opened(picture.path) as image:
-        return image.getexif().get(274, 1) in range(2, 9)
 
 
 def overlap(a, b):
@@ -2623,26 +2580,18 @@ def region_truth(pictures, shows, share=0.5, outside=0.9):
     smaller of the two; a planted scene if at least `outside` of it is not the class object (our reading).
     """
     objects, features = [], []
-    for picture, (thing, mark) in zip(pictures, shows, strict=True):
-        thing, mark = boxes_of(thing), mark if mark == SCENE else boxes_of(mark)
+
+    def hits(box, others):
+        return any(overlap(box, b) >= share * min(overlap(box, box), overlap(b, b)) > 0 for b in others)
+
+    for picture, things in zip(pictures, shows, strict=True):
+        # tuples of boxes, or SCENE
+        thing, mark = (v if v == SCENE or not v or isinstance(v[0], tuple) else (v,) for v in things)
         for box in picture.boxes:
-            area = overlap(box, box)
-            objects.append(hits(box, thing, share))
-            behind = all(overlap(box, b) <= (1 - outside) * area for b in thing)
-            features.append(behind if mark == SCENE else hits(box, mark, share))
+            objects.append(hits(box, thing or ()))
+            behind = [overlap(box, b) <= (1 - outside) * overlap(box, box) for b in thing or ()]
+            features.append(all(behind) if mark == SCENE else hits(box, mark or ()))
     return torch.tensor(objects, dtype=torch.bool), torch.tensor(features, dtype=torch.bool)
-
-
-def boxes_of(thing):
-    """A box, a tuple of them, or None -> a tuple of boxes."""
-    if thing is None:
-        return ()
-    return thing if isinstance(thing[0], tuple) else (thing,)
-
-
-def hits(box, others, share):
-    """Whether a box shares enough of the smaller of the two with one of the others."""
-    return any(overlap(box, b) >= share * min(overlap(box, box), overlap(b, b)) > 0 for b in others)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -2697,7 +2646,7 @@ def text(x, y, words, anchor="start", kind="", **more):
 def drawing(name, height, *parts):
     """An SVG, 400 wide, and a link that saves it."""
     about = {"viewBox": f"0 0 400 {height:.0f}", "role": "img", "aria-label": name}
-    svg = tag("svg", Html(f"<style>{FIGURE}</style>"), *parts, xmlns=SVG, **about)
+    svg = tag("svg", Html(f"<style>{asset('figure.css')}</style>"), *parts, xmlns=SVG, **about)
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
     link = tag("a", "this figure as SVG", href=source, download=f"{name}.svg")
     return tag("div", svg, link, class_="chart")
@@ -2763,38 +2712,7 @@ def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links
     body.append(tag("details", *folded, tag("pre", lines)))
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    return head + tag("title", title) + f"<style>{STYLE}</style>" + "".join(body) + "</html>"
+    return head + tag("title", title) + f"<style>{asset('page.css')}</style>" + "".join(body) + "</html>"
 
 
 SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place
-FIGURE = """
-text{font:12px system-ui,sans-serif;fill:#22302d}.dim{fill:#55625d}circle.c0,circle.dot{fill:#b06d3b}
-circle.c1{fill:#2f8177}circle.c2,circle.c5{fill:#8a958f}circle.c3{fill:#6b5b95}circle.c4{fill:#b3922f}
-path{fill:none;stroke-width:1.5}path.c0{stroke:#b06d3b}path.c1{stroke:#2f8177}path.c2,path.c5{stroke:#8a958f}
-path.c3{stroke:#6b5b95}path.c4{stroke:#b3922f}path.way{stroke:#2f8177;opacity:.35}
-path.grid{stroke:#dedbd0;stroke-width:1}.pale{fill:none;stroke:#8a958f}
-@media(prefers-color-scheme:dark){text{fill:#e6e8e3}.dim{fill:#a3b0ab}path.grid{stroke:#343d3a}}
-"""
-STYLE = """
-:root{--ink:#22302d;--dim:#55625d;--paper:#fbfaf6;--line:#dedbd0;--link:#2f8177}
-@media(prefers-color-scheme:dark){
- :root{--ink:#e6e8e3;--dim:#a3b0ab;--paper:#171c1b;--line:#343d3a;--link:#67b8ac}}
-body{overflow-wrap:break-word;margin:0 auto;max-width:960px;padding:24px 18px 60px;background:var(--paper);
- color:var(--ink);font:16px/1.5 system-ui,sans-serif}p{max-width:70ch}
-h1{margin:0;font-size:28px;line-height:1.25}h2{margin:36px 0 10px;font-size:19px}
-h3{margin:18px 0 4px;font-size:15px}
-.dim{color:var(--dim)}a{color:var(--link)}.links a{margin-right:18px}pre{overflow-x:auto;font-size:12.5px}
-.numbers{display:flex;flex-wrap:wrap;gap:14px 44px;margin:22px 0}
-.numbers b{display:block;font-size:46px;line-height:1.1}
-.numbers span{display:block;max-width:15em;font-size:14px;line-height:1.4;color:var(--dim)}
-.numbers div:nth-child(2) b{color:var(--link)}.chart{max-width:560px}.chart svg{width:100%;display:block}
-.chart a{font-size:13px}.wide{overflow-x:auto}
-figure{display:inline-block;vertical-align:top;width:150px;margin:0 10px 12px 0}.small figure{width:84px}
-figcaption{font-size:12px;line-height:1.35;color:var(--dim);margin-top:4px}
-figure img{width:100%;border-radius:6px;display:block}
-table{border-collapse:collapse;font-size:14px}td{white-space:nowrap}
-th,td{padding:4px 14px 4px 0;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child,.text{text-align:left}td.text{white-space:normal}
-details{margin-top:40px}summary{cursor:pointer;color:var(--dim)}
-@media(max-width:520px){figure{width:calc(50% - 10px)}.small figure{width:calc(20% - 10px)}h1{font-size:24px}}
-"""

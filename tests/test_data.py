@@ -2378,7 +2378,7 @@ def test_embeddings_in_a_folder_are_mapped_and_what_is_not_used_is_said(tmp_path
             "2 rows of text and 3 names",
         ),
         (dict(y=list("abaab"), text=np.ones((2, 3))), "names in y, in no order"),
-        (dict(y=[0, 1, 0, 1, 1], split=[0, 1, 2, 3, 0]), "split[3] is '3'"),
+        (dict(y=[0, 1, 0, 1, 1], split=[0, 1, 2, 3, 0]), "row 3: split='3'"),
     ],
 )
 def test_embeddings_that_do_not_fit_are_one_line(tmp_path, arrays, expected):

@@ -997,7 +997,7 @@ def verdict_line(kept, method):
 def dropped(clusters):
     """Where none is kept, a line about the best cluster that was dropped because no class gains by it."""
     lost = [c for c in clusters if c["score"] and c["reason"].startswith("no class does better")]
-    if clusters[0]["kept"] or not lost:
+    if any(c["kept"] for c in clusters) or not lost:
         return ""
     c = max(lost, key=lambda c: c["score"])
     line = f"Cluster {c['id']}, score {c['score']:.2f} (by chance {c['chance']:.2f}), {gains(c, -1)}, was dropped "

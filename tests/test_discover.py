@@ -396,7 +396,7 @@ def test_a_loss_is_tested_exactly_and_levels_are_stepped_up():
 
 
 def one_sided(wrong=8):
-    """Class a is right in all of its 40 images; class b fails in some of those, a half, that show cluster 0."""
+    """Class a is right in all of its 40 images, class b fails in some of its 20 that show cluster 0."""
     n = 40
     y, has = torch.arange(2 * n) // n, torch.arange(2 * n) % 2
     fails = (y == 1) & (has == 0) & (torch.arange(2 * n) < n + 2 * wrong)
@@ -728,7 +728,7 @@ def test_without_a_target_there_is_no_precision(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method(tmp_path, method):
-    a = plant(tmp_path / "e.npz", 400)
+    a = plant(tmp_path / "e.npz", 4000 if method == "loss" else 400)  # in 10 images of a class none is shown
     assert run(words(tmp_path / "e.npz", tmp_path, f"--method={method}")) == 0
     tree = tree_of(tmp_path)
     first, target = tree["clusters"][0], a["region_target"]
@@ -746,7 +746,7 @@ def test_all_methods_are_compared_and_agree_with_each_alone(tmp_path, capsys):
     assert run(words(tmp_path / "e.npz", tmp_path / "all", "--method=all")) == 0
     said, tree = capsys.readouterr().out, tree_of(tmp_path / "all")
     assert set(tree["methods"]) == set(METHODS)
-    assert all(re.search(rf"(?m)^{name} +[\d.]+$", said) for name in METHODS)
+    assert all(re.search(rf"(?m)^{name} +([\d.]+|-)$", said) for name in METHODS)
     check_contract(tree, 400)
     for name in ("ravl", "gap_only", "influence_only", "unweighted", "george"):
         assert run(words(tmp_path / "e.npz", tmp_path / name, f"--method={name}")) == 0

@@ -68,8 +68,8 @@ probe = "erm"             # which of its probes
 prompts = ""              # openai: its 80 templates; or a file of templates with {}, or of class<TAB>prompt;
                           # if empty the data set's own, of most "a photo of a {}."
 temperature = 0.07        # of softmax over cosines with text embeddings
-model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-                          # hf-hub:NAME, local-dir:FOLDER
+model = "lite0"           # lite0, lite1, lite2, timm:NAME, an open_clip name (ViT-L-14), hf-hub:NAME,
+                          # local-dir:FOLDER, lite0-clip, tiny, tiny-conv
 pretrained = ""           # open_clip tag, local file, or folder of weights
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
 test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
@@ -1000,14 +1000,11 @@ def dropped(clusters):
     if any(c["kept"] for c in clusters) or not lost:
         return ""
     c = max(lost, key=lambda c: c["score"])
-    line = f"Cluster {c['id']}, score {c['score']:.2f} (by chance {c['chance']:.2f}), {gains(c, -1)}, was dropped "
-    line += (
-        "as no class does better with it: the paper's rule asks for one, and a class that is always right "
-    )
     q = min(g["q"] for g in c["gaps"].values())
-    return (
-        line + f"cannot. --method=loss asks for a loss alone, at q {FALSE_DISCOVERIES} or less: here {q:.2g}."
-    )
+    line = f"Cluster {c['id']}, score {c['score']:.2f} (by chance {c['chance']:.2f}), {gains(c, -1)}, was "
+    line += "dropped as no class does better with it: the paper's rule asks for one, and a class that is "
+    line += f"always right cannot. --method=loss asks for a loss with q up to {FALSE_DISCOVERIES}; "
+    return line + f"here q is {q:.2g}."
 
 
 def clear(kept):

@@ -978,8 +978,7 @@ def spurious_aware(e, seed, l2):
     return highest(e.own, (e.predicted != e.y)[e.image])
 
 
-BASELINES = dict(random=random, failures=failures, george=george, domino=domino)
-BASELINES["spurious_aware"] = spurious_aware
+BASELINES = {f.__name__: f for f in (random, failures, george, domino, spurious_aware)}
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -761,18 +761,17 @@ def identify(label, k, e, criterion):
         kept &= signs
     if criterion.influence:
         kept &= influence >= INFLUENCE
-    q = adjusted(loss_p(n_in - right_in, n_in, n_all - right_all, n_all), ~one_sided)
+    counts = (v.cpu() for v in (n_in - right_in, n_in, n_all - right_all, n_all))  # few, in many small steps
+    q = adjusted(loss_p(*counts), ~one_sided.cpu()).to(gap.device)
     if criterion.by == "influence":
         score, chance = influence, torch.full_like(chance, torch.nan)
     elif criterion.by == "loss":
         kept &= (q <= FALSE_DISCOVERIES).any(0)
         score, chance = -gap.clamp(max=0).nansum(0), chance / 2
     parts = dict(gap=gap, weight=weight, acc_in=acc_in, acc_out=acc_out, n_in=n_in, n_out=n_out)
-    parts.update(
-        q=q, criterion=criterion, influence=influence, score=score, chance=chance, signs=signs, kept=kept
-    )
+    parts.update(influence=influence, score=score, chance=chance, signs=signs, kept=kept)
     ranking = sorted(descending(score).tolist(), key=lambda c: not kept[c])
-    return SimpleNamespace(ranking=ranking, **parts)
+    return SimpleNamespace(ranking=ranking, q=q, criterion=criterion, **parts)
 
 
 def loss_p(wrong_in, n_in, wrong, n):

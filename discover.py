@@ -68,8 +68,8 @@ probe = "erm"             # which of its probes
 prompts = ""              # openai: its 80 templates; or a file of templates with {}, or of class<TAB>prompt;
                           # if empty the data set's own, of most "a photo of a {}."
 temperature = 0.07        # of softmax over cosines with text embeddings
-model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-                          # hf-hub:NAME, local-dir:FOLDER
+model = "lite0"           # lite0, lite1, lite2, timm:NAME, an open_clip name (ViT-L-14), hf-hub:NAME,
+                          # local-dir:FOLDER, lite0-clip, tiny, tiny-conv
 pretrained = ""           # open_clip tag, local file, or folder of weights
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
 test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
@@ -78,8 +78,9 @@ dtype = "auto"            # of the forward pass: auto, float32, bfloat16
 batch_size = "auto"       # images at a time; auto: 256 on a GPU, fewer if memory asks for it; 8 on a CPU
 threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
 # --- method -------------------------------------------------------------------------------------------------
-method = "ravl"           # a rule for clusters: ravl, gap_only, influence_only, unweighted; or a baseline:
-                          # random, failures, george, domino, spurious_aware; or all
+method = "ravl"           # a rule for clusters: ravl, gap_only, influence_only, unweighted; loss, ours: some
+                          # class loses beyond chance, and none need gain; or a baseline: random, failures,
+                          # george, domino, spurious_aware; or all
 clustering = "fast"       # cosines as they are; ravl: as published, clipped, with its own seed 0
 k = ""                    # range of k, as 20:50, upper end excluded; empty: 2C:5C, C the number of classes
 l2 = 0.8                  # penalty of a probe fitted here, as in train.py
@@ -95,7 +96,8 @@ INFLUENCE = 0.25  # clusters below it are not kept, as published
 CONE = 0.1  # mean cosine of the regions above which fast takes their mean off: they lie in a cone, and what
 # tells them apart is small beside what they share
 LISTED = 1000  # regions of a cluster in discovery.json, of its n; the labels of all are in discovery.npz
-OF_GAP = "gap", "weight", "acc_in", "acc_out", "n_in", "n_out"
+FALSE_DISCOVERIES = 0.05  # of the clusters that loss keeps, the share that may be chance
+OF_GAP = "gap", "weight", "acc_in", "acc_out", "n_in", "n_out", "q"
 STEP = 1 << 16  # regions handled at a time
 
 Criterion = namedtuple("Criterion", "weighted gaps influence by", defaults=(True, True, True, "score"))
@@ -104,6 +106,7 @@ CRITERIA = {  # whether gaps are weighted, what a kept cluster must show, what c
     "gap_only": Criterion(influence=False),
     "influence_only": Criterion(gaps=False, by="influence"),
     "unweighted": Criterion(weighted=False),
+    "loss": Criterion(gaps=False, influence=False, by="loss"),
 }
 
 
@@ -724,6 +727,10 @@ def identify(label, k, e, criterion):
     over classes, -inf without any; score [k]: sum of |gap|; chance [k]: what that sum would be on average if
     the feature changed nothing (binomial errors; ours). ranking: kept clusters before others, both
     by their score, of ties the higher number first.
+
+    Ours: q [C, k], of the hypothesis that the errors of a class fall on its images as if the feature were not
+    there (loss_p, adjusted). by="loss" keeps what has one of at most FALSE_DISCOVERIES, without asking for a
+    class that gains: one that is never wrong cannot. Its score is the sum of the losses alone.
     """
     y, C, right = e.y, len(e.classes), (e.predicted == e.y).double()
     pair = torch.unique(e.image * k + label)  # images and the clusters that they have a region in
@@ -754,12 +761,45 @@ def identify(label, k, e, criterion):
         kept &= signs
     if criterion.influence:
         kept &= influence >= INFLUENCE
+    counts = (v.cpu() for v in (n_in - right_in, n_in, n_all - right_all, n_all))  # few, in many small steps
+    q = adjusted(loss_p(*counts), ~one_sided.cpu()).to(gap.device)
     if criterion.by == "influence":
         score, chance = influence, torch.full_like(chance, torch.nan)
+    elif criterion.by == "loss":
+        kept &= (q <= FALSE_DISCOVERIES).any(0)
+        score, chance = -gap.clamp(max=0).nansum(0), chance / 2
     parts = dict(gap=gap, weight=weight, acc_in=acc_in, acc_out=acc_out, n_in=n_in, n_out=n_out)
     parts.update(influence=influence, score=score, chance=chance, signs=signs, kept=kept)
     ranking = sorted(descending(score).tolist(), key=lambda c: not kept[c])
-    return SimpleNamespace(ranking=ranking, **parts)
+    return SimpleNamespace(ranking=ranking, q=q, criterion=criterion, **parts)
+
+
+def loss_p(wrong_in, n_in, wrong, n):
+    """Fisher's exact test, one-sided: the probability that at least wrong_in of the wrong images of a class
+    are among the n_in of its n images with a feature, if n_in are drawn blindly (hypergeometric). 1 where the
+    share of wrong images is no larger with it than without. wrong_in, n_in: [C, k]; wrong, n: [C, 1], double.
+    """
+    wrong, n = wrong.expand_as(n_in), n.expand_as(n_in)
+    loses = wrong_in * n > wrong * n_in
+    t, a, w, n = (v[loses] for v in (wrong_in, n_in, wrong, n))  # those at the mode or above: terms fall
+
+    def choices(n, k):
+        return (n + 1).lgamma() - (k + 1).lgamma() - (n - k + 1).lgamma()
+
+    term, p = (choices(w, t) + choices(n - w, a - t) - choices(n, a)).exp(), torch.zeros_like(t)
+    while (term > 1e-17 * p).any():
+        p, term = p + term, term * (a - t) * (w - t) / ((t + 1) * (n - w - a + t + 1))
+        t = t + 1
+    return torch.ones_like(n_in).masked_scatter(loses, p)
+
+
+def adjusted(p, tested):
+    """Benjamini and Hochberg's adjusted p of those tested, bool as p; NaN of others. Those of at most q are a
+    choice with q false ones among them, as a share, on average."""
+    ordered, order = p[tested].sort()
+    q = ordered * len(ordered) / torch.arange(1, len(ordered) + 1, device=p.device)
+    q = q.flip(0).cummin(0).values.flip(0).clamp(max=1) if len(q) else q
+    return torch.full_like(p, torch.nan).masked_scatter(tested, torch.empty_like(q).scatter(0, order, q))
 
 
 def why(v, c):
@@ -769,7 +809,9 @@ def why(v, c):
         return "kept"
     if gap.isnan().all():
         return "in no image, or in all of a class"
-    if not v.signs[c]:
+    if v.criterion.by == "loss":
+        return f"no loss beyond chance (q {v.q[:, c].nan_to_num(1).min():.2g})"
+    if v.criterion.gaps and not v.signs[c]:
         return f"no class does {'worse' if (gap > 0).any() else 'better'} with it"
     if influence == -math.inf:
         return "influence undefined: no class that does worse with it has an error to ask"
@@ -935,18 +977,32 @@ def spurious_aware(e, seed, l2):
     return highest(e.own, (e.predicted != e.y)[e.image])
 
 
-BASELINES = dict(random=random, failures=failures, george=george, domino=domino)
-BASELINES["spurious_aware"] = spurious_aware
+BASELINES = {f.__name__: f for f in (random, failures, george, domino, spurious_aware)}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # what is shown
 
 
-def verdict_line(kept):
-    """How many clusters the paper's rule keeps, and how many it would hardly keep by chance (ours)."""
-    features = f"{len(kept)} cluster{'s' * (len(kept) > 1)} kept by the paper's rule"
+def verdict_line(kept, method):
+    """How many clusters the rule keeps, and how many it would hardly keep by chance (ours)."""
+    ours = f"as a class loses by it (false discovery rate {FALSE_DISCOVERIES})"
+    rule = ours if method == "loss" else "by the paper's rule"
+    features = f"{len(kept)} cluster{'s' * (len(kept) > 1)} kept {rule}"
     return f"{features}, {len(clear(kept))} with a score above twice that of chance"
+
+
+def dropped(clusters):
+    """Where none is kept, a line about the best cluster that was dropped because no class gains by it."""
+    lost = [c for c in clusters if c["score"] and c["reason"].startswith("no class does better")]
+    if any(c["kept"] for c in clusters) or not lost:
+        return ""
+    c = max(lost, key=lambda c: c["score"])
+    q = min(g["q"] for g in c["gaps"].values())
+    line = f"Cluster {c['id']}, score {c['score']:.2f} (by chance {c['chance']:.2f}), {gains(c, -1)}, was "
+    line += "dropped as no class does better with it: the paper's rule asks for one, and a class that is "
+    line += f"always right cannot. --method=loss asks for a loss with q up to {FALSE_DISCOVERIES}; "
+    return line + f"here q is {q:.2g}."
 
 
 def clear(kept):
@@ -969,7 +1025,7 @@ def console(summary, e):
     lines = [head + f", which {'fast does not clip' if config['clustering'] == 'fast' else 'is clipped'}"]
     if config["method"] not in BASELINES:
         none = "No spurious feature was found. The nearest candidates:"
-        lines.append(verdict_line(kept) + ":" if kept else none)
+        lines.append(verdict_line(kept, config["method"]) + ":" if kept else none)
         rows = []
         for c in (kept or sorted(clusters, key=lambda c: -(c["score"] or 0))[:3])[:20]:
             at_10 = precision(c["regions"], e.target)
@@ -980,7 +1036,7 @@ def console(summary, e):
             rows.append((str(c["id"]), *numbers, c["n"], c["stability"], at_10, tied))
         tied = "most helped, harmed: weighted gap" if kept else "why not; weighted gaps"
         header = ("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", tied)
-        lines.append(table(header, rows))
+        lines += filter(None, (table(header, rows), dropped(clusters)))
     if config["method"] == "all":
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         lines.append("\n" + table(("method", "precision_at_10"), rows))
@@ -1013,8 +1069,9 @@ def report(summary, e, similarity, M):
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         sections.append(("Methods", html_table(("method", "Precision@10"), rows)))
     what = "given embeddings" if config["embeddings"] else config["model"]
-    result = verdict_line(kept) if kept else "no spurious feature was found; below the nearest candidates"
-    lead = f"{result.capitalize()}, among {summary['k']} clusters of {len(e.x)} regions."
+    none = "no spurious feature was found; below the nearest candidates"
+    result = verdict_line(kept, config["method"]) if kept else none
+    lead = f"{result.capitalize()}, among {summary['k']} clusters of {len(e.x)} regions. {dropped(clusters)}"
     if summary["precision_at_10"] is not None:
         rate = f"{summary['base_rate']:.2f} of all regions show the target"
         lead += f" Precision@10 {summary['precision_at_10']:.2f}, {rate}."

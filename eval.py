@@ -61,8 +61,8 @@ strength = 0.0            # controlled settings: Cramer's V of a class and the p
 spurious = "0"            # that class, by number or name (ravl goes through strengths and classes),
 feature = ""              # and that feature, where there is a choice
 # --- models -------------------------------------------------------------------------------------------------
-model = ""                # empty: lite0; timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-                          # hf-hub:NAME, local-dir:FOLDER
+model = ""                # empty: lite0; lite1, lite2, timm:NAME, an open_clip name (ViT-L-14), hf-hub:NAME,
+                          # local-dir:FOLDER, lite0-clip, tiny, tiny-conv
 pretrained = ""           # open_clip tag, local file, or folder of weights
 models = ""               # several instead, comma-separated, each NAME or NAME@PRETRAINED
 quick_gelu = "auto"       # auto follows the record of the weights; on, off

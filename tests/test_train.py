@@ -1173,7 +1173,7 @@ def test_weights_go_back_in_with_their_activation_preprocessing_and_bias(files, 
 
 BAD = """--instanses=3: did you mean instances; --instances=many: a whole number; --instances=1: [8, inf)
 --method=magic: bap or finetune; --bap_map=cubic: closed or linear; --l2=inf: (0, inf); --own=2: [0, 1]
---data=scene: scenes, waterbirds; --data=waterbirds:nowhere: no such folder; --model=lite1: lite0
+--data=scene: scenes, waterbirds; --data=waterbirds:nowhere: no such folder; --model=lite9: lite0
 --pretrained=nowhere.pt: no such file; --device=gpu: auto, cpu; --dtype=half: bfloat16; --strength=2: [0, 1]
 --foregrounds=nowhere: no such folder; --backgrounds=nowhere: no such folder; --masks=nowhere: no such folder
 --seed=-1: [0, 1e15); --steps=0: [1, inf); --wandb=paper: True or False; --lam=0: (0, inf)

@@ -139,6 +139,7 @@ TRAINS = {  # what --train may be
     "finetune": ("auto", "all", "image", "text", "projection"),
 }
 OWN_MOST, OWN_PER = 1000, 5  # of the target's own foregrounds at most so many, on so many backgrounds each
+DRIFT, FORETOLD = 0.2, 0.1  # weight of its photos' own backgrounds; see own_backgrounds
 LOG_EVERY, WARMUP = 20, 0.1  # steps between lines; share of the steps
 WEIGHT_DECAY, CLIP = 0.1, 1.0  # AdamW's; norm of the gradient
 PARTIAL = ("partial.pt", "training.pt")  # bap: what --resume goes on from: seeds, the encoder
@@ -277,14 +278,23 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     if not good.all():
         samples, x = check(samples.keep(good.cpu())), x[good]
     lap("target")
-    grids, own_cells, all_j = [(1.0, z, i)], [], j
+    grids, own_cells, all_j, drift, foretold = [(1.0, z, i)], [], j, None, None
     power = 1.0 if (z < 0).any() else 0.5  # after a ReLU a few large channels outshout the rest
     mine = samples.keep(samples.split == 0).items if own and not stored else []
-    cuts = cut_own(encoder, mine, cells, s) if mine else []
+    cuts = cut_own(encoder, mine, cells, s) if mine else {}
     if cuts:
-        own_cells, own_i, own_j = own_composites(cuts, grounds, s)
-        own_cells, v, own_i, own_j = embedded(encoder, own_cells, "own foregrounds", own_i, own_j)
-        grids, all_j = [(1 - own, z, i), (own, v, own_i)], torch.cat([j, own_j])
+        own_cells, own_i, own_j = own_composites(list(cuts.values()), grounds, s)
+        turn = torch.arange(len(own_cells)) % OWN_PER
+        own_cells, v, own_i, own_j, turn = embedded(encoder, own_cells, "own foregrounds", own_i, own_j, turn)
+        photos, y = (part[samples.split.to(part.device) == 0][list(cuts)] for part in (x, samples.y))
+        views = features(photos, power), features(v, power)
+        drift, foretold = own_backgrounds(*views, own_i, turn, y.to(x.device), s)
+        line = f"of what the target's photos have beside their foregrounds these foretell {foretold:.3f}: "
+        say(line + ("independent" if foretold < FORETOLD else "they are left out of S_f"))
+        if foretold < FORETOLD:
+            grids, all_j = [(1 - own, z, i), (own, v, own_i)], torch.cat([j, own_j])
+        else:
+            own_cells = []
     lap("own")
 
     # 4. the maps, and with --train=last_blocks|image first the encoder
@@ -293,7 +303,7 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     if cells:
         maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1.0, z, i)], lam))
         maps |= dict(bap_synthetic=wiener([(1.0, z, i)], lam, power)) if cuts else {}
-        maps["bap"] = wiener(grids, lam, power)
+        maps["bap"] = wiener(grids, lam, power, drift)
     trained, x_bap, zero, weights = encoder, x, None, b""
     if train in ("last_blocks", "image"):
         trained, weights = pretrain(encoder, cells + own_cells, grids, all_j, samples, s, out, config)
@@ -316,9 +326,12 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     lap("probes")
     g = maps.get("bap", identity)
     found = invariance(g, grids[0][1], i, x, x_bap, samples, l2, s) if cells else None
+    if foretold is not None:
+        found["own_foretold"] = foretold
     result = dict(additivity=additive, invariance=found, methods=methods, reasons=reasons)
     result.update(seconds=lap.seconds, zero_shot=zero)
-    last = dict(map=g, probes=probes, right=right, samples=samples, x=x_bap, cells=cells, cuts=cuts)
+    last = dict(map=g, probes=probes, right=right, samples=samples, x=x_bap, cells=cells)
+    last.update(cuts=list(cuts.values()))
     return result, SimpleNamespace(**last, encoder=trained, weights=weights)
 
 
@@ -420,21 +433,66 @@ def scatter(z, i):
     return mu, (anchors - mu).T @ (anchors - mu) / len(count) - S_w * (1 / count).mean(), S_w
 
 
-def wiener(grids, lam=1.0, power=1.0):
+def wiener(grids, lam=1.0, power=1.0, drift=None):
     """The closed form, a Wiener filter for the foreground: W = (S_f + S_w + lam t I)^-1 S_f.
 
     grids: list of (weight, z [N, D], i [N]): embeddings of composites and the foreground instance of each;
     the moments of several grids are averaged, and S_f then clipped to positive semi-definite. The ridge is in
     units of the mean variance, t = trace(S_f + S_w) / D. For row vectors: (z - mu) W; the transposed product
-    is wrong. Our reading of BAP, claim 2. Returns a Map.
+    is wrong. Our reading of BAP, claim 2. drift [n, D]: effects of the target's own backgrounds, whose
+    scatter joins S_w with weight DRIFT; ours. Returns a Map.
     """
     total = sum(weight for weight, _, _ in grids)
     moments = [[weight / total * m for m in scatter(features(z, power), i)] for weight, z, i in grids]
     mu, S_f, S_w = (sum(parts) for parts in zip(*moments, strict=True))
+    if drift is not None:
+        S_w = S_w + DRIFT * drift.T @ drift / len(drift)
     value, vector = torch.linalg.eigh(S_f)
     S_f = (vector * value.clamp(min=0)) @ vector.T
     ridge = lam * (S_f + S_w).trace() / len(mu)
     return Map(mu, torch.linalg.solve(S_f + S_w + ridge * eye(mu), S_f), power)
+
+
+def own_backgrounds(photos, v, i, turn, y, s):
+    """What the target's photos have beside their foregrounds, and whether it depends on these. Ours.
+
+    photos: their features [n, D]; v: features [N, D] of composites of foreground i [N], the turn-th of each;
+    y: classes [n]. Returns each photo less the mean of its foreground's composites, less the mean of all
+    [m, D], and the share of its variance within classes that the foregrounds foretell. On composites that
+    is nothing: foreground and background were drawn apart. In photographs pose, waterline and light go
+    together with the place, or cuts carry a rim of it along: S_f would keep what should go.
+    """
+    n, parts = len(photos), []
+    for mine in (turn < 2, turn >= 2):  # apart, so that the two sides share no composite's noise
+        parts.append(sums(v[mine].double(), i[mine], n) / torch.bincount(i[mine], minlength=n)[:, None])
+    foreground, anchor = parts
+    good = (foreground + anchor).isfinite().all(1)
+    all_of = (2 * foreground + (OWN_PER - 2) * anchor)[good] / OWN_PER
+    drift, effect = photos[good].double() - all_of, (photos - anchor)[good]
+    pick = some_of(len(drift), 400, s)
+    share = foretold_share(foreground[good][pick], effect[pick], y[good][pick], s)
+    return drift - drift.mean(0), share
+
+
+def foretold_share(a, d, y, s, leading=40):
+    """Share of the variance of d [n, D] that ridge regression on a [n, D] foretells, by five-fold
+    cross-validation in the leading principal components of each, within classes y [n]; below 0: none."""
+    if len(y) < 20:
+        return 0.0
+    y, columns = renumber(y), []
+    for part in (a, d):
+        u, size, _ = torch.linalg.svd(
+            part - (sums(part, y, int(y.max()) + 1) / torch.bincount(y)[:, None])[y]
+        )
+        columns.append(u[:, :leading] * size[:leading])
+    (a, d), lost = columns, 0.0
+    fold = torch.tensor(some_of(len(y), len(y), s), device=y.device) % 5
+    for k in range(5):
+        seen, test = a[fold != k], fold == k
+        ridge = 0.1 * seen.square().sum() / leading * eye(a[0])
+        B = torch.linalg.solve(seen.T @ seen + ridge, seen.T @ d[fold != k])
+        lost += (d[test] - a[test] @ B).square().sum()
+    return float(1 - lost / d.square().sum())
 
 
 def eye(mu):
@@ -639,14 +697,14 @@ def cell_alpha(encoder, scene, grid):
 
 
 def cut_own(encoder, pictures, cells, s):
-    """The foregrounds of the target's training pictures, list of Cut; none if the cutter is not trusted."""
+    """The foregrounds of the target's training pictures, {number: Cut}; none if the cutter is not trusted."""
     cuts, trusted, line = cut_out(encoder, pictures, cells, s, "training images")
     say(line + ("" if trusted else ": not trusted, the target's own foregrounds are not used"))
-    return cuts if trusted else []
+    return cuts if trusted else {}
 
 
 def cut_out(encoder, pictures, cells, s, what):
-    """The foregrounds of pictures, list of Cut, by a cutter that learned from the composites cells; whether
+    """The foregrounds of pictures, {number: Cut}, by a cutter that learned from the composites cells; whether
     it can be trusted; and a line on that.
 
     It cannot if it misses the foregrounds of held-out composites (IoU below 0.6), nor if it finds one of
@@ -654,15 +712,15 @@ def cut_out(encoder, pictures, cells, s, what):
     from composites does not carry over.
     """
     cutter = Cutter(encoder, [cells[k] for k in some_of(len(cells), 640, s)], seed=s)
-    pictures = [pictures[k] for k in sorted(some_of(len(pictures), OWN_MOST, s))]
-    alpha = encoder.embed(pictures, "cut out", cutter.masks, cutter.name)
+    numbers = sorted(some_of(len(pictures), OWN_MOST, s))
+    alpha = encoder.embed([pictures[k] for k in numbers], "cut out", cutter.masks, cutter.name)
     plausible = (alpha.mean(1) > 0.02) & (alpha.mean(1) < 0.5)
     share = float(plausible.double().mean())
     trusted = cutter.iou >= 0.6 and share >= 2 / 3
     found = f"a plausible foreground in {share:.0%} of the {what}"
     line = f"cutter: IoU {cutter.iou:.2f} on held-out composites, {found}"
-    rows = zip(pictures, alpha, plausible.tolist(), strict=True)
-    return [cutter.cut(picture, mask) for picture, mask, good in rows if good], trusted, line
+    rows = zip(numbers, alpha, plausible.tolist(), strict=True)
+    return {k: cutter.cut(pictures[k], mask) for k, mask, good in rows if good}, trusted, line
 
 
 def some_of(n, most, s):
@@ -717,6 +775,7 @@ def figures_of(where, grounds, encoder, skip_bad, out):
     teachers = layers(ASSETS / "foregrounds", Cutout, "foregrounds")[0]
     cells = composites(teachers, grounds, 640, 1, 0)[0]
     cuts, trusted, line = cut_out(encoder, photos, cells, 0, "photos")
+    cuts = list(cuts.values())
     figures = [thumb(Composite(cut, None, None).image(), Path(cut.path).name) for cut in cuts[:60]]
     sheet = page("flock, train.py", "Cut out", line, [(where, *figures)], dict(foregrounds=where), revision())
     write(out / "cuts.html", sheet)

@@ -289,7 +289,7 @@ def bap(s, encoder, figures, grounds, samples, out, config):
         photos, y = (part[samples.split.to(part.device) == 0][list(cuts)] for part in (x, samples.y))
         views = features(photos, power), features(v, power)
         drift, foretold = own_backgrounds(*views, own_i, turn, y.to(x.device), s)
-        line = f"of what the target's photos have beside their foregrounds these foretell {foretold:.3f}: "
+        line = f"of what {len(drift)} photos have beside their foregrounds these foretell {foretold:.3f}: "
         say(line + ("independent" if foretold < FORETOLD else "they are left out of S_f"))
         if foretold < FORETOLD:
             grids, all_j = [(1 - own, z, i), (own, v, own_i)], torch.cat([j, own_j])
@@ -481,9 +481,8 @@ def foretold_share(a, d, y, s, leading=40):
         return 0.0
     y, columns = renumber(y), []
     for part in (a, d):
-        u, size, _ = torch.linalg.svd(
-            part - (sums(part, y, int(y.max()) + 1) / torch.bincount(y)[:, None])[y]
-        )
+        middle = sums(part, y, int(y.max()) + 1) / torch.bincount(y)[:, None]
+        u, size, _ = torch.linalg.svd(part - middle[y], full_matrices=False)
         columns.append(u[:, :leading] * size[:leading])
     (a, d), lost = columns, 0.0
     fold = torch.tensor(some_of(len(y), len(y), s), device=y.device) % 5
@@ -562,22 +561,49 @@ def contrast(g, z, i, j, s, steps, learning_rate):
 
 def invariance(g, z, i, x, x_bap, samples, l2, s):
     """Is the map's output invariant? Accuracy on test of a probe for the place, trained on val, raw and
-    mapped; mean cosine of map outputs of one foreground on two backgrounds, and of two foregrounds."""
+    mapped, there also without penalty (free) and of a small network (mlp), as an adversary would; mean
+    cosine of map outputs of one foreground on two backgrounds, and of two foregrounds."""
     place, split = samples.place.to(x.device), samples.split.to(x.device)
     val, test = (split == 1) & (place >= 0), (split == 2) & (place >= 0)
 
-    def accuracy(v):
+    def accuracy(v, predictor):
         if len(torch.unique(place[val])) < 2:
             return None  # no place to predict
-        right = fit_probe(v[val], place[val], l2).predict(v[test]) == place[test]
-        return float(right.double().mean())
+        return float((predictor(v[val], place[val])(v[test]) == place[test]).double().mean())
+
+    def linear(penalty):
+        return lambda v, y: fit_probe(v, y, penalty).predict
 
     pick = some_of(len(z), 2000, s)
     y, same = unit(g(z[pick])), i[pick][:, None] == i[pick]  # [n, D], [n, n]
     cosine, other = y @ y.T, ~torch.eye(len(pick), dtype=torch.bool, device=z.device)
     within, between = float(cosine[same & other].mean()), float(cosine[~same].mean())
-    raw, mapped = accuracy(unit(x)), accuracy(g(x_bap))
-    return dict(place_probe_raw=raw, place_probe_map=mapped, cos_within=within, cos_between=between)
+    mapped = g(x_bap)
+    found = dict(place_probe_raw=accuracy(unit(x), linear(l2)), place_probe_map=accuracy(mapped, linear(l2)))
+    found.update(
+        place_probe_map_free=accuracy(mapped, linear(1e-6)), place_probe_map_mlp=accuracy(mapped, mlp)
+    )
+    return found | dict(cos_within=within, cos_between=between)
+
+
+def mlp(x, y, hidden=64):
+    """A network with one hidden layer, trained to predict y [n] from x [n, D], 300 steps of AdamW on all of
+    them: the function that predicts. It starts from seed 0."""
+    mean, scale = x.mean(0), x.std().clamp(min=1e-12)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers_of = (
+            torch.nn.Linear(x.shape[1], hidden),
+            torch.nn.ReLU(),
+            torch.nn.Linear(hidden, int(y.max()) + 1),
+        )
+        net = torch.nn.Sequential(*layers_of).to(x)
+    optimiser = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
+    for _ in range(300):
+        optimiser.zero_grad()
+        F.cross_entropy(net((x - mean) / scale), y).backward()
+        optimiser.step()
+    return lambda v: net((v - mean) / scale).argmax(1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -886,7 +912,8 @@ def sentences(results):
         sums += f"means removed {a['cos_sum_centred']:.3f} ({a['cos_sum_centred_shuffled']:.3f})"
     place = ""
     if v["place_probe_raw"] is not None:
-        accuracies = f"raw {v['place_probe_raw']:.3f}, map {v['place_probe_map']:.3f}"
+        accuracies = f"raw {v['place_probe_raw']:.3f}, map {v['place_probe_map']:.3f} (unpenalised "
+        accuracies += f"{v['place_probe_map_free']:.3f}, a small network {v['place_probe_map_mlp']:.3f})"
         place = f"accuracy of a probe for the place: {accuracies}; "
     cosines = f"cosine within a foreground {v['cos_within']:.3f}, between {v['cos_between']:.3f}"
     return sums, place + cosines

@@ -236,7 +236,8 @@ def test_results_keep_the_contract(which, train_counts, request):
     for part in r["additivity"].values():
         assert {"r2", "r2_heldout", "foreground", "background", "residual", "cross"} <= set(part)
         assert 0 < part["r2"] < 1 and -1 <= part["cos_sum"] <= 1 and -1 <= part["cos_sum_shuffled"] <= 1
-    assert r["invariance"].keys() == {"place_probe_raw", "place_probe_map", "cos_within", "cos_between"}
+    probes = {f"place_probe_{name}" for name in ("raw", "map", "map_free", "map_mlp")}
+    assert r["invariance"].keys() - {"own_foretold"} == probes | {"cos_within", "cos_between"}
     assert {"erm", "nullspace", "leace", "bap_closed", "bap", "val_probe"} <= set(r["methods"])
     assert needy & set(r["methods"]) == (needy if which == "full" else set())
     assert list(r["methods"]) == [name for name in train.ROWS if name in r["methods"]]
@@ -577,19 +578,74 @@ def test_a_cutter_is_not_trusted_if_it_misses_foregrounds_or_finds_implausible_o
     fake = SimpleNamespace(iou=iou, masks=None, name="", cut=lambda picture, mask: picture)
     monkeypatch.setattr(train, "Cutter", lambda encoder, scenes, seed: fake)
     encoder = SimpleNamespace(embed=lambda pictures, *_: torch.tensor([[shares[p]] * 9 for p in pictures]))
-    assert train.cut_own(encoder, list(range(6)), [0], 0) == ([1, 2, 3, 5] if trusted else [])
+    assert train.cut_own(encoder, list(range(6)), [0], 0) == ({k: k for k in (1, 2, 3, 5)} if trusted else {})
 
 
-def test_own_foregrounds_have_their_weight_in_the_map(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", [0.1, -9.0])
+def test_own_foregrounds_have_their_weight_in_the_map_if_they_do_not_foretell_their_backgrounds(
+    files, tmp_path, monkeypatch, limit
+):
     samples, encoder = samples_of(files, "all", str(files / "all/masks")), tiny(files)
     (figures, grounds, cells, i, _), cuts = composed(files), [c.figure for c in samples.cut[:6]]
-    for name, value in dict(instances=16, per_instance=2, cut_own=lambda *_: cuts, own=0.3).items():
+    changed = dict(
+        instances=16, per_instance=2, cut_own=lambda *_: dict(enumerate(cuts)), own=0.3, FORETOLD=limit
+    )
+    for name, value in changed.items():
         monkeypatch.setattr(train, name, value)
     result, last = train.bap(0, encoder, figures, grounds, samples, tmp_path, {})
     items, k, _ = train.own_composites(cuts, grounds, 0)
-    grids = [(0.7, encoder.embed(cells), i), (0.3, encoder.embed(items), k)]
-    assert torch.allclose(last.map.W, train.wiener(grids, 1.0).W, atol=1e-6) and last.cuts == cuts
-    assert result["methods"]["bap_synthetic"]["groups"]
+    z, v, photos = (encoder.embed(some) for some in (cells, items, samples.items))
+    power = last.map.power
+    v_root, root = train.features(v, power), train.features(photos[samples.split == 0][:6], power)
+    drift = torch.stack([root[n] - v_root[k == n].mean(0) for n in range(6)]).double()
+    grids = [(0.7, z, i), (0.3, v, k)] if limit > 0 else [(1.0, z, i)]
+    wanted = train.wiener(grids, 1.0, power, drift - drift.mean(0))
+    assert torch.allclose(last.map.W, wanted.W, atol=1e-6) and last.cuts == cuts
+    assert result["methods"]["bap_synthetic"]["groups"] and result["invariance"]["own_foretold"] == 0
+
+
+@pytest.mark.parametrize("own, places", [(0.0, 0), (0.8, 0), (0.0, 1)])
+def test_what_foregrounds_foretell_of_their_own_backgrounds_is_found_within_classes(own, places):
+    """A photo is its foreground and its own background; this depends on the foreground, or on the class."""
+    g, n, D = torch.Generator().manual_seed(0), 300, 12
+    f, b, y = torch.randn(n, D, generator=g), torch.randn(n, D, generator=g), torch.arange(n) % 2
+    b = own * f.roll(1, 1) + (1 - own**2) ** 0.5 * b + 9 * places * y[:, None]
+    i, turn = (
+        torch.arange(n).repeat_interleave(train.OWN_PER),
+        torch.arange(n * train.OWN_PER) % train.OWN_PER,
+    )
+    v = f[i] + torch.randn(len(i), D, generator=g)
+    drift, share = train.own_backgrounds(f + b, v, i, turn, y, 0)
+    anchor = v.reshape(n, train.OWN_PER, D).double().mean(1)
+    assert torch.allclose(drift, f + b - anchor - (f + b - anchor).mean(0), atol=1e-6)
+    assert share > 0.2 if own else share < 0.1
+    fewer = (i != 5) | (turn < 2)  # the other composites of the sixth cannot be read: it is left out
+    rest, _ = train.own_backgrounds(f + b, v[fewer], i[fewer], turn[fewer], y, 0)
+    assert len(rest) == n - 1
+    few = train.own_backgrounds(
+        (f + b)[:9], v[: 9 * train.OWN_PER], i[: 9 * train.OWN_PER], turn[: 9 * train.OWN_PER], y[:9], 0
+    )
+    assert few[1] == 0
+
+
+def test_own_backgrounds_join_the_scatter_that_the_map_takes_off():
+    g = torch.Generator().manual_seed(1)
+    z, i, d = torch.randn(40, 5, generator=g), torch.arange(40) % 8, torch.randn(30, 5, generator=g).double()
+    mu, S_f, S_w = train.scatter(z / z.norm(dim=1, keepdim=True), i)
+    S_w = S_w + train.DRIFT * torch.einsum("nd,ne->de", d, d) / 30
+    value, vector = torch.linalg.eigh(S_f)
+    S_f = vector @ torch.diag(value.clamp(min=0)) @ vector.T
+    total = S_f + S_w
+    W = torch.linalg.inv(total + 0.5 * total.trace() / 5 * torch.eye(5, dtype=torch.double)) @ S_f
+    assert torch.allclose(train.wiener([(1.0, z, i)], 0.5, drift=d).W.double(), W, atol=1e-6)
+
+
+def test_an_adversary_with_a_hidden_layer_reads_what_no_line_separates():
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] * x[:, 1] > 0).long()
+    assert (train.mlp(x[:300], y[:300])(x[300:]) == y[300:]).double().mean() > 0.9
+    line = train.fit_probe(x[:300], y[:300], 1e-6).predict(x[300:])
+    assert (line == y[300:]).double().mean() < 0.65
 
 
 def test_training_foregrounds_go_by_their_masks_onto_other_backgrounds(files):
@@ -715,7 +771,8 @@ def test_photos_are_cut_out_for_foregrounds_with_a_sheet_to_look_at(tmp_path, mo
         asked.append((len(pictures), len(cells)))
         alpha = np.zeros((7, 7), np.uint8)
         alpha[2:6, 1:5] = 255
-        return [train.Cut(p, alpha.tobytes(), (7, 7)) for p in pictures], trusted, "cutter: IoU 0.77"
+        cuts = {k: train.Cut(p, alpha.tobytes(), (7, 7)) for k, p in enumerate(pictures)}
+        return cuts, trusted, "cutter: IoU 0.77"
 
     monkeypatch.setattr(train, "cut_out", cut_out)
     grounds = data.layers(data.ASSETS / "backgrounds", data.Ground, "backgrounds")[0]

@@ -589,21 +589,21 @@ def invariance(g, z, i, x, x_bap, samples, l2, s):
 def mlp(x, y, hidden=64):
     """A network with one hidden layer, trained to predict y [n] from x [n, D], 300 steps of AdamW on all of
     them: the function that predicts. It starts from seed 0."""
-    mean, scale = x.mean(0), x.std().clamp(min=1e-12)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers_of = (
-            torch.nn.Linear(x.shape[1], hidden),
-            torch.nn.ReLU(),
-            torch.nn.Linear(hidden, int(y.max()) + 1),
-        )
-        net = torch.nn.Sequential(*layers_of).to(x)
-    optimiser = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
+    mean, scale, generator = x.mean(0), x.std().clamp(min=1e-12), torch.Generator().manual_seed(0)
+    sizes = itertools.pairwise((x.shape[1], hidden, int(y.max()) + 1))
+    weights = [torch.randn(m, n, generator=generator, dtype=x.dtype) * (2 / m) ** 0.5 for m, n in sizes]
+    first, second = (w.to(x.device).requires_grad_() for w in weights)
+    bias, shift = (x.new_zeros(w.shape[1]).requires_grad_() for w in weights)
+
+    def logits(v):
+        return ((v - mean) / scale @ first + bias).relu() @ second + shift
+
+    optimiser = torch.optim.AdamW([first, second, bias, shift], 1e-3, weight_decay=0.01)
     for _ in range(300):
         optimiser.zero_grad()
-        F.cross_entropy(net((x - mean) / scale), y).backward()
+        F.cross_entropy(logits(x), y).backward()
         optimiser.step()
-    return lambda v: net((v - mean) / scale).argmax(1)
+    return lambda v: logits(v).argmax(1)
 
 
 # ----------------------------------------------------------------------------------------------------------

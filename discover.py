@@ -25,15 +25,17 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+# first, as it checks the flags before torch is imported
+from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, load_data
+from data import load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table, tag, thumb
+from data import write, write_json
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import ImageDraw
 
-from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, load_data
-from data import load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table, tag, thumb
-from data import write, write_json
 from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_heads, load_probe
 from model import mask_shares, region_embeddings, repeat_by, sums, unit, wilson
 
@@ -88,6 +90,15 @@ seed = 0
 # --- end ----------------------------------------------------------------------------------------------------
 # fmt: on
 
+LIMITS = {  # the words that a flag may be, those of a table by its name; or its interval
+    "method": ("CRITERIA", "BASELINES", "all"),
+    "clustering": ("fast", "ravl"),
+    "region_encoder": ("pool", "crop", "roi"),
+    "classifier": ("auto", "CLASSIFIERS"),
+    "temperature": "(0, inf)",
+    "outside": "(0, 1]",
+}
+
 OF_IMAGES = (  # flags that say nothing of --embeddings
     "data split classes places columns confounder strength spurious feature masks outside regions "
     "region_encoder classifier ckpt probe prompts model pretrained quick_gelu test_size"
@@ -112,9 +123,7 @@ CRITERIA = {  # whether gaps are weighted, what a kept cluster must show, what c
 
 def main():
     default = flags(globals(), [])
-    names = dict(method=(*CRITERIA, *BASELINES, "all"), clustering=("fast", "ravl"))
-    names.update(region_encoder=("pool", "crop", "roi"), classifier=("auto", *CLASSIFIERS))
-    config = flags(globals(), temperature="(0, inf)", outside="(0, 1]", **names)
+    config = flags(globals())
     low, high = map(int, k.split(":")) if re.fullmatch("[0-9]{1,9}:[0-9]{1,9}", k) else (0, 0)
     expect(not k or 2 <= low < high, "k", k, "LOW:HIGH with 2 <= LOW < HIGH, for instance 20:50 for 20 to 49")
     for flag in OF_IMAGES if embeddings else ():
@@ -977,7 +986,13 @@ def spurious_aware(e, seed, l2):
     return highest(e.own, (e.predicted != e.y)[e.image])
 
 
-BASELINES = {f.__name__: f for f in (random, failures, george, domino, spurious_aware)}
+BASELINES = {
+    "random": random,
+    "failures": failures,
+    "george": george,
+    "domino": domino,
+    "spurious_aware": spurious_aware,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -25,14 +25,16 @@ import traceback
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
-import torch
-
+# first, as it checks the flags before torch is imported
 from data import LEAST, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers, load_data
 from data import composites as compose
 from data import load_foregrounds, load_predictions, load_regions, near, page, plain, read_json, reading
 from data import region_truth, revision, rng, run, say, table, tag, text, thumb, write, write_json
 from data import write_table
+
+import numpy as np
+import torch
+
 from model import LOADED, SHARES, additivity, dfr, file_digest, fit_probe, group_metrics, join
 from model import load_checkpoint, load_encoder, load_heads, load_map, mask_shares, mean_std
 from model import paired_bootstrap, region_embeddings, repeat_by, sha256, standard, sums, unbalanced, unit
@@ -96,6 +98,13 @@ region_temperature = 0.3  # its temperature: at 0.07 a small margin is enough, a
 # --- system -------------------------------------------------------------------------------------------------
 seed = 0
 # --- end ----------------------------------------------------------------------------------------------------
+LIMITS = {  # the words that a flag may be; or its interval
+    "split": ("auto", "train", "val", "test", "all"),
+    "labels": ("own", "all"),
+    "composites": "[0, inf)", "mitigate": "[0, inf)", "base_steps": "[0, inf)", "steps": "[0, inf)",
+    "pairs": "[0, inf)", "learning_rate": "[0, inf)", "settings": "[1, 50]",
+    "region_weight": "[0, 1]", "region_temperature": "(0, inf)",
+}
 # fmt: on
 
 DRAWS = 5  # of few shots, averaged; worst_group, too, is the mean of each draw's own
@@ -115,9 +124,7 @@ PUBLISHED = {  # CounterAnimal's table: common, counter in per cent, over 1000 l
 
 
 def main():
-    numbers = dict.fromkeys("composites mitigate base_steps steps pairs learning_rate".split(), "[0, inf)")
-    numbers.update(settings="[1, 50]", region_weight="[0, 1]", region_temperature="(0, inf)")
-    config = flags(globals(), split=("auto", *SPLITS, "all"), labels=("own", "all"), **numbers)
+    config = flags(globals())
     if protocol == "ravl":
         return controlled_settings(config)
     asked = [] if protocol == "auto" else protocol.split(",")

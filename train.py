@@ -35,6 +35,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+# first, as it checks the flags before torch is imported
+from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
+from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, load_data
+from data import load_foregrounds, load_regions, page, picture_size, read_json, reading, revision, rng, run
+from data import say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -42,10 +48,6 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
 
-from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
-from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, load_data
-from data import load_foregrounds, load_regions, page, picture_size, read_json, reading, revision, rng, run
-from data import say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
 from kernels import pairwise_loss, region_logits
 from model import SHARES, Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe
 from model import from_first, group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
@@ -114,6 +116,16 @@ wandb = False             # also log to Weights & Biases, if installed
 seed = 0
 seeds = 1                 # bap: runs with seed, seed + 1, ...; reported are means and spread
 # --- end ----------------------------------------------------------------------------------------------------
+LIMITS = {  # the words that a flag may be, those of a table by its name; or its interval
+    "method": ("bap", "METHODS"),
+    "bap_map": ("closed", "linear"),
+    "loss": ("auto", "infonce", "sigmoid"),
+    "captions": ("own", "class", "place"),
+    "seeds": "[1, inf)", "steps": "[1, inf)", "save_every": "[1, inf)",
+    "lam": "(0, inf)", "learning_rate": "(0, inf)", "region_temperature": "(0, inf)",
+    "text_weight": "[0, inf)", "clusters": "[0, inf)", "own": "[0, 1]", "region_weight": "[0, 1]",
+    "instances": "[8, inf)", "per_instance": "[2, inf)", "pairs": "[2, inf)",
+}
 # fmt: on
 
 ROWS = {  # of the table, in this order
@@ -149,18 +161,7 @@ ROOM, ROOM_GPU = 4 << 30, 2 << 30  # bytes of decoded training images in memory,
 
 
 def main():
-    config = flags(
-        globals(),
-        method=("bap", *METHODS),
-        bap_map=("closed", "linear"),
-        loss=("auto", "infonce", "sigmoid"),
-        captions=("own", "class", "place"),
-        **dict.fromkeys(("seeds", "steps", "save_every"), "[1, inf)"),
-        **dict.fromkeys(("lam", "learning_rate", "region_temperature"), "(0, inf)"),
-        **dict.fromkeys(("text_weight", "clusters"), "[0, inf)"),
-        **dict.fromkeys(("own", "region_weight"), "[0, 1]"),
-        **dict(instances="[8, inf)", per_instance="[2, inf)", pairs="[2, inf)"),
-    )
+    config = flags(globals())
     if foregrounds == "help":
         load_foregrounds("help")
     trains = TRAINS["bap" if method == "bap" else "finetune"]
@@ -1477,6 +1478,7 @@ def spurious_aware_cost(e, ids, task):
 
 
 def ravl_cost(e, ids, task):
+    """RaVL's region-aware loss, which holds down what was discovered."""
     device = e["z"].device
     L_CL = contrast_cost(e, ids, task)["L_CL"][1]
     L_R, L_A = region_terms(e["cos"], task.state[ids].to(device), task.y[ids].to(device), task.tau)

@@ -84,9 +84,13 @@ def run(main, again="the same command with --resume"):
     sys.exit(code)
 
 
-def say(text):
-    """Prints a line; of several processes only the first does."""
-    if os.environ.get("RANK", "0") == "0":
+SPEECH = dict(quiet=False)  # --quiet, as flags() read it last
+
+
+def say(text, result=False):
+    """Prints a line; of several processes only the first does, and with --quiet only warnings and results."""
+    heard = result or not SPEECH["quiet"] or re.search("WARNING|FAILED|skipped", text)
+    if heard and os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
@@ -159,6 +163,7 @@ def flags(script, argv=None, **limits):
         there = next(p for p in (path, *path.parents) if p.exists())
         usable = there.is_dir() and os.access(there, os.W_OK)
         expect(usable, "out_dir", config["out_dir"], f"a folder that may be written to, {there} is not")
+    SPEECH["quiet"] = config.get("quiet", False)
     script.update(config)
     return config
 
@@ -923,7 +928,7 @@ def load_foregrounds(spec, skip_bad=False):
     """
     kind, *rest = spec.split(":")
     if spec == "help":
-        say(inspect.getdoc(load_foregrounds).partition("\n\n")[2])
+        say(inspect.getdoc(load_foregrounds).partition("\n\n")[2], True)
         sys.exit(0)
     if FOREGROUNDS.get(kind) is None or os.path.isdir(spec):
         expect(kind != "cut", "foregrounds", spec, "another kind here: only train.py cuts out; see help")
@@ -1116,7 +1121,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if name not in SETS or not (root or SETS[name].alone):
         raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {', '.join(SETS)}; see NAME:help")
     if root == "help":
-        say(inspect.getdoc(SETS[name].rows))
+        say(inspect.getdoc(SETS[name].rows), True)
         sys.exit(0)
     renamed = read_classes(classes) if os.path.isfile(classes) else []
     chosen = [] if renamed else names_in(classes, "classes", 2)

@@ -43,6 +43,7 @@ from model import mask_shares, region_embeddings, repeat_by, sums, unit, wilson
 # --- I/O ----------------------------------------------------------------------------------------------------
 out_dir = "out"           # discovery.json, discovery.npz, discovery.html
 cache_dir = "cache"       # embeddings, shared with the other scripts; --cache_dir= for none
+quiet = False             # say only warnings, the result and where it lies
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
 max_pixels = 89478485     # a photo of more is refused
 # --- what to look at: images, or embeddings of their regions ------------------------------------------------
@@ -195,8 +196,11 @@ def main():
     write(out / "discovery.npz", buffer.getvalue())
     write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
     write_json(out / "discovery.json", summary)
-    say(console(summary, e))
-    say(f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s")
+    say(console(summary, e), True)
+    say(
+        f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s",
+        True,
+    )
 
 
 def from_images(config):

@@ -59,6 +59,7 @@ from model import unbalanced, unit, weights_bytes, with_map
 out_dir = "out"           # results.json, report.html, ckpt.pt, map.npz; trained: weights.safetensors, log.csv
 cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
 resume = False            # go on where an interrupted run of the same flags stopped
+quiet = False             # say only warnings, the result and where it lies
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
 max_pixels = 89478485     # a photo of more is refused
 # --- the biased data to train the probe on ------------------------------------------------------------------
@@ -197,14 +198,14 @@ def main():
     results.update(average(runs, results["notes"]))
     results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
     save_results(out, results, last)
-    say(f"\n{out}: results.json, report.html, ckpt.pt, map.npz written, {time.time() - started:.0f} s")
+    say(f"\n{out}: results.json, report.html, ckpt.pt, map.npz written, {time.time() - started:.0f} s", True)
 
 
 def save_results(out, results, last):
     """Says what came out, and writes it: ckpt.pt, report.html, results.json; trained weights.safetensors."""
     for line in results["notes"]:
         say(line)
-    say(summary(results, last.samples))
+    say(summary(results, last.samples), True)
     old = ["finetune.json"] if last.weights else ["finetune.json", "weights.safetensors", "log.csv"]
     if last.weights:
         write(out / "weights.safetensors", last.weights)
@@ -1039,7 +1040,7 @@ def unfinished(path, config, encoder):
     if not path.is_file():
         return None
     state = load_checkpoint(path, encoder)
-    free = ("resume", "threads", "seeds", "save_every", "wandb")
+    free = ("resume", "threads", "seeds", "save_every", "wandb", "quiet")
     differ = [k for k in config if k not in free and state["config"].get(k) != config[k]]
     if differ:
         made = ", ".join(f"--{k}={state['config'].get(k)}" for k in differ)
@@ -1056,7 +1057,7 @@ def until_asked():
         if asked:
             raise KeyboardInterrupt
         asked.append(True)
-        say("stopping at the end of this step; Ctrl-C once more stops at once")
+        say("stopping at the end of this step; Ctrl-C once more stops at once", True)
 
     before = signal.signal(signal.SIGINT, ask)
     try:
@@ -1105,14 +1106,17 @@ def finetune(config, encoder, samples):
     if rank:
         return
     after = zero_shot(student, samples)
-    say(table(*zero_rows(dict(before=before, after=after))))
+    say(table(*zero_rows(dict(before=before, after=after))), True)
     write(out / "weights.safetensors", weights_bytes(student.module, config=config, git=head["git"]))
     seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
     tree = dict(config=config, git=head["git"], notes=notes, before=before, after=after, seconds=seconds)
     write_json(out / "finetune.json", tree)
     path.unlink(missing_ok=True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
-    say(f"\n{out}: weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s")
+    say(
+        f"\n{out}: weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s",
+        True,
+    )
 
 
 def zero_shot(encoder, samples, x=None):

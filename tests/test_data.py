@@ -167,6 +167,34 @@ def test_flags_at_the_end_of_an_interval():
         assert data.flags(script(), [f"--rate={rate}"], rate="[0, 1]")["rate"] == rate
 
 
+def test_quiet_leaves_warnings_and_results(capsys, monkeypatch):
+    monkeypatch.setattr(data, "SPEECH", dict(quiet=False))
+    here = dict(quiet=False)
+    data.flags(here, ["--quiet"])
+    data.say("600 photos")
+    data.say("WARNING: few")
+    data.say("worst group 0.3", True)
+    assert capsys.readouterr().out == "WARNING: few\nworst group 0.3\n"
+    data.flags(here, ["--quiet=False"])
+    data.say("600 photos")
+    assert capsys.readouterr().out == "600 photos\n"
+
+
+def readme_commands():
+    """The commands of our scripts in README.md, as lists of words."""
+    source = (data.ASSETS.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"python ((?:train|eval|discover)\.py[^`\n&]*)", source)
+    return [command.split() for command in commands]
+
+
+def test_readme_commands_have_flags_that_there_are(tmp_path):
+    commands = readme_commands()
+    assert len(commands) >= 12 and {words[0] for words in commands} == {"train.py", "eval.py", "discover.py"}
+    assert any("--place_backgrounds=" in word for words in commands for word in words)  # of a second line
+    for name, *words in commands:
+        data.flags(data.unrun(data.ASSETS.parent / name), [*words, f"--out_dir={tmp_path}"])
+
+
 @pytest.mark.parametrize(
     "words, code, said",
     [

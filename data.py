@@ -34,7 +34,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # --max_pixels is the limit
@@ -73,7 +72,9 @@ def run(main, again="the same command with --resume"):
         line, code = str(problem), 2
     except OSError as problem:  # a full disk, a folder that may not be written, a file that went away
         line, code = f"{problem.filename or 'file system'}: {problem.strerror or problem}", 2
-    except torch.OutOfMemoryError as problem:
+    except RuntimeError as problem:
+        if type(problem).__name__ != "OutOfMemoryError":  # torch's; it may not be imported yet
+            raise
         cure = "lower --pairs or --batch_size, or use --dtype=bfloat16 or a smaller --model"
         line, code = f"the GPU's memory is full ({str(problem).partition('. ')[0]}); {cure}", 2
     except KeyboardInterrupt:
@@ -83,9 +84,13 @@ def run(main, again="the same command with --resume"):
     sys.exit(code)
 
 
-def say(text):
-    """Prints a line; of several processes only the first does."""
-    if os.environ.get("RANK", "0") == "0":
+SPEECH = dict(quiet=False)  # --quiet, as flags() read it last
+
+
+def say(text, result=False):
+    """Prints a line; of several processes only the first does, and with --quiet only warnings and results."""
+    heard = result or not SPEECH["quiet"] or re.search("WARNING|FAILED|skipped", text)
+    if heard and os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
@@ -102,7 +107,7 @@ def warn_once(path, what):
 # --------------------------------------------------------------------------------------------------------
 # flags
 
-LIMITS = {  # of flags that several scripts have; of others see the scripts' calls of flags()
+LIMITS = {  # of flags that several scripts have; those of one stand below its first screen, as its LIMITS
     "threads": "[0, inf)",
     "seed": "[0, 1e15)",
     "max_pixels": "[64, inf)",
@@ -118,8 +123,10 @@ def flags(script, argv=None, **limits):
     """Overrides the defaults on a script's first screen by --key=value, in place, and returns them all.
 
     script: the script's globals(); its lower-case bool, int, float and str are the flags and their defaults.
-    argv: list of words, sys.argv[1:] if None. limits: of a flag the words it may be, or an interval "[0, 1)".
-    A bool may stand without a value; --help prints the first screen and exits. Returns dict flag -> value.
+    argv: list of words, sys.argv[1:] if None. limits: more of the script's LIMITS: of a flag the words it may
+    be, where one in capitals stands for the keys of that table of the script, or an interval "[0, 1)".
+    A bool may stand without a value; --help prints the first screen, --list=WHAT the names there are, and
+    both exit. Returns dict flag -> value.
     Raises Complaint for an unknown flag, a wrong value, an --out_dir that cannot be written.
     """
     config = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
@@ -130,19 +137,23 @@ def flags(script, argv=None, **limits):
             print(script["__doc__"].strip() + "\n\nFlags (--key=value) and their defaults:\n\n" + screen)
             sys.exit(0)
         key, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--list"):
+            print(listing(value, script["__file__"]))
+            sys.exit(0)
         if not word.startswith("--"):
             raise Complaint(f"{word}: found a bare word, expected --key=value; --help lists the flags")
         if key not in config:
             raise Complaint(f"--{key}: no such flag; {near(key, config)}")
         config[key] = read_flag(key, value if equals else None, type(config[key]))
-    for key, limit in {**LIMITS, **limits}.items():
+    for key, limit in {**LIMITS, **script.get("LIMITS", {}), **limits}.items():
         if key in config and isinstance(limit, str):
             low, high = map(float, limit[1:-1].split(","))
             inside = low < config[key] < high or config[key] == low and limit[0] == "["
             inside = inside or config[key] == high and limit[-1] == "]"
             expect(inside, key, config[key], f"a number in {limit}")
         elif key in config:
-            expect(config[key] in limit, key, config[key], " or ".join(word for word in limit if word))
+            words = [w for word in limit for w in (script[word] if word.isupper() else [word])]
+            expect(config[key] in words, key, config[key], " or ".join(word for word in words if word))
     batch = config.get("batch_size", "auto")
     expect(re.fullmatch("auto|[1-9][0-9]{,8}", batch), "batch_size", batch, "auto, or a whole number from 1")
     if "max_pixels" in config:
@@ -152,6 +163,7 @@ def flags(script, argv=None, **limits):
         there = next(p for p in (path, *path.parents) if p.exists())
         usable = there.is_dir() and os.access(there, os.W_OK)
         expect(usable, "out_dir", config["out_dir"], f"a folder that may be written to, {there} is not")
+    SPEECH["quiet"] = config.get("quiet", False)
     script.update(config)
     return config
 
@@ -185,6 +197,65 @@ def expect(holds, flag, found, wanted):
     """Raises Complaint for a flag outside its range."""
     if not holds:
         raise Complaint(f"--{flag}: found {repr(found)[:200]}, expected {wanted}")
+
+
+def unrun(path):
+    """What stands at the top level of a script, without running it: constants, and the keys of tables whose
+    values are none. So --help and wrong flags need not wait for torch."""
+    tree, script = ast.parse(Path(path).read_text(encoding="utf-8")), dict(__file__=path)
+    script["__doc__"] = ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            keys = ast.List(node.value.keys) if isinstance(node.value, ast.Dict) else node.value
+            for tree in (keys, node.value):  # the latter counts, if it is constant
+                with contextlib.suppress(ValueError, TypeError):
+                    script[node.targets[0].id] = ast.literal_eval(tree)
+    return script
+
+
+LISTS = {  # of --list: a file, or "" for the script itself, and its tables
+    "data": ("data.py", "SETS"),
+    "methods": ("", "METHODS", "CRITERIA", "BASELINES"),
+    "protocols": ("", "PROTOCOLS"),
+    "models": (),
+}
+
+
+def listing(what, path):
+    """What --list=WHAT prints: names, and the first line that the source says of each. path: the script's.
+    Raises Complaint where the script has no such list."""
+    if what == "models":
+        comment = re.search("\nmodel = .*?# (.*(?:\n  +# .*)*)", Path(path).read_text(encoding="utf-8"))[1]
+        lines = [re.sub("\\s*\n +# ", " ", comment), "open_clip's names, with --pretrained=TAG|FILE|FOLDER:"]
+        folder = Path(find_spec("open_clip").origin).parent / "model_configs"
+        return "\n".join(lines + sorted(file.stem for file in folder.glob("*.json")))
+    file, *tables = LISTS.get(what) or ("",)
+    body = ast.parse((ASSETS.parent / (file or path)).read_text(encoding="utf-8")).body
+    docs = {node.name: ast.get_docstring(node) or "" for node in body if isinstance(node, ast.FunctionDef)}
+    rows = {"bap": docs["bap"].partition(".")[0]} if what == "methods" and "bap" in docs else {}
+    for node in body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in tables:
+            for key, row in zip(node.value.keys, node.value.values, strict=True):
+                names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
+                texts = [docs[name] for name in names if docs.get(name)]
+                if what == "protocols":  # a row says what it is
+                    texts = [row.args[0].value]
+                rows[key.value] = "; ".join(
+                    re.split("\\.?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts
+                )
+    expect(rows, "list", what, ", ".join(LISTS) + " (of what this script has)")
+    return "\n".join(re.sub("  +", "  ", f"{name}  {text}".rstrip()) for name, text in rows.items())
+
+
+# a script that imports this file has its flags checked before torch is imported, which takes seconds
+RUNNING = getattr(sys.modules["__main__"], "__file__", None) or ""
+if os.path.isfile(RUNNING) and Path(RUNNING).resolve().parent == ASSETS.parent.resolve():
+    if "\n# --- end" in Path(RUNNING).read_text(encoding="utf-8"):
+        run(lambda: flags(unrun(RUNNING)))
+try:
+    import torch
+except ModuleNotFoundError as problem:
+    sys.exit(f"{problem}; pip install -r requirements.txt")
 
 
 def revision():
@@ -857,7 +928,7 @@ def load_foregrounds(spec, skip_bad=False):
     """
     kind, *rest = spec.split(":")
     if spec == "help":
-        say(inspect.getdoc(load_foregrounds).partition("\n\n")[2])
+        say(inspect.getdoc(load_foregrounds).partition("\n\n")[2], True)
         sys.exit(0)
     if FOREGROUNDS.get(kind) is None or os.path.isdir(spec):
         expect(kind != "cut", "foregrounds", spec, "another kind here: only train.py cuts out; see help")
@@ -1050,7 +1121,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if name not in SETS or not (root or SETS[name].alone):
         raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {', '.join(SETS)}; see NAME:help")
     if root == "help":
-        say(inspect.getdoc(SETS[name].rows))
+        say(inspect.getdoc(SETS[name].rows), True)
         sys.exit(0)
     renamed = read_classes(classes) if os.path.isfile(classes) else []
     chosen = [] if renamed else names_in(classes, "classes", 2)

@@ -25,15 +25,17 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+# first, as it checks the flags before torch is imported
+from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, load_data
+from data import load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table, tag, thumb
+from data import write, write_json
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import ImageDraw
 
-from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, load_data
-from data import load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table, tag, thumb
-from data import write, write_json
 from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_heads, load_probe
 from model import mask_shares, region_embeddings, repeat_by, sums, unit, wilson
 
@@ -41,6 +43,7 @@ from model import mask_shares, region_embeddings, repeat_by, sums, unit, wilson
 # --- I/O ----------------------------------------------------------------------------------------------------
 out_dir = "out"           # discovery.json, discovery.npz, discovery.html
 cache_dir = "cache"       # embeddings, shared with the other scripts; --cache_dir= for none
+quiet = False             # say only warnings, the result and where it lies
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
 max_pixels = 89478485     # a photo of more is refused
 # --- what to look at: images, or embeddings of their regions ------------------------------------------------
@@ -88,6 +91,15 @@ seed = 0
 # --- end ----------------------------------------------------------------------------------------------------
 # fmt: on
 
+LIMITS = {  # the words that a flag may be, those of a table by its name; or its interval
+    "method": ("CRITERIA", "BASELINES", "all"),
+    "clustering": ("fast", "ravl"),
+    "region_encoder": ("pool", "crop", "roi"),
+    "classifier": ("auto", "CLASSIFIERS"),
+    "temperature": "(0, inf)",
+    "outside": "(0, 1]",
+}
+
 OF_IMAGES = (  # flags that say nothing of --embeddings
     "data split classes places columns confounder strength spurious feature masks outside regions "
     "region_encoder classifier ckpt probe prompts model pretrained quick_gelu test_size"
@@ -112,9 +124,7 @@ CRITERIA = {  # whether gaps are weighted, what a kept cluster must show, what c
 
 def main():
     default = flags(globals(), [])
-    names = dict(method=(*CRITERIA, *BASELINES, "all"), clustering=("fast", "ravl"))
-    names.update(region_encoder=("pool", "crop", "roi"), classifier=("auto", *CLASSIFIERS))
-    config = flags(globals(), temperature="(0, inf)", outside="(0, 1]", **names)
+    config = flags(globals())
     low, high = map(int, k.split(":")) if re.fullmatch("[0-9]{1,9}:[0-9]{1,9}", k) else (0, 0)
     expect(not k or 2 <= low < high, "k", k, "LOW:HIGH with 2 <= LOW < HIGH, for instance 20:50 for 20 to 49")
     for flag in OF_IMAGES if embeddings else ():
@@ -186,8 +196,11 @@ def main():
     write(out / "discovery.npz", buffer.getvalue())
     write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
     write_json(out / "discovery.json", summary)
-    say(console(summary, e))
-    say(f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s")
+    say(console(summary, e), True)
+    say(
+        f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s",
+        True,
+    )
 
 
 def from_images(config):
@@ -977,7 +990,13 @@ def spurious_aware(e, seed, l2):
     return highest(e.own, (e.predicted != e.y)[e.image])
 
 
-BASELINES = {f.__name__: f for f in (random, failures, george, domino, spurious_aware)}
+BASELINES = {
+    "random": random,
+    "failures": failures,
+    "george": george,
+    "domino": domino,
+    "spurious_aware": spurious_aware,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -25,14 +25,16 @@ import traceback
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
-import torch
-
+# first, as it checks the flags before torch is imported
 from data import LEAST, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers, load_data
 from data import composites as compose
 from data import load_foregrounds, load_predictions, load_regions, near, page, plain, read_json, reading
 from data import region_truth, revision, rng, run, say, table, tag, text, thumb, write, write_json
-from data import write_table
+from data import SPEECH, write_table
+
+import numpy as np
+import torch
+
 from model import LOADED, SHARES, additivity, dfr, file_digest, fit_probe, group_metrics, join
 from model import load_checkpoint, load_encoder, load_heads, load_map, mask_shares, mean_std
 from model import paired_bootstrap, region_embeddings, repeat_by, sha256, standard, sums, unbalanced, unit
@@ -42,6 +44,7 @@ from model import wilson, worst_ends
 # --- I/O ----------------------------------------------------------------------------------------------------
 out_dir = "out"           # eval.json, .html, .csv, groups.csv, predictions.csv; of ravl: protocol.*
 cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
+quiet = False             # say only warnings, the result and where it lies
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
 max_pixels = 89478485     # a photo of more is refused
 # --- data ---------------------------------------------------------------------------------------------------
@@ -96,6 +99,13 @@ region_temperature = 0.3  # its temperature: at 0.07 a small margin is enough, a
 # --- system -------------------------------------------------------------------------------------------------
 seed = 0
 # --- end ----------------------------------------------------------------------------------------------------
+LIMITS = {  # the words that a flag may be; or its interval
+    "split": ("auto", "train", "val", "test", "all"),
+    "labels": ("own", "all"),
+    "composites": "[0, inf)", "mitigate": "[0, inf)", "base_steps": "[0, inf)", "steps": "[0, inf)",
+    "pairs": "[0, inf)", "learning_rate": "[0, inf)", "settings": "[1, 50]",
+    "region_weight": "[0, 1]", "region_temperature": "(0, inf)",
+}
 # fmt: on
 
 DRAWS = 5  # of few shots, averaged; worst_group, too, is the mean of each draw's own
@@ -115,9 +125,7 @@ PUBLISHED = {  # CounterAnimal's table: common, counter in per cent, over 1000 l
 
 
 def main():
-    numbers = dict.fromkeys("composites mitigate base_steps steps pairs learning_rate".split(), "[0, inf)")
-    numbers.update(settings="[1, 50]", region_weight="[0, 1]", region_temperature="(0, inf)")
-    config = flags(globals(), split=("auto", *SPLITS, "all"), labels=("own", "all"), **numbers)
+    config = flags(globals())
     if protocol == "ravl":
         return controlled_settings(config)
     asked = [] if protocol == "auto" else protocol.split(",")
@@ -160,13 +168,13 @@ def main():
         raise Complaint(f"--models: none could be evaluated; the first, {names[0]}: {failed[names[0]]}")
     compare(results, outcomes, samples, seed)
     blocks = blocks_of(results, outcomes, samples, failed)
-    say("\n" + console(blocks))
+    say("\n" + console(blocks), True)
     write_tables(out, results, outcomes, samples)
     write(out / "eval.html", report(results, samples, blocks, config, git))
     # last: nothing is pending only if all the rest is there
     write_json(out / "eval.json", contract(config, git, samples, names, results, failed, started))
     written = "eval.json, eval.html, eval.csv, groups.csv and predictions.csv written"
-    say(f"\n{out}/{written}, {time.time() - started:.1f} s")
+    say(f"\n{out}/{written}, {time.time() - started:.1f} s", True)
 
 
 def names_of(config):
@@ -958,7 +966,7 @@ STRENGTHS = 0.99, 0.95, 0.9, 0.8, 0.7
 MITIGATIONS = "finetune", "ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aware", "jtt", "subg"
 FIGURES = "image_overall", "image_worst_group", "region_overall", "region_worst_group"
 VALID = 0.2  # what the feature must be worth, in accuracy on its class, to count as learned
-FREE = "settings", "mitigate", "threads", "cache_dir", "out_dir"  # flags that may differ when a run goes on
+FREE = "settings mitigate threads cache_dir out_dir quiet".split()  # may differ when a run goes on
 SHARED = "data classes feature model quick_gelu device dtype batch_size threads cache_dir".split()
 PRODUCTS = {"train.py": "weights.safetensors", "discover.py": "discovery.json"}
 PRETRAINED = {"tiny": "none", "tiny-conv": "none", "lite0-clip": "imagenet"}  # what a base model starts from
@@ -1000,8 +1008,8 @@ def controlled_settings(config):
     lead = f"{tree['summary']['valid']} of {len(done)} settings learned the planted feature {of}."
     title = f"Controlled settings, {config['data'].partition(':')[0]}"
     write(out / "protocol.html", page("flock, eval.py", title, lead, sections(blocks), config, git))
-    say(f"\n{console(blocks)}\n\n{lead}")
-    say(f"\n{out}/protocol.json, protocol.csv and protocol.html written, {time.time() - started:.0f} s")
+    say(f"\n{console(blocks)}\n\n{lead}", True)
+    say(f"\n{out}/protocol.json, protocol.csv and protocol.html written, {time.time() - started:.0f} s", True)
 
 
 def of_family(config):
@@ -1077,7 +1085,7 @@ def script_run(name, out, config, samples, **more):
             except Exception:  # as Python itself ends a script
                 code = traceback.print_exc() or 1
             finally:
-                sys.argv = before
+                sys.argv, SPEECH["quiet"] = before, config["quiet"]
     if code == 130:
         raise KeyboardInterrupt
     if code:

@@ -37,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import ASSETS, Complaint, Crop, Ground, Stored, expect, inside, near, one_line, open_mask, read_json
-from data import reading, say, scan, stored_arrays, write
+from data import SPEECH, reading, say, scan, stored_arrays, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -211,7 +211,8 @@ class Encoder:
         found = {c: read_cache(paths[c], size[c]) for c in range(rank, len(chunks), world)}
         todo = [c for c, z in found.items() if z is None or (not self.skip_bad and z.isnan().any())]
         count, started = sum(len(chunks[c]) for c in todo), time.time()
-        bar = tqdm(total=count, unit=" images", desc=label, disable=bool(rank) or None, leave=False)
+        silent = bool(rank) or SPEECH["quiet"]
+        bar = tqdm(total=count, unit=" images", desc=label, disable=silent or None, leave=False)
         with bar, together(world):
             stream = self.stream(pictures, rows, [chunks[c] for c in todo], compute, bar)
             for c, z in zip(todo, stream, strict=True):

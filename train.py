@@ -35,6 +35,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+# first, as it checks the flags before torch is imported
+from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
+from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, load_data
+from data import load_foregrounds, load_regions, page, picture_size, read_json, reading, revision, rng, run
+from data import say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -42,10 +48,6 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
 
-from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
-from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, load_data
-from data import load_foregrounds, load_regions, page, picture_size, read_json, reading, revision, rng, run
-from data import say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
 from kernels import pairwise_loss, region_logits
 from model import SHARES, Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe
 from model import from_first, group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
@@ -57,6 +59,7 @@ from model import unbalanced, unit, weights_bytes, with_map
 out_dir = "out"           # results.json, report.html, ckpt.pt, map.npz; trained: weights.safetensors, log.csv
 cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
 resume = False            # go on where an interrupted run of the same flags stopped
+quiet = False             # say only warnings, the result and where it lies
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
 max_pixels = 89478485     # a photo of more is refused
 # --- the biased data to train the probe on ------------------------------------------------------------------
@@ -114,6 +117,16 @@ wandb = False             # also log to Weights & Biases, if installed
 seed = 0
 seeds = 1                 # bap: runs with seed, seed + 1, ...; reported are means and spread
 # --- end ----------------------------------------------------------------------------------------------------
+LIMITS = {  # the words that a flag may be, those of a table by its name; or its interval
+    "method": ("bap", "METHODS"),
+    "bap_map": ("closed", "linear"),
+    "loss": ("auto", "infonce", "sigmoid"),
+    "captions": ("own", "class", "place"),
+    "seeds": "[1, inf)", "steps": "[1, inf)", "save_every": "[1, inf)",
+    "lam": "(0, inf)", "learning_rate": "(0, inf)", "region_temperature": "(0, inf)",
+    "text_weight": "[0, inf)", "clusters": "[0, inf)", "own": "[0, 1]", "region_weight": "[0, 1]",
+    "instances": "[8, inf)", "per_instance": "[2, inf)", "pairs": "[2, inf)",
+}
 # fmt: on
 
 ROWS = {  # of the table, in this order
@@ -149,18 +162,7 @@ ROOM, ROOM_GPU = 4 << 30, 2 << 30  # bytes of decoded training images in memory,
 
 
 def main():
-    config = flags(
-        globals(),
-        method=("bap", *METHODS),
-        bap_map=("closed", "linear"),
-        loss=("auto", "infonce", "sigmoid"),
-        captions=("own", "class", "place"),
-        **dict.fromkeys(("seeds", "steps", "save_every"), "[1, inf)"),
-        **dict.fromkeys(("lam", "learning_rate", "region_temperature"), "(0, inf)"),
-        **dict.fromkeys(("text_weight", "clusters"), "[0, inf)"),
-        **dict.fromkeys(("own", "region_weight"), "[0, 1]"),
-        **dict(instances="[8, inf)", per_instance="[2, inf)", pairs="[2, inf)"),
-    )
+    config = flags(globals())
     if foregrounds == "help":
         load_foregrounds("help")
     trains = TRAINS["bap" if method == "bap" else "finetune"]
@@ -196,14 +198,14 @@ def main():
     results.update(average(runs, results["notes"]))
     results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
     save_results(out, results, last)
-    say(f"\n{out}: results.json, report.html, ckpt.pt, map.npz written, {time.time() - started:.0f} s")
+    say(f"\n{out}: results.json, report.html, ckpt.pt, map.npz written, {time.time() - started:.0f} s", True)
 
 
 def save_results(out, results, last):
     """Says what came out, and writes it: ckpt.pt, report.html, results.json; trained weights.safetensors."""
     for line in results["notes"]:
         say(line)
-    say(summary(results, last.samples))
+    say(summary(results, last.samples), True)
     old = ["finetune.json"] if last.weights else ["finetune.json", "weights.safetensors", "log.csv"]
     if last.weights:
         write(out / "weights.safetensors", last.weights)
@@ -1038,7 +1040,7 @@ def unfinished(path, config, encoder):
     if not path.is_file():
         return None
     state = load_checkpoint(path, encoder)
-    free = ("resume", "threads", "seeds", "save_every", "wandb")
+    free = ("resume", "threads", "seeds", "save_every", "wandb", "quiet")
     differ = [k for k in config if k not in free and state["config"].get(k) != config[k]]
     if differ:
         made = ", ".join(f"--{k}={state['config'].get(k)}" for k in differ)
@@ -1055,7 +1057,7 @@ def until_asked():
         if asked:
             raise KeyboardInterrupt
         asked.append(True)
-        say("stopping at the end of this step; Ctrl-C once more stops at once")
+        say("stopping at the end of this step; Ctrl-C once more stops at once", True)
 
     before = signal.signal(signal.SIGINT, ask)
     try:
@@ -1104,14 +1106,17 @@ def finetune(config, encoder, samples):
     if rank:
         return
     after = zero_shot(student, samples)
-    say(table(*zero_rows(dict(before=before, after=after))))
+    say(table(*zero_rows(dict(before=before, after=after))), True)
     write(out / "weights.safetensors", weights_bytes(student.module, config=config, git=head["git"]))
     seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
     tree = dict(config=config, git=head["git"], notes=notes, before=before, after=after, seconds=seconds)
     write_json(out / "finetune.json", tree)
     path.unlink(missing_ok=True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
-    say(f"\n{out}: weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s")
+    say(
+        f"\n{out}: weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s",
+        True,
+    )
 
 
 def zero_shot(encoder, samples, x=None):
@@ -1477,6 +1482,7 @@ def spurious_aware_cost(e, ids, task):
 
 
 def ravl_cost(e, ids, task):
+    """RaVL's region-aware loss, which holds down what was discovered."""
     device = e["z"].device
     L_CL = contrast_cost(e, ids, task)["L_CL"][1]
     L_R, L_A = region_terms(e["cos"], task.state[ids].to(device), task.y[ids].to(device), task.tau)

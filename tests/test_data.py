@@ -8,6 +8,9 @@ import io
 import json
 import os
 import re
+import runpy
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +165,84 @@ def test_flags_bad_word_is_named(word, words, tmp_path):
 def test_flags_at_the_end_of_an_interval():
     for rate in (0.0, 1.0):
         assert data.flags(script(), [f"--rate={rate}"], rate="[0, 1]")["rate"] == rate
+
+
+def test_quiet_leaves_warnings_and_results(capsys, monkeypatch):
+    monkeypatch.setattr(data, "SPEECH", dict(quiet=False))
+    here = dict(quiet=False)
+    data.flags(here, ["--quiet"])
+    data.say("600 photos")
+    data.say("WARNING: few")
+    data.say("worst group 0.3", True)
+    assert capsys.readouterr().out == "WARNING: few\nworst group 0.3\n"
+    data.flags(here, ["--quiet=False"])
+    data.say("600 photos")
+    assert capsys.readouterr().out == "600 photos\n"
+
+
+def readme_commands():
+    """The commands of our scripts in README.md, as lists of words."""
+    source = (data.ASSETS.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"python ((?:train|eval|discover)\.py[^`\n&]*)", source)
+    return [command.split() for command in commands]
+
+
+def test_readme_commands_have_flags_that_there_are(tmp_path):
+    commands = readme_commands()
+    assert len(commands) >= 12 and {words[0] for words in commands} == {"train.py", "eval.py", "discover.py"}
+    assert any("--place_backgrounds=" in word for words in commands for word in words)  # of a second line
+    for name, *words in commands:
+        data.flags(data.unrun(data.ASSETS.parent / name), [*words, f"--out_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        ("train.py --help", 0, "# --- the biased data"),
+        ("eval.py --help", 0, "# --- protocols"),
+        ("discover.py --help", 0, "# --- regions"),
+        ("train.py --stepz=3", 2, "did you mean steps?"),
+        ("train.py --method=best", 2, "bap or finetune or ravl"),
+        ("eval.py --settings=51", 2, "[1, 50]"),
+        ("discover.py --method=best", 2, "unweighted or loss or random"),
+        ("discover.py --outside=0", 2, "(0, 1]"),
+        ("train.py --list=methods", 0, "jtt  In proportion to"),
+        ("train.py --list=data", 0, "celeba:DIR"),
+        ("eval.py --list=protocols", 0, "fewshot  probe on a few images of each class"),
+        ("discover.py --list=methods", 0, "random  Regions in random order"),
+        ("discover.py --list=models", 0, "\nViT-B-32\n"),
+        ("train.py --list=protocols", 2, "'protocols'"),
+    ],
+)
+def test_flags_are_checked_before_torch_is_imported(words, code, said):
+    script, flag = words.split()
+    command = [sys.executable, "-X", "importtime", str(data.ASSETS.parent / script), flag]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code and said in (done.stderr if code else done.stdout)
+    imported = re.findall("import time:.*\\| +(\\S+)\n", done.stderr)
+    assert "numpy" in imported and "torch" not in imported
+
+
+def test_a_wrong_flag_is_said_within_a_second():
+    seconds = []
+    for _ in range(3):  # the best of three, as others use the machine
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, str(data.ASSETS.parent / "train.py"), "--stepz=3"], capture_output=True
+        )
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1
+
+
+def test_limits_read_without_running_a_script_are_those_of_the_script_that_runs():
+    for name in ("train.py", "eval.py", "discover.py"):
+        path = data.ASSETS.parent / name
+        still, live = data.unrun(path), runpy.run_path(str(path))
+        assert data.flags(dict(still), []) == data.flags(dict(live), []) and still["LIMITS"] == live["LIMITS"]
+        tables = [
+            w for limit in live["LIMITS"].values() if type(limit) is tuple for w in limit if w.isupper()
+        ]
+        assert all(list(still[t]) == list(live[t]) for t in tables)
 
 
 def test_flags_help_prints_the_block_and_nothing_after_it(tmp_path, capsys):

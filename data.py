@@ -20,10 +20,11 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
-import tempfile
+import time
 import warnings
 import zlib
 from collections import Counter, namedtuple
@@ -285,25 +286,50 @@ def rng(seed, purpose, *index):
 
 def write(path, content):
     """Writes str or bytes whole or not at all: a temporary file beside it, fsync, rename."""
-    path, temporary = Path(path), None
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        sweep(path.parent)
+        with open(temporary, "xb") as file:  # with the rights that the umask leaves
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as problem:
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
         cure = "free some space on that disk" if full else "choose another folder, or allow writing there"
         raise Complaint(f"{path}: cannot be written ({problem.strerror}); {cure}") from None
     finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # in the names of temporary files
+
+
+@functools.cache  # once for each folder
+def sweep(folder):
+    """Removes the temporary files of killed runs: of this machine, of others' after a day."""
+    with contextlib.suppress(OSError):  # another run is faster, or may not
+        for path in folder.glob(".*.tmp"):
+            made = re.search(r"\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp$", path.name)
+            gone = made and made[1] == HOST and not alive(int(made[2]))
+            if gone or made and time.time() - path.stat().st_mtime > 86400:
+                path.unlink()
+
+
+def alive(pid):
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def write_json(path, tree):

@@ -317,6 +317,35 @@ def test_write_interrupted_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("mask, mode", [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_write_leaves_the_rights_to_the_umask(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        data.write(tmp_path / "c.txt", "x")
+    finally:
+        os.umask(before)
+    assert os.stat(tmp_path / "c.txt").st_mode & 0o777 == mode
+
+
+def test_what_a_killed_run_left_half_written_goes_with_the_next_write_and_nothing_else(tmp_path):
+    killed = """
+import os, signal, sys, data
+data.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+data.write(sys.argv[1], "half")
+"""
+    subprocess.run([sys.executable, "-c", killed, tmp_path / "c.txt"], cwd=Path(data.__file__).parent)
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".c.txt.")
+    pid = re.search("-([0-9]+)-", left)[1]
+    alive, elsewhere = left.replace(pid, str(os.getpid())), left.replace(data.HOST, "0" * 8)
+    aged = elsewhere.replace("c.txt", "d.txt")
+    for name in (alive, elsewhere, aged, ".c.txt.swp"):
+        (tmp_path / name).write_text("")
+    os.utime(tmp_path / aged, (0, 0))
+    data.write(tmp_path / "e.txt", "x")
+    assert set(os.listdir(tmp_path)) == {alive, elsewhere, ".c.txt.swp", "e.txt"}
+
+
 def test_write_below_a_file_is_a_complaint(tmp_path):
     (tmp_path / "file").write_text("")
     with complaint(tmp_path / "file" / "c.txt", "cannot be written"):

@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -63,14 +64,25 @@ class Complaint(Exception):
 
 
 def run(main, again="the same command with --resume"):
-    """main(); what the user can mend is one line and exit code 2, Ctrl-C is 130. again: what goes on then."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    """main(); what the user can mend is one line and exit code 2, Ctrl-C and SIGTERM are 130, a closed pipe 0.
+    again: what goes on then."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # file names need not be valid text
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several must not wait for the others
+        signal.signal(signal.SIGTERM, as_ctrl_c)
     try:
-        return main()
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
     except Complaint as problem:
         line, code = str(problem), 2
+    except BrokenPipeError:  # | head has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor does Python complain of it at the end
+        sys.exit(0)
     except OSError as problem:  # a full disk, a folder that may not be written, a file that went away
         line, code = f"{problem.filename or 'file system'}: {problem.strerror or problem}", 2
     except RuntimeError as problem:
@@ -81,8 +93,23 @@ def run(main, again="the same command with --resume"):
     except KeyboardInterrupt:
         line, code = f"interrupted; {again} goes on from here", 130
     if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: {' '.join(line.splitlines())}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a closed pipe, too
+            line = harmless(" ".join(line.splitlines()))
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def as_ctrl_c(*_):
+    """What Ctrl-C does; also where it does nothing, as in a script's background jobs."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, None)
+
+
+def harmless(text):
+    """Text for a terminal: what is no line end, tab or printable, as the escapes of file names, is spelled out."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 SPEECH = dict(quiet=False)  # --quiet, as flags() read it last
@@ -92,7 +119,7 @@ def say(text, result=False):
     """Prints a line; of several processes only the first does, and with --quiet only warnings and results."""
     heard = result or not SPEECH["quiet"] or re.search("WARNING|FAILED|skipped", text)
     if heard and os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(harmless(text), flush=True)
 
 
 WARNED = set()

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import time
@@ -273,6 +274,55 @@ def test_run_turns_what_the_user_can_mend_into_one_line_and_an_exit_code(problem
     assert stop.value.code == code and "\n" not in line
     named = "--pairs or --batch_size" if problem is MEMORY else "x.csv"
     assert named in line or code == 130
+
+
+def script(code, tail="", **how):
+    """A Python program that starts data.run, in a shell: (exit code, output, errors)."""
+    code = f"import sys, os, signal, time, data\n{code}"
+    command = f"{shlex.join([sys.executable, '-c', code])} {tail}"
+    how = dict(cwd=Path(data.__file__).parent, capture_output=True, text=True, timeout=60) | how
+    job = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], **how)
+    return job.returncode, job.stdout, job.stderr
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_sigterm_is_ctrl_c_also_where_that_is_ignored(ignored):
+    code = "if True: signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * ignored
+    code += "data.run(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)])"
+    code, _, line = script(code)
+    assert code == 130 and line.count("\n") == 1 and "--resume goes on" in line
+
+
+def test_sigterm_reaches_who_waits_for_ctrl_c():
+    code = "signal.signal(signal.SIGINT, lambda *_: print('asked'))\n"
+    code += "data.run(lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    assert script(code) == (0, "asked\n", "")
+
+
+@pytest.mark.parametrize("what", ["data.say('x' * 100)", "print('x' * 100)"])
+def test_a_closed_pipe_ends_a_run_quietly(what):
+    code, out, errors = script(f"data.run(lambda: [{what} for _ in range(9999)])", "| head -1")
+    assert (code, out, errors) == (0, "x" * 100 + "\n", "")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "2> >(exit)"])
+def test_closed_streams_change_no_exit_code(closed):
+    code = "def main(): print(9, file=sys.stderr); data.say('x'); raise data.Complaint('y')\ndata.run(main)"
+    code = code if closed != "2> >(exit)" else code.replace("print(9, file=sys.stderr)", "time.sleep(0.5)")
+    code, _, errors = script(code, closed)
+    assert code == 2 and "Traceback" not in errors
+
+
+def test_what_is_said_of_a_file_cannot_write_to_the_terminal_what_it_likes(capsys):
+    data.say("\x1b]0;title\x07\x1b[2J.png\r\x9b1m\n\tgrün, 鳥")
+    assert capsys.readouterr().out == "\\x1b]0;title\\x07\\x1b[2J.png\\x0d\\x9b1m\n\tgrün, 鳥\n"
+
+    def main():
+        raise Complaint("\x1b[2J.png")
+
+    with pytest.raises(SystemExit):
+        data.run(main)
+    assert "\\x1b[2J.png" in capsys.readouterr().err
 
 
 def test_run_leaves_our_own_mistakes_their_traceback():

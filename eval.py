@@ -168,11 +168,11 @@ def main():
         raise Complaint(f"--models: none could be evaluated; the first, {names[0]}: {failed[names[0]]}")
     compare(results, outcomes, samples, seed)
     blocks = blocks_of(results, outcomes, samples, failed)
-    say("\n" + console(blocks), True)
     write_tables(out, results, outcomes, samples)
     write(out / "eval.html", report(results, samples, blocks, config, git))
     # last: nothing is pending only if all the rest is there
     write_json(out / "eval.json", contract(config, git, samples, names, results, failed, started))
+    say("\n" + console(blocks), True)
     written = "eval.json, eval.html, eval.csv, groups.csv and predictions.csv written"
     say(f"\n{out}/{written}, {time.time() - started:.1f} s", True)
 

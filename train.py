@@ -202,10 +202,7 @@ def main():
 
 
 def save_results(out, results, last):
-    """Says what came out, and writes it: ckpt.pt, report.html, results.json; trained weights.safetensors."""
-    for line in results["notes"]:
-        say(line)
-    say(summary(results, last.samples), True)
+    """Writes what came out: ckpt.pt, report.html, results.json, trained weights.safetensors; and says it."""
     old = ["finetune.json"] if last.weights else ["finetune.json", "weights.safetensors", "log.csv"]
     if last.weights:
         write(out / "weights.safetensors", last.weights)
@@ -221,6 +218,9 @@ def save_results(out, results, last):
     write_json(out / "results.json", results)  # last: it is there only if all the rest is
     for name in PARTIAL:
         (out / name).unlink(missing_ok=True)
+    for line in results["notes"]:
+        say(line)
+    say(summary(results, last.samples), True)
     others_here(out, old)
 
 
@@ -1106,12 +1106,12 @@ def finetune(config, encoder, samples):
     if rank:
         return
     after = zero_shot(student, samples)
-    say(table(*zero_rows(dict(before=before, after=after))), True)
     write(out / "weights.safetensors", weights_bytes(student.module, config=config, git=head["git"]))
     seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
     tree = dict(config=config, git=head["git"], notes=notes, before=before, after=after, seconds=seconds)
     write_json(out / "finetune.json", tree)
     path.unlink(missing_ok=True)
+    say(table(*zero_rows(dict(before=before, after=after))), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
     say(
         f"\n{out}: weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s",

@@ -166,6 +166,17 @@ def refused(capsys, argv, *expected):
 # --- what it writes
 
 
+def test_results_are_written_before_they_are_shown(files, tmp_path, monkeypatch):
+    def say(text, *_):  # the terminal closes the pipe at the table
+        if text.startswith("\n"):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(data, "say", say)
+    monkeypatch.setattr(data.os, "dup2", lambda *_: None)
+    assert run(words(files, tmp_path, "--protocol=zeroshot")) == 0
+    assert len(os.listdir(tmp_path)) == 5 and results(tmp_path)["pending"] == []
+
+
 def test_contract_of_a_grouped_set(everything):
     r, m = results(everything), entry(everything)
     assert r.keys() == set("config git data seconds models failed pending".split())

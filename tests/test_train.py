@@ -194,7 +194,27 @@ def ctrl_c(monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture
+def deaf(monkeypatch):
+    """The terminal closes the pipe at the first table."""
+    real = data.say
+
+    def say(text, *more):
+        if "worst" in text and "\n" in text.strip():
+            raise BrokenPipeError
+        real(text, *more)
+
+    monkeypatch.setattr(data, "say", say)
+    monkeypatch.setattr(data.os, "dup2", lambda *_: None)
+
+
 # --- what it writes
+
+
+@pytest.mark.parametrize("start, written", [("bap", "results.json"), ("tune", "finetune.json")])
+def test_results_are_written_before_they_are_shown(files, tmp_path, deaf, start, written):
+    assert dict(bap=bap, tune=tune)[start](files, tmp_path) == 0
+    assert (tmp_path / written).is_file()
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ class Complaint(Exception):
 
 
 def run(main, again="the same command with --resume"):
-    """main(); what the user can mend is one line and exit code 2, Ctrl-C and SIGTERM are 130, a closed pipe 0.
+    """main(); what the user can mend is one line and exit code 2, Ctrl-C and SIGTERM 130, a closed pipe 0.
     again: what goes on then."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
@@ -108,7 +108,7 @@ def as_ctrl_c(*_):
 
 
 def harmless(text):
-    """Text for a terminal: what is no line end, tab or printable, as the escapes of file names, is spelled out."""
+    """Text for a terminal: control characters but line ends and tabs, as in file names, are spelled out."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 

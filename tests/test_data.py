@@ -276,7 +276,7 @@ def test_run_turns_what_the_user_can_mend_into_one_line_and_an_exit_code(problem
     assert named in line or code == 130
 
 
-def script(code, tail="", **how):
+def program(code, tail="", **how):
     """A Python program that starts data.run, in a shell: (exit code, output, errors)."""
     code = f"import sys, os, signal, time, data\n{code}"
     command = f"{shlex.join([sys.executable, '-c', code])} {tail}"
@@ -289,19 +289,19 @@ def script(code, tail="", **how):
 def test_sigterm_is_ctrl_c_also_where_that_is_ignored(ignored):
     code = "if True: signal.signal(signal.SIGINT, signal.SIG_IGN)\n" * ignored
     code += "data.run(lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)])"
-    code, _, line = script(code)
+    code, _, line = program(code)
     assert code == 130 and line.count("\n") == 1 and "--resume goes on" in line
 
 
 def test_sigterm_reaches_who_waits_for_ctrl_c():
     code = "signal.signal(signal.SIGINT, lambda *_: print('asked'))\n"
     code += "data.run(lambda: os.kill(os.getpid(), signal.SIGTERM))"
-    assert script(code) == (0, "asked\n", "")
+    assert program(code) == (0, "asked\n", "")
 
 
 @pytest.mark.parametrize("what", ["data.say('x' * 100)", "print('x' * 100)"])
 def test_a_closed_pipe_ends_a_run_quietly(what):
-    code, out, errors = script(f"data.run(lambda: [{what} for _ in range(9999)])", "| head -1")
+    code, out, errors = program(f"data.run(lambda: [{what} for _ in range(9999)])", "| head -1")
     assert (code, out, errors) == (0, "x" * 100 + "\n", "")
 
 
@@ -309,7 +309,7 @@ def test_a_closed_pipe_ends_a_run_quietly(what):
 def test_closed_streams_change_no_exit_code(closed):
     code = "def main(): print(9, file=sys.stderr); data.say('x'); raise data.Complaint('y')\ndata.run(main)"
     code = code if closed != "2> >(exit)" else code.replace("print(9, file=sys.stderr)", "time.sleep(0.5)")
-    code, _, errors = script(code, closed)
+    code, _, errors = program(code, closed)
     assert code == 2 and "Traceback" not in errors
 
 

@@ -45,6 +45,7 @@ out_dir = "out"           # discovery.json, discovery.npz, discovery.html
 cache_dir = "cache"       # embeddings, shared with the other scripts; --cache_dir= for none
 quiet = False             # say only warnings, the result and where it lies
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
+resize_once = False       # keep photos as small as a model sees them, for others of its preprocessing
 max_pixels = 89478485     # a photo of more is refused
 # --- what to look at: images, or embeddings of their regions ------------------------------------------------
 data = "scenes"           # every --data of train.py
@@ -206,7 +207,8 @@ def main():
 def from_images(config):
     """Evidence from images; None on ranks of torchrun above 0, which only embed."""
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
-    encoder = load_encoder(model, pretrained, quick_gelu, test_size, skip_bad=skip_bad, **how)
+    how.update(skip_bad=skip_bad, resize_once=resize_once)
+    encoder = load_encoder(model, pretrained, quick_gelu, test_size, **how)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     planted["columns"] = columns
     wanted = "pictures; region embeddings from elsewhere go with --embeddings=FILE.npz"

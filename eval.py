@@ -46,6 +46,7 @@ out_dir = "out"           # eval.json, .html, .csv, groups.csv, predictions.csv;
 cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for none
 quiet = False             # say only warnings, the result and where it lies
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
+resize_once = False       # keep photos as small as a model sees them, for others of its preprocessing
 max_pixels = 89478485     # a photo of more is refused
 # --- data ---------------------------------------------------------------------------------------------------
 data = ""                 # NAME:DIR, NAME waterbirds, celeba, counteranimal, nico, cocogender, in9,
@@ -265,7 +266,7 @@ chose; region_photo, region_predicted: [K], of regions that show the object."""
 def evaluate(name, samples, asked):
     """({protocol: Outcome}, additivity) of one model; (None, None) on ranks above 0, which only embed."""
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
-    how["skip_bad"] = skip_bad
+    how.update(skip_bad=skip_bad, resize_once=resize_once)
     encoder = load_encoder(*name.partition("@")[::2], quick_gelu, test_size, **how)
     for note in encoder.notes:
         say(note)

@@ -36,8 +36,8 @@ from einops import rearrange, repeat
 from torch import nn
 from tqdm import tqdm
 
-from data import ASSETS, Complaint, Crop, Ground, Stored, expect, inside, near, one_line, open_mask, read_json
-from data import SPEECH, reading, say, scan, stored_arrays, write
+from data import ASSETS, Complaint, Crop, Ground, Photo, Regions, Stored, expect, inside, near, one_line
+from data import SPEECH, open_mask, read_json, reading, say, scan, stored_arrays, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -75,7 +75,16 @@ class Encoder:
         self.name, self.kind, self.build, self.transform = name, kind, build, transform
         self.recipe, self.digest, self.tokenizer, self.notes = recipe, digest, tokenizer, list(notes)
 
-    def embeds_with(self, device="auto", dtype="auto", batch="auto", threads=0, cache="", skip_bad=False):
+    def embeds_with(
+        self,
+        device="auto",
+        dtype="auto",
+        batch="auto",
+        threads=0,
+        cache="",
+        skip_bad=False,
+        resize_once=False,
+    ):
         """Sets how pictures are embedded (see load_encoder), before anything else; returns the encoder."""
         self.__dict__.pop("fast", None)
         self.device, self.dtype = auto_device(device), dtype
@@ -83,7 +92,7 @@ class Encoder:
         able = dtype != "bfloat16" or not self.on_gpu or self.bf16
         expect(able, "dtype", dtype, f"float32 or auto: {self.device} does not compute in it")
         self.threads = threads or cores()
-        self.cache, self.skip_bad = cache, skip_bad
+        self.cache, self.skip_bad, self.resize_once = cache, skip_bad, resize_once
         return self
 
     @property
@@ -287,9 +296,20 @@ class Encoder:
 
     def pixels(self, picture):
         """A picture as the network sees it, in bytes [H, W, 3], which normalised() makes numbers of; of a
-        transform that cannot be taken apart all that it gives, [3, H, W]."""
+        transform that cannot be taken apart all that it gives, [3, H, W]. With resize_once the bytes of a
+        photo stay in the cache, for every model of this preprocessing."""
+        photo, path = picture.picture if isinstance(picture, Regions) else picture, None
+        if self.resize_once and self.cache and type(photo) is Photo:
+            steps = re.sub(" at 0x[0-9a-f]+", "", repr(self.transform_parts[0]))
+            path = Path(self.cache) / f"pixels-{sha256(steps + photo.key())[:40]}.npy"
+            with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
+                return torch.from_numpy(np.load(path))
         x = self.transform_parts[0](picture.image())
-        return x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))
+        x = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))
+        if path:
+            np.save(buffer := io.BytesIO(), x.numpy())
+            write(path, buffer.getvalue())
+        return x
 
     @functools.cached_property
     def transform_parts(self):
@@ -591,8 +611,8 @@ def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how
     quick_gelu: auto, on or off (open_clip models only). test_size: see timm_model. how: of embedding: device,
     dtype (float32, bfloat16, or auto: see Encoder.facts), batch (a number, or auto: 256 on a GPU, 8 on a CPU,
     where small ones are faster), threads (that decode and, on a CPU, run the network; 0 for one per core),
-    cache (a folder, "" for none), skip_bad. Raises Complaint for an unknown model or tag, a file that does
-    not fit, weights that cannot be fetched.
+    cache (a folder, "" for none), skip_bad, resize_once (see Encoder.pixels). Raises Complaint for an unknown
+    model or tag, a file that does not fit, weights that cannot be fetched.
     """
     family = FAMILIES.get(model, SCHEMES.get(model.partition(":")[0], clip_model))
     sized = dict(test_size=test_size) if family is timm_model else {}

@@ -61,6 +61,7 @@ cache_dir = "cache"       # embeddings, reused by every run; --cache_dir= for no
 resume = False            # go on where an interrupted run of the same flags stopped
 quiet = False             # say only warnings, the result and where it lies
 skip_bad = False          # leave out images that cannot be read, counted and named, instead of stopping
+resize_once = False       # keep photos as small as a model sees them, for others of its preprocessing
 max_pixels = 89478485     # a photo of more is refused
 # --- the biased data to train the probe on ------------------------------------------------------------------
 data = "scenes"           # scenes, or NAME:DIR: waterbirds, celeba, counteranimal, nico, cocogender, in9,
@@ -171,7 +172,7 @@ def main():
     rows["columns"] = columns
     dataset = functools.partial(load_data, data, classes, places, **rows)
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
-    how["skip_bad"] = skip_bad
+    how.update(skip_bad=skip_bad, resize_once=resize_once)
     alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1
     expect(alone, "method", method, "another under torchrun, as bap runs in one process")
     join(device)

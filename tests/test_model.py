@@ -1140,6 +1140,30 @@ def test_with_all_in_the_cache_no_weights_are_loaded_and_nothing_is_decoded(tmp_
     assert len(list(tmp_path.glob("*.safetensors"))) == 2 * 3 + 2
 
 
+def test_photos_resized_once_are_not_decoded_for_another_model_of_the_same_preprocessing(
+    tmp_path, monkeypatch
+):
+    photos = [data.Photo(str(tmp_path / f"{k}.png")) for k in range(3)]
+    for k, photo in enumerate(photos):
+        Noise(k, size=300).image().save(photo.path)
+    how = dict(device="cpu", dtype="float32", cache=str(tmp_path / "cache"), resize_once=True)
+    region = data.Regions(photos[0], ((0.0, 0.0, 0.5, 0.5),), (0.0, 0.0, 1.0, 1.0))
+    load_encoder("timm:test_resnet", "none", **how).embed([*photos, region])
+    assert len(kept := list((tmp_path / "cache").glob("pixels-*.npy"))) == 3
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])  # damaged: decoded again
+    plain = load_encoder("timm:test_vit", "none", device="cpu", dtype="float32").embed(photos)
+    assert torch.equal(load_encoder("timm:test_vit", "none", **how).embed(photos), plain)
+    crop = data.Crop(photos[0], (0.0, 0.0, 0.5, 0.5))  # no photo, but of one
+    encoder = load_encoder("timm:test_vit", "none", **how)
+    assert not torch.equal(encoder.pixels(crop), encoder.pixels(photos[0]))
+    monkeypatch.setattr(data, "open_image", functools.partial(pytest.fail, "decoded once more"))
+    assert torch.equal(
+        load_encoder("timm:test_vit2", "none", **how).embed(photos)[:, 0].isfinite(), torch.ones(3) > 0
+    )
+    with pytest.raises(pytest.fail.Exception):  # at another size
+        load_encoder("lite0", **how).embed(photos)
+
+
 def test_facts_damaged_in_the_cache_are_found_out_anew(tmp_path):
     encoders = [load_encoder("tiny", device="cpu", cache=str(tmp_path)) for _ in range(4)]
     facts, (path,) = encoders[0].facts, tmp_path.glob("encoder-*.json")

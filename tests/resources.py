@@ -2,12 +2,13 @@
 
     python -m tests.resources [float32:512 bfloat16:77 ...]
 
-Calls the ops on small CPU tensors, with the launch replaced by a compilation for sm_80, sm_89 and sm_90:
-each line is a kernel as it is really launched. Prints registers per thread, bytes on the stack (spilled ones
-among them), shared memory, loads of 16 bytes, tensor-core products, barriers of more than a warp (as the
-source has them, not as often as they are met). TRITON_INTERPRET must be unset.
+Calls the ops on small CPU tensors, with the launch replaced by a compilation for sm_90, with FLOCK_LARGE=1
+also for sm_80 and sm_89: each line is a kernel as it is really launched. Prints registers per thread, bytes
+on the stack (spilled ones among them), shared memory, loads of 16 bytes, tensor-core products, barriers of
+more than a warp (as the source has them, not as often as they are met). TRITON_INTERPRET must be unset.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import torch
 from kernels import launch, pairwise_additivity, pairwise_loss, region_logits, region_pool
 from kernels.launch import triton
 
-ARCHS = (80, 89, 90)
+ARCHS = (80, 89, 90) if os.environ.get("FLOCK_LARGE") else (90,)
 LOAD16 = r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.c[ag]\S* [^;]*, 0x10"
 BARRIER = r"\bbar(?:rier)?\.sync"
 TENSOR = r"\b(?:mma\.sync|wgmma\.mma_async)"

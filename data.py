@@ -233,11 +233,15 @@ def unrun(path):
     tree, script = ast.parse(Path(path).read_text(encoding="utf-8")), dict(__file__=path)
     script["__doc__"] = ast.get_docstring(tree)
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Subscript):  # TABLE["key"] = row
+            with contextlib.suppress(AttributeError, KeyError, TypeError):
+                script[target.value.id] += [target.slice.value]
+        if isinstance(target, ast.Name):
             keys = ast.List(node.value.keys) if isinstance(node.value, ast.Dict) else node.value
             for tree in (keys, node.value):  # the latter counts, if it is constant
                 with contextlib.suppress(ValueError, TypeError):
-                    script[node.targets[0].id] = ast.literal_eval(tree)
+                    script[target.id] = ast.literal_eval(tree)
     return script
 
 
@@ -1174,7 +1178,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if name not in SETS or not (root or SETS[name].alone):
         raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {', '.join(SETS)}; see NAME:help")
     if root == "help":
-        say(inspect.getdoc(SETS[name].rows), True)
+        say(inspect.getdoc(SETS[name].rows) or f"{name}: its function in data.py has no docstring", True)
         sys.exit(0)
     renamed = read_classes(classes) if os.path.isfile(classes) else []
     chosen = [] if renamed else names_in(classes, "classes", 2)

@@ -30,7 +30,7 @@ from data import LEAST, SPLITS, Complaint, Ground, dots, drawing, expect, flags,
 from data import composites as compose
 from data import load_foregrounds, load_predictions, load_regions, near, page, plain, read_json, reading
 from data import region_truth, revision, rng, run, say, table, tag, text, thumb, write, write_json
-from data import SPEECH, write_table
+from data import SPEECH, unrun, write_table
 
 import numpy as np
 import torch
@@ -964,7 +964,7 @@ def write_tables(out, results, outcomes, samples):
 # controlled settings: fine-tune where a planted feature goes with a class, discover, mitigate (RaVL)
 
 STRENGTHS = 0.99, 0.95, 0.9, 0.8, 0.7
-MITIGATIONS = "finetune", "ravl", "upsampled", "vl_erm", "vl_gdro", "spurious_aware", "jtt", "subg"
+MITIGATIONS = tuple(unrun(Path(__file__).with_name("train.py"))["METHODS"])
 FIGURES = "image_overall", "image_worst_group", "region_overall", "region_worst_group"
 VALID = 0.2  # what the feature must be worth, in accuracy on its class, to count as learned
 FREE = "settings mitigate threads cache_dir out_dir quiet".split()  # may differ when a run goes on

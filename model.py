@@ -1318,10 +1318,10 @@ def unit(x):
 
 
 def embeddings(module, kind, x):
-    """Images [N, 3, H, W] -> embeddings [N, D], not normalised, of a module whose kind is as Encoder.kind."""
+    """Images [N, 3, H, W] -> embeddings [N, D], not normalised. kind: as Encoder.kind; others are called."""
     if kind == "timm":
         return module.forward_head(module.forward_features(x), pre_logits=True)
-    return module.encode_image(x)
+    return module.encode_image(x) if kind == "open_clip" else module(x)
 
 
 WITH_MAP = "a network with a feature map that flock can read: a ResNet or a ViT"
@@ -1337,7 +1337,7 @@ def with_map(module, kind, x):
     """
     if kind == "timm":
         return trunk_with_map(module, x, lambda cells: module.forward_head(cells, pre_logits=True))
-    visual = module.visual
+    visual = getattr(module, "visual", module)
     if hasattr(visual, "trunk"):  # open_clip's timm towers
         return trunk_with_map(visual.trunk, x, lambda cells: visual.head(visual.trunk.forward_head(cells)))
     if hasattr(visual, "attnpool"):  # CLIP's ResNets

@@ -124,7 +124,7 @@ LIMITS = {  # the words that a flag may be, those of a table by its name; or its
     "loss": ("auto", "infonce", "sigmoid"),
     "captions": ("own", "class", "place"),
     "seeds": "[1, inf)", "steps": "[1, inf)", "save_every": "[1, inf)",
-    "lam": "(0, inf)", "learning_rate": "(0, inf)", "region_temperature": "(0, inf)",
+    "lam": "[1e-9, inf)", "learning_rate": "(0, inf)", "region_temperature": "(0, inf)",
     "text_weight": "[0, inf)", "clusters": "[0, inf)", "own": "[0, 1]", "region_weight": "[0, 1]",
     "instances": "[8, inf)", "per_instance": "[2, inf)", "pairs": "[2, inf)",
 }
@@ -154,6 +154,7 @@ TRAINS = {  # what --train may be
 }
 OWN_MOST, OWN_PER = 1000, 5  # of the target's own foregrounds at most so many, on so many backgrounds each
 DRIFT, FORETOLD = 0.2, 0.1  # weight of its photos' own backgrounds; see own_backgrounds
+LEAST, FEWEST = 1 / 3, 16  # directions of the map: the foreground's share, and how many stay anyway
 LOG_EVERY, WARMUP = 20, 0.1  # steps between lines; share of the steps
 WEIGHT_DECAY, CLIP = 0.1, 1.0  # AdamW's; norm of the gradient
 PARTIAL = ("partial.pt", "training.pt")  # bap: what --resume goes on from: seeds, the encoder
@@ -305,15 +306,17 @@ def bap(s, encoder, figures, grounds, samples, out, config):
     identity = Map(x.new_zeros(D), torch.eye(D, device=x.device))
     if cells:
         maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1.0, z, i)], lam))
-        maps |= dict(bap_synthetic=wiener([(1.0, z, i)], lam, power)) if cuts else {}
-        maps["bap"] = wiener(grids, lam, power, drift)
+        maps |= dict(bap_synthetic=wiener([(1.0, z, i)], lam, power, None, LEAST)) if cuts else {}
+        maps["bap"] = wiener(grids, lam, power, drift, LEAST)
     trained, x_bap, zero, weights = encoder, x, None, b""
     if train in ("last_blocks", "image"):
         trained, weights = pretrain(encoder, cells + own_cells, grids, all_j, samples, s, out, config)
         new = trained.embed(cells + own_cells, "composites, trained").split([len(v) for _, v, _ in grids])
         grids = [(weight, v, k) for v, (weight, _, k) in zip(new, grids, strict=True)]
         x_bap = trained.embed(samples.items, "target, trained")
-        maps.update(bap_map=maps["bap"], bap_both=wiener(grids, lam, power), bap=identity)  # no map any more
+        maps.update(
+            bap_map=maps["bap"], bap_both=wiener(grids, lam, power, None, LEAST), bap=identity
+        )  # no map any more
         if encoder.tokenizer:
             say(samples.nameless or samples.prompt_line())
         if encoder.tokenizer and not samples.nameless:
@@ -436,14 +439,17 @@ def scatter(z, i):
     return mu, (anchors - mu).T @ (anchors - mu) / len(count) - S_w * (1 / count).mean(), S_w
 
 
-def wiener(grids, lam=1.0, power=1.0, drift=None):
+def wiener(grids, lam=1.0, power=1.0, drift=None, least=0.0):
     """The closed form, a Wiener filter for the foreground: W = (S_f + S_w + lam t I)^-1 S_f.
 
     grids: list of (weight, z [N, D], i [N]): embeddings of composites and the foreground instance of each;
     the moments of several grids are averaged, and S_f then clipped to positive semi-definite. The ridge is in
     units of the mean variance, t = trace(S_f + S_w) / D. For row vectors: (z - mu) W; the transposed product
-    is wrong. Our reading of BAP, claim 2. drift [n, D]: effects of the target's own backgrounds, whose
-    scatter joins S_w with weight DRIFT; ours. Returns a Map.
+    is wrong. Our reading of BAP, claim 2. Returns a Map.
+
+    Ours: drift [n, D], effects of the target's own backgrounds, whose scatter joins S_w with weight DRIFT;
+    and least: directions in which the foreground has a smaller share of all that the filter divides by are
+    cut, as what is only weakened a probe makes strong again. The FEWEST with the largest shares stay.
     """
     total = sum(weight for weight, _, _ in grids)
     moments = [[weight / total * m for m in scatter(features(z, power), i)] for weight, z, i in grids]
@@ -452,8 +458,11 @@ def wiener(grids, lam=1.0, power=1.0, drift=None):
         S_w = S_w + DRIFT * drift.T @ drift / len(drift)
     value, vector = torch.linalg.eigh(S_f)
     S_f = (vector * value.clamp(min=0)) @ vector.T
-    ridge = lam * (S_f + S_w).trace() / len(mu)
-    return Map(mu, torch.linalg.solve(S_f + S_w + ridge * eye(mu), S_f), power)
+    L = torch.linalg.cholesky(S_f + S_w + lam * (S_f + S_w).trace() / len(mu) * eye(mu))
+    half = torch.linalg.solve_triangular(L, S_f, upper=False)
+    share, u = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.T, upper=False))  # in whitened space
+    share = share.where(share >= min(least, share[-FEWEST:][0]), 0)  # [D], from 0 to 1
+    return Map(mu, torch.linalg.solve_triangular(L.T, u * share, upper=True) @ u.T @ L.T, power)
 
 
 def own_backgrounds(photos, v, i, turn, y, s):

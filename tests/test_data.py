@@ -196,6 +196,53 @@ def test_readme_commands_have_flags_that_there_are(tmp_path):
         data.flags(data.unrun(data.ASSETS.parent / name), [*words, f"--out_dir={tmp_path}"])
 
 
+MINE = """
+build = lambda: nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+from torchvision import transforms as steps
+transform = steps.Compose([steps.Resize((16, 16)), steps.ToTensor(), steps.Normalize([0.5] * 3, [0.5] * 3)])
+"""
+
+
+def test_what_the_readme_says_of_forking_runs_as_it_stands_there(tmp_path):
+    source = (data.ASSETS.parent / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (an? [a-z ]+) \| `(def .+)` \| `(.+?)` in ([`.a-z]+)", source, re.M)
+    assert len(rows) == 6
+    for file in ("data.py", "model.py", "train.py", "discover.py", "eval.py", "kernels", "assets"):
+        (tmp_path / file).symlink_to(data.ASSETS.parent / file)
+    for what, function, row, where in rows:
+        path = tmp_path / where.strip("`").replace("bap", "train.py")
+        text, end = path.read_text(encoding="utf-8"), 'if __name__ == "__main__":'
+        path.unlink()
+        if what == "a map":
+            last = '        maps["bap"] = wiener(grids, lam, power, drift, LEAST)\n'
+            assert last in text
+            text = text.replace(last, f"{last}        {row}\n").replace(
+                '    "dfr":', '    "mine": "of mine",\n    "dfr":'
+            )
+            row = ""
+        head, mark, rest = text.partition(end)
+        path.write_text(
+            f"{head}{MINE * (what == 'an encoder')}\n{function}\n{row}\n{mark}{rest}", encoding="utf-8"
+        )
+    (tmp_path / "birds").mkdir()
+    for k in range(30):
+        pixels = np.random.default_rng(k).integers(0, 256, (24, 24, 3), "uint8")
+        pixels[..., k % 2] //= 2
+        Image.fromarray(pixels).save(tmp_path / "birds" / f"{['cat', 'dog'][k % 2]}{k}.png")
+    small = "--own=0 --instances=8 --per_instance=2"
+    for words, said in {
+        "train.py --method=mine --model=tiny --steps=2 --pairs=4": "(mine ",
+        f"train.py --model=mine {small}": "\nmine ",
+        "discover.py --model=mine --region_encoder=crop --method=mine --k=2:3": "discovery.json",
+        "eval.py --model=mine --protocol=mine": "\nmine   mine ",
+    }.items():
+        name, *words = words.split()
+        words += ["--data=mine:birds", "--device=cpu"]
+        run = subprocess.run([sys.executable, name, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert not run.returncode and said in run.stdout, (words, run.stderr, run.stdout)
+    assert "ranked list of mine" in (tmp_path / "out/discovery.json").read_text()
+
+
 @pytest.mark.parametrize(
     "words, code, said",
     [

@@ -619,7 +619,7 @@ def test_own_foregrounds_have_their_weight_in_the_map_if_they_do_not_foretell_th
     v_root, root = train.features(v, power), train.features(photos[samples.split == 0][:6], power)
     drift = torch.stack([root[n] - v_root[k == n].mean(0) for n in range(6)]).double()
     grids = [(0.7, z, i), (0.3, v, k)] if limit > 0 else [(1.0, z, i)]
-    wanted = train.wiener(grids, 1.0, power, drift - drift.mean(0))
+    wanted = train.wiener(grids, 1.0, power, drift - drift.mean(0), train.LEAST)
     assert torch.allclose(last.map.W, wanted.W, atol=1e-6) and last.cuts == cuts
     assert result["methods"]["bap_synthetic"]["groups"] and result["invariance"]["own_foretold"] == 0
 
@@ -658,6 +658,23 @@ def test_own_backgrounds_join_the_scatter_that_the_map_takes_off():
     total = S_f + S_w
     W = torch.linalg.inv(total + 0.5 * total.trace() / 5 * torch.eye(5, dtype=torch.double)) @ S_f
     assert torch.allclose(train.wiener([(1.0, z, i)], 0.5, drift=d).W.double(), W, atol=1e-6)
+
+
+@pytest.mark.parametrize("fewest, left", [(1, 2), (4, 4)])
+def test_directions_in_which_the_foreground_has_little_are_cut_but_the_best_few(monkeypatch, fewest, left):
+    monkeypatch.setattr(train, "FEWEST", fewest)
+    z, i, _ = skewed(1.0)
+    _, S_f, S_w = train.scatter(unit(z), i)
+    value, vector = np.linalg.eigh(S_f)
+    S_f = vector @ np.diag(value.clip(0)) @ vector.T
+    M = S_f + S_w.numpy() + 0.1 * np.trace(S_f + S_w.numpy()) / 6 * np.eye(6)
+    share, V = np.linalg.eig(np.linalg.solve(M, S_f))  # S_f v = share M v, in any order
+    share, V = share.real, V.real
+    least = np.sort(share)[-2] - 1e-6
+    kept = np.where(share >= min(least, np.sort(share)[-fewest]), share, 0)
+    W = train.wiener([(1.0, z, i)], 0.1, least=least).W.double().numpy()
+    assert np.allclose(W, V @ np.diag(kept) @ np.linalg.inv(V), atol=1e-5)
+    assert np.linalg.matrix_rank(W, 1e-5) == left < np.linalg.matrix_rank(S_f)
 
 
 def test_an_adversary_with_a_hidden_layer_reads_what_no_line_separates():
@@ -1253,7 +1270,7 @@ BAD = """--instanses=3: did you mean instances; --instances=many: a whole number
 --data=scene: scenes, waterbirds; --data=waterbirds:nowhere: no such folder; --model=lite9: lite0
 --pretrained=nowhere.pt: no such file; --device=gpu: auto, cpu; --dtype=half: bfloat16; --strength=2: [0, 1]
 --foregrounds=nowhere: no such folder; --backgrounds=nowhere: no such folder; --masks=nowhere: no such folder
---seed=-1: [0, 1e15); --steps=0: [1, inf); --wandb=paper: True or False; --lam=0: (0, inf)
+--seed=-1: [0, 1e15); --steps=0: [1, inf); --wandb=paper: True or False; --lam=0: [1e-9, inf)
 --confounder=0: (0, 1]; --pairs=1: [2, inf); --train=all: auto, map, last_blocks, image; --loss=l2: infonce
 --text_weight=-1: [0, inf); --place_backgrounds=a,b,c: one folder for each
 --out_dir=/dev/null/x: /dev/null"""

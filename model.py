@@ -150,7 +150,7 @@ class Encoder:
         able = self.bf16
         path = Path(self.cache) / f"encoder-{self.fingerprint}{'-bf16' if able else ''}.json"
         if self.cache and path.is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: found out anew
+            with contextlib.suppress(Exception):  # whatever a damaged file makes of itself: found out anew
                 return {k: json.loads(path.read_text())[k] for k in FACTS}
         some = scan(ASSETS / "backgrounds", "assets")[:8]
         x = [self.pixels(Ground(str(ASSETS.joinpath("backgrounds", *parts)))) for parts in some]
@@ -849,7 +849,8 @@ class StoredEncoder(Encoder):
 
     @property
     def facts(self):
-        scale = float(self.arrays.get("logit_scale", 100))
+        with reading(self.file, "embeddings with one number as logit_scale"):
+            scale = float(self.arrays.get("logit_scale", 100))
         return dict(dim=self.recipe[1], precision="float32", logit_scale=scale, rows=False)
 
     def embed(self, pictures, label="images", compute=None, part="", rows=None):
@@ -1896,7 +1897,9 @@ def load_checkpoint(path, encoder=None):
     """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder."""
     with reading(path, "a checkpoint of flock", "train anew"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        made, config = state["fingerprint"], state["config"]
+        made, config = state["fingerprint"], dict(state["config"])
+        if not all(isinstance(name, str) for name in list(state.get("classes", ()))):
+            raise ValueError("its classes are not all names")
         named = f"--model={config.get('model')} --pretrained={config.get('pretrained')!r}"
     if encoder is not None and made != encoder.fingerprint:
         cure = f"not with the weights of {encoder.name} loaded now; use the same model, or train anew"
@@ -1908,7 +1911,8 @@ def load_map(state, device="cpu"):
     """The map g of a checkpoint of train.py."""
     with reading("the checkpoint", "one with a map of train.py", "train anew"):
         g = Map(state["map"]["mu"], state["map"]["W"], float(state["power"]))
-        g(torch.zeros(1, len(g.W)))  # shapes that do not fit fail here
+        if not g(torch.zeros(1, len(g.W))).isfinite().all():  # shapes that do not fit fail here, too
+            raise ValueError("its map is not finite")
         return g.to(device)
 
 
@@ -1924,7 +1928,14 @@ def load_heads(state, device="cpu"):
         probe, seen = load_probe(state, name, device), g if name in MAPPED else unit
         return lambda v: probe.logits(seen(v.float()))
 
-    return {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
+    heads = {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
+    with reading(
+        "the checkpoint", "one with probes of train.py, for embeddings of its map's width", "train anew"
+    ):
+        sizes = {apply(torch.ones(1, len(g.W), device=device)).shape[1] for apply in heads.values()}
+        if len(sizes) != 1 or sizes != {len(state.get("classes", ())) or sizes.copy().pop()}:
+            raise ValueError(f"probes of {sorted(sizes) or 'no'} classes")
+    return heads
 
 
 def load_probe(state, name, device="cpu"):

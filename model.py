@@ -808,7 +808,8 @@ def clip_model(model, pretrained, quick_gelu, cache):
         like = f"its tag {tags[0]}" if tags else "a CLIP by OpenAI"
         notes.append(f"{model}: images are scaled as for {like}: a local file does not say")
     seen = merge_preprocess_dict(asdict(PreprocessCfg()), {k: v for k, v in said.items() if k != "size"})
-    seen["size"] = config["vision_cfg"].get("image_size", 224)
+    with reading(f"--model={model}", "a CLIP of open_clip by its open_clip_config.json"):
+        seen["size"] = config["vision_cfg"].get("image_size", 224)
 
     def build():
         torch.manual_seed(0)
@@ -1904,6 +1905,10 @@ def load_checkpoint(path, encoder=None):
     if encoder is not None and made != encoder.fingerprint:
         cure = f"not with the weights of {encoder.name} loaded now; use the same model, or train anew"
         raise Complaint(f"{path}: made with {named}, {cure}")
+    if encoder is not None and "map" in state and len(load_map(state).W) != encoder.facts["dim"]:
+        raise Complaint(
+            f"{path}: its map is not for embeddings of {encoder.facts['dim']} numbers; train anew"
+        )
     return state
 
 
@@ -1929,12 +1934,10 @@ def load_heads(state, device="cpu"):
         return lambda v: probe.logits(seen(v.float()))
 
     heads = {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
-    with reading(
-        "the checkpoint", "one with probes of train.py, for embeddings of its map's width", "train anew"
-    ):
-        sizes = {apply(torch.ones(1, len(g.W), device=device)).shape[1] for apply in heads.values()}
-        if len(sizes) != 1 or sizes != {len(state.get("classes", ())) or sizes.copy().pop()}:
-            raise ValueError(f"probes of {sorted(sizes) or 'no'} classes")
+    with reading("the checkpoint", "one with probes of train.py", "train anew"):
+        sizes = {apply(torch.zeros(1, len(g.W), device=device)).shape[1] for apply in heads.values()}
+        if sizes != {len(state["classes"])}:
+            raise ValueError(f"probes of {sorted(sizes)} classes, expected {len(state['classes'])}")
     return heads
 
 

@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import struct
-import sys
 import traceback
 import warnings
 import zlib
@@ -25,8 +24,6 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 import data
-import discover
-import eval as evaluation
 import model
 import test_data
 import test_eval
@@ -486,7 +483,7 @@ def make_map(root):
 def read_map(root):
     state = model.load_checkpoint(root / "ckpt.pt")
     for head in model.load_heads(state).values():
-        head(torch.zeros(2, 64))
+        head(torch.zeros(2, len(state["map"]["W"])))
     start("eval", root, root / "out", ckpt=root / "ckpt.pt", protocol="ckpt")
     start("discover", root, root / "out", ckpt=root / "ckpt.pt", probe="bap", regions="grid:2", split="test")
 
@@ -583,7 +580,7 @@ def read_weights(root):
     specs = [("tiny", root / name) for name in ("w.safetensors", "w.pt", "lora")]
     for name, path in [*specs, (f"local-dir:{root / 'clip'}", ""), (f"local-dir:{root / 'timm'}", "")]:
         with contextlib.suppress(Complaint):
-            model.load_encoder(name, str(path), device="cpu", dtype="float32").module
+            model.load_encoder(name, str(path), device="cpu", dtype="float32").head()
 
 
 def make_cache(root):

@@ -558,7 +558,7 @@ def make_weights(root):
         "visual.proj.lora_B.weight": torch.zeros(64, 2),
     }
     for name, weights in (("model", state), ("adapter_model", tensors)):
-        data.write(root / f"lora/{name}.safetensors", test_data_save(weights))
+        data.write(root / f"lora/{name}.safetensors", tensors_saved(weights))
     made = dict(lora_alpha=2, r=2, base_model_name_or_path="nowhere", use_dora=False)
     data.write_json(root / "lora/adapter_config.json", made)
     data.write_json(
@@ -567,10 +567,10 @@ def make_weights(root):
     data.write_json(
         root / "clip/open_clip_config.json", dict(model_cfg=model.TINY, preprocess_cfg=dict(mean=[0, 0, 0]))
     )
-    data.write(root / "clip/open_clip_model.safetensors", test_data_save(state))
+    data.write(root / "clip/open_clip_model.safetensors", tensors_saved(state))
 
 
-def test_data_save(state):
+def tensors_saved(state):
     from safetensors.torch import save
 
     return save({k: v.contiguous() for k, v in state.items()})

@@ -159,7 +159,7 @@ class Encoder:
         able = self.bf16
         path = Path(self.cache) / f"encoder-{self.fingerprint}{'-bf16' if able else ''}.json"
         if self.cache and path.is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: found out anew
+            with contextlib.suppress(Exception):  # whatever a damaged file makes of itself: found out anew
                 return {k: json.loads(path.read_text())[k] for k in FACTS}
         some = scan(ASSETS / "backgrounds", "assets")[:8]
         x = [self.pixels(Ground(str(ASSETS.joinpath("backgrounds", *parts)))) for parts in some]
@@ -828,7 +828,8 @@ def clip_model(model, pretrained, quick_gelu, cache):
         like = f"its tag {tags[0]}" if tags else "a CLIP by OpenAI"
         notes.append(f"{model}: images are scaled as for {like}: a local file does not say")
     seen = merge_preprocess_dict(asdict(PreprocessCfg()), {k: v for k, v in said.items() if k != "size"})
-    seen["size"] = config["vision_cfg"].get("image_size", 224)
+    with reading(f"--model={model}", "a CLIP of open_clip by its open_clip_config.json"):
+        seen["size"] = config["vision_cfg"].get("image_size", 224)
 
     def build():
         torch.manual_seed(0)
@@ -869,7 +870,8 @@ class StoredEncoder(Encoder):
 
     @property
     def facts(self):
-        scale = float(self.arrays.get("logit_scale", 100))
+        with reading(self.file, "embeddings with one number as logit_scale"):
+            scale = float(self.arrays.get("logit_scale", 100))
         return dict(dim=self.recipe[1], precision="float32", logit_scale=scale, rows=False)
 
     def embed(self, pictures, label="images", compute=None, part="", rows=None):
@@ -1916,7 +1918,9 @@ def load_checkpoint(path, encoder=None):
     """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder."""
     with reading(path, "a checkpoint of flock", "train anew"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        made, config = state["fingerprint"], state["config"]
+        made, config = state["fingerprint"], dict(state["config"])
+        if not all(isinstance(name, str) for name in list(state.get("classes", ()))):
+            raise ValueError("its classes are not all names")
         named = f"--model={config.get('model')} --pretrained={config.get('pretrained')!r}"
     if encoder is not None and made != encoder.fingerprint:
         cure = f"not with the weights of {encoder.name} loaded now; use the same model, or train anew"
@@ -1928,7 +1932,8 @@ def load_map(state, device="cpu"):
     """The map g of a checkpoint of train.py."""
     with reading("the checkpoint", "one with a map of train.py", "train anew"):
         g = Map(state["map"]["mu"], state["map"]["W"], float(state["power"]))
-        g(torch.zeros(1, len(g.W)))  # shapes that do not fit fail here
+        if not g(torch.zeros(1, len(g.W))).isfinite().all():  # shapes that do not fit fail here, too
+            raise ValueError("its map is not finite")
         return g.to(device)
 
 
@@ -1944,7 +1949,12 @@ def load_heads(state, device="cpu"):
         probe, seen = load_probe(state, name, device), g if name in MAPPED else unit
         return lambda v: probe.logits(seen(v.float()))
 
-    return {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
+    heads = {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
+    with reading("the checkpoint", "one with probes of train.py", "train anew"):
+        sizes = {apply(torch.zeros(1, len(g.W), device=device)).shape[1] for apply in heads.values()}
+        if sizes != {len(state["classes"])}:
+            raise ValueError(f"probes of {sorted(sizes)} classes, expected {len(state['classes'])}")
+    return heads
 
 
 def load_probe(state, name, device="cpu"):

@@ -829,8 +829,8 @@ def grounds_of(where, skip_bad, most=100):
     if not where.startswith("discovery:"):
         return layers(where, Ground, "backgrounds", skip_bad)
     found = load_discovery(where.removeprefix("discovery:"))
-    expect(found.kept, "backgrounds", where, "a discovery that kept a cluster")
-    regions = [k for c in found.clusters if c["kept"] for k in c["regions"][:most]]
+    regions = [k for c in found.clusters if c["kept"] for k in c.get("regions", [])[:most]]
+    expect(regions, "backgrounds", where, "a discovery that kept a cluster")
     paths = [found.paths[int(found.image[k])] for k in regions]
     expect(all(paths), "backgrounds", where, "a discovery on photos, not on images that lie in no file")
     boxes = [tuple(found.box[k].tolist()) for k in regions]
@@ -1181,13 +1181,23 @@ def load_discovery(path):
     tree = read_json(path, what)
     with reading(path, what, "run discover.py again"):
         file = np.load(path.with_suffix(".npz"), allow_pickle=False)
-        arrays = {k: torch.from_numpy(file[k]) for k in ("medoids", "mean", "image", "box", "label")}
+        kinds = dict(medoids="f4", mean="f4", box="f4", image="i8", label="i8")
+        arrays = {k: torch.from_numpy(file[k].astype(kind, casting="same_kind")) for k, kind in kinds.items()}
         words = {k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}
+        words["config"] = {k: v if isinstance(v, bool) else str(v) for k, v in tree["config"].items()}
         kept = [int(c["id"]) for c in tree["clusters"] if c["kept"]]
-        if max(kept, default=0) >= len(arrays["medoids"]):
+        if not 0 <= min(kept, default=0) <= max(kept, default=0) < len(arrays["medoids"]):
             raise ValueError("it has a cluster without a medoid")
-        rest = dict(clipped=bool(file["clipped"]), paths=file["paths"].tolist(), config=dict(tree["config"]))
-        return SimpleNamespace(kept=kept, clusters=tree["clusters"], **arrays, **words, **rest)
+        rest = dict(clipped=bool(file["clipped"]), paths=[str(name) for name in file["paths"]])
+        found = SimpleNamespace(kept=kept, clusters=tree["clusters"], **arrays, **words, **rest)
+        image, box = found.image, found.box
+        used = torch.tensor([k for c in found.clusters if c["kept"] for k in c.get("regions", [])] or [0])
+        numbers = assign_regions(found.medoids, found), image[used], kept and clusters_used(found)
+        inside = 0 <= image.min() <= image.max() < len(found.paths) and (box - 0.5).abs().max() <= 0.5
+        whole = numbers and found.medoids.isfinite().all() and found.mean.isfinite().all()
+        if not (inside and whole and box.shape == (*image.shape, 4) and used.min() >= 0):
+            raise ValueError("its arrays do not fit each other")
+        return found
 
 
 def discovered(samples, encoder, task, path, most):

@@ -1190,12 +1190,15 @@ def load_discovery(path):
             raise ValueError("it has a cluster without a medoid")
         rest = dict(clipped=bool(file["clipped"]), paths=[str(name) for name in file["paths"]])
         found = SimpleNamespace(kept=kept, clusters=tree["clusters"], **arrays, **words, **rest)
-        image, box = found.image, found.box
-        used = torch.tensor([k for c in found.clusters if c["kept"] for k in c.get("regions", [])] or [0])
-        numbers = assign_regions(found.medoids, found), image[used], kept and clusters_used(found)
-        inside = 0 <= image.min() <= image.max() < len(found.paths) and (box - 0.5).abs().max() <= 0.5
-        whole = numbers and found.medoids.isfinite().all() and found.mean.isfinite().all()
-        if not (inside and whole and box.shape == (*image.shape, 4) and used.min() >= 0):
+        image, box, medoids = found.image, found.box, found.medoids
+        rows = [k for c in found.clusters if c["kept"] for k in c.get("regions", [])]
+        whole = [
+            0 <= image.min() <= image.max() < len(found.paths),
+            all(type(k) is int and 0 <= k < len(image) for k in rows),
+        ]
+        whole += [box.shape == (len(image), 4), ((box >= 0) & (box <= 1)).all()]
+        whole += [medoids.shape[1:] == found.mean.shape, (medoids - found.mean).isfinite().all()]
+        if not all(whole) or kept and not clusters_used(found):
             raise ValueError("its arrays do not fit each other")
         return found
 

@@ -1192,12 +1192,12 @@ def load_discovery(path):
         found = SimpleNamespace(kept=kept, clusters=tree["clusters"], **arrays, **words, **rest)
         image, box, medoids = found.image, found.box, found.medoids
         rows = [k for c in found.clusters if c["kept"] for k in c.get("regions", [])]
-        whole = [
+        whole = (
             0 <= image.min() <= image.max() < len(found.paths),
             all(type(k) is int and 0 <= k < len(image) for k in rows),
-        ]
-        whole += [box.shape == (len(image), 4), ((box >= 0) & (box <= 1)).all()]
-        whole += [medoids.shape[1:] == found.mean.shape, (medoids - found.mean).isfinite().all()]
+            box.shape == (len(image), 4) and ((box >= 0) & (box <= 1)).all(),
+            medoids.shape[1:] == found.mean.shape and (medoids - found.mean).isfinite().all(),
+        )
         if not all(whole) or kept and not clusters_used(found):
             raise ValueError("its arrays do not fit each other")
         return found

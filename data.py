@@ -10,6 +10,7 @@ import contextlib
 import csv
 import difflib
 import errno
+import fcntl
 import functools
 import gc
 import gzip
@@ -73,10 +74,12 @@ def run(main, again="the same command with --resume"):
             getattr(sys, name).reconfigure(errors="backslashreplace")  # file names need not be valid text
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several must not wait for the others
         signal.signal(signal.SIGTERM, as_ctrl_c)
+    held = set(LOCKS)
     try:
         try:
             return main()
         finally:
+            unlock(LOCKS.keys() - held)
             sys.stdout.flush()
     except Complaint as problem:
         line, code = str(problem), 2
@@ -97,6 +100,31 @@ def run(main, again="the same command with --resume"):
             line = harmless(" ".join(line.splitlines()))
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+LOCKS = {}  # of each out_dir the open file that keeps other processes out
+
+
+def lock(out_dir):
+    """Keeps other processes out of a folder until the run() around it, or this process, ends."""
+    path = Path(os.path.realpath(out_dir), ".lock")
+    if path in LOCKS or os.environ.get("RANK", "0") != "0":
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # not just removed by who had it
+    except OSError as problem:  # others say that this file system has no locks
+        free = not isinstance(problem, (BlockingIOError, FileNotFoundError))
+    expect(free, "out_dir", out_dir, "a folder that no other run writes into now: wait, or take another")
+    LOCKS[path] = file
+
+
+def unlock(paths):
+    for path in paths:
+        path.unlink(missing_ok=True)
+        LOCKS.pop(path).close()
 
 
 def as_ctrl_c(*_):
@@ -155,7 +183,7 @@ def flags(script, argv=None, **limits):
     be, where one in capitals stands for the keys of that table of the script, or an interval "[0, 1)".
     A bool may stand without a value; --help prints the first screen, --list=WHAT the names there are, and
     both exit. Returns dict flag -> value.
-    Raises Complaint for an unknown flag, a wrong value, an --out_dir that cannot be written.
+    Raises Complaint for an unknown flag, a wrong value, an --out_dir that cannot be written or is in use.
     """
     config = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
     for word in sys.argv[1:] if argv is None else argv:
@@ -191,6 +219,8 @@ def flags(script, argv=None, **limits):
         there = next(p for p in (path, *path.parents) if p.exists())
         usable = there.is_dir() and os.access(there, os.W_OK)
         expect(usable, "out_dir", config["out_dir"], f"a folder that may be written to, {there} is not")
+        if argv is None:  # of a script that runs
+            lock(config["out_dir"])
     SPEECH["quiet"] = config.get("quiet", False)
     script.update(config)
     return config

@@ -325,6 +325,34 @@ def test_what_is_said_of_a_file_cannot_write_to_the_terminal_what_it_likes(capsy
     assert "\\x1b[2J.png" in capsys.readouterr().err
 
 
+def test_a_second_run_into_one_out_dir_is_refused_until_the_first_ends_however_it_does(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    code = f"import data, sys, time; sys.argv[1:] = ['--out_dir={out}']\ndata.run(lambda: ["
+    code += "data.flags(dict(out_dir='out', __file__='')), print(1, flush=True), time.sleep(60)])"
+    how = dict(cwd=Path(data.__file__).parent, stdout=subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, "-c", code], **how)
+    assert first.stdout.readline() == b"1\n"
+    monkeypatch.setattr(sys, "argv", ["x.py", f"--out_dir={out}"])
+
+    def second():
+        data.run(lambda: data.flags(dict(out_dir="out", __file__="")))
+
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            second()
+        with complaint("--out_dir", str(out), "no other run writes into now"):
+            data.lock(out)
+        monkeypatch.setenv("RANK", "1")  # the first process of torchrun locks for all
+        data.lock(out)
+        monkeypatch.setenv("RANK", "0")
+    finally:
+        first.kill()
+        first.wait()
+    assert os.listdir(out) == [".lock"]
+    second()
+    assert os.listdir(out) == [] and not data.LOCKS
+
+
 def test_run_leaves_our_own_mistakes_their_traceback():
     with pytest.raises(ZeroDivisionError):
         data.run(lambda: 1 / 0)

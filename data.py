@@ -102,7 +102,7 @@ def run(main, again="the same command with --resume"):
     sys.exit(code)
 
 
-LOCKS = {}  # of each out_dir the open file that keeps other processes out
+LOCKS = {}  # of each out_dir the open file that keeps other processes out, and whether the folder is new
 
 
 def lock(out_dir):
@@ -110,6 +110,7 @@ def lock(out_dir):
     path = Path(os.path.realpath(out_dir), ".lock")
     if path in LOCKS or os.environ.get("RANK", "0") != "0":
         return
+    new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")
     try:
@@ -118,13 +119,17 @@ def lock(out_dir):
     except OSError as problem:  # others say that this file system has no locks
         free = not isinstance(problem, (BlockingIOError, FileNotFoundError))
     expect(free, "out_dir", out_dir, "a folder that no other run writes into now: wait, or take another")
-    LOCKS[path] = file
+    LOCKS[path] = file, new
 
 
 def unlock(paths):
+    """Lets others in again; a new folder into which nothing came goes."""
     for path in paths:
-        path.unlink(missing_ok=True)
-        LOCKS.pop(path).close()
+        file, new = LOCKS.pop(path)
+        with contextlib.suppress(OSError):
+            path.unlink()
+            new and path.parent.rmdir()
+        file.close()
 
 
 def as_ctrl_c(*_):
@@ -394,9 +399,11 @@ def write_json(path, tree):
 
 
 def write_table(path, header, rows):
-    """A CSV file; None as an empty field."""
+    """A CSV file; None as an empty field. Text that a spreadsheet would run as a formula is quoted by '."""
+    formula = re.compile(r"[=@\t\r\n]|[+-](?![\d.]+(e[+-]?\d+)?$)")
+    rows = [[f"'{cell}" if formula.match(str(cell)) else cell for cell in row] for row in (header, *rows)]
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
     write(path, buffer.getvalue())
 
 

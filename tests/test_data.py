@@ -351,6 +351,9 @@ def test_a_second_run_into_one_out_dir_is_refused_until_the_first_ends_however_i
     assert os.listdir(out) == [".lock"]
     second()
     assert os.listdir(out) == [] and not data.LOCKS
+    out.rmdir()
+    second()
+    assert not out.exists()
 
 
 def test_run_leaves_our_own_mistakes_their_traceback():
@@ -428,6 +431,20 @@ def test_write_below_a_file_is_a_complaint(tmp_path):
     (tmp_path / "file").write_text("")
     with complaint(tmp_path / "file" / "c.txt", "cannot be written"):
         data.write(tmp_path / "file" / "c.txt", "x")
+
+
+def test_cells_that_a_spreadsheet_would_run_are_quoted_and_numbers_stay(tmp_path):
+    data.write_table(tmp_path / "b.csv", ["\rx"], [])
+    assert (tmp_path / "b.csv").read_bytes() == b"'\rx\n"
+    risky, tame = (
+        ["=1+1", "+cmd", "-a.jpg", "@x", "\tx", "--", "-"],
+        ["-0.5", "+1e-3", -2, -1e-9, "a=b", "", None],
+    )
+    data.write_table(tmp_path / "a.csv", ["=b", *"cdefgh"], [risky, tame])
+    with open(tmp_path / "a.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[0] == "'=b" and rows[0] == [f"'{cell}" for cell in risky]
+    assert rows[1] == ["-0.5", "+1e-3", "-2", "-1e-09", "a=b", "", ""]
 
 
 def test_write_json_refuses_nan(tmp_path):

@@ -169,7 +169,7 @@ def warn_once(path, what):
 # flags
 
 LIMITS = {  # of flags that several scripts have; those of one stand below its first screen, as its LIMITS
-    "threads": "[0, inf)",
+    "threads": "[0, 1024]",
     "seed": "[0, 1e15)",
     "max_pixels": "[64, inf)",
     "l2": "(0, inf)",
@@ -1065,12 +1065,17 @@ def coco_figures(words, notes):
 FOREGROUNDS = {"masked": masked_figures, "coco": coco_figures}
 
 
+MOST = 10_000_000  # pictures or regions in memory
+
+
 def composites(figures, grounds, instances, per, seed, recolour=True):
     """An incomplete grid of composites: foreground instances (a figure in a pose of its own) x backgrounds.
 
     instances: how many, spread evenly over the figures. per: backgrounds for each. Returns (list of Composite
     [N], instance i [N], background j [N]) with i in [0, instances), j an index into grounds.
     """
+    wanted = f"at most {MOST:,} composites; {instances:,} instances with {per:,} backgrounds each are more"
+    expect(instances * per <= MOST, "instances", instances, wanted)
     items, i, j = [], [], []
     for a in range(instances):
         g = rng(seed, "pose", a)
@@ -2601,8 +2606,8 @@ def grid(spec):
     """Boxes x1, y1, x2, y2 of "grid:3" or, in several scales, "grid:1,2,3": shares of what the model sees,
     float [R, 4], row by row."""
     sides = [int(n) if n.isdecimal() and len(n) < 3 else 0 for n in spec.removeprefix("grid:").split(",")]
-    good = spec.startswith("grid:") and all(0 < n <= 64 for n in sides)
-    expect(good, "regions", spec, "grid:N or grid:N,N,... with N from 1 to 64")
+    good = spec.startswith("grid:") and all(0 < n <= 64 for n in sides) and sum(n * n for n in sides) <= 8192
+    expect(good, "regions", spec, "grid:N or grid:N,N,... with N from 1 to 64, and at most 8192 regions")
     boxes = [(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)]
     return torch.tensor(boxes)
 
@@ -2636,6 +2641,8 @@ def load_regions(spec, pictures, frame, skip_bad=False):
 
 def grid_regions(spec, pictures, sizes, frames):
     out, cells = [], grid(spec).tolist()
+    wanted = f"at most {MOST:,} regions; {len(cells):,} in each of {len(pictures):,} pictures are more"
+    expect(len(cells) * len(pictures) <= MOST, "regions", spec, wanted)
     for picture, frame in zip(pictures, frames, strict=True):
         left, top, right, bottom = (min(1.0, max(0.0, v)) for v in frame)  # beyond it is no picture
         w, h = right - left, bottom - top

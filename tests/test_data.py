@@ -2232,6 +2232,11 @@ def some_photos(tmp_path, shapes=((40, 20), (20, 20), (20, 50))):
     return [data.Photo(photo(tmp_path / f"p/s/{k}.png", k, shape)) for k, shape in enumerate(shapes)]
 
 
+def test_a_grid_of_too_many_pictures_is_refused_before_their_regions_are_made():
+    with complaint("--regions", "at most 10,000,000 regions; 4,096 in each of 9,999,999 pictures"):
+        data.grid_regions("grid:64", range(9_999_999), [], [])
+
+
 def test_regions_of_a_grid_lie_in_what_the_model_sees_and_are_shares_of_the_original(tmp_path):
     wide, square, tall = data.load_regions("grid:2", some_photos(tmp_path), middle)[0]
     assert wide.boxes[0] == pytest.approx((0.25, 0, 0.5, 0.5)) and wide.frame == (0.25, 0, 0.75, 1)

@@ -41,6 +41,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # --max_pixels is the limit
 ASSETS = Path(__file__).parent / "assets"
+SLIMMEST = 100  # sides of a picture
 GREY = (124, 116, 104)  # the mean colour of ImageNet
 SPLITS = ("train", "val", "test")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
@@ -413,6 +414,8 @@ def reading(path, what, cure="mend it, or fetch it again"):
 
     what: what the file should be. cure: what the user can do. A Complaint from inside passes as it is.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise Complaint(f"{path}: a named pipe, device or socket, expected {what}")  # opening it may hang
     try:
         yield
     except Complaint:
@@ -608,27 +611,32 @@ def formats():
 def scan(root, flag="data", notes=None):
     """Sorted image files below a folder, each a tuple of its parts; Complaint if there are none.
 
-    Hidden ones are passed over, links to folders followed unless they lead back to where they come from.
+    Hidden ones are passed over, links to folders followed unless they lead back to where they come from or,
+    within a linked folder, to what was met before: folders that all link to each other have too many paths.
     notes: a list that a line on other files is added to.
     """
-    found, other, folders = [], [], [((), (os.path.realpath(folder(root, flag)),))]
+    found, other, folders, met = [], [], [((), (os.path.realpath(folder(root, flag)),), False)], set()
     opens, endings = formats(), Image.registered_extensions()
     while folders:
-        parts, above = folders.pop()
-        for entry in os.scandir(os.path.join(root, *parts)):
-            real, kind = entry.path, os.path.splitext(entry.name)[1].lower()
+        parts, above, linked = folders.pop()
+        for entry in sorted(os.scandir(os.path.join(root, *parts)), key=lambda entry: entry.name):
+            kind = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                real = os.path.realpath(entry.path)
-                folders += [((*parts, entry.name), (*above, real))] if real not in above else []
-            elif endings.get(kind) in opens:
-                if entry.is_symlink() and not os.path.exists(entry.path):
-                    gone = os.readlink(entry.path)
-                    raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
-                found.append((*parts, entry.name))
-            else:
+                real, link = os.path.realpath(entry.path), entry.is_symlink()
+                if real not in (met | {*above} if linked and link else above):
+                    folders.append(((*parts, entry.name), (*above, real), linked or link))
+                met.add(real)
+            elif endings.get(kind) not in opens:
                 other.append((parts, kind or "without an ending"))
+            elif entry.is_file():
+                found.append((*parts, entry.name))
+            elif os.path.exists(entry.path):  # opening it may hang
+                other.append((parts, f"pipe, device or socket {kind}"))
+            else:
+                gone = os.readlink(entry.path)
+                raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
     heif = any(kind in (".heic", ".heif") for _, kind in other)
     cure = "; for .heic: pip install pillow-heif" * heif
     if not found:
@@ -673,6 +681,9 @@ def opened(path):
             with Image.open(path, formats=formats()) as image:
                 if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
+                if max(image.size) > SLIMMEST * min(image.size):  # its shorter side becomes some 224 pixels
+                    slim = f"one side more than {SLIMMEST} times the other"
+                    raise Complaint(f"{path}: {image.width}x{image.height} pixels, {slim}; crop it")
                 yield image
         except Image.DecompressionBombError:
             line = f"more than --max_pixels={Image.MAX_IMAGE_PIXELS}"
@@ -968,7 +979,8 @@ class Crop(Picture):
         image = decoded(self.picture)
         left, top, right, bottom = (round(v * n) for v, n in zip(self.box, image.size * 2, strict=True))
         left, top = min(left, image.width - 1), min(top, image.height - 1)
-        return image.crop((left, top, max(left + 1, right), max(top + 1, bottom)))
+        w, h = max(1, right - left), max(1, bottom - top)
+        return image.crop((left, top, left + max(w, h // SLIMMEST), top + max(h, w // SLIMMEST)))
 
 
 @functools.lru_cache(16)

@@ -915,7 +915,7 @@ def weights_digest(pretrained, cache):
     """The digest of local weights, file or folder; of random ones their name. Complaint if there are none."""
     if pretrained in ("none", "imagenet"):
         return f"{pretrained} {torch.__version__}"
-    if not os.path.exists(pretrained):
+    if not (os.path.isfile(pretrained) or os.path.isdir(pretrained)):
         raise Complaint(f"--pretrained={pretrained}: no such file")
     files = weights_files(pretrained)
     files += [f for f in [files[-1].with_name("adapter_config.json")] if f.is_file()]

@@ -497,6 +497,40 @@ def test_links(tmp_path):
         loaded(f"folder:{tmp_path}/far")
 
 
+def test_folders_that_all_link_to_each_other_end(tmp_path):
+    touch(tmp_path, *[f"{k}/{k}.png" for k in range(12)])
+    for k in range(12):
+        for other in set(range(12)) - {k}:
+            (tmp_path / f"{k}/to{other}").symlink_to(tmp_path / str(other))
+    assert len(data.scan(tmp_path)) == 12 * 12
+
+
+def test_pipes_devices_and_sockets_are_never_opened(tmp_path):
+    touch(tmp_path, "cat/a.jpg", "dog/b.png")
+    os.mkfifo(tmp_path / "cat/c.png")
+    (tmp_path / "dog/d.png").symlink_to("/dev/zero")
+    assert noted(loaded(f"folder:{tmp_path}"), "2 files passed over", "2 pipe, device or socket .png")
+    pipe = str(tmp_path / "cat/c.png")
+    for read in (
+        data.open_image,
+        data.read_table,
+        data.stored_arrays,
+        lambda path: data.read_json(path, "x"),
+    ):
+        with complaint(pipe, "a named pipe, device or socket, expected"):
+            read(pipe)
+
+
+def test_a_picture_that_is_too_slim_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("L", (8, 1_000_000)).save(tmp_path / "a.png")
+    with complaint("a.png", "8x1000000 pixels, one side more than 100 times the other"):
+        data.Photo(str(tmp_path / "a.png")).image()
+    Image.new("L", (800, 8)).save(tmp_path / "b.png")
+    tall = data.Photo(photo(tmp_path / "c.png", size=(30, 3000)))
+    assert data.Photo(str(tmp_path / "b.png")).image().size == (800, 8)
+    assert data.Crop(tall, (0.5, 0.0, 0.51, 1.0)).image().size == (30, 3000)
+
+
 def test_files_that_are_no_pictures_are_counted_and_a_folder_of_nothing_else_is_named(tmp_path):
     touch(tmp_path, "cat/a.jpg", "dog/b.png")
     for name in ("cat/c.txt", "fox/d.HEIC", "fox/e.heic", "dog/README", "dog/.hidden"):

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import difflib
 import errno
+import fcntl
 import functools
 import gc
 import gzip
@@ -40,6 +41,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # --max_pixels is the limit
 ASSETS = Path(__file__).parent / "assets"
+SLIMMEST = 100  # sides of a picture
 GREY = (124, 116, 104)  # the mean colour of ImageNet
 SPLITS = ("train", "val", "test")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
@@ -73,10 +75,12 @@ def run(main, again="the same command with --resume"):
             getattr(sys, name).reconfigure(errors="backslashreplace")  # file names need not be valid text
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several must not wait for the others
         signal.signal(signal.SIGTERM, as_ctrl_c)
+    held = set(LOCKS)
     try:
         try:
             return main()
         finally:
+            unlock(LOCKS.keys() - held)
             sys.stdout.flush()
     except Complaint as problem:
         line, code = str(problem), 2
@@ -97,6 +101,36 @@ def run(main, again="the same command with --resume"):
             line = harmless(" ".join(line.splitlines()))
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+LOCKS = {}  # of each out_dir the open file that keeps other processes out, and whether the folder is new
+
+
+def lock(out_dir):
+    """Keeps other processes out of a folder until the run() around it, or this process, ends."""
+    path = Path(os.path.realpath(out_dir), ".lock")
+    if path in LOCKS or os.environ.get("RANK", "0") != "0":
+        return
+    new = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # not just removed by who had it
+    except OSError as problem:  # others say that this file system has no locks
+        free = not isinstance(problem, (BlockingIOError, FileNotFoundError))
+    expect(free, "out_dir", out_dir, "a folder that no other run writes into now: wait, or take another")
+    LOCKS[path] = file, new
+
+
+def unlock(paths):
+    """Lets others in again; a new folder into which nothing came goes."""
+    for path in paths:
+        file, new = LOCKS.pop(path)
+        with contextlib.suppress(OSError):
+            path.unlink()
+            new and path.parent.rmdir()
+        file.close()
 
 
 def as_ctrl_c(*_):
@@ -136,7 +170,7 @@ def warn_once(path, what):
 # flags
 
 LIMITS = {  # of flags that several scripts have; those of one stand below its first screen, as its LIMITS
-    "threads": "[0, inf)",
+    "threads": "[0, 1024]",
     "seed": "[0, 1e15)",
     "max_pixels": "[64, inf)",
     "l2": "(0, inf)",
@@ -155,7 +189,7 @@ def flags(script, argv=None, **limits):
     be, where one in capitals stands for the keys of that table of the script, or an interval "[0, 1)".
     A bool may stand without a value; --help prints the first screen, --list=WHAT the names there are, and
     both exit. Returns dict flag -> value.
-    Raises Complaint for an unknown flag, a wrong value, an --out_dir that cannot be written.
+    Raises Complaint for an unknown flag, a wrong value, an --out_dir that cannot be written or is in use.
     """
     config = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
     for word in sys.argv[1:] if argv is None else argv:
@@ -191,6 +225,8 @@ def flags(script, argv=None, **limits):
         there = next(p for p in (path, *path.parents) if p.exists())
         usable = there.is_dir() and os.access(there, os.W_OK)
         expect(usable, "out_dir", config["out_dir"], f"a folder that may be written to, {there} is not")
+        if argv is None:  # of a script that runs
+            lock(config["out_dir"])
     SPEECH["quiet"] = config.get("quiet", False)
     script.update(config)
     return config
@@ -368,9 +404,11 @@ def write_json(path, tree):
 
 
 def write_table(path, header, rows):
-    """A CSV file; None as an empty field."""
+    """A CSV file; None as an empty field. Text that a spreadsheet would run as a formula is quoted by '."""
+    formula = re.compile(r"[=@\t\r\n]|[+-](?![\d.]+(e[+-]?\d+)?$)")
+    rows = [[f"'{cell}" if formula.match(str(cell)) else cell for cell in row] for row in (header, *rows)]
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
     write(path, buffer.getvalue())
 
 
@@ -380,6 +418,8 @@ def reading(path, what, cure="mend it, or fetch it again"):
 
     what: what the file should be. cure: what the user can do. A Complaint from inside passes as it is.
     """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise Complaint(f"{path}: a named pipe, device or socket, expected {what}")  # opening it may hang
     try:
         yield
     except Complaint:
@@ -575,27 +615,32 @@ def formats():
 def scan(root, flag="data", notes=None):
     """Sorted image files below a folder, each a tuple of its parts; Complaint if there are none.
 
-    Hidden ones are passed over, links to folders followed unless they lead back to where they come from.
+    Hidden ones are passed over, links to folders followed unless they lead back to where they come from or,
+    within a linked folder, to what was met before: folders that all link to each other have too many paths.
     notes: a list that a line on other files is added to.
     """
-    found, other, folders = [], [], [((), (os.path.realpath(folder(root, flag)),))]
+    found, other, folders, met = [], [], [((), (os.path.realpath(folder(root, flag)),), False)], set()
     opens, endings = formats(), Image.registered_extensions()
     while folders:
-        parts, above = folders.pop()
-        for entry in os.scandir(os.path.join(root, *parts)):
-            real, kind = entry.path, os.path.splitext(entry.name)[1].lower()
+        parts, above, linked = folders.pop()
+        for entry in sorted(os.scandir(os.path.join(root, *parts)), key=lambda entry: entry.name):
+            kind = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                real = os.path.realpath(entry.path)
-                folders += [((*parts, entry.name), (*above, real))] if real not in above else []
-            elif endings.get(kind) in opens:
-                if entry.is_symlink() and not os.path.exists(entry.path):
-                    gone = os.readlink(entry.path)
-                    raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
-                found.append((*parts, entry.name))
-            else:
+                real, link = os.path.realpath(entry.path), entry.is_symlink()
+                if real not in (met | {*above} if linked and link else above):
+                    folders.append(((*parts, entry.name), (*above, real), linked or link))
+                met.add(real)
+            elif endings.get(kind) not in opens:
                 other.append((parts, kind or "without an ending"))
+            elif entry.is_file():
+                found.append((*parts, entry.name))
+            elif os.path.exists(entry.path):  # opening it may hang
+                other.append((parts, f"pipe, device or socket {kind}"))
+            else:
+                gone = os.readlink(entry.path)
+                raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
     heif = any(kind in (".heic", ".heif") for _, kind in other)
     cure = "; for .heic: pip install pillow-heif" * heif
     if not found:
@@ -640,6 +685,9 @@ def opened(path):
             with Image.open(path, formats=formats()) as image:
                 if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
+                if max(image.size) > SLIMMEST * min(image.size):  # its shorter side becomes some 224 pixels
+                    slim = f"one side more than {SLIMMEST} times the other"
+                    raise Complaint(f"{path}: {image.width}x{image.height} pixels, {slim}; crop it")
                 yield image
         except Image.DecompressionBombError:
             line = f"more than --max_pixels={Image.MAX_IMAGE_PIXELS}"
@@ -935,7 +983,8 @@ class Crop(Picture):
         image = decoded(self.picture)
         left, top, right, bottom = (round(v * n) for v, n in zip(self.box, image.size * 2, strict=True))
         left, top = min(left, image.width - 1), min(top, image.height - 1)
-        return image.crop((left, top, max(left + 1, right), max(top + 1, bottom)))
+        w, h = max(1, right - left), max(1, bottom - top)
+        return image.crop((left, top, left + max(w, h // SLIMMEST), top + max(h, w // SLIMMEST)))
 
 
 @functools.lru_cache(16)
@@ -1032,12 +1081,17 @@ def coco_figures(words, notes):
 FOREGROUNDS = {"masked": masked_figures, "coco": coco_figures}
 
 
+MOST = 10_000_000  # pictures or regions in memory
+
+
 def composites(figures, grounds, instances, per, seed, recolour=True):
     """An incomplete grid of composites: foreground instances (a figure in a pose of its own) x backgrounds.
 
     instances: how many, spread evenly over the figures. per: backgrounds for each. Returns (list of Composite
     [N], instance i [N], background j [N]) with i in [0, instances), j an index into grounds.
     """
+    wanted = f"at most {MOST:,} composites; {instances:,} instances with {per:,} backgrounds each are more"
+    expect(instances * per <= MOST, "instances", instances, wanted)
     items, i, j = [], [], []
     for a in range(instances):
         g = rng(seed, "pose", a)
@@ -2569,8 +2623,8 @@ def grid(spec):
     """Boxes x1, y1, x2, y2 of "grid:3" or, in several scales, "grid:1,2,3": shares of what the model sees,
     float [R, 4], row by row."""
     sides = [int(n) if n.isdecimal() and len(n) < 3 else 0 for n in spec.removeprefix("grid:").split(",")]
-    good = spec.startswith("grid:") and all(0 < n <= 64 for n in sides)
-    expect(good, "regions", spec, "grid:N or grid:N,N,... with N from 1 to 64")
+    good = spec.startswith("grid:") and all(0 < n <= 64 for n in sides) and sum(n * n for n in sides) <= 8192
+    expect(good, "regions", spec, "grid:N or grid:N,N,... with N from 1 to 64, and at most 8192 regions")
     boxes = [(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)]
     return torch.tensor(boxes)
 
@@ -2604,6 +2658,8 @@ def load_regions(spec, pictures, frame, skip_bad=False):
 
 def grid_regions(spec, pictures, sizes, frames):
     out, cells = [], grid(spec).tolist()
+    wanted = f"at most {MOST:,} regions; {len(cells):,} in each of {len(pictures):,} pictures are more"
+    expect(len(cells) * len(pictures) <= MOST, "regions", spec, wanted)
     for picture, frame in zip(pictures, frames, strict=True):
         left, top, right, bottom = (min(1.0, max(0.0, v)) for v in frame)  # beyond it is no picture
         w, h = right - left, bottom - top

@@ -105,6 +105,7 @@ OF_IMAGES = (  # flags that say nothing of --embeddings
     "data split classes places columns confounder strength spurious feature masks outside regions "
     "region_encoder classifier ckpt probe prompts model pretrained quick_gelu test_size"
 ).split()
+MOST_K, MOST_NUMBERS = 20_000, 1 << 32  # of clusters; of numbers in random:N,D and in cosines to clusters
 INFLUENCE = 0.25  # clusters below it are not kept, as published
 CONE = 0.1  # mean cosine of the regions above which fast takes their mean off: they lie in a cone, and what
 # tells them apart is small beside what they share
@@ -126,8 +127,9 @@ CRITERIA = {  # whether gaps are weighted, what a kept cluster must show, what c
 def main():
     default = flags(globals(), [])
     config = flags(globals())
-    low, high = map(int, k.split(":")) if re.fullmatch("[0-9]{1,9}:[0-9]{1,9}", k) else (0, 0)
-    expect(not k or 2 <= low < high, "k", k, "LOW:HIGH with 2 <= LOW < HIGH, for instance 20:50 for 20 to 49")
+    low, high = map(int, k.split(":")) if re.fullmatch("[0-9]{1,99}:[0-9]{1,99}", k) else (0, 0)
+    wanted = f"LOW:HIGH with 2 <= LOW < HIGH <= {MOST_K}, for instance 20:50 for 20 to 49"
+    expect(not k or 2 <= low < high <= MOST_K, "k", k, wanted)
     for flag in OF_IMAGES if embeddings else ():
         wanted = "nothing with --embeddings, where it has no effect"
         expect(config[flag] == default[flag], flag, config[flag], wanted)
@@ -380,7 +382,7 @@ CLASSIFIERS = {"probe": probe_classifier, "text": text_classifier, "rows": own_r
 
 def from_embeddings(name, temperature, seed, device):
     """Evidence from --embeddings: a file, or random:N,D; the classifier is zero-shot by its text_emb."""
-    drawn = re.fullmatch("random:([0-9]{1,12}),([0-9]{1,12})", name)
+    drawn = re.fullmatch("random:([0-9]{1,99}),([0-9]{1,99})", name)
     right = drawn or not name.startswith("random:")
     expect(right, "embeddings", name, "random:N,D, for instance random:100000,256")
     a = drawn_regions(int(drawn[1]), int(drawn[2]), seed) if drawn else load_embeddings(name)
@@ -404,8 +406,8 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
 
     n: regions, D: dimensions. Returns a dict with the arrays of --embeddings, reg_emb [n, D] unit-norm.
     """
-    wanted = f"at least {per * C} regions and 2 dimensions"
-    expect(n >= per * C and D >= 2, "embeddings", f"random:{n},{D}", wanted)
+    wanted = f"at least {per * C} regions and 2 dimensions, and N x D at most {MOST_NUMBERS:,}"
+    expect(n >= per * C and D >= 2 and n * D <= MOST_NUMBERS, "embeddings", f"random:{n},{D}", wanted)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
@@ -497,6 +499,10 @@ def k_range(low, high, C, n, clustering):
     if not ks:
         cure = f"give more images, finer --regions, or --k=2:{max(3, n)}"
         raise Complaint(f"--k: {low} clusters of {n} regions; {cure}")
+    if ks[-1] * n > MOST_NUMBERS:
+        raise Complaint(
+            f"--k: {ks[-1]} clusters times {n} regions, expected at most {MOST_NUMBERS:,}; lower it"
+        )
     if clustering == "ravl" or len(ks) <= 40:
         return list(ks)
     say(f"k: {len(ks)} values from {ks[0]} to {ks[-1]}; 40 of them are tried, evenly spread in ratio")

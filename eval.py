@@ -103,7 +103,7 @@ seed = 0
 LIMITS = {  # the words that a flag may be; or its interval
     "split": ("auto", "train", "val", "test", "all"),
     "labels": ("own", "all"),
-    "composites": "[0, inf)", "mitigate": "[0, inf)", "base_steps": "[0, inf)", "steps": "[0, inf)",
+    "composites": "[0, 1e6]", "mitigate": "[0, inf)", "base_steps": "[0, inf)", "steps": "[0, inf)",
     "pairs": "[0, inf)", "learning_rate": "[0, inf)", "settings": "[1, 50]",
     "region_weight": "[0, 1]", "region_temperature": "(0, inf)",
 }

@@ -937,7 +937,7 @@ def weights_digest(pretrained, cache):
     """The digest of local weights, file or folder; of random ones their name. Complaint if there are none."""
     if pretrained in ("none", "imagenet"):
         return f"{pretrained} {torch.__version__}"
-    if not os.path.exists(pretrained):
+    if not (os.path.isfile(pretrained) or os.path.isdir(pretrained)):
         raise Complaint(f"--pretrained={pretrained}: no such file")
     files = weights_files(pretrained)
     files += [f for f in [files[-1].with_name("adapter_config.json")] if f.is_file()]
@@ -1202,6 +1202,16 @@ def state_of(path):
     return state
 
 
+def unpickled(path, cure=""):
+    """torch.load of tensors. ValueError in our words of what is more: PyTorch's would advise to run it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as problem:
+        code = re.search(r"GLOBAL (\S+)", str(problem))
+    found = f"it holds {code[1]}, and opening that could run code{cure}" if code else "no file of torch.save"
+    raise ValueError(found)
+
+
 def tensors_in(path):
     """The tensors in a file of weights by their names, behind those of the dicts that hold them."""
     if zipfile.is_zipfile(path) and "constants.pkl" in " ".join(zipfile.ZipFile(path).namelist()):
@@ -1212,16 +1222,9 @@ def tensors_in(path):
 
         state = load(path)
     else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as problem:
-            code = re.search(r"GLOBAL (\S+)", str(problem))
-            if not code:
-                raise
-            cure = f"m = torch.load({path!r}, weights_only=False); torch.save(m.state_dict(), 'weights.pt')"
-            held = f"it holds {code[1]}, and opening that could run code"
-            what = "where you trust it, write its tensors with (of a dict m['model'] or m['state_dict'])"
-            raise Complaint(f"{path}: {held}; {what}: {cure}") from None
+        cure = "; where you trust it, open it with the code that made it, and write its m.state_dict()"
+        cure += " (of a dict m['model'] or m['state_dict']) with safetensors"
+        state = unpickled(path, cure)
     tensors = flat(state)
     if not tensors:
         raise ValueError(f"no tensors, but {', '.join(map(str, [*state][:4]))}")
@@ -1917,7 +1920,7 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, encoder=None):
     """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder."""
     with reading(path, "a checkpoint of flock", "train anew"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = unpickled(path)
         made, config = state["fingerprint"], dict(state["config"])
         if not all(isinstance(name, str) for name in list(state.get("classes", ()))):
             raise ValueError("its classes are not all names")

@@ -372,6 +372,37 @@ def test_what_is_said_of_a_file_cannot_write_to_the_terminal_what_it_likes(capsy
     assert "\\x1b[2J.png" in capsys.readouterr().err
 
 
+def test_a_second_run_into_one_out_dir_is_refused_until_the_first_ends_however_it_does(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    code = f"import data, sys, time; sys.argv[1:] = ['--out_dir={out}']\ndata.run(lambda: ["
+    code += "data.flags(dict(out_dir='out', __file__='')), print(1, flush=True), time.sleep(60)])"
+    how = dict(cwd=Path(data.__file__).parent, stdout=subprocess.PIPE)
+    first = subprocess.Popen([sys.executable, "-c", code], **how)
+    assert first.stdout.readline() == b"1\n"
+    monkeypatch.setattr(sys, "argv", ["x.py", f"--out_dir={out}"])
+
+    def second():
+        data.run(lambda: data.flags(dict(out_dir="out", __file__="")))
+
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            second()
+        with complaint("--out_dir", str(out), "no other run writes into now"):
+            data.lock(out)
+        monkeypatch.setenv("RANK", "1")  # the first process of torchrun locks for all
+        data.lock(out)
+        monkeypatch.setenv("RANK", "0")
+    finally:
+        first.kill()
+        first.wait()
+    assert os.listdir(out) == [".lock"]
+    second()
+    assert os.listdir(out) == [] and not data.LOCKS
+    out.rmdir()
+    second()
+    assert not out.exists()
+
+
 def test_run_leaves_our_own_mistakes_their_traceback():
     with pytest.raises(ZeroDivisionError):
         data.run(lambda: 1 / 0)
@@ -449,6 +480,20 @@ def test_write_below_a_file_is_a_complaint(tmp_path):
         data.write(tmp_path / "file" / "c.txt", "x")
 
 
+def test_cells_that_a_spreadsheet_would_run_are_quoted_and_numbers_stay(tmp_path):
+    data.write_table(tmp_path / "b.csv", ["\rx"], [])
+    assert (tmp_path / "b.csv").read_bytes() == b"'\rx\n"
+    risky, tame = (
+        ["=1+1", "+cmd", "-a.jpg", "@x", "\tx", "--", "-"],
+        ["-0.5", "+1e-3", -2, -1e-9, "a=b", "", None],
+    )
+    data.write_table(tmp_path / "a.csv", ["=b", *"cdefgh"], [risky, tame])
+    with open(tmp_path / "a.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[0] == "'=b" and rows[0] == [f"'{cell}" for cell in risky]
+    assert rows[1] == ["-0.5", "+1e-3", "-2", "-1e-09", "a=b", "", ""]
+
+
 def test_write_json_refuses_nan(tmp_path):
     with pytest.raises(ValueError):
         data.write_json(tmp_path / "a.json", dict(x=float("nan")))
@@ -497,6 +542,40 @@ def test_links(tmp_path):
     (tmp_path / "far/dog/gone.png").symlink_to(tmp_path / "nowhere.png")
     with complaint("gone.png", "a link to", "nowhere.png"):
         loaded(f"folder:{tmp_path}/far")
+
+
+def test_folders_that_all_link_to_each_other_end(tmp_path):
+    touch(tmp_path, *[f"{k}/{k}.png" for k in range(12)])
+    for k in range(12):
+        for other in set(range(12)) - {k}:
+            (tmp_path / f"{k}/to{other}").symlink_to(tmp_path / str(other))
+    assert len(data.scan(tmp_path)) == 12 * 12
+
+
+def test_pipes_devices_and_sockets_are_never_opened(tmp_path):
+    touch(tmp_path, "cat/a.jpg", "dog/b.png")
+    os.mkfifo(tmp_path / "cat/c.png")
+    (tmp_path / "dog/d.png").symlink_to("/dev/zero")
+    assert noted(loaded(f"folder:{tmp_path}"), "2 files passed over", "2 pipe, device or socket .png")
+    pipe = str(tmp_path / "cat/c.png")
+    for read in (
+        data.open_image,
+        data.read_table,
+        data.stored_arrays,
+        lambda path: data.read_json(path, "x"),
+    ):
+        with complaint(pipe, "a named pipe, device or socket, expected"):
+            read(pipe)
+
+
+def test_a_picture_that_is_too_slim_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("L", (8, 1_000_000)).save(tmp_path / "a.png")
+    with complaint("a.png", "8x1000000 pixels, one side more than 100 times the other"):
+        data.Photo(str(tmp_path / "a.png")).image()
+    Image.new("L", (800, 8)).save(tmp_path / "b.png")
+    tall = data.Photo(photo(tmp_path / "c.png", size=(30, 3000)))
+    assert data.Photo(str(tmp_path / "b.png")).image().size == (800, 8)
+    assert data.Crop(tall, (0.5, 0.0, 0.51, 1.0)).image().size == (30, 3000)
 
 
 def test_files_that_are_no_pictures_are_counted_and_a_folder_of_nothing_else_is_named(tmp_path):
@@ -2232,6 +2311,11 @@ def middle(width, height):
 
 def some_photos(tmp_path, shapes=((40, 20), (20, 20), (20, 50))):
     return [data.Photo(photo(tmp_path / f"p/s/{k}.png", k, shape)) for k, shape in enumerate(shapes)]
+
+
+def test_a_grid_of_too_many_pictures_is_refused_before_their_regions_are_made():
+    with complaint("--regions", "at most 10,000,000 regions; 4,096 in each of 9,999,999 pictures"):
+        data.grid_regions("grid:64", range(9_999_999), [], [])
 
 
 def test_regions_of_a_grid_lie_in_what_the_model_sees_and_are_shares_of_the_original(tmp_path):

@@ -260,6 +260,8 @@ def test_range_of_k(capsys):
     assert discover.k_range(0, 0, 2, 7, "fast") == [4, 5, 6]
     assert "4 to 9 wanted, but there are 7 regions; up to 6 is used" in capsys.readouterr().out
     assert discover.k_range(20, 50, 2, 100, "fast") == list(range(20, 50))
+    with pytest.raises(data.Complaint, match="--k: 19999 clusters times 900000 regions, expected at most"):
+        discover.k_range(2, 20_000, 2, 900_000, "fast")
     some = discover.k_range(2, 500, 2, 1000, "fast")
     assert len(some) <= 40 and some[0] == 2 and some[-1] == 499 and some == sorted(set(some))
     assert discover.k_range(2, 500, 2, 1000, "ravl") == list(range(2, 500))
@@ -890,6 +892,8 @@ FLAGS = {  # a word and what the line about it says
     "--k=5000:6000": ("--k", "5000 clusters of 400 regions"),
     "--embeddings=nowhere.npz": ("nowhere.npz", "no such file"),
     "--embeddings=random:many": ("random:N,D",),
+    "--k=2:10000000000000": ("--k", "HIGH <= 20000"),
+    "--embeddings=random:10000000000000,10000000000000": ("--embeddings", "at most 4,294,967,296"),
     "--embeddings=random:5,5": ("random:5,5", "at least 40 regions"),
 }
 OF_IMAGES = (
@@ -1408,6 +1412,7 @@ def test_which_probes_may_be_looked_at_on_what(photos, trained, tmp_path, capsys
     "word, expected",
     [
         ("--regions=grid:0", ("--regions", "grid:N")),
+        ("--regions=grid:64,64,64", ("--regions", "at most 8192 regions")),
         ("--regions=tiles:3", ("--regions", "masks:DIR")),
         ("--regions=boxes:nowhere.csv", ("nowhere.csv",)),
         ("--regions=coco:nowhere.json", ("nowhere.json",)),

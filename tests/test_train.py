@@ -1265,7 +1265,7 @@ def test_weights_go_back_in_with_their_activation_preprocessing_and_bias(files, 
 
 # --- bad input: exit code 2 and one line
 
-BAD = """--instanses=3: did you mean instances; --instances=many: a whole number; --instances=1: [8, inf)
+BAD = """--instanses=3: did you mean instances; --instances=many: a whole number; --instances=1: [8, 1e6]
 --method=magic: bap or finetune; --bap_map=cubic: closed or linear; --l2=inf: (0, inf); --own=2: [0, 1]
 --data=scene: scenes, waterbirds; --data=waterbirds:nowhere: no such folder; --model=lite9: lite0
 --pretrained=nowhere.pt: no such file; --device=gpu: auto, cpu; --dtype=half: bfloat16; --strength=2: [0, 1]
@@ -1273,8 +1273,9 @@ BAD = """--instanses=3: did you mean instances; --instances=many: a whole number
 --seed=-1: [0, 1e15); --steps=0: [1, inf); --wandb=paper: True or False; --lam=0: [1e-9, inf)
 --confounder=0: (0, 1]; --pairs=1: [2, inf); --train=all: auto, map, last_blocks, image; --loss=l2: infonce
 --text_weight=-1: [0, inf); --place_backgrounds=a,b,c: one folder for each
---out_dir=/dev/null/x: /dev/null"""
-BAD_TUNE = """--pairs=64: 32, the number of training images; --threads=-1: [0, inf); --batch_size=0: auto, or
+--out_dir=/dev/null/x: /dev/null; --instances=10000000000000: [8, 1e6]; --per_instance=10001: [2, 10000]
+--seeds=10000000000000: [1, 1000]; --instances=1000000 --per_instance=11: at most 10,000,000 composites"""
+BAD_TUNE = """--pairs=64: 32, the number of training images; --threads=-1: [0, 1024]; --batch_size=0: auto, or
 --seeds=3: each --seed; --captions=long: own or class or place; --train=last_blocks: --method=finetune
 --model=lite0: no text tower; --discovery=nowhere: no such file; --learning_rate=0: (0, inf)
 --discovery= --method=ravl: this method needs what discover.py found"""

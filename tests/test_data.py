@@ -196,6 +196,25 @@ def test_readme_commands_have_flags_that_there_are(tmp_path):
         data.flags(data.unrun(data.ASSETS.parent / name), [*words, f"--out_dir={tmp_path}"])
 
 
+def test_a_file_replaced_with_its_times_set_back_and_other_code_that_opens_it_have_other_keys(
+    tmp_path, monkeypatch
+):
+    path, other = tmp_path / "a.bmp", tmp_path / "b.bmp"
+    Image.new("RGB", (9, 9)).save(path)
+    Image.new("RGB", (9, 9), "red").save(other)
+    photo, at = data.Photo(str(path)), os.stat(path)
+    composite, before = data.Composite(photo, None, None), photo.key()
+    assert before == data.Photo(str(path)).key() and before in composite.key()
+    path.write_bytes(other.read_bytes())
+    os.utime(path, ns=(at.st_atime_ns, at.st_mtime_ns))
+    after = photo.key()
+    assert os.stat(path).st_mtime_ns == at.st_mtime_ns and after != before
+    monkeypatch.setattr(data, "posed", lambda figure, pose, size: (figure, (0, 0)))
+    data.drawn_by.cache_clear()
+    assert photo.key() != after
+    data.drawn_by.cache_clear()
+
+
 MINE = """
 build = lambda: nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
 from torchvision import transforms as steps

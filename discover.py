@@ -37,7 +37,7 @@ from einops import rearrange
 from PIL import ImageDraw
 
 from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_heads, load_probe
-from model import mask_shares, region_embeddings, repeat_by, sums, unit, wilson
+from model import mask_shares, region_embeddings, repeat_by, sha256, sums, unit, wilson
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -196,7 +196,9 @@ def main():
     arrays.update(paths=[str(getattr(p, "path", "")) for p in e.pictures or [""] * len(e.y)])
     arrays.update(fingerprint=e.encoder.fingerprint if e.encoder else "", regions=regions)
     np.savez_compressed(buffer, clipped=clustering == "ravl", region_encoder=region_encoder, **arrays)
+    (out / "discovery.json").unlink(missing_ok=True)  # it would be of another run than what comes now
     write(out / "discovery.npz", buffer.getvalue())
+    summary["npz"] = sha256(buffer.getvalue())
     write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
     write_json(out / "discovery.json", summary)
     say(console(summary, e), True)

@@ -49,10 +49,10 @@ from einops import rearrange, repeat
 from PIL import Image
 
 from kernels import pairwise_loss, region_logits
-from model import SHARES, Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, fit_probe
-from model import from_first, group_metrics, join, load_checkpoint, load_encoder, paired_bootstrap, ranks
-from model import region_embeddings, renumber, save_checkpoint, sha256, sphere_log, standard, sums
-from model import unbalanced, unit, weights_bytes, with_map
+from model import SHARES, Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, file_digest
+from model import fit_probe, from_first, group_metrics, join, load_checkpoint, load_encoder
+from model import paired_bootstrap, ranks, region_embeddings, renumber, save_checkpoint, sha256, sphere_log
+from model import standard, sums, unbalanced, unit, weights_bytes, with_map
 
 # fmt: off
 # --- I/O ----------------------------------------------------------------------------------------------------
@@ -182,21 +182,23 @@ def main():
         wanted = "its default with --data=embeddings: there is no network"
         expect(config[flag] in able, flag, config[flag], wanted)
     config["model"] = data if stored else model
-    samples, encoder = (
-        dataset(seed=seed),
-        load_encoder(config["model"], pretrained, quick_gelu, test_size, **how),
-    )
+    samples = dataset(seed=seed)
+    encoder = load_encoder(config["model"], pretrained, quick_gelu, test_size, **how)
     if method != "bap":
         return finetune(config, encoder, samples)
     out, started = Path(out_dir), time.time()
     figures, grounds, notes = material(config, encoder, out)
-    states = [unfinished(out / name, config, encoder) for name in PARTIAL]  # complains now, not in an hour
+    parts = figures[0] if stored else figures + grounds
+    head = head_of(config, encoder, samples, *[part.key() for part in parts])
+    states = [unfinished(out / name, head, encoder) for name in PARTIAL]  # complains now, not in an hour
+    if not any(states) and finished(out / "results.json", head):
+        return
     runs = states[0]["runs"][: seeds - 1] if states[0] else []
     for s in range(seed + len(runs), seed + seeds):
-        result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, config)
+        result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, head)
         runs.append(result)
-        save_checkpoint(out / PARTIAL[0], dict(config=config, fingerprint=encoder.fingerprint, runs=runs))
-    results = dict(config=config, git=revision(), notes=encoder.notes + notes + last.samples.notes)
+        save_checkpoint(out / PARTIAL[0], dict(head, runs=runs))
+    results = dict(head, notes=encoder.notes + notes + last.samples.notes)
     results.update(average(runs, results["notes"]))
     results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
     save_results(out, results, last)
@@ -206,6 +208,7 @@ def main():
 def save_results(out, results, last):
     """Writes what came out: ckpt.pt, report.html, results.json, trained weights.safetensors; and says it."""
     old = ["finetune.json"] if last.weights else ["finetune.json", "weights.safetensors", "log.csv"]
+    (out / "results.json").unlink(missing_ok=True)  # it would be of another run than what comes now
     if last.weights:
         write(out / "weights.safetensors", last.weights)
         kept = dict(erm="bap", bap="bap", val_probe_bap="val_probe_bap")  # those of its embeddings
@@ -217,6 +220,7 @@ def save_results(out, results, last):
     save_checkpoint(out / "ckpt.pt", state)
     write(out / "map.npz", map_bytes(last))
     write(out / "report.html", report(results, last))
+    results["files"] = {name: file_digest(out / name, "") for name in ("ckpt.pt", "map.npz", "report.html")}
     write_json(out / "results.json", results)  # last: it is there only if all the rest is
     for name in PARTIAL:
         (out / name).unlink(missing_ok=True)
@@ -261,8 +265,9 @@ def material(config, encoder, out):
     return ([], none, none), [], [note]
 
 
-def bap(s, encoder, figures, grounds, samples, out, config):
-    """The whole method for one seed: its result in plain numbers, and what report and checkpoint need."""
+def bap(s, encoder, figures, grounds, samples, out, head):
+    """The whole method for one seed: its result in plain numbers, and what report and checkpoint need. head:
+    see head_of."""
     lap = Laps()
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
@@ -310,7 +315,7 @@ def bap(s, encoder, figures, grounds, samples, out, config):
         maps["bap"] = wiener(grids, lam, power, drift, LEAST)
     trained, x_bap, zero, weights = encoder, x, None, b""
     if train in ("last_blocks", "image"):
-        trained, weights = pretrain(encoder, cells + own_cells, grids, all_j, samples, s, out, config)
+        trained, weights = pretrain(encoder, cells + own_cells, grids, all_j, samples, s, out, head)
         new = trained.embed(cells + own_cells, "composites, trained").split([len(v) for _, v, _ in grids])
         grids = [(weight, v, k) for v, (weight, _, k) in zip(new, grids, strict=True)]
         x_bap = trained.embed(samples.items, "target, trained")
@@ -838,7 +843,7 @@ def grounds_of(where, skip_bad, most=100):
     return grounds, [f"backgrounds: {len(grounds)} regions that discover.py found the model to rely on"]
 
 
-def pretrain(encoder, cells, grids, j, samples, s, out, config):
+def pretrain(encoder, cells, grids, j, samples, s, out, head):
     """BAP on the encoder itself (--train=last_blocks|image): a copy of it is trained so that each composite
     lands on the anchor of its foreground (squared distance, in shares of the anchors' variance). What
     texts (or the rows of its classifier) say of an image is kept: it becomes what they say of the anchor
@@ -847,6 +852,7 @@ def pretrain(encoder, cells, grids, j, samples, s, out, config):
 
     cells: the composites [N]; grids: as of wiener; j: background of each. Returns the Encoder, its weights.
     """
+    config, head = head["config"], dict(head, seed=s)
     z = torch.cat([v for _, v, _ in grids])
     i = renumber(torch.cat([k + n * config["instances"] for n, (_, _, k) in enumerate(grids)]))
     mu, a, _ = additive_solve(z, i, renumber(j))
@@ -854,8 +860,7 @@ def pretrain(encoder, cells, grids, j, samples, s, out, config):
     task.weight = torch.cat([torch.full((len(v),), w / len(v)) for w, v, _ in grids])
     task.read, task.text_weight = readout(encoder, samples), config["text_weight"]
     student, path = encoder.with_module(copy.deepcopy(encoder.module)), out / "training.pt"
-    state = unfinished(path, config, encoder)
-    head = dict(config=config, git=revision(), fingerprint=encoder.fingerprint, seed=s)
+    state = unfinished(path, head, encoder)
     with until_asked() as asked:
         resumed = state if state and state["seed"] == s else None
         fit(student, task, ANCHORS, config, resumed, lambda **more: save_checkpoint(path, head | more), asked)
@@ -1043,18 +1048,44 @@ def others_here(out, names):
         say(f"{out}: {', '.join(there)}: of another run, not of this one")
 
 
-def unfinished(path, config, encoder):
-    """What an interrupted run of the same flags has left, with --resume; else None."""
+def head_of(config, encoder, samples, *more):
+    """What files of a run say of it: its flags, revision, encoder, and a hash of all that it learns from."""
+    inputs = sha256(" ".join([encoder.fingerprint, samples.digest, *more]))
+    return dict(config=config, git=revision(), fingerprint=encoder.fingerprint, inputs=inputs)
+
+
+def finished(path, head):
+    """Whether the results at path are of a run of the same flags on the same data, with --resume."""
+    if not head["config"]["resume"] or not path.is_file():
+        return False
+    with reading(path, "results of train.py", "run without --resume"):
+        tree = read_json(path, "JSON")
+        same = tree.get("inputs") == head["inputs"] and not differing(tree["config"], head["config"])
+    if same:
+        say(f"{path}: finished already; without --resume it runs anew", True)
+    return same
+
+
+def differing(made, config, free=("resume", "threads", "save_every", "wandb", "quiet")):
+    """The flags in which a run was made otherwise, but for those that change no result."""
+    return [k for k in config if k not in free and made.get(k) != config[k]]
+
+
+def unfinished(path, head, encoder):
+    """What an interrupted run of the same flags on the same data has left, with --resume; else None."""
+    config = head["config"]
     if not config["resume"]:
         path.unlink(missing_ok=True)  # of another run: it would be in the way of this one's --resume
     if not path.is_file():
         return None
     state = load_checkpoint(path, encoder)
-    free = ("resume", "threads", "seeds", "save_every", "wandb", "quiet")
-    differ = [k for k in config if k not in free and state["config"].get(k) != config[k]]
+    differ = [k for k in differing(state["config"], config) if k != "seeds"]
     if differ:
         made = ", ".join(f"--{k}={state['config'].get(k)}" for k in differ)
         raise Complaint(f"--resume: {path} was made with {made}; give the same flags, or no --resume")
+    if state.get("inputs") != head["inputs"]:
+        other = "other images or labels, or of another discovery"
+        raise Complaint(f"--resume: {path} was made of {other}; bring them back, or give no --resume")
     return state
 
 
@@ -1098,11 +1129,14 @@ def finetune(config, encoder, samples):
         notes += discovered(samples, encoder, task, discovery, clusters)
     for line in notes:
         say(line)
+    found = getattr(task, "state", torch.zeros(0)).numpy().tobytes()
+    path, head = out / "training.pt", head_of(config, encoder, samples, sha256(found))
+    if not path.is_file() and finished(out / "finetune.json", head):
+        return
     before, student = zero_shot(encoder, samples), encoder.with_module(copy.deepcopy(encoder.module))
     if loss == "sigmoid" and getattr(student.module, "logit_bias", None) is None:
         student.module.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device=encoder.device))
-    path, head = out / "training.pt", dict(config=config, git=revision(), fingerprint=encoder.fingerprint)
-    state = unfinished(path, config, encoder)
+    state = unfinished(path, head, encoder)
     if method == "jtt":
         head["weight"] = task.weight = state["weight"] if state else first_errors(student, task, config)
 
@@ -1116,9 +1150,11 @@ def finetune(config, encoder, samples):
     if rank:
         return
     after = zero_shot(student, samples)
+    (out / "finetune.json").unlink(missing_ok=True)
     write(out / "weights.safetensors", weights_bytes(student.module, config=config, git=head["git"]))
     seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
-    tree = dict(config=config, git=head["git"], notes=notes, before=before, after=after, seconds=seconds)
+    tree = {k: head[k] for k in ("config", "git", "fingerprint", "inputs")} | dict(notes=notes)
+    tree.update(before=before, after=after, seconds=seconds)
     write_json(out / "finetune.json", tree)
     path.unlink(missing_ok=True)
     say(table(*zero_rows(dict(before=before, after=after))), True)
@@ -1181,6 +1217,8 @@ def load_discovery(path):
     tree = read_json(path, what)
     with reading(path, what, "run discover.py again"):
         file = np.load(path.with_suffix(".npz"), allow_pickle=False)
+        if tree.get("npz", same := file_digest(path.with_suffix(".npz"), "")) != same:
+            raise ValueError("discovery.npz beside it is of another run")
         kinds = dict(medoids="f4", mean="f4", box="f4", image="i8", label="i8")
         arrays = {k: torch.from_numpy(file[k].astype(kind, casting="same_kind")) for k, kind in kinds.items()}
         words = {k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}

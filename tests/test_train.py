@@ -612,7 +612,7 @@ def test_own_foregrounds_have_their_weight_in_the_map_if_they_do_not_foretell_th
     )
     for name, value in changed.items():
         monkeypatch.setattr(train, name, value)
-    result, last = train.bap(0, encoder, figures, grounds, samples, tmp_path, {})
+    result, last = train.bap(0, encoder, figures, grounds, samples, tmp_path, dict(config={}))
     items, k, _ = train.own_composites(cuts, grounds, 0)
     z, v, photos = (encoder.embed(some) for some in (cells, items, samples.items))
     power = last.map.power
@@ -749,7 +749,9 @@ def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
     (*_, cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")
     how = dict(train=part, steps=10, pairs=16, learning_rate=2e-3, out_dir=str(tmp_path))
     z, config = encoder.embed(cells), {**tree(plain)["config"], **how}
-    trained, _ = train.pretrain(encoder, cells, [(1.0, z, i)], j, samples, 0, tmp_path, config)
+    trained, _ = train.pretrain(
+        encoder, cells, [(1.0, z, i)], j, samples, 0, tmp_path, dict(config=config, git=None)
+    )
     mu, a, _ = additive_solve(z, i, model.renumber(j))
     before, after = ((v - (mu + a)[i]).square().sum() for v in (z, trained.embed(cells)))
     assert after < 0.8 * before

@@ -757,6 +757,9 @@ class Stored(Picture):
     def path(self):
         return f"{self.file}[{self.row}]"
 
+    def key(self):
+        return f"{Photo(self.file).key()} row {self.row}"
+
     def image(self):
         tile = Image.new("RGB", (150, 100), GREY)
         ImageDraw.Draw(tile).text((45, 44), f"row {self.row}")

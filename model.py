@@ -1918,7 +1918,8 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, encoder=None):
-    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder."""
+    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder; says where
+    results.json beside it is of another run."""
     with reading(path, "a checkpoint of flock", "train anew"):
         state = unpickled(path)
         made, config = state["fingerprint"], dict(state["config"])
@@ -1928,6 +1929,10 @@ def load_checkpoint(path, encoder=None):
     if encoder is not None and made != encoder.fingerprint:
         cure = f"not with the weights of {encoder.name} loaded now; use the same model, or train anew"
         raise Complaint(f"{path}: made with {named}, {cure}")
+    with contextlib.suppress(Complaint, KeyError, TypeError):  # none beside it, or damaged, or says nothing
+        results = Path(path).with_name("results.json")
+        if read_json(results, "results")["files"][Path(path).name] != file_digest(path, ""):
+            say(f"WARNING: {path}: results.json beside it is of another run")
     return state
 
 

@@ -1055,38 +1055,36 @@ def head_of(config, encoder, samples, *more):
 
 
 def finished(path, head):
-    """Whether the results at path are of a run of the same flags on the same data, with --resume."""
+    """Whether there are results already, with --resume; Complaint where they are not of the same run."""
     if not head["config"]["resume"] or not path.is_file():
         return False
     with reading(path, "results of train.py", "run without --resume"):
-        tree = read_json(path, "JSON")
-        same = tree.get("inputs") == head["inputs"] and not differing(tree["config"], head["config"])
-    if same:
-        say(f"{path}: finished already; without --resume it runs anew", True)
-    return same
-
-
-def differing(made, config, free=("resume", "threads", "save_every", "wandb", "quiet")):
-    """The flags in which a run was made otherwise, but for those that change no result."""
-    return [k for k in config if k not in free and made.get(k) != config[k]]
+        check_same(path, read_json(path, "JSON"), head)
+    say(f"{path}: finished already; without --resume it runs anew", True)
+    return True
 
 
 def unfinished(path, head, encoder):
     """What an interrupted run of the same flags on the same data has left, with --resume; else None."""
-    config = head["config"]
-    if not config["resume"]:
+    if not head["config"]["resume"]:
         path.unlink(missing_ok=True)  # of another run: it would be in the way of this one's --resume
     if not path.is_file():
         return None
     state = load_checkpoint(path, encoder)
-    differ = [k for k in differing(state["config"], config) if k != "seeds"]
-    if differ:
-        made = ", ".join(f"--{k}={state['config'].get(k)}" for k in differ)
-        raise Complaint(f"--resume: {path} was made with {made}; give the same flags, or no --resume")
-    if state.get("inputs") != head["inputs"]:
-        other = "other images or labels, or of another discovery"
-        raise Complaint(f"--resume: {path} was made of {other}; bring them back, or give no --resume")
+    check_same(path, state, head, "seeds")
     return state
+
+
+def check_same(path, made, head, *free):
+    """Complaint where the file of a run says that it was made of other flags, images, labels, discovery."""
+    free += "resume", "threads", "save_every", "wandb", "quiet"  # change no result
+    flags = {k: made["config"].get(k) for k in head["config"]}
+    differ = [f"--{k}={v}" for k, v in flags.items() if k not in free and v != head["config"][k]]
+    if not differ and made.get("inputs") != head["inputs"]:
+        differ = ["other images or labels, or of another discovery"]
+    if differ:
+        cure = "give the same flags and data, or no --resume"
+        raise Complaint(f"--resume: {path} was made with {', '.join(differ)}; {cure}")
 
 
 @contextlib.contextmanager

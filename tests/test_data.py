@@ -1920,6 +1920,14 @@ def test_pose_flip_mirrors():
         assert data.posed(figure, data.Pose(0.2, flip=flip), 200)[0].getpixel((10, 20))[:3] == colour
 
 
+def test_key_of_an_embedding_changes_with_its_file(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"1")
+    rows = [data.Stored(str(tmp_path / "a.npz"), k) for k in range(2)]
+    before = {row.key() for row in rows}
+    (tmp_path / "a.npz").write_bytes(b"2")
+    assert len(before) == 2 and not before & {row.key() for row in rows}
+
+
 def test_key_changes_with_the_file(tmp_path):
     def keys():
         return {data.Photo(path).key(), data.Composite(None, data.Ground(path), None).key()}

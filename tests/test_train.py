@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -387,6 +388,55 @@ def test_seeds_are_averaged_and_resume_between_them(files, plain, tmp_path, ctrl
     refused(capsys, words(files, cut, "--seeds=2 --resume --l2=3"), "--l2=0.8", "same flags")
     assert bap(files, cut, "--seeds=2 --resume") == 0
     assert numbers(cut) == numbers(two) and "partial.pt" not in os.listdir(cut)
+
+
+def test_resume_over_other_labels_is_refused_and_a_finished_run_stays(files, tmp_path, ctrl_c, capsys):
+    shutil.copytree(files / "all" / "set", tmp_path / "set")
+    table, out = tmp_path / "set/metadata.csv", tmp_path / "out"
+    flags, whole = f"--data=waterbirds:{tmp_path / 'set'} --seeds=2", table.read_text()
+    head, first, *rest = whole.splitlines()
+    y, cells = head.split(",").index("y"), first.split(",")
+    cells[y] = next(row.split(",")[y] for row in rest if row.split(",")[y] != cells[y])
+    flipped = "\n".join([head, ",".join(cells), *rest])
+    ctrl_c(model, "additivity", 2)
+    assert bap(files, out, flags) == 130
+    table.write_text(flipped)
+    refused(
+        capsys, words(files, out, f"{flags} --resume"), "--resume", "partial.pt", "other images or labels"
+    )
+    table.write_text(whole)
+    assert bap(files, out, f"{flags} --resume") == 0
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    assert bap(files, out, f"{flags} --resume") == 0 and "finished already" in capsys.readouterr().out
+    refused(capsys, words(files, out, f"{flags} --resume --seed=9"), "--resume", "results.json", "--seed=0")
+    table.write_text(flipped)
+    refused(capsys, words(files, out, f"{flags} --resume"), "results.json", "other images or labels")
+    assert before == {name: (out / name).read_bytes() for name in os.listdir(out)}
+
+
+def test_files_of_two_runs_are_told_apart(files, plain, found, tmp_path, capsys):
+    shutil.copytree(plain, tmp_path / "out")
+    model.load_checkpoint(tmp_path / "out/ckpt.pt")
+    assert "WARNING" not in capsys.readouterr().out
+    model.save_checkpoint(tmp_path / "out/ckpt.pt", saved(plain / "ckpt.pt") | dict(git="other"))
+    model.load_checkpoint(tmp_path / "out/ckpt.pt")
+    assert "ckpt.pt: results.json beside it is of another run" in capsys.readouterr().out
+    shutil.copytree(found, tmp_path / "found")
+    path = tmp_path / "found/discovery.npz"
+    result = tree(tmp_path / "found", "discovery.json") | dict(npz=model.file_digest(path, ""))
+    data.write_json(path.with_suffix(".json"), result)
+    train.load_discovery(tmp_path / "found")
+    data.write_json(path.with_suffix(".json"), result | dict(npz="other"))
+    with pytest.raises(Complaint, match="discovery.npz beside it is of another run"):
+        train.load_discovery(tmp_path / "found")
+
+
+def test_a_run_that_stops_while_it_writes_leaves_no_results_of_another(files, plain, tmp_path, monkeypatch):
+    shutil.copytree(plain, tmp_path / "out")
+    monkeypatch.setattr(data, "page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bap(files, tmp_path / "out")
+    assert not (tmp_path / "out/results.json").exists()
 
 
 def test_what_one_seed_lacks_is_left_out_of_the_means():
@@ -1211,6 +1261,14 @@ def test_fine_tuning_writes_weights_that_load_a_log_and_the_accuracies(files, tu
     assert encoder.fingerprint != tiny().fingerprint
     for name, e in (("before", tiny(files)), ("after", encoder)):
         assert r[name] == train.zero_shot(e, samples_of(files))
+
+
+def test_finished_fine_tuning_stays(files, tmp_path, capsys):
+    assert tune(files, tmp_path) == 0
+    before = (tmp_path / WEIGHTS).stat().st_mtime_ns
+    assert tune(files, tmp_path, "--resume") == 0 and "finished already" in capsys.readouterr().out
+    refused(capsys, tune_words(files, tmp_path, "--resume --seed=9"), "finetune.json", "--seed=0")
+    assert (tmp_path / WEIGHTS).stat().st_mtime_ns == before
 
 
 def test_fine_tuning_learns_the_pairs(files, tmp_path):

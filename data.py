@@ -26,6 +26,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 import zlib
@@ -2801,16 +2802,43 @@ def shown(value, missing="-"):
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def table(header, rows):
-    """Rows of strings and numbers as aligned columns: words to the left, numbers to the right."""
-    cells = [[shown(v) for v in row] for row in [header, *rows]]
-    columns = []
-    for c, column in enumerate(zip(*cells, strict=True)):
-        width = max(map(len, column))
-        words = c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows)
-        lines = [text.ljust(width) if words else text.rjust(width) for text in column]
-        columns.append([lines[0], "-" * width, *lines[1:]])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+def table(header, rows, most=100):
+    """Rows of strings and numbers as aligned columns: words to the left, numbers to the right. Where they are
+    wider than `most`, heads and words are wrapped, the last column of words first, and what still has no room
+    stands below, behind the leading words again."""
+    cells, spans = [[shown(v) for v in row] for row in [header, *rows]], range(len(header))
+    words = [c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows) for c in spans]
+    width = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if sum(width) + 2 * len(width) - 2 > most:
+        cells[0] = [head.replace("_", " ") for head in cells[0]]
+        parts = [[*head.split(), *below] for head, *below in zip(*cells, strict=True)]
+        width = [max(map(len, column)) for column in parts]
+    for c in [c for c in spans if words[c]][::-1]:
+        width[c] -= max(0, min(sum(width) + 2 * len(width) - 2 - most, width[c] - 24))
+    keys = 1 if all(words) else words.index(False)
+    tables, room = [], 0
+    for c in spans[keys:]:
+        room -= width[c] + 2
+        if room < 0 or not tables:
+            tables.append([*range(keys)])
+            room = most - sum(width[:keys]) - 2 * (keys - 1) - width[c] - 2
+        tables[-1].append(c)
+    return "\n\n".join(aligned(cells, width, words, columns) for columns in tables or [[0]])
+
+
+def aligned(cells, width, words, columns):
+    """Columns of a table, by their numbers, as text; the first row of cells is the heads."""
+    lines = []
+    for row in cells:
+        each = [textwrap.wrap(row[c], width[c]) or [""] for c in columns]
+        for k in range(max(map(len, each))):
+            texts = [(*part, *[""] * (k + 1))[k] for part in each]
+            pairs = zip(texts, columns, strict=True)
+            texts = [t.ljust(width[c]) if words[c] else t.rjust(width[c]) for t, c in pairs]
+            lines.append("  ".join(texts).rstrip())
+        if row is cells[0]:
+            lines.append("  ".join("-" * width[c] for c in columns))
+    return "\n".join(lines)
 
 
 class Html(str):

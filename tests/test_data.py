@@ -2601,6 +2601,19 @@ def test_table_aligns_and_shows_three_decimals_and_a_dash():
     assert len({len(line) for line in lines}) == 1
 
 
+@pytest.mark.parametrize("columns, words", [(4, 1), (4, 40), (14, 3), (14, 40), (30, 1), (1, 200)])
+def test_a_table_fits_100_columns_and_loses_nothing(columns, words):
+    header = ("model", "protocol", *[f"avg_number_{k}" for k in range(columns)], "why")
+    numbers = [k / 1000 + 0.1 for k in range(columns)]
+    rows = [("ViT-B-32@" + "x" * 30, "probe", *numbers, " ".join(["reason"] * words))]
+    said = data.table(header, rows)
+    assert max(map(len, said.splitlines())) <= 100 and said.count("reason") == words
+    assert all(f"{n:.3f}" in said for n in numbers) and len(re.findall("number", said)) == columns
+    parts = said.split("\n\n")
+    assert all(part.startswith("model") and "probe" in part for part in parts)
+    assert (len(parts) > 1) == (columns > 4)
+
+
 def test_page_is_self_contained_and_escapes_all_text():
     figure = data.thumb(Image.new("RGBA", (400, 300), (9, 90, 9, 128)), 'a <b> & "c" onerror=x')
     rows = [("erm", "n = 3", [(0.5, (0.4, 0.6)), None]), ("<bap>", "<i>", [(1.0, (0.9, 1.9)), (0.25, None)])]

@@ -2852,13 +2852,13 @@ def tag(name, *parts, **attributes):
     return Html(f"<{name}{given}>{inner}</{name}>" if name != "img" else f"<img{given}>")
 
 
-def thumb(image, caption, size=150):
-    """A picture as <figure> with its bytes inside the page."""
+def thumb(image, caption, size=150, alt=""):
+    """A picture as <figure> with its bytes inside the page; alt: what it shows, if not the caption."""
     image, buffer = opaque(image).copy(), io.BytesIO()
     image.thumbnail((2 * size, 2 * size))
-    image.save(buffer, "JPEG", quality=80)
+    image.save(buffer, "JPEG", quality=75)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return tag("figure", tag("img", alt=caption, src=source), tag("figcaption", caption))
+    return tag("figure", tag("img", alt=alt or caption or "picture", src=source), tag("figcaption", caption))
 
 
 def text(x, y, words, anchor="start", kind="", **more):
@@ -2924,19 +2924,30 @@ def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links
     """A self-contained HTML page. All text but Html is escaped.
 
     kicker: a line above the title; numbers: (figure, what it is), shown large; links: (text, path);
-    sections: (heading, *parts); config, git and notes are folded away at its end.
+    sections: (heading, *parts); config, git and notes are folded away at its end. Kicker, title and headings
+    name files without their folders.
     """
+    folders = re.compile(r"(?<![\w.])/(?:[^/\s]+/)*(?=\S)")
+    kicker, title, *heads = [folders.sub("", words) for words in (kicker, title, *[s[0] for s in sections])]
     body = [tag("p", kicker, class_="dim"), tag("h1", title), tag("p", lead)]
     large = [tag("div", tag("b", figure), tag("span", what)) for figure, what in numbers]
     body += [tag("div", *large, class_="numbers")] if large else []
-    body += [tag("section", tag("h2", heading), *parts) for heading, *parts in sections]
-    body.append(tag("p", *[tag("a", words, href=path) for words, path in links], class_="links"))
+    if links:
+        body.append(tag("p", *[tag("a", words, href=path) for words, path in links], class_="links"))
+    body += [tag("section", tag("h2", h), *parts) for h, (_, *parts) in zip(heads, sections, strict=True)]
     lines = "\n".join([*[f"--{k}={v}" for k, v in config.items()], f"git {git}"])
     folded = [tag("summary", "Notes, flags and revision"), *[tag("p", note) for note in notes]]
     body.append(tag("details", *folded, tag("pre", lines)))
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
     return head + tag("title", title) + f"<style>{asset('page.css')}</style>" + "".join(body) + "</html>"
+
+
+def linked(words, made, name, out_dir):
+    """The links of a page in out_dir to the page of a name beside a file of another run, or in its folder:
+    [(words, path)], or none."""
+    path = Path(made if os.path.isdir(made) else os.path.dirname(made)) / name
+    return [(words, os.path.relpath(path, out_dir))] if made and path.is_file() else []
 
 
 SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place

@@ -26,6 +26,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 import zlib
@@ -2804,16 +2805,43 @@ def shown(value, missing="-"):
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def table(header, rows):
-    """Rows of strings and numbers as aligned columns: words to the left, numbers to the right."""
-    cells = [[shown(v) for v in row] for row in [header, *rows]]
-    columns = []
-    for c, column in enumerate(zip(*cells, strict=True)):
-        width = max(map(len, column))
-        words = c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows)
-        lines = [text.ljust(width) if words else text.rjust(width) for text in column]
-        columns.append([lines[0], "-" * width, *lines[1:]])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+def table(header, rows, most=100):
+    """Rows of strings and numbers as aligned columns: words to the left, numbers to the right. Where they are
+    wider than `most`, heads and words are wrapped, the last column of words first, and what still has no room
+    stands below, behind the leading words again."""
+    cells, spans = [[shown(v) for v in row] for row in [header, *rows]], range(len(header))
+    words = [c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows) for c in spans]
+    width = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if sum(width) + 2 * len(width) - 2 > most:
+        cells[0] = [head.replace("_", " ") for head in cells[0]]
+        parts = [[*head.split(), *below] for head, *below in zip(*cells, strict=True)]
+        width = [max(map(len, column)) for column in parts]
+    for c in [c for c in spans if words[c]][::-1]:
+        width[c] -= max(0, min(sum(width) + 2 * len(width) - 2 - most, width[c] - 24))
+    keys = 1 if all(words) else words.index(False)
+    tables, room = [], 0
+    for c in spans[keys:]:
+        room -= width[c] + 2
+        if room < 0 or not tables:
+            tables.append([*range(keys)])
+            room = most - sum(width[:keys]) - 2 * (keys - 1) - width[c] - 2
+        tables[-1].append(c)
+    return "\n\n".join(aligned(cells, width, words, columns) for columns in tables or [[0]])
+
+
+def aligned(cells, width, words, columns):
+    """Columns of a table, by their numbers, as text; the first row of cells is the heads."""
+    lines = []
+    for row in cells:
+        each = [textwrap.wrap(row[c], width[c]) or [""] for c in columns]
+        for k in range(max(map(len, each))):
+            texts = [(*part, *[""] * (k + 1))[k] for part in each]
+            pairs = zip(texts, columns, strict=True)
+            texts = [t.ljust(width[c]) if words[c] else t.rjust(width[c]) for t, c in pairs]
+            lines.append("  ".join(texts).rstrip())
+        if row is cells[0]:
+            lines.append("  ".join("-" * width[c] for c in columns))
+    return "\n".join(lines)
 
 
 class Html(str):
@@ -2827,13 +2855,13 @@ def tag(name, *parts, **attributes):
     return Html(f"<{name}{given}>{inner}</{name}>" if name != "img" else f"<img{given}>")
 
 
-def thumb(image, caption, size=150):
-    """A picture as <figure> with its bytes inside the page."""
+def thumb(image, caption, size=150, alt=""):
+    """A picture as <figure> with its bytes inside the page; alt: what it shows, if not the caption."""
     image, buffer = opaque(image).copy(), io.BytesIO()
     image.thumbnail((2 * size, 2 * size))
-    image.save(buffer, "JPEG", quality=80)
+    image.save(buffer, "JPEG", quality=75)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return tag("figure", tag("img", alt=caption, src=source), tag("figcaption", caption))
+    return tag("figure", tag("img", alt=alt or caption or "picture", src=source), tag("figcaption", caption))
 
 
 def text(x, y, words, anchor="start", kind="", **more):
@@ -2899,19 +2927,30 @@ def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links
     """A self-contained HTML page. All text but Html is escaped.
 
     kicker: a line above the title; numbers: (figure, what it is), shown large; links: (text, path);
-    sections: (heading, *parts); config, git and notes are folded away at its end.
+    sections: (heading, *parts); config, git and notes are folded away at its end. Kicker, title and headings
+    name files without their folders.
     """
+    folders = re.compile(r"(?<![\w.])/(?:[^/\s]+/)*(?=\S)")
+    kicker, title, *heads = [folders.sub("", words) for words in (kicker, title, *[s[0] for s in sections])]
     body = [tag("p", kicker, class_="dim"), tag("h1", title), tag("p", lead)]
     large = [tag("div", tag("b", figure), tag("span", what)) for figure, what in numbers]
     body += [tag("div", *large, class_="numbers")] if large else []
-    body += [tag("section", tag("h2", heading), *parts) for heading, *parts in sections]
-    body.append(tag("p", *[tag("a", words, href=path) for words, path in links], class_="links"))
+    if links:
+        body.append(tag("p", *[tag("a", words, href=path) for words, path in links], class_="links"))
+    body += [tag("section", tag("h2", h), *parts) for h, (_, *parts) in zip(heads, sections, strict=True)]
     lines = "\n".join([*[f"--{k}={v}" for k, v in config.items()], f"git {git}"])
     folded = [tag("summary", "Notes, flags and revision"), *[tag("p", note) for note in notes]]
     body.append(tag("details", *folded, tag("pre", lines)))
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width,initial-scale=1">'
     return head + tag("title", title) + f"<style>{asset('page.css')}</style>" + "".join(body) + "</html>"
+
+
+def linked(words, made, name, out_dir):
+    """The links of a page in out_dir to the page of a name beside a file of another run, or in its folder:
+    [(words, path)], or none."""
+    path = Path(made if os.path.isdir(made) else os.path.dirname(made)) / name
+    return [(words, os.path.relpath(path, out_dir))] if made and path.is_file() else []
 
 
 SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place

@@ -26,8 +26,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # first, as it checks the flags before torch is imported
-from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, load_data
-from data import load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table, tag, thumb
+from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, linked
+from data import (
+    load_data,
+    load_regions,
+    opaque,
+    page,
+    reading,
+    region_truth,
+    revision,
+    rng,
+    run,
+    say,
+    table,
+    tag,
+    thumb,
+)
 from data import write, write_json
 
 import numpy as np
@@ -110,6 +124,7 @@ INFLUENCE = 0.25  # clusters below it are not kept, as published
 CONE = 0.1  # mean cosine of the regions above which fast takes their mean off: they lie in a cone, and what
 # tells them apart is small beside what they share
 LISTED = 1000  # regions of a cluster in discovery.json, of its n; the labels of all are in discovery.npz
+PICTURED = 6  # kept clusters whose regions the page shows: with more it would weigh more than 2 MB
 FALSE_DISCOVERIES = 0.05  # of the clusters that loss keeps, the share that may be chance
 OF_GAP = "gap", "weight", "acc_in", "acc_out", "n_in", "n_out", "q"
 STEP = 1 << 16  # regions handled at a time
@@ -1018,6 +1033,8 @@ def verdict_line(kept, method):
     ours = f"as a class loses by it (false discovery rate {FALSE_DISCOVERIES})"
     rule = ours if method == "loss" else "by the paper's rule"
     features = f"{len(kept)} cluster{'s' * (len(kept) > 1)} kept {rule}"
+    if all(c["chance"] is None for c in kept):
+        return f"{features}; how many chance would keep is not known"
     return f"{features}, {len(clear(kept))} with a score above twice that of chance"
 
 
@@ -1035,7 +1052,7 @@ def dropped(clusters):
 
 
 def clear(kept):
-    return [c for c in kept if c["chance"] is None or (c["score"] or 0) > 2 * c["chance"]]
+    return [c for c in kept if c["chance"] is not None and (c["score"] or 0) > 2 * c["chance"]]
 
 
 def gains(cluster, sign, most=2, line="{name} {gap:+.2f} ({acc_in:.2f} with, {acc_out:.2f} without)"):
@@ -1066,7 +1083,7 @@ def console(summary, e):
         tied = "most helped, harmed: weighted gap" if kept else "why not; weighted gaps"
         header = ("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", tied)
         lines += filter(None, (table(header, rows), dropped(clusters)))
-    if config["method"] == "all":
+    if config["method"] == "all" and summary["base_rate"] is not None:
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         lines.append("\n" + table(("method", "precision_at_10"), rows))
     if summary["base_rate"] is not None:
@@ -1084,7 +1101,7 @@ def report(summary, e, similarity, M):
     kept, sections = [c for c in clusters if c["kept"]], []
     can_read = kept and e.encoder and e.encoder.tokenizer and config["method"] not in BASELINES
     words = nearest_words(e.encoder, M, summary["mean_removed"]) if can_read else {}
-    for place, c in enumerate(kept or clusters[:3], 1):
+    for place, c in enumerate(kept[:PICTURED] or clusters[:3], 1):
         score = f", score {c['score']:.2f} (by chance {c['chance']:.2f})" if c["chance"] is not None else ""
         parts = cluster_parts(c, words.get(c["id"]), e, similarity)
         sections.append((f"{place}. Cluster {c['id']}{score}", *parts))
@@ -1094,21 +1111,28 @@ def report(summary, e, similarity, M):
         rows.append((str(c["id"]), c["reason"], *numbers, c["n"]))
     header = ("cluster", "kept?", "score", "by chance", "influence", "regions")
     sections.append(("All clusters", html_table(header, rows)))
-    if len(summary["methods"]) > 1:
+    if len(summary["methods"]) > 1 and summary["base_rate"] is not None:
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         sections.append(("Methods", html_table(("method", "Precision@10"), rows)))
     what = "given embeddings" if config["embeddings"] else config["model"]
     none = "no spurious feature was found; below the nearest candidates"
     result = verdict_line(kept, config["method"]) if kept else none
     lead = f"{result.capitalize()}, among {summary['k']} clusters of {len(e.x)} regions. {dropped(clusters)}"
+    lead = f"A ranking of {len(e.x)} regions." if config["method"] in BASELINES else lead
     if summary["precision_at_10"] is not None:
         rate = f"{summary['base_rate']:.2f} of all regions show the target"
         lead += f" Precision@10 {summary['precision_at_10']:.2f}, {rate}."
-    n = len(clear(kept))
-    title = "No spurious feature found above chance."
-    title = f"The model goes by {n} spurious feature{'s' * (n > 1)}." if n else title
-    about = config, summary["git"], summary["notes"]
-    return page(f"flock, discover.py: {Path(e.name).name} by {what}", title, lead, sections, *about)
+    above, title, numbers = clear(kept), "No spurious feature found above chance.", []
+    if config["method"] in BASELINES:
+        title = f"Regions as {config['method']} ranks them."
+    elif above:
+        title = f"The model goes by {len(above)} spurious feature{'s' * (len(above) > 1)}."
+        name, g = min(above[0]["gaps"].items(), key=lambda gap: gap[1]["gap"])
+        numbers = [(f"{g['acc_out']:.0%}", f"of {name} are right without cluster {above[0]['id']}")]
+        numbers.append((f"{g['acc_in']:.0%}", "with it"))
+    links = linked("how the classifier was trained", config["ckpt"], "report.html", config["out_dir"])
+    about = config, summary["git"], summary["notes"], numbers, links
+    return page(f"flock, discover.py: {e.name} by {what}", title, lead, sections, *about)
 
 
 def nearest_words(encoder, M, mean_removed):
@@ -1131,7 +1155,7 @@ def cluster_parts(c, words, e, similarity):
     if e.pictures:
         parts.append(tag("h3", "Its regions, the most typical first, with their cosine to the medoid"))
         crops = {r: Crop(e.pictures[e.image[r]], tuple(e.box[r].tolist())) for r in c["regions"][:10]}
-        crops = [thumb(crop.image(), f"{similarity[r]:.2f}", 84) for r, crop in crops.items()]
+        crops = [thumb(v.image(), f"{similarity[r]:.2f}", 84, f"region {r}") for r, v in crops.items()]
         parts.append(tag("div", *crops, class_="small"))
         parts.append(tag("h3", "In their images"))
         firsts = {}

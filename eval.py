@@ -26,9 +26,19 @@ from collections import namedtuple
 from pathlib import Path
 
 # first, as it checks the flags before torch is imported
-from data import LEAST, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers, load_data
+from data import LEAST, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers, linked
 from data import composites as compose
-from data import load_foregrounds, load_predictions, load_regions, near, page, plain, read_json, reading
+from data import (
+    load_data,
+    load_foregrounds,
+    load_predictions,
+    load_regions,
+    near,
+    page,
+    plain,
+    read_json,
+    reading,
+)
 from data import region_truth, revision, rng, run, say, table, tag, text, thumb, write, write_json
 from data import SPEECH, unrun, write_table
 
@@ -215,8 +225,7 @@ def report(results, samples, blocks, config, git):
         title = f"{name} is right on {m['worst_group']:.0%} of its worst group, {group}."
         shown = "worst_group", "avg_group_mean", "avg_train_weighted"
     numbers = [(f"{m[k]:.0%}", k.replace("_", " ")) for k in shown if m[k] is not None]
-    made = os.path.relpath(Path(ckpt).parent / "report.html", config["out_dir"])
-    links = [("the report of the map", made)] if ckpt else []
+    links = linked("the report of the map", ckpt, "report.html", config["out_dir"])
     what = "what another program predicted" if predictions else f"the checkpoint's probe {head['protocol']}"
     what = getattr(protocol_of(head["protocol"]), "what", what)
     lead = f"{what[0].upper() + what[1:]}; {m['n']} photos."
@@ -802,8 +811,8 @@ def blocks_of(results, outcomes, samples, failed):
     """All that the console and eval.html show."""
     name, head = next(iter(results.items()))
     counter = is_counteranimal(samples)
-    blocks = [results_block(results, samples, failed), line_block(results, counter)]
-    blocks.append(counter_block(name, head) if counter else groups_block(results, samples, head))
+    blocks = [counter_block(name, head) if counter else groups_block(results, samples, head)]
+    blocks += [results_block(results, samples, failed), line_block(results, counter)]
     rows = []
     for c, m in head["classes"].items():
         taken = ", ".join(f"{k} ({v})" for k, v in m.get("taken_for", {}).items())
@@ -1005,11 +1014,9 @@ def controlled_settings(config):
         at_10 = f"Precision@10 {', '.join(found) or 'not looked for'}"
         say(f"setting {k + 1}/{len(todo)}: V {v:g}, {classes[c]}: {gap}; {at_10}")
     write_settings(out / "protocol.csv", done)
-    blocks, of = setting_blocks(tree, classes), f"({config['data']}; {config['model']})"
-    lead = f"{tree['summary']['valid']} of {len(done)} settings learned the planted feature {of}."
-    title = f"Controlled settings, {config['data'].partition(':')[0]}"
-    write(out / "protocol.html", page("flock, eval.py", title, lead, sections(blocks), config, git))
-    say(f"\n{console(blocks)}\n\n{lead}", True)
+    blocks = setting_blocks(tree, classes)
+    write(out / "protocol.html", setting_page(tree, blocks, classes))
+    say("\n" + "\n\n".join(filter(None, (console(blocks), learned(tree)))), True)
     say(f"\n{out}/protocol.json, protocol.csv and protocol.html written, {time.time() - started:.0f} s", True)
 
 
@@ -1192,6 +1199,31 @@ def summarised(done):
             methods[m] = {k: sum(s["mitigation"][m][k] for s in each) / len(each) for k in FIGURES}
         mitigation[f"precision_above_{least:g}"] = dict(n=len(each), methods=methods)
     return dict(settings=len(done), valid=len(valid), precision_at_10=precision, mitigation=mitigation)
+
+
+def learned(tree):
+    of, config = tree["summary"], tree["config"]
+    line = f"{of['valid']} of {of['settings']} settings learned the planted feature"
+    return f"{line} ({config['data']}; {config['model']})."
+
+
+def setting_page(tree, blocks, classes):
+    """protocol.html: what RaVL found and reached, and the pages of the discoveries."""
+    found, config = tree["summary"]["precision_at_10"].get("ravl"), tree["config"]
+    title, numbers, links = "No setting learned the planted feature.", [], []
+    if found:
+        title = f"RaVL finds the planted feature with a Precision@10 of {found['all']['mean']:.2f}."
+        numbers = [(f"{found['all']['mean']:.2f}", f"Precision@10, mean of {found['all']['n']} settings")]
+    reached = tree["summary"]["mitigation"]["precision_above_0.6"]["methods"]
+    for name in ("finetune", "ravl") if reached else ():
+        numbers.append((f"{reached[name]['image_worst_group']:.0%}", f"worst group of {name}"))
+    for s in tree["settings"]:
+        where, c = f"settings/{s['strength']:g}-{s['spurious_class']}/discovery", classes[s["spurious_class"]]
+        words = f"discovery at {s['strength']:g}, {c}"
+        links += linked(words, Path(config["out_dir"]) / where, "discovery.html", config["out_dir"])
+    kicker = f"flock, eval.py: controlled settings, {config['data']} by {config['model']}"
+    about = sections(blocks), config, tree["git"], (), numbers, links
+    return page(kicker, title, learned(tree), *about)
 
 
 def setting_blocks(tree, classes):

@@ -37,8 +37,19 @@ from types import SimpleNamespace
 
 # first, as it checks the flags before torch is imported
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
-from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, load_data
-from data import load_foregrounds, load_regions, page, picture_size, read_json, reading, revision, rng, run
+from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
+from data import (
+    load_data,
+    load_foregrounds,
+    load_regions,
+    page,
+    picture_size,
+    read_json,
+    reading,
+    revision,
+    rng,
+    run,
+)
 from data import say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
 
 import numpy as np
@@ -1001,6 +1012,7 @@ def report(results, last):
     shown = [thumb(last.cells[k].image(), f"composite {k}") for k in picked]
     shown += [thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in last.cuts[:6]]
     keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
+    heads = [key.replace("_", " ") for key in keys]
     table_rows = [(name, *[m[k] for k in keys], ROWS[name]) for name, m in methods.items()]
     for name, reason in results["reasons"].items():
         table_rows.append((name, *[None] * len(keys), f"{ROWS[name]}: {reason}"))
@@ -1013,15 +1025,15 @@ def report(results, last):
         ("What is still wrong", *examples(samples, test & ~last.right[best], taken)),
         ("The biased training data", *examples(samples, samples.split == 0, names)),
         ("Composites to pre-train on", *(shown or ["none"])),
-        ("Methods", html_table(("method", *keys, "what"), table_rows)),
+        ("Methods", html_table(("method", *heads, "what"), table_rows)),
         ("Additivity", *(additive if results["additivity"] else ["of composites: none"])),
         ("Invariance", tag("p", invariant)),
     ]
     if results["zero_shot"]:
         sections.insert(1, ("Zero-shot", html_table(*zero_rows(results["zero_shot"]))))
     found = config["backgrounds"].removeprefix("discovery:")
-    where = os.path.join(os.path.relpath(found, config["out_dir"]), "discovery.html")
-    links = [("what it looks at", where)] if found != config["backgrounds"] else []
+    found = found if found != config["backgrounds"] else ""
+    links = linked("what it looks at", found, "discovery.html", config["out_dir"])
     kicker = f"flock, train.py: {Path(config['data']).name} by {config['model']}, seed {config['seed']}"
     lead = "Every group counts alike; no place label was used to train either."
     return page(kicker, title, lead, sections, config, results["git"], results["notes"], numbers, links)

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -2609,6 +2610,34 @@ def test_table_aligns_and_shows_three_decimals_and_a_dash():
     assert len({len(line) for line in lines}) == 1
 
 
+@pytest.mark.parametrize("columns, words", [(4, 1), (4, 40), (14, 3), (14, 40), (30, 1), (1, 200)])
+def test_a_table_fits_100_columns_and_loses_nothing(columns, words):
+    header = ("model", "protocol", *[f"avg_number_{k}" for k in range(columns)], "why")
+    numbers = [k / 1000 + 0.1 for k in range(columns)]
+    rows = [("ViT-B-32@" + "x" * 30, "probe", *numbers, " ".join(["reason"] * words))]
+    said = data.table(header, rows)
+    assert max(map(len, said.splitlines())) <= 100 and said.count("reason") == words
+    assert all(f"{n:.3f}" in said for n in numbers) and len(re.findall("number", said)) == columns
+    parts = said.split("\n\n")
+    assert all(part.startswith("model") and "probe" in part for part in parts)
+    assert (len(parts) > 1) == (columns > 4)
+
+
+def test_headlines_name_files_without_their_folders_and_links_lead_to_pages_that_are_there(tmp_path):
+    heads = "flock: embeddings:/data/me/x.npz", "ViT-B-32@/home/me/w.pt is right on 5 of 6 and/or so"
+    page = data.page(*heads, "", [("Groups, local-dir:/m/n", "plain")], {}, None)
+    assert "/data" not in page and "embeddings:x.npz" in page and "local-dir:n" in page
+    assert page.count("ViT-B-32@w.pt is right on 5 of 6 and/or so") == 2
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/report.html").touch()
+    for made in ("a", "a/ckpt.pt"):
+        links = data.linked("its report", tmp_path / made, "report.html", tmp_path / "b")
+        assert links == [("its report", "../a/report.html")]
+    assert not data.linked("", tmp_path / "b/ckpt.pt", "report.html", tmp_path) + data.linked(
+        "", "", "c", "."
+    )
+
+
 def test_page_is_self_contained_and_escapes_all_text():
     figure = data.thumb(Image.new("RGBA", (400, 300), (9, 90, 9, 128)), 'a <b> & "c" onerror=x')
     rows = [("erm", "n = 3", [(0.5, (0.4, 0.6)), None]), ("<bap>", "<i>", [(1.0, (0.9, 1.9)), (0.25, None)])]
@@ -2618,8 +2647,8 @@ def test_page_is_self_contained_and_escapes_all_text():
     about = {"data": "<script>"}, "<u>", ["<u>"], [("<i>", "<u>")], [("<i>", 'x" onerror=x')]
     page = data.page("<u>", "<title>", "5 < 6 <img onerror=x>", sections, *about)
     links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)
-    assert [link.partition(";")[0] for link in links] == ["data:image/jpeg", "data:image/svg+xml", "x&quot"]
-    svg = base64.b64decode(links[1].partition(",")[2]).decode()
+    assert [link.partition(";")[0] for link in links] == ["x&quot", "data:image/jpeg", "data:image/svg+xml"]
+    svg = base64.b64decode(links[2].partition(",")[2]).decode()
     assert svg in page and all(f'cx="{8 + 384 * v:.1f}"' in svg for v in (0.5, 1, 0.25))
     assert 'd="M161.6 ' in svg and "H392.0" in svg  # from 0.4; 1.9 is cut off at 1
     page = page.replace(data.SVG, "")
@@ -2627,6 +2656,41 @@ def test_page_is_self_contained_and_escapes_all_text():
         assert word not in page
     for word in ("&lt;title&gt;", "x &amp; y", "0.500", "a &lt;b&gt; &amp; &quot;c&quot;"):
         assert word in page
+
+
+def rules(name, dark):
+    """{selector: its declarations} of a style sheet, in light or in dark."""
+    light, _, after = re.sub(r"\s+", " ", data.asset(name)).partition("@media(prefers-color-scheme:dark){")
+    inside, _, rest = re.sub(r"\} ?\}", "}\0", after, count=1).partition("\0")
+    out = {}
+    for part in (light, rest, inside * dark):
+        for selectors, body in re.findall(r"([^{}@]+)\{([^{}]*)\}", part):
+            for selector in selectors.split(","):
+                out.setdefault(selector.strip(), {}).update(d.split(":", 1) for d in body.split(";") if d)
+    return out
+
+
+def luminance(colour):
+    """As WCAG 2 has it, of #rrggbb."""
+    shares = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in shares]
+    return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_text_of_pages_and_figures_stands_out_and_so_do_marks(dark):
+    page, figure, seen = rules("page.css", dark), rules("figure.css", dark), Counter()
+    paper = luminance(page[":root"]["--paper"])
+    for selector, style in [*page.items(), *figure.items()]:
+        for key in style.keys() & {"color", "fill", "stroke"}:
+            colour = page[":root"].get(style[key].removeprefix("var(").rstrip(")"), style[key])
+            kind = "text" if key == "color" or selector in ("text", ".dim") else "mark"
+            if colour == "none" or selector in ("path.grid", "path.way"):  # beside the point
+                continue
+            low, high = sorted((luminance(colour), paper))
+            seen[kind] += 1
+            assert (high + 0.05) / (low + 0.05) >= dict(text=4.5, mark=3)[kind], (selector, colour)
+    assert seen["text"] >= 7 and seen["mark"] >= 12
 
 
 def test_thumb_holds_a_readable_jpeg_no_larger_than_twice_its_box():

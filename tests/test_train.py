@@ -249,7 +249,8 @@ def test_results_keep_the_contract(which, train_counts, request):
     out = request.getfixturevalue(which)
     r = tree(out)
     needy = {"group_weighted", "copy_paste", "balanced_train"}  # of minority groups or masks
-    assert r.keys() == set("config git notes additivity invariance zero_shot methods reasons seconds".split())
+    head = "config git fingerprint inputs notes files seconds"
+    assert r.keys() == {*head.split(), *"additivity invariance zero_shot methods reasons".split()}
     assert r["reasons"].keys() == (needy if which == "plain" else set())
     assert which == "full" or "one place only" in r["reasons"]["group_weighted"]
     assert all(reason in (out / "report.html").read_text() for reason in r["reasons"].values())

@@ -27,22 +27,8 @@ from types import SimpleNamespace
 
 # first, as it checks the flags before torch is imported
 from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, linked
-from data import (
-    load_data,
-    load_regions,
-    opaque,
-    page,
-    reading,
-    region_truth,
-    revision,
-    rng,
-    run,
-    say,
-    table,
-    tag,
-    thumb,
-)
-from data import write, write_json
+from data import load_data, load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table
+from data import tag, thumb, write, write_json
 
 import numpy as np
 import torch

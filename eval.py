@@ -26,21 +26,11 @@ from collections import namedtuple
 from pathlib import Path
 
 # first, as it checks the flags before torch is imported
-from data import LEAST, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers, linked
+from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers
+from data import linked, load_data, load_foregrounds, load_predictions, load_regions, near, page, plain
+from data import read_json, reading, region_truth, revision, rng, run, say, table, tag, text, thumb, unrun
+from data import write, write_json, write_table
 from data import composites as compose
-from data import (
-    load_data,
-    load_foregrounds,
-    load_predictions,
-    load_regions,
-    near,
-    page,
-    plain,
-    read_json,
-    reading,
-)
-from data import region_truth, revision, rng, run, say, table, tag, text, thumb, write, write_json
-from data import SPEECH, unrun, write_table
 
 import numpy as np
 import torch
@@ -854,7 +844,7 @@ def results_block(results, samples, failed):
         notes.append("fewshot: means over the draws; worst_group, too, is the mean of each draw's own")
     mapped = [p for p in head["protocols"] if protocol_of(p)]
     if head.get("ckpt") and mapped:
-        notes.append(f"through the map bap of {head['ckpt']}: {', '.join(mapped)}")
+        notes.append(f"through the map bap of {Path(head['ckpt']).name}: {', '.join(mapped)}")
     for k in [k for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")][:1]:
         low, high = best[k + "_interval"]
         notes.append(f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}")

@@ -38,19 +38,8 @@ from types import SimpleNamespace
 # first, as it checks the flags before torch is imported
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
 from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
-from data import (
-    load_data,
-    load_foregrounds,
-    load_regions,
-    page,
-    picture_size,
-    read_json,
-    reading,
-    revision,
-    rng,
-    run,
-)
-from data import say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
+from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading, revision
+from data import rng, run, say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
 
 import numpy as np
 import torch

@@ -287,23 +287,12 @@ def bap(s, encoder, figures, grounds, samples, out, head):
     if not good.all():
         samples, x = check(samples.keep(good.cpu())), x[good]
     lap("target")
-    grids, own_cells, all_j, drift, foretold = [(1.0, z, i)], [], j, None, None
     power = 1.0 if (z < 0).any() else 0.5  # after a ReLU a few large channels outshout the rest
-    mine = samples.keep(samples.split == 0).items if own and not stored else []
-    cuts = cut_own(encoder, mine, cells, s) if mine else {}
-    if cuts:
-        own_cells, own_i, own_j = own_composites(list(cuts.values()), grounds, s)
-        turn = torch.arange(len(own_cells)) % OWN_PER
-        own_cells, v, own_i, own_j, turn = embedded(encoder, own_cells, "own foregrounds", own_i, own_j, turn)
-        photos, y = (part[samples.split.to(part.device) == 0][list(cuts)] for part in (x, samples.y))
-        views = features(photos, power), features(v, power)
-        drift, foretold = own_backgrounds(*views, own_i, turn, y.to(x.device), s)
-        line = f"of what {len(drift)} photos have beside their foregrounds these foretell {foretold:.3f}: "
-        say(line + ("independent" if foretold < FORETOLD else "they are left out of S_f"))
-        if foretold < FORETOLD:
-            grids, all_j = [(1 - own, z, i), (own, v, own_i)], torch.cat([j, own_j])
-        else:
-            own_cells = []
+    mine = own_foregrounds(encoder, cells, grounds, samples, x, power, s) if own and not stored else None
+    grids, all_cells, all_j, drift = [(1.0, z, i)], cells, j, mine.drift if mine else None
+    if mine and mine.foretold < FORETOLD:
+        grids, all_cells = [(1 - own, z, i), (own, mine.z, mine.i)], cells + mine.cells
+        all_j = torch.cat([j, mine.j])
     lap("own")
 
     # 4. the maps, and with --train=last_blocks|image first the encoder
@@ -311,17 +300,17 @@ def bap(s, encoder, figures, grounds, samples, out, head):
     identity = Map(x.new_zeros(D), torch.eye(D, device=x.device))
     if cells:
         maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1.0, z, i)], lam))
-        maps |= dict(bap_synthetic=wiener([(1.0, z, i)], lam, power, None, LEAST)) if cuts else {}
+        if mine:
+            maps["bap_synthetic"] = wiener([(1.0, z, i)], lam, power, None, LEAST)
         maps["bap"] = wiener(grids, lam, power, drift, LEAST)
     trained, x_bap, zero, weights = encoder, x, None, b""
     if train in ("last_blocks", "image"):
-        trained, weights = pretrain(encoder, cells + own_cells, grids, all_j, samples, s, out, head)
-        new = trained.embed(cells + own_cells, "composites, trained").split([len(v) for _, v, _ in grids])
+        trained, weights = pretrain(encoder, all_cells, grids, all_j, samples, s, out, head)
+        new = trained.embed(all_cells, "composites, trained").split([len(v) for _, v, _ in grids])
         grids = [(weight, v, k) for v, (weight, _, k) in zip(new, grids, strict=True)]
         x_bap = trained.embed(samples.items, "target, trained")
-        maps.update(
-            bap_map=maps["bap"], bap_both=wiener(grids, lam, power, None, LEAST), bap=identity
-        )  # no map any more
+        both = wiener(grids, lam, power, None, LEAST)  # drift is of the encoder as it was
+        maps.update(bap_map=maps["bap"], bap_both=both, bap=identity)
         if encoder.tokenizer:
             say(samples.nameless or samples.prompt_line())
         if encoder.tokenizer and not samples.nameless:
@@ -337,12 +326,12 @@ def bap(s, encoder, figures, grounds, samples, out, head):
     lap("probes")
     g = maps.get("bap", identity)
     found = invariance(g, grids[0][1], i, x, x_bap, samples, l2, s) if cells else None
-    if foretold is not None:
-        found["own_foretold"] = foretold
+    if mine:
+        found["own_foretold"] = mine.foretold
     result = dict(additivity=additive, invariance=found, methods=methods, reasons=reasons)
     result.update(seconds=lap.seconds, zero_shot=zero)
     last = dict(map=g, probes=probes, right=right, samples=samples, x=x_bap, cells=cells)
-    last.update(cuts=list(cuts.values()))
+    last.update(cuts=mine.cuts if mine else [])
     return result, SimpleNamespace(**last, encoder=trained, weights=weights)
 
 
@@ -434,7 +423,8 @@ def scatter(z, i):
     """Mean [D], and the scatters of z [N, D] between and within foregrounds i [N], double [D, D]: S_f, S_w.
 
     S_w: within-foreground scatter around the anchors; S_f: covariance of the anchors less S_w times
-    the mean of 1 / (composites of a foreground), not yet clipped to positive semi-definite.
+    the mean of 1 / (composites of a foreground), not yet clipped to positive semi-definite. A foreground's
+    anchor is here the mean of its composites: mu + a_f and the mean of a few c_b, which S_f is freed of.
     """
     z, i = z.double(), renumber(i)
     count = torch.bincount(i).double()
@@ -468,6 +458,26 @@ def wiener(grids, lam=1.0, power=1.0, drift=None, least=0.0):
     share, u = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.T, upper=False))  # in whitened space
     share = share.where(share >= min(least, share[-FEWEST:][0]), 0)  # [D], from 0 to 1
     return Map(mu, torch.linalg.solve_triangular(L.T, u * share, upper=True) @ u.T @ L.T, power)
+
+
+def own_foregrounds(encoder, cells, grounds, samples, x, power, s):
+    """The target's own training foregrounds, as a cutter that learned from the composites cells finds them,
+    on other backgrounds: cuts; composites cells [N], their embeddings z [N, D], foregrounds i and backgrounds
+    j [N]; drift and foretold, see own_backgrounds. None if the cutter is not trusted. x: embeddings of all
+    samples [n, D]."""
+    cuts = cut_own(encoder, samples.keep(samples.split == 0).items, cells, s)
+    if not cuts:
+        return None
+    made, i, j = own_composites(list(cuts.values()), grounds, s)
+    turn = torch.arange(len(made)) % OWN_PER
+    made, z, i, j, turn = embedded(encoder, made, "own foregrounds", i, j, turn)
+    photos, y = (part[samples.split.to(part.device) == 0][list(cuts)] for part in (x, samples.y))
+    views = features(photos, power), features(z, power)
+    drift, foretold = own_backgrounds(*views, i, turn, y.to(x.device), s)
+    line = f"of what {len(drift)} photos have beside their foregrounds these foretell {foretold:.3f}: "
+    say(line + ("independent" if foretold < FORETOLD else "they are left out of S_f"))
+    made = dict(cuts=list(cuts.values()), cells=made, z=z, i=i, j=j, drift=drift, foretold=foretold)
+    return SimpleNamespace(**made)
 
 
 def own_backgrounds(photos, v, i, turn, y, s):
@@ -1537,26 +1547,24 @@ def contrast_cost(e, ids, task, together=None):
 
 def spurious_aware_cost(e, ids, task):
     """The same within pairs that agree on the discovered feature, so that it cannot help."""
-    has = task.feature[ids].to(e["z"].device)
+    has = task.feature[ids]
     return contrast_cost(e, ids, task, has[:, None] == has)
 
 
 def ravl_cost(e, ids, task):
     """RaVL's region-aware loss, which holds down what was discovered."""
-    device = e["z"].device
     L_CL = contrast_cost(e, ids, task)["L_CL"][1]
-    L_R, L_A = region_terms(e["cos"], task.state[ids].to(device), task.y[ids].to(device), task.tau)
+    L_R, L_A = region_terms(e["cos"], task.state[ids], task.y[ids], task.tau)
     return dict(L_CL=(1 - task.w, L_CL), L_R=(task.w, L_R), L_A=(task.w, L_A))
 
 
 def erm_cost(e, ids, task):
-    y = task.y[ids].to(e["z"].device)
-    return dict(CE=(1.0, F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, y)))
+    return dict(CE=(1.0, F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, task.y[ids])))
 
 
 def gdro_cost(e, ids, task):
     """Group DRO over label x feature: q <- q exp(0.01 loss), kept in the task."""
-    y, has = task.y[ids].to(e["z"].device), task.feature[ids].to(e["z"].device)
+    y, has = task.y[ids], task.feature[ids]
     ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, y, reduction="none")
     one_hot = F.one_hot(2 * y + has.long(), 2 * task.C).to(ce)  # [B, G], G = 2 C
     losses = one_hot.T @ ce / one_hot.sum(0).clamp(min=1)  # zero of a group that is not there
@@ -1567,7 +1575,7 @@ def gdro_cost(e, ids, task):
 
 def anchor_cost(e, ids, task):
     """BAP on the encoder: see pretrain."""
-    target = task.mu + task.anchors[task.y[ids].to(e["z"].device)]
+    target = task.mu + task.anchors[task.y[ids]]
     distance = (e["z"] - target).square().sum(1).mean() / task.anchors.square().sum(1).mean()
     terms = dict(L_anchor=(1.0, distance))
     if task.text_weight and task.read:
@@ -1602,18 +1610,17 @@ def region_terms(cos, state, y, tau=0.07):
     A label of several images counts once in L_R's first sum (open in the paper). Zeros if no R_i^r has any.
     What takes no part is NONE, not cut out: no shape depends on the data, so a GPU is never waited for.
     """
-    x, n = cos.float() / tau, torch.arange(len(y), device=y.device)
-    s = x.masked_fill((state != 0)[:, :, None], NONE).amax(1)  # [B, C]
-    held = x.masked_fill((state != 1)[:, :, None], NONE).flatten(0, 1)  # [B R, C]
-    absent = (y[:, None] != torch.arange(x.shape[2], device=y.device)).all(0)  # [C]
-    most = held.masked_fill(absent, NONE).amax(1, keepdim=True)  # [B R, 1]
-    h = torch.cat([held, most], 1).logsumexp(0)  # [C + 1]
-    labels = torch.cat([s.masked_fill(absent, NONE), h[None, -1:].expand(len(y), 1)], 1)  # [B, C + 1]
-    twin = (y[:, None] == y) & (n[:, None] != n)
-    images = torch.cat([s[:, y].T.masked_fill(twin, NONE), h[y, None]], 1)  # [B, B + 1], s_j(y_i) in row i
+    x = cos.float() / tau
+    s = x.masked_fill((state != 0)[:, :, None], NONE).amax(1)  # [B, C], s_i(y) in row i
+    h = x.masked_fill((state != 1)[:, :, None], NONE).flatten(0, 1)  # [B R, C], of R_B^s
+    absent = (y[:, None] != torch.arange(x.shape[2], device=y.device)).all(0)  # [C], labels
+    own, largest = s.gather(1, y[:, None])[:, 0], h.masked_fill(absent, NONE).amax(1)  # [B], [B R]
+    L_R = torch.logaddexp(s.masked_fill(absent, NONE).logsumexp(1), largest.logsumexp(0)) - own
+    twins = (y[:, None] == y) & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
+    images = s[:, y].T.masked_fill(twins, NONE)  # [B, B], s_j(y_i) in row i
+    L_A = torch.logaddexp(images.logsumexp(1), h.logsumexp(0)[y]) - own
     counted = (state == 0).any(1)
-    terms = [F.cross_entropy(v, k, reduction="none") for v, k in ((labels, y), (images, n))]
-    return [v.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1) for v in terms]
+    return [v.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1) for v in (L_R, L_A)]
 
 
 # --- how often an image is drawn: a function from the step to rows [pairs], of the seed and the step alone
@@ -1667,8 +1674,10 @@ def smallest_groups(task, pairs):
     return every_image(task, pairs, torch.cat([pick[group[pick] == g][:least] for g in torch.unique(group)]))
 
 
+# How often an image is drawn, what a batch costs, whether a discovery is needed, what the towers see.
+# A cost takes e (see Towers), ids and the task, on e's device: y [n], C, seed, loss, tau, w; with a discovery
+# state [n, R] and feature [n] (see discovered); of jtt weight [n].
 Method = namedtuple("Method", "draw cost discovery uses", defaults=(False, ("texts",)))
-# how often an image is drawn, what a batch costs, whether a discovery is needed, what the towers see
 METHODS = {
     "finetune": Method(every_image, contrast_cost),
     "ravl": Method(every_image, ravl_cost, True, ("texts", "prompts", "regions")),

@@ -147,7 +147,8 @@ class Encoder:
         twin = copy.copy(self)
         for name in ("folded", "fast", "facts"):
             twin.__dict__.pop(name, None)
-        twin.module, twin.digest = module.eval().to(self.device), digest
+        module = module.eval().to(self.device, memory_format=torch.channels_last)  # of what is resumed, too
+        twin.module, twin.digest = module, digest
         twin.cache = self.cache if digest else ""
         return twin
 

@@ -1383,7 +1383,7 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY)]
     groups.append(dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0))
-    optimiser = torch.optim.AdamW(groups, config["learning_rate"], (0.9, 0.98))
+    optimiser = torch.optim.AdamW(groups, config["learning_rate"], (0.9, 0.98), fused=True)
     tower = Towers(module, encoder.kind, row is ANCHORS)
     tower = torch.compile(tower) if config["compile"] else tower
     tower = torch.nn.parallel.DistributedDataParallel(tower) if world > 1 else tower

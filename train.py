@@ -1379,7 +1379,8 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     """
     (rank, world), module, steps, pairs = ranks(), encoder.module, config["steps"], config["pairs"]
     choose_parameters(encoder, row, config)
-    getattr(module, "set_grad_checkpointing", lambda on: None)(config["checkpointing"])
+    if config["checkpointing"]:
+        getattr(module, "set_grad_checkpointing", bool)(True)
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY)]
     groups.append(dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0))

@@ -1930,6 +1930,8 @@ def load_checkpoint(path, encoder=None):
     if encoder is not None and made != encoder.fingerprint:
         cure = f"not with the weights of {encoder.name} loaded now; use the same model, or train anew"
         raise Complaint(f"{path}: made with {named}, {cure}")
+    if encoder is not None and encoder.kind == "stored" and encoder.name != config.get("model"):
+        say(f"{path}: {encoder.name} does not say which encoder made it; taken for that of {named}")
     with contextlib.suppress(Complaint, KeyError, TypeError):  # none beside it, or damaged, or says nothing
         results = Path(path).with_name("results.json")
         if read_json(results, "results")["files"][Path(path).name] != file_digest(path, ""):

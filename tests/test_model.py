@@ -1946,8 +1946,14 @@ def test_stored_embeddings_that_are_none_stop_or_are_left_out_and_counted(tmp_pa
     assert "2 of 5 skipped" in capsys.readouterr().out
 
 
-def test_stored_embeddings_of_one_width_have_one_fingerprint(tmp_path):
+def test_stored_embeddings_of_one_width_have_one_fingerprint_and_a_checkpoint_is_taken_with_a_word(
+    tmp_path, capsys
+):
     for name, shape in dict(a=(4, 3), b=(9, 3), c=(4, 5)).items():
         np.savez(tmp_path / f"{name}.npz", embedding=np.ones(shape))
-    a, b, c = (load_encoder(f"embeddings:{tmp_path / name}.npz").fingerprint for name in "abc")
-    assert a == b != c
+    encoders = a, b, c = [load_encoder(f"embeddings:{tmp_path / name}.npz") for name in "abc"]
+    assert a.fingerprint == b.fingerprint != c.fingerprint
+    model.save_checkpoint(tmp_path / "k.pt", dict(config=dict(model=a.name), fingerprint=a.fingerprint))
+    for encoder in encoders[:2]:
+        model.load_checkpoint(tmp_path / "k.pt", encoder)
+        assert ("does not say which encoder made it" in capsys.readouterr().out) == (encoder is b)

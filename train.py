@@ -1382,9 +1382,7 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     if config["checkpointing"]:
         getattr(module, "set_grad_checkpointing", bool)(True)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY)]
-    groups.append(dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0))
-    optimiser = torch.optim.AdamW(groups, config["learning_rate"], (0.9, 0.98), fused=True)
+    optimiser = adamw(parameters, config["learning_rate"])
     tower = Towers(module, encoder.kind, row is ANCHORS)
     tower = torch.compile(tower) if config["compile"] else tower
     tower = torch.nn.parallel.DistributedDataParallel(tower) if world > 1 else tower
@@ -1444,6 +1442,13 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     feed.close()
     module.requires_grad_(True)
     return rows
+
+
+def adamw(parameters, learning_rate):
+    """AdamW with CLIP's second beta; biases, gains and scales do not decay."""
+    groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY)]
+    groups.append(dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0))
+    return torch.optim.AdamW(groups, learning_rate, (0.9, 0.98), fused=True)
 
 
 def beside(task, device):

@@ -1337,9 +1337,11 @@ def first_errors(encoder, task, config):
 class Towers(torch.nn.Module):
     """Both towers in one forward pass, for DDP and torch.compile."""
 
-    def __init__(self, module, kind, raw=False):
+    def __init__(self, module, kind, raw=False, checkpointing=False):
         super().__init__()
         self.module, self.kind, self.raw = module, kind, raw
+        if checkpointing:
+            getattr(module, "set_grad_checkpointing", bool)(True)
 
     def forward(self, x, boxes, texts, prompts):
         """Images [N, 3, H, W], boxes [N, R, 4] in shares of the image, tokens [M, L], [C, L]; each but x
@@ -1379,11 +1381,9 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     """
     (rank, world), module, steps, pairs = ranks(), encoder.module, config["steps"], config["pairs"]
     choose_parameters(encoder, row, config)
-    if config["checkpointing"]:
-        getattr(module, "set_grad_checkpointing", bool)(True)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser = adamw(parameters, config["learning_rate"])
-    tower = Towers(module, encoder.kind, row is ANCHORS)
+    tower = Towers(module, encoder.kind, row is ANCHORS, config["checkpointing"])
     tower = torch.compile(tower) if config["compile"] else tower
     tower = torch.nn.parallel.DistributedDataParallel(tower) if world > 1 else tower
     feed, draw = Feed(task.items, encoder), row.draw(task, pairs)

@@ -1166,11 +1166,11 @@ def reached(config, weights, samples):
 
 
 def mean_interval(values):
-    """Mean of shares, its 95 % interval over settings, their number; what was not found counts as zero."""
-    x = np.array([v or 0.0 for v in values])
-    half = 1.96 * float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else 0.0
-    mean = float(x.mean())
-    return dict(mean=mean, low=max(0.0, mean - half), high=min(1.0, mean + half), n=len(x))
+    """Mean of shares over settings, their number, and a 95 % interval: Wilson's, as no shares vary more about
+    their mean than those that are 0 or 1. What was not found counts as zero."""
+    n, mean = len(values), sum(v or 0.0 for v in values) / len(values)
+    low, high = wilson(mean * n, n)
+    return dict(mean=mean, low=low, high=high, n=n)
 
 
 def summarised(done):
@@ -1205,7 +1205,7 @@ def setting_page(tree, blocks, classes):
         title = f"RaVL finds the planted feature with a Precision@10 of {found['all']['mean']:.2f}."
         numbers = [(f"{found['all']['mean']:.2f}", f"Precision@10, mean of {found['all']['n']} settings")]
     reached = tree["summary"]["mitigation"]["precision_above_0.6"]["methods"]
-    for name in ("finetune", "ravl") if reached else ():
+    for name in ("ravl", "finetune") if reached else ():
         numbers.append((f"{reached[name]['image_worst_group']:.0%}", f"worst group of {name}"))
     for s in tree["settings"]:
         where, c = f"settings/{s['strength']:g}-{s['spurious_class']}/discovery", classes[s["spurious_class"]]

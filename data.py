@@ -1192,6 +1192,11 @@ class Samples:
         said = self.captions, self.prompts, [v.tolist() for v in (self.y, self.place, self.split)]
         return hashlib.sha256(json.dumps([[p.key() for p in self.items], said]).encode()).hexdigest()
 
+    @property
+    def worst(self):
+        """What the smallest accuracy of a group is called: without places to compare groups are classes."""
+        return "worst_group" if len(self.places) > 1 else "worst_class"
+
     def group(self):
         """Group of each image, y * places + place [n]; -1 where one of them is not known."""
         return (self.y * len(self.places) + self.place).where((self.y >= 0) & (self.place >= 0), -1)
@@ -1319,6 +1324,8 @@ def samples_of(name, rows, facts):
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
     unplaced = int((place < 0).sum())
+    if P < 2 and (y >= 0).any():
+        facts.notes.append(f"{name}: no places to compare: no worst group, groups are the classes")
     if unplaced:
         line = f"{unplaced} of {len(rows)} images have no place, and are in no group"
         facts.notes.append(f"WARNING: {name}: {line}: figures of groups are without them")

@@ -1846,7 +1846,7 @@ def wilson(k, n, confidence=0.95):
 def group_metrics(correct, samples, index):
     """Accuracies over the groups, class x place, that are present among the samples at index [N].
 
-    correct: bool [N], or shares of draws. Returns worst_group, avg_group_mean (unweighted),
+    correct: bool [N], or shares of draws. Returns worst_group (see Samples.worst), avg_group_mean,
     avg_train_weighted (by images per group in train, as WILDS and group_DRO have it), overall, and
     groups: a list of y, place, n, accuracy, interval (Wilson, 95 %).
     """
@@ -1862,7 +1862,7 @@ def group_metrics(correct, samples, index):
     accuracy, weights = [g["accuracy"] for g in groups], [train[g["y"] * P + g["place"]] for g in groups]
     weighted = float(np.average(accuracy, weights=weights)) if sum(weights) else None
     averages = dict(avg_group_mean=sum(accuracy) / len(accuracy), avg_train_weighted=weighted)
-    return dict(worst_group=min(accuracy), **averages, overall=float(correct.mean()), groups=groups)
+    return {samples.worst: min(accuracy), **averages, "overall": float(correct.mean()), "groups": groups}
 
 
 def worst_group(correct, group):

@@ -906,7 +906,7 @@ def average(runs, notes):
         if 0 < len(each) < len(runs):
             notes.append(f"{name}: only {len(each)} of {len(runs)} seeds have it, left out")
         elif each:
-            worst = torch.tensor([m["worst_group"] for m in each])
+            worst = torch.tensor([min(g["accuracy"] for g in m["groups"]) for m in each])
             spread = float(worst.std()) if len(each) > 1 else 0.0
             methods[name] = dict(mean(each), seeds=each, spread=spread)
     rest = {name: mean([r[name] for r in runs]) for name in ("additivity", "invariance", "zero_shot")}
@@ -942,7 +942,7 @@ def summary(results, samples):
     groups = methods["erm"]["groups"]
     names = [samples.group_name(g["y"], g["place"]) for g in groups]
     names = [f"{k} {name} (n={g['n']})" for k, (name, g) in enumerate(zip(names, groups, strict=True), 1)]
-    keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
+    keys, worst = (samples.worst, "avg_group_mean", "avg_train_weighted"), samples.worst.replace("_", " ")
     rows = []
     for name in ROWS:
         if name in methods:
@@ -952,15 +952,15 @@ def summary(results, samples):
         elif name in results["reasons"]:
             rows.append((name, *[None] * (len(keys) + len(names)), results["reasons"][name]))
     best = "bap" if "bap" in methods else "erm"
-    spread = f"; means of {config['seeds']} seeds, {best}'s worst group +- {methods[best]['spread']:.3f}"
+    spread = f"; means of {config['seeds']} seeds, {best}'s {worst} +- {methods[best]['spread']:.3f}"
     spread = spread if config["seeds"] > 1 else ""
     sums, invariant = sentences(results)
-    lines = ["\n" + table(*zero_rows(results["zero_shot"]))] if results["zero_shot"] else []
+    lines = ["\n" + table(*zero_rows(results["zero_shot"], samples.worst))] if results["zero_shot"] else []
     if results["additivity"]:
         lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
         lines += [table(*additivity_rows(results)), *filter(None, [sums])]
         lines += ["\nIs the map invariant?", invariant]
-    lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: worst group, 95 % interval")
+    lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: {worst}, 95 % interval")
     header = ("method", "worst", "mean", "weighted", *range(1, len(names) + 1), "over erm")
     return "\n".join([*lines, table(header, rows), "groups: " + ", ".join(names)])
 
@@ -977,17 +977,17 @@ def report(results, last):
     test = samples.split == 2
     mended = test & last.right[best] & ~last.right["erm"]
     erm, ours = methods["erm"], methods[best]
-    low, high = ours["over_erm"]
-    title = "BAP made the worst group worse." if high < 0 else "BAP made no clear difference."
+    (low, high), kind = ours["over_erm"], samples.worst.replace("_", " ")
+    title = f"BAP made the {kind} worse." if high < 0 else "BAP made no clear difference."
     title = "The probe went by the background. With BAP it goes by the foreground." if low > 0 else title
     title = title if best == "bap" else "A plain probe, as there are no composites for BAP."
     worst = min(erm["groups"], key=lambda g: g["accuracy"])
     worst = samples.group_name(worst["y"], worst["place"])
-    gain, ends = ours["worst_group"] - erm["worst_group"], f"95 %: {100 * low:+.0f} to {100 * high:+.0f}"
+    gain, ends = ours[samples.worst] - erm[samples.worst], f"95 %: {100 * low:+.0f} to {100 * high:+.0f}"
     numbers = [
-        (f"{erm['worst_group']:.0%}", f"worst group of a plain probe ({worst})"),
-        (f"{ours['worst_group']:.0%}", f"worst group with BAP: {100 * gain:+.0f} points ({ends})"),
-        (f"{methods[third]['worst_group']:.0%}", ROWS[third]),
+        (f"{erm[samples.worst]:.0%}", f"{kind} of a plain probe ({worst})"),
+        (f"{ours[samples.worst]:.0%}", f"{kind} with BAP: {100 * gain:+.0f} points ({ends})"),
+        (f"{methods[third][samples.worst]:.0%}", ROWS[third]),
     ]
     numbers = numbers if best == "bap" else numbers[::2]
     rows = []
@@ -1000,7 +1000,7 @@ def report(results, last):
     picked = torch.linspace(0, len(last.cells) - 1, 12 * bool(last.cells)).long().tolist()
     shown = [thumb(last.cells[k].image(), f"composite {k}") for k in picked]
     shown += [thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in last.cuts[:6]]
-    keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
+    keys = (samples.worst, "avg_group_mean", "avg_train_weighted")
     heads = [key.replace("_", " ") for key in keys]
     table_rows = [(name, *[m[k] for k in keys], ROWS[name]) for name, m in methods.items()]
     for name, reason in results["reasons"].items():
@@ -1019,7 +1019,7 @@ def report(results, last):
         ("Invariance", tag("p", invariant)),
     ]
     if results["zero_shot"]:
-        sections.insert(1, ("Zero-shot", html_table(*zero_rows(results["zero_shot"]))))
+        sections.insert(1, ("Zero-shot", html_table(*zero_rows(results["zero_shot"], samples.worst))))
     found = config["backgrounds"].removeprefix("discovery:")
     found = found if found != config["backgrounds"] else ""
     links = linked("what it looks at", found, "discovery.html", config["out_dir"])
@@ -1036,9 +1036,9 @@ def examples(samples, mask, captions, most=6):
     return [thumb(samples.items[k].image(), captions[k]) for k in few[:most]] or ["none"]
 
 
-def zero_rows(both):
+def zero_rows(both, worst):
     """Header and rows of the table of zero-shot accuracies before and after."""
-    columns = "worst_group", "avg_group_mean", "overall"
+    columns = worst, "avg_group_mean", "overall"
     return ("zero-shot, test split", *columns), [(name, *[m[c] for c in columns]) for name, m in both.items()]
 
 
@@ -1156,7 +1156,7 @@ def finetune(config, encoder, samples):
     tree.update(before=before, after=after, seconds=seconds)
     write_json(out / "finetune.json", tree)
     path.unlink(missing_ok=True)
-    say(table(*zero_rows(dict(before=before, after=after))), True)
+    say(table(*zero_rows(dict(before=before, after=after), samples.worst)), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
     say(
         f"\n{out}: weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s",

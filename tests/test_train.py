@@ -442,7 +442,7 @@ def test_a_run_that_stops_while_it_writes_leaves_no_results_of_another(files, pl
 
 def test_what_one_seed_lacks_is_left_out_of_the_means():
     def one(worst, r2):
-        methods = {name: dict(worst_group=w) for name, w in worst.items()}
+        methods = {name: dict(worst_group=w, groups=[dict(accuracy=w)]) for name, w in worst.items()}
         return dict(methods=methods, additivity=dict(flat=dict(r2=r2)), invariance={}, zero_shot=None)
 
     notes = []
@@ -888,13 +888,18 @@ def test_three_classes_on_three_places_by_the_smallest_convolutional_clip(files,
         assert [(g["y"], g["place"], g["n"]) for g in m["groups"]] == groups
 
 
-def test_a_set_without_places_is_trained_on_too(files, tmp_path):
+def test_a_set_without_places_is_trained_on_and_has_a_worst_class_but_no_worst_group(files, tmp_path, capsys):
     for split, k in np.ndindex(3, 12):
         folder = tmp_path / "set" / data.SPLITS[split] / ("egg", "box")[k % 2]
         photo(folder / f"{k}.png", 100 * split + k, k % 2, 0)
     assert bap(files, tmp_path / "out", f"--own=0 --data=folder:{tmp_path / 'set'}") == 0
     r = tree(tmp_path / "out")
     assert len(r["methods"]["bap"]["groups"]) == 2 and r["invariance"]["place_probe_raw"] is None
+    told = capsys.readouterr().out, (tmp_path / "out/report.html").read_text()
+    for text in told:
+        assert text.count("no worst group") == 1
+        assert "worst class" in text and "worst group" not in text.replace("no worst group", "")
+    assert "worst_group" not in json.dumps(r) and 0 <= r["methods"]["bap"]["worst_class"] <= 1
 
 
 # --- fine-tuning: losses, draws and the pass through the network, by hand

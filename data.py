@@ -1324,8 +1324,8 @@ def samples_of(name, rows, facts):
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
     unplaced = int((place < 0).sum())
-    if P < 2 and (y >= 0).any():
-        facts.notes.append(f"{name}: no places to compare: no worst group, groups are the classes")
+    bare = f"{name}: no places to compare: no worst group, groups are the classes"
+    facts.notes += [bare] * bool(P < 2 and (y >= 0).any())
     if unplaced:
         line = f"{unplaced} of {len(rows)} images have no place, and are in no group"
         facts.notes.append(f"WARNING: {name}: {line}: figures of groups are without them")

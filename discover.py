@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import ImageDraw
 
-from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_heads, load_probe
+from model import auto_device, bar, fit_probe, join, load_checkpoint, load_encoder, load_heads, load_probe
 from model import mask_shares, region_embeddings, repeat_by, sha256, sums, unit, wilson
 
 # fmt: off
@@ -170,7 +170,7 @@ def main():
     for name, verdict in verdicts.items():
         first = verdict.ranking[0]  # kept, if one is
         ranked[name] = members[first] if verdict.kept[first] else order[:0]
-    for name in BASELINES if method == "all" else {method} & {*BASELINES}:
+    for name in bar("baselines", BASELINES if method == "all" else {method} & {*BASELINES}):
         ranked[name] = BASELINES[name](e, seed, l2)
     if method in BASELINES:
         clusters = listed(method, ranked[method])
@@ -616,7 +616,7 @@ def kmedoids(x, ks, seed):
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(x), generator=generator)[: max(4096, 4 * max(ks))].sort().values.to(x.device)
     m, out = Medoids(x, sample[seeds(x[sample], max(ks), generator)]), {}
-    for want in sorted(ks, reverse=True):
+    for want in bar("clusters", sorted(ks, reverse=True)):
         m.drop(want)
         m.settle()
         parts = [silhouettes(m.s[:, r], m.size, m.label[r]).double().sum() for r in tiles(len(x))]
@@ -658,10 +658,10 @@ def published(x, ks):
     random_state 0) on clip(1 - x x^T, 0, 1), and scikit-learn's silhouettes, by tiles: the same labels
     without the N x N matrix. x: [N, D]; on the CPU. Returns {k: Clustering}."""
     rows = x.cpu().numpy()
-    medoids = {k: published_medoids(rows, k) for k in ks}
+    medoids = {k: published_medoids(rows, k) for k in bar("clusters", ks)}
     labels = {k: torch.from_numpy(distances(rows, m).argmin(0)) for k, m in medoids.items()}
     total, out = dict.fromkeys(ks, 0.0), {}
-    for part in tiles(len(rows), 1024):  # one tile of distances serves all k
+    for part in bar("silhouettes", tiles(len(rows), 1024)):  # one tile of distances serves all k
         near = 1 - torch.from_numpy(distances(rows, np.arange(part.start, part.stop)))
         for k, label in labels.items():
             hot = F.one_hot(label, k).to(near.dtype)
@@ -728,7 +728,7 @@ def on_published_distance(x, label, k, mean, seed):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     pick = order[: len(x) if len(x) <= 10_000 else 1000].sort().values
     others, some, s = order[:STEP].sort().values, given(x[pick], mean), x.new_zeros(k, len(pick))
-    for rows in tiles(len(others), 1024):
+    for rows in bar("silhouette", tiles(len(others), 1024)):
         near = (given(x[others[rows]], mean) @ some.T).clamp(min=0)  # [rows, pick]
         s += F.one_hot(label[others[rows]], k).float().T @ near
     size = torch.bincount(label[others], minlength=k).float()

@@ -35,7 +35,7 @@ from data import composites as compose
 import numpy as np
 import torch
 
-from model import LOADED, SHARES, additivity, dfr, file_digest, fit_probe, group_metrics, join
+from model import LOADED, SHARES, additivity, bar, dfr, file_digest, fit_probe, group_metrics, join
 from model import load_checkpoint, load_encoder, load_heads, load_map, mask_shares, mean_std
 from model import paired_bootstrap, region_embeddings, repeat_by, sha256, standard, sums, unbalanced, unit
 from model import wilson, worst_ends
@@ -440,7 +440,7 @@ def fewshot_heads(e, shots):
     if least < shots:
         short = f"{sum(len(mine) < shots for mine in of_class)} of {C} classes have fewer training images"
         say(f"WARNING: fewshot_{shots}: {short}, {name} the fewest, {least}; of these classes all are taken")
-    for d in range(DRAWS):
+    for d in bar(f"fewshot_{shots}", range(DRAWS)):
         few = []
         for c, mine in enumerate(of_class):
             order = rng(e.seed, "fewshot", shots, d, c).permutation(len(mine))
@@ -463,7 +463,7 @@ def rows_of(p, e, shots):
     name the map that they see embeddings through, "probe, bap"; erm where the checkpoint has none of BAP."""
     row, through = PROTOCOLS[p], ""
     if e.state:
-        through = ", bap" if "bap" in e.state["probes"] else ", erm"
+        through = ", bap" if "bap" in e.state.get("probes", ()) else ", erm"
     if p == "fewshot":
         return [(f"{p}_{k}{through}", row, row.heads(e, int(k))) for k in shots.split(",")]
     if p != "ckpt":

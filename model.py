@@ -220,10 +220,8 @@ class Encoder:
         found = {c: read_cache(paths[c], size[c]) for c in range(rank, len(chunks), world)}
         todo = [c for c, z in found.items() if z is None or (not self.skip_bad and z.isnan().any())]
         count, started = sum(len(chunks[c]) for c in todo), time.time()
-        silent = bool(rank) or SPEECH["quiet"]
-        bar = tqdm(total=count, unit=" images", desc=label, disable=silent or None, leave=False)
-        with bar, together(world):
-            stream = self.stream(pictures, rows, [chunks[c] for c in todo], compute, bar)
+        with bar(label, total=count, unit=" images") as done, together(world):
+            stream = self.stream(pictures, rows, [chunks[c] for c in todo], compute, done)
             for c, z in zip(todo, stream, strict=True):
                 found[c] = z
                 write_cache(paths[c], z)
@@ -240,7 +238,7 @@ class Encoder:
         say_unreadable(pictures, rows, z, label)
         return z.to(self.device)
 
-    def stream(self, pictures, rows, chunks, compute, bar):
+    def stream(self, pictures, rows, chunks, compute, done):
         """Yields the embeddings of each chunk (range of pictures) in order: float32 [rows, D] on the CPU.
 
         On a CPU each thread decodes a batch and runs the network on it by itself, on one core: nobody
@@ -280,7 +278,7 @@ class Encoder:
             for batch, (v, readable) in zip(parts, results, strict=False):
                 z.append(v)
                 there.update(readable)
-                bar.update(len(batch))
+                done.update(len(batch))
             z, n = torch.cat(z).cpu(), torch.tensor([rows[k] for k in chunk])
             owner = repeat_by(torch.tensor(chunk), n)  # the picture of each row
             here = repeat_by(torch.tensor([k in there for k in chunk]), n)
@@ -383,7 +381,7 @@ class Encoder:
             cure = "models with a tokenizer of the hub need: pip install transformers sentencepiece"
             raise Complaint(f"{flag}: its tokenizer cannot be loaded ({one_line(problem)}); {cure}") from None
         parts = [tokenize(list(prompts[k : k + 256])).to(self.device) for k in range(0, len(prompts), 256)]
-        return torch.cat([unit(self.module.encode_text(tokens).float()) for tokens in parts])
+        return torch.cat([unit(self.module.encode_text(part).float()) for part in bar("texts", parts)])
 
     def prompts(self, prompts, labels=()):
         """For each label a list of texts -> [C, D] unit-norm: means of their unit embeddings, normalised.
@@ -449,6 +447,12 @@ class Encoder:
                 raise Complaint(f"--model={self.name}: {what}; take another, or for train.py --own=0")
         x, y = W / w / 2, H / h / 2  # every crop is about the centre
         return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
+
+
+def bar(label, items=None, total=None, unit="it"):
+    """The items under a bar with the time left; on a terminal, of the first process, without --quiet."""
+    silent = bool(ranks()[0]) or SPEECH["quiet"]
+    return tqdm(items, label, total, leave=False, unit=unit, disable=silent or None)
 
 
 def ahead(work, items, threads, most):
@@ -1803,11 +1807,11 @@ def dfr(x, y, group, seed, scaler=None, strengths=(1.0, 0.7, 0.3, 0.1, 0.07, 0.0
         return torch.cat([p[torch.randperm(len(p), generator=generator).to(p.device)[:least]] for p in parts])
 
     subset, worst, fit = balanced(fit_on), {}, None
-    for C in sorted(strengths):  # each starts from the one before
+    for C in bar("dfr, how sparse", sorted(strengths)):  # each starts from the one before
         fit = fit_l1_probe(x[subset], y[subset], C, None, scaler is None, fit)
         worst[C] = worst_group(fit.predict(x[tune_on]) == y[tune_on], group[tune_on])
     C, fits = max(strengths, key=worst.get), []
-    for _ in range(retrains):
+    for _ in bar("dfr", range(retrains)):
         subset = balanced(index)
         fit = fit_l1_probe(x[subset], y[subset], C, scaler, scaler is None, fits[-1] if fits else None)
         fits.append(fit)
@@ -1923,8 +1927,8 @@ def load_checkpoint(path, encoder=None):
     with reading(path, "a checkpoint of flock", "train anew"):
         state = unpickled(path)
         made, config = state["fingerprint"], dict(state["config"])
-        if not all(isinstance(name, str) for name in list(state.get("classes", ()))):
-            raise ValueError("its classes are not all names")
+        if not all(isinstance(name, str) for name in [*state.get("classes", ()), *state.get("probes", {})]):
+            raise ValueError("its classes and probes are not all names")
         named = f"--model={config.get('model')} --pretrained={config.get('pretrained')!r}"
     if encoder is not None and made != encoder.fingerprint:
         cure = f"not with the weights of {encoder.name} loaded now; use the same model, or train anew"
@@ -1957,8 +1961,8 @@ def load_heads(state, device="cpu"):
         probe, seen = load_probe(state, name, device), g if name in MAPPED else unit
         return lambda v: probe.logits(seen(v.float()))
 
-    heads = {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
     with reading("the checkpoint", "one with probes of train.py", "train anew"):
+        heads = {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
         sizes = {apply(torch.zeros(1, len(g.W), device=device)).shape[1] for apply in heads.values()}
         if sizes != {len(state["classes"])}:
             raise ValueError(f"probes of {sorted(sizes)} classes, expected {len(state['classes'])}")

@@ -49,8 +49,8 @@ from einops import rearrange, repeat
 from PIL import Image
 
 from kernels import pairwise_loss, region_logits
-from model import SHARES, Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, file_digest
-from model import fit_probe, from_first, group_metrics, join, load_checkpoint, load_encoder
+from model import SHARES, Map, additive_solve, additivity, bar, cos_sum, dfr, embeddings, features
+from model import file_digest, fit_probe, from_first, group_metrics, join, load_checkpoint, load_encoder
 from model import paired_bootstrap, ranks, region_embeddings, renumber, save_checkpoint, sha256, sphere_log
 from model import standard, sums, unbalanced, unit, weights_bytes, with_map
 
@@ -274,7 +274,7 @@ def bap(s, encoder, figures, grounds, samples, out, head):
     stored = isinstance(figures, tuple)  # composites themselves, as embeddings from elsewhere
     cells, i, j = figures if stored else composites(figures, grounds, instances, per_instance, s)
     cells, z, i, j = embedded(encoder, cells, "composites", i, j)
-    lap("composites")
+    lap("composites", "how additive they are")
 
     # 2. how additive are they?
     additive = how_additive(encoder, cells, z, i, j, s) if cells else None
@@ -286,7 +286,7 @@ def bap(s, encoder, figures, grounds, samples, out, head):
     good = x.isfinite().all(1)
     if not good.all():
         samples, x = check(samples.keep(good.cpu())), x[good]
-    lap("target")
+    lap("target", "own foregrounds")
     grids, own_cells, all_j, drift, foretold = [(1.0, z, i)], [], j, None, None
     power = 1.0 if (z < 0).any() else 0.5  # after a ReLU a few large channels outshout the rest
     mine = samples.keep(samples.split == 0).items if own and not stored else []
@@ -304,7 +304,7 @@ def bap(s, encoder, figures, grounds, samples, out, head):
             grids, all_j = [(1 - own, z, i), (own, v, own_i)], torch.cat([j, own_j])
         else:
             own_cells = []
-    lap("own")
+    lap("own", "maps")
 
     # 4. the maps, and with --train=last_blocks|image first the encoder
     maps, D = {}, x.shape[1]
@@ -329,7 +329,7 @@ def bap(s, encoder, figures, grounds, samples, out, head):
     if bap_map == "linear" and cells:
         name = "bap_both" if "bap_both" in maps else "bap"
         maps[name] = contrast(maps[name], grids[0][1], i, j, s, steps, learning_rate)
-    lap("pretraining")
+    lap("pretraining", "probes, dfr, and whether the map is invariant")
 
     # 5. probes, all with the same penalty, trained on the biased data, read on the test split
     extra = recomposed(encoder, samples, grounds, place_grounds(samples, place_backgrounds), s)
@@ -352,8 +352,11 @@ class Laps:
     def __init__(self):
         self.seconds, self.clock = {}, time.time()
 
-    def __call__(self, name):
+    def __call__(self, name, coming=""):
+        """Ends a lap, and says what is coming."""
         self.seconds[name], self.clock = time.time() - self.clock, time.time()
+        if coming:
+            say(f"{coming} ...")
 
 
 def embedded(encoder, pictures, label, *numbers):
@@ -699,7 +702,7 @@ def learn_cutter(encoder, scenes, seed, cells=60):
     """What a Cutter is made of, as one tensor [3, D' + 2]: mean, h, w; scale; weight, bias, iou."""
     generator, rows, target, held = torch.Generator().manual_seed(seed), [], [], []
     with ThreadPoolExecutor(encoder.threads) as pool:
-        for start in range(0, len(scenes), 16):
+        for start in bar("cutter", range(0, len(scenes), 16)):
             batch = scenes[start : start + 16]
             x = encoder.normalised(encoder.onto_device(list(pool.map(encoder.pixels, batch))))
             f = encoder.run(x, encoder.precision, lambda x, _: dense(encoder, x))  # [N, h, w, D']

@@ -159,6 +159,14 @@ def test_medoids_labels_and_silhouettes_are_exact(monkeypatch, name, tile):
     check_clusters(x, sweep)
 
 
+@pytest.mark.parametrize(
+    "sweep", [lambda x: discover.kmedoids(x, range(2, 4), 0), lambda x: discover.published(x, [2])]
+)
+def test_clustering_has_a_bar_on_a_terminal(terminal, sweep):
+    sweep(some_rows("large"))
+    assert "clusters: " in terminal.getvalue()
+
+
 @pytest.mark.parametrize("ks", [[3, 30], [2, 5, 40]])
 def test_medoids_labels_and_silhouettes_are_exact_over_ks_far_apart(ks):
     x = some_rows("large")

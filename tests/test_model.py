@@ -1730,6 +1730,17 @@ def test_dfr_as_its_authors_run_it_standardises_by_the_training_split_and_penali
     assert ours.weight[0, 1] > 0.5 and not theirs.weight[0].any()
 
 
+def test_what_takes_long_has_a_bar_on_a_terminal_and_none_with_quiet(terminal, monkeypatch):
+    x, group = gaussian(40, 2), torch.arange(40) % 4
+    for quiet in (False, True):
+        monkeypatch.setitem(model.SPEECH, "quiet", quiet)
+        model.dfr(x, group // 2, group, 0), load_encoder("tiny", device="cpu").texts(["a", "b"])
+        shown = {part.partition(":")[0] for part in terminal.getvalue().split("\r")} - {""}
+        assert not quiet or not shown
+        assert quiet or {"dfr", "dfr, how sparse", "texts"} <= shown
+        terminal.truncate(0)
+
+
 def test_dfr_leaves_out_what_is_in_no_group():
     x = gaussian(120, 4)
     group = torch.arange(120) % 4

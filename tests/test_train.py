@@ -620,7 +620,7 @@ def test_invariance_compares_two_composites_of_one_foreground_and_of_two():
 # --- foregrounds of the target: cut out, or by their masks
 
 
-def test_cutter_learns_from_composites_to_cut_foregrounds_out_of_others():
+def test_cutter_learns_from_composites_to_cut_foregrounds_out_of_others(terminal):
     cells, encoder = composed(data.ASSETS, 32)[2], load_encoder("lite0", device="cpu")
     cutter, overlap = train.Cutter(encoder, cells[:50]), []
     with torch.inference_mode():
@@ -631,6 +631,7 @@ def test_cutter_learns_from_composites_to_cut_foregrounds_out_of_others():
         cut, true = np.asarray(cut) > 128, np.asarray(true) > 128
         overlap.append((cut & true).sum() / (cut | true).sum())
     assert 0.5 < cutter.iou <= 1 and np.mean(overlap) > 0.35
+    assert "cutter: " in terminal.getvalue()
 
 
 def test_a_cut_lies_in_the_box_that_the_encoder_saw_and_stands_on_several_backgrounds():
@@ -896,6 +897,9 @@ def test_a_set_without_places_is_trained_on_and_has_a_worst_class_but_no_worst_g
     r = tree(tmp_path / "out")
     assert len(r["methods"]["bap"]["groups"]) == 2 and r["invariance"]["place_probe_raw"] is None
     told = capsys.readouterr().out, (tmp_path / "out/report.html").read_text()
+    assert all(
+        f"\n{line}" in told[0] for line in ("how additive", "own foregrounds ...", "maps ...", "probes, dfr")
+    )
     for text in told:
         assert text.count("no worst group") == 1
         assert "worst class" in text and "worst group" not in text.replace("no worst group", "")

@@ -1944,8 +1944,9 @@ def load_map(state, device="cpu"):
     """The map g of a checkpoint of train.py."""
     with reading("the checkpoint", "one with a map of train.py", "train anew"):
         g = Map(state["map"]["mu"], state["map"]["W"], float(state["power"]))
-        if not g(torch.zeros(1, len(g.W))).isfinite().all():  # shapes that do not fit fail here, too
-            raise ValueError("its map is not finite")
+        row = g(torch.zeros(1, len(g.W)))  # shapes that do not fit fail here, too
+        if len(row) != 1 or not row.isfinite().all():
+            raise ValueError("its map is not finite, or its parts do not fit")
         return g.to(device)
 
 
@@ -1977,5 +1978,6 @@ def load_probe(state, name, device="cpu"):
             raise Complaint(f"--probe={name}: the checkpoint has {', '.join(probes)}")
         parts = {k: torch.as_tensor(v, dtype=torch.double).to(device) for k, v in probes[name].items()}
         probe = Probe(**parts)
-        probe.logits(torch.zeros(1, len(probe.weight), device=device))  # shapes that do not fit fail here
+        if len(probe.logits(torch.zeros(1, len(probe.weight), device=device))) != 1:
+            raise ValueError("its parts do not fit")
         return probe

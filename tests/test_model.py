@@ -1902,15 +1902,17 @@ def test_checkpoint_that_is_none_is_one_line(tmp_path, content):
 
 
 MAPS = 1, dict(mu=torch.zeros(3)), dict(mu=1, W=2), dict(mu=torch.zeros(3), W=torch.zeros(4, 4))
+MAPS += (dict(mu=torch.zeros(4, 3), W=torch.zeros(3, 3)),)  # one row would become four
 BENT = dict(mean=torch.zeros(3), scale=torch.ones(()), weight=torch.zeros(5, 2), bias=torch.zeros(2))
-SETS = [1], dict(bap=2), dict(bap=dict(mean="a")), dict(bap=BENT)
+TALL = dict(BENT, mean=torch.zeros(5), bias=torch.zeros(5, 2))
+SETS = [1], torch.tensor(1), dict(bap=2), dict(bap=dict(mean="a")), dict(bap=BENT), dict(bap=TALL)
 EDITS = [("power", "a"), *(("map", v) for v in MAPS), *(("probes", v) for v in SETS)]
 
 
 @pytest.mark.parametrize("part, value", EDITS)
 def test_a_checkpoint_edited_by_hand_is_one_line(tmp_path, part, value):
-    state = model.load_checkpoint(checkpoint(tmp_path / "c.pt", **{part: value}))
-    with complaint("the checkpoint", "train anew"):
+    with complaint("checkpoint", "train anew"):
+        state = model.load_checkpoint(checkpoint(tmp_path / "c.pt", **{part: value}))
         model.load_map(state)
         model.load_probe(state, "bap")
 

@@ -229,6 +229,7 @@ def from_images(config):
         counts = dict(zip(SPLITS, torch.bincount(samples.split, minlength=3).tolist(), strict=True))
         raise Complaint(f"--split={split}: {samples.name} has no images there ({counts}); take another split")
     pictures, notes = load_regions(regions, chosen.items, encoder.frame, skip_bad)
+    notes += [f"{model}: its text tower is untrained: no nearest words"] * encoder.untrained
     mask_of = find_masks([getattr(p, "path", "") for p in chosen.items], masks) if masks else []
     logits, said = suspect(encoder, samples, parts, config)
     z, x = region_embeddings(encoder, pictures, region_encoder)
@@ -1085,7 +1086,8 @@ def report(summary, e, similarity, M):
     """The page: each kept cluster's regions as crops and in their images, accuracy with and without it."""
     config, clusters = summary["config"], summary["clusters"]
     kept, sections = [c for c in clusters if c["kept"]], []
-    can_read = kept and e.encoder and e.encoder.tokenizer and config["method"] not in BASELINES
+    can_read = kept and e.encoder and e.encoder.tokenizer and not e.encoder.untrained
+    can_read = can_read and config["method"] not in BASELINES
     words = nearest_words(e.encoder, M, summary["mean_removed"]) if can_read else {}
     for place, c in enumerate(kept[:PICTURED] or clusters[:3], 1):
         score = f", score {c['score']:.2f} (by chance {c['chance']:.2f})" if c["chance"] is not None else ""

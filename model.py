@@ -71,6 +71,8 @@ class Encoder:
     The weights are loaded when something has to be computed, not before: what is in the cache needs none.
     """
 
+    untrained = False  # whether its texts mean nothing, as there are no weights for its text tower
+
     def __init__(self, name, kind, build, transform, recipe, digest, tokenizer=None, notes=()):
         self.name, self.kind, self.build, self.transform = name, kind, build, transform
         self.recipe, self.digest, self.tokenizer, self.notes = recipe, digest, tokenizer, list(notes)
@@ -694,7 +696,9 @@ def small_clip(model, pretrained, quick_gelu, cache):
     small = open_clip.image_transform(56, is_train=False, **black)
     transform = lite_transform("lite0") if model == "lite0-clip" else small
     digest = weights_digest(pretrained or "imagenet", cache)
-    return Encoder(model, "open_clip", build, transform, model, digest, tokenizer)
+    encoder = Encoder(model, "open_clip", build, transform, model, digest, tokenizer)
+    encoder.untrained = pretrained in ("", "none", "imagenet")
+    return encoder
 
 
 @functools.lru_cache(4)
@@ -856,7 +860,9 @@ def clip_model(model, pretrained, quick_gelu, cache):
     recipe = [json.dumps(config) if whole else model, quick, sorted(seen.items())]
     transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
     tokenizer = functools.partial(clip_tokenizer, model)
-    return Encoder(model, "open_clip", build, transform, recipe, digest, tokenizer, notes)
+    encoder = Encoder(model, "open_clip", build, transform, recipe, digest, tokenizer, notes)
+    encoder.untrained = pretrained == "none"
+    return encoder
 
 
 class StoredEncoder(Encoder):

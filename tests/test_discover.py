@@ -1306,6 +1306,16 @@ def test_zero_shot_by_text(photos, tiny, tmp_path, capsys):
     check_step_2(tmp_path, x, z, lambda v: v @ text.T / 0.07, [9] * 22, y.tolist(), NAMES[:2])
 
 
+def test_nearest_words_are_given_by_a_trained_text_tower_only(photos, tiny, tmp_path, capsys):
+    (tmp_path / "w.safetensors").write_bytes(model.weights_bytes(tiny.module))
+    for pretrained, given in (("", False), ("none", False), (tmp_path / "w.safetensors", True)):
+        more = f"--pretrained={pretrained}", "--classifier=probe", "--l2=30", "--method=loss"
+        assert run(words_of(photos, tmp_path / "out", *more)) == 0
+        assert any(c["kept"] for c in tree_of(tmp_path / "out")["clusters"])
+        assert ("Nearest words: " in (tmp_path / "out/discovery.html").read_text()) == given
+        assert capsys.readouterr().out.count("untrained: no nearest words") == (not given)
+
+
 def rectangles(form, path, paths):
     """The same boxes in pixels for each picture, as CSV or COCO; the shares of those that are seen. The third
     is cut off at the edge, the last lies where the model does not look."""

@@ -1123,6 +1123,7 @@ def composites(figures, grounds, instances, per, seed, recolour=True):
 
 SCENE = "scene"  # what an image shows whose planted feature is all but the class object
 CODE = r"[\W\d_]+|n\d{8}|(class|label|cls|cat|category|group|id|c|y)?[-_ ]*\d+|true|false"  # is no name
+CODE += r"|.*[\ud800-\udfff].*"  # nor is what is no UTF-8, which no tokenizer reads
 SPLIT_NAMES = dict(train=0, training=0, val=1, valid=1, validation=1, dev=1, test=2, testing=2)
 
 
@@ -2881,7 +2882,7 @@ def drawing(name, height, *parts):
     """An SVG, 400 wide, and a link that saves it."""
     about = {"viewBox": f"0 0 400 {height:.0f}", "role": "img", "aria-label": name}
     svg = tag("svg", Html(f"<style>{asset('figure.css')}</style>"), *parts, xmlns=SVG, **about)
-    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8", "backslashreplace")).decode()
     link = tag("a", "this figure as SVG", href=source, download=f"{name}.svg")
     return tag("div", svg, link, class_="chart")
 

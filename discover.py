@@ -899,7 +899,7 @@ def precision(ranked, target, K=10):
 
 def random(e, seed, l2):
     """Regions in random order."""
-    order = rng(seed, "random regions", zlib.crc32(e.name.encode())).permutation(len(e.x))
+    order = rng(seed, "random regions", zlib.crc32(os.fsencode(e.name))).permutation(len(e.x))
     return torch.from_numpy(order).to(e.x.device)
 
 

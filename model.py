@@ -399,7 +399,9 @@ class Encoder:
 
     def say_cut(self, pairs):
         """Says which of pairs (text, label) are cut by the tokenizer; Complaint where the label is lost."""
-        pairs = [pair for pair in pairs if len(pair[0].encode()) > 60]  # a token is a byte or more
+        pairs = [
+            pair for pair in pairs if len(pair[0].encode("utf-8", "replace")) > 60
+        ]  # a token is a byte or more
         if not pairs or self.tokenizer is None:
             return
         tokenize, cut = self.tokenizer(), []
@@ -562,7 +564,9 @@ def auto_device(device):
 
 
 def sha256(content):
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+    """Of bytes, or of text, also of one with names that are no UTF-8."""
+    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return hashlib.sha256(content).hexdigest()
 
 
 def file_digest(path, cache):
@@ -703,10 +707,11 @@ def small_clip(model, pretrained, quick_gelu, cache):
 
 @functools.lru_cache(4)
 def clip_tokenizer(model, context_length=None):
-    """The tokenizer of an open_clip model; reading its vocabulary takes .1 s."""
+    """The tokenizer of an open_clip model; reading its vocabulary takes .1 s. It reads ? for no UTF-8."""
     import open_clip
 
-    return open_clip.get_tokenizer(model, context_length=context_length)
+    tokenizer = open_clip.get_tokenizer(model, context_length=context_length)
+    return lambda texts: tokenizer([text.encode("utf-8", "replace").decode() for text in texts])
 
 
 class Cells(nn.Module):

@@ -1201,6 +1201,8 @@ def test_names_that_are_no_utf8_are_names(tmp_path):
         touch(Path(os.fsdecode(os.path.dirname(path))), os.fsdecode(os.path.basename(path)))
     samples = loaded(f"folder:{tmp_path}", True)
     assert samples.classes == ["c\udcff", "dog"] and samples.items[0].image().size == (16, 12)
+    assert r"as 'c\udcff'" in samples.nameless  # no tokenizer reads it
+    data.dots("figure", [(samples.classes[0], "", [(0.5, None)])])
     data.write(tmp_path / "page.html", data.page("", samples.classes[0], samples.items[0].path, [], {}, None))
 
 

@@ -532,6 +532,18 @@ def test_another_module_has_another_fingerprint_and_cache_only_with_a_digest(tmp
     assert not kept.embed([Noise(0)]).any() and encoder.embed([Noise(0)]).any()
 
 
+def test_names_that_are_no_utf8_go_into_the_cache_and_to_the_tokenizer(tmp_path, get):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    Noise(0).image().save(folder / os.fsdecode(b"\xe9.png"))
+    photo, cache = data.Photo(str(folder / os.fsdecode(b"\xe9.png"))), str(folder / "cache")
+    encoder = load_encoder("tiny", device="cpu", cache=cache)
+    assert encoder.embed([photo]).shape == (1, 64) and model.file_digest(photo.path, cache)
+    texts = encoder.prompts([["a c\udce9" + "\udcff" * 80], ["a c?" + "?" * 80]])
+    assert torch.equal(*texts)
+    assert model.sha256("\udce9") != model.sha256("\udcff")
+
+
 def test_file_digest_is_remembered_by_path_size_and_times(tmp_path, monkeypatch):
     path, cache = tmp_path / "w.pt", str(tmp_path / "cache")
     path.write_bytes(b"one")

@@ -29,6 +29,7 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 import zlib
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field, fields, replace
@@ -447,6 +448,21 @@ def read_json(path, what):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def check_zip(path):
+    """ValueError where a small file, as of np.savez or torch.save, would unpack to much memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            full = sum(part.file_size for part in file.infolist())
+        if full > max(1 << 30, 50 * os.path.getsize(path)):
+            raise ValueError(f"it unpacks to {full:,} bytes, 50 times its size")
+
+
+def read_npz(path, mmap_mode=None):
+    """np.load of plain arrays."""
+    check_zip(path)
+    return np.load(path, mmap_mode, allow_pickle=False)
+
+
 def read_lines(path, flag):
     """The lines of a text file, without the empty ones: list of (number, line)."""
     with reading(path, f"a text file in UTF-8 for --{flag}"):
@@ -848,14 +864,17 @@ class Outlined(Picture):
         return self.photo.path
 
     def image(self):
-        image, (w, h), mask = self.photo.image(), self.size, Image.new("L", self.size)
+        image, (w, h) = self.photo.image(), self.size
         if image.size != self.size:
             raise Complaint(f"{self.path}: {image.width}x{image.height} pixels, its annotation has {w}x{h}")
         if isinstance(self.outline[0], str) or isinstance(self.outline[0][0], int):
             counts = rle_counts(self.outline[0])  # of zeros, ones, zeros, ..., down the columns
+            if sum(counts) != w * h or min(counts) < 0:
+                raise Complaint(f"{self.path}: the counts of its annotation's RLE do not add up to {w}x{h}")
             on = np.repeat(np.arange(len(counts)) % 2, counts).reshape(w, h).T
             mask = Image.fromarray(255 * on.astype(np.uint8))
         else:
+            mask = Image.new("L", self.size)
             for polygon in self.outline:
                 ImageDraw.Draw(mask).polygon(polygon, 255)
         image.putalpha(mask)
@@ -869,7 +888,7 @@ def rle_counts(code):
         return code
     counts, value, shift = [], 0, 0
     for bits in (ord(c) - 48 for c in code):
-        value, shift = value | (bits & 31) << shift, shift + 5
+        value, shift = value | (bits & 31) << shift, min(shift + 5, 70)  # no count has more bits
         if not bits & 32:  # the last of a number; bit 16 is its sign
             value -= (bits & 16) << 1 << (shift - 5)
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
@@ -1937,8 +1956,10 @@ def outline_of(annotation):
     found = annotation.get("segmentation") or ()
     if isinstance(found, dict):
         counts = found["counts"]
-        return (counts if isinstance(counts, str) else tuple(map(int, counts)),)
-    return tuple(tuple(map(float, polygon)) for polygon in found if len(polygon) >= 6)
+        return (counts if isinstance(counts, str) else tuple(map(int, counts)),) if counts else ()
+    return tuple(
+        tuple(map(float, polygon)) for polygon in found if len(polygon) >= 6 and len(polygon) % 2 == 0
+    )
 
 
 def corners(annotation):
@@ -2182,7 +2203,7 @@ def stored_arrays(path):
             there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
             expect(there, "data", path, f"an .npz file, or .npy files in it (found {inside(path)})")
         else:
-            there = np.load(path, mmap_mode="r")
+            there = read_npz(path, "r")
             there = dict(embedding=there) if isinstance(there, np.ndarray) else there
         taken = {ours: [n for n in (ours, *theirs.split()) if n in there] for ours, theirs in STORED.items()}
         a = {ours: there[names[0]] for ours, names in taken.items() if names}
@@ -2505,7 +2526,8 @@ def mnist(root, seed):
     def idx(name, *shape):
         path = next((p for p in (root / name, root / f"{name}.gz") if p.is_file()), root / name)
         with reading(path, "one of MNIST's four files in IDX format, whole or .gz"):
-            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                raw = file.read(1 << 30)  # whatever it would unpack to
             if raw[:3] != b"\0\0\x08":
                 raise ValueError("it does not begin as an IDX file of bytes")
             return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(-1, *shape)

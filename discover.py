@@ -27,7 +27,20 @@ from types import SimpleNamespace
 
 # first, as it checks the flags before torch is imported
 from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, linked
-from data import load_data, load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table
+from data import (
+    load_data,
+    load_regions,
+    opaque,
+    page,
+    read_npz,
+    reading,
+    region_truth,
+    revision,
+    rng,
+    run,
+    say,
+    table,
+)
 from data import tag, thumb, write, write_json
 
 import numpy as np
@@ -442,7 +455,7 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
 def load_embeddings(path):
     """The arrays of an .npz for --embeddings as tensors, with class_names (a list), region_target and notes.
     Raises Complaint for anything that is not as it should be."""
-    with reading(path, "an .npz file of plain arrays"), np.load(path, allow_pickle=False) as file:
+    with reading(path, "an .npz file of plain arrays"), read_npz(path) as file:
         absent = [key for key in ARRAYS if key not in file.files]
         if absent:
             there = ", ".join(file.files)

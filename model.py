@@ -37,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import ASSETS, Complaint, Crop, Ground, Photo, Regions, Stored, expect, inside, near, one_line
-from data import SPEECH, open_mask, read_json, reading, say, scan, stored_arrays, write
+from data import SPEECH, check_zip, open_mask, read_json, reading, say, scan, stored_arrays, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -1219,6 +1219,7 @@ def state_of(path):
 
 def unpickled(path, cure=""):
     """torch.load of tensors. ValueError in our words of what is more: PyTorch's would advise to run it."""
+    check_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:

@@ -38,8 +38,9 @@ from types import SimpleNamespace
 # first, as it checks the flags before torch is imported
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
 from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
-from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading, revision
-from data import rng, run, say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
+from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, read_npz, reading
+from data import revision, rng, run, say, stored_composites, synsets, table, tag, thumb, write, write_json
+from data import write_table
 
 import numpy as np
 import torch
@@ -1218,7 +1219,7 @@ def load_discovery(path):
     what = "discovery.json and discovery.npz as discover.py writes them"
     tree = read_json(path, what)
     with reading(path, what, "run discover.py again"):
-        file = np.load(path.with_suffix(".npz"), allow_pickle=False)
+        file = read_npz(path.with_suffix(".npz"))
         if tree.get("npz", same := file_digest(path.with_suffix(".npz"), "")) != same:
             raise ValueError("discovery.npz beside it is of another run")
         kinds = dict(medoids="f4", mean="f4", box="f4", image="i8", label="i8")

@@ -784,6 +784,13 @@ def test_a_pickled_module_or_namespace_is_refused_in_our_words(tmp_path):
             model.load_file(resnet()[0], str(tmp_path / name))
         with complaint(name, held, "could run code"):
             model.load_checkpoint(str(tmp_path / name))
+    torch.save(dict(model=resnet()[1]), tmp_path / "bomb.pt")
+    raw = bytearray((tmp_path / "bomb.pt").read_bytes())
+    at = raw.index(b"PK\x01\x02") + 24  # what the directory says of the first part's size
+    raw[at : at + 4] = (3 << 30).to_bytes(4, "little")
+    (tmp_path / "bomb.pt").write_bytes(raw)
+    with complaint("bomb.pt", "unpacks to 3,2"):
+        model.load_checkpoint(str(tmp_path / "bomb.pt"))
     (tmp_path / "text.pt").write_text("no pickle")
     for read in (model.load_checkpoint, lambda path: model.load_file(resnet()[0], path)):
         with complaint("text.pt", "no file of torch.save") as said:

@@ -1208,8 +1208,10 @@ class Samples:
 
     @functools.cached_property
     def digest(self):
-        """Hash of what it shows and says; of photos as the cache knows them, by size and times."""
-        said = self.captions, self.prompts, [v.tolist() for v in (self.y, self.place, self.split)]
+        """Hash of what it shows and says, and of its masks; of photos as the cache knows them, by size and
+        times."""
+        cut = [c and c.key() for c in self.cut]
+        said = cut, self.captions, self.prompts, [v.tolist() for v in (self.y, self.place, self.split)]
         return hashlib.sha256(json.dumps([[p.key() for p in self.items], said]).encode()).hexdigest()
 
     @property

@@ -843,6 +843,7 @@ def clip_model(model, pretrained, quick_gelu, cache):
     seen = merge_preprocess_dict(asdict(PreprocessCfg()), {k: v for k, v in said.items() if k != "size"})
     with reading(f"--model={model}", "a CLIP of open_clip by its open_clip_config.json"):
         seen["size"] = config["vision_cfg"].get("image_size", 224)
+        transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
 
     def build():
         torch.manual_seed(0)
@@ -863,7 +864,6 @@ def clip_model(model, pretrained, quick_gelu, cache):
         with fetching(f"--model={model} --pretrained={pretrained}"):
             digest = file_digest(open_clip.download_pretrained(record), cache)
     recipe = [json.dumps(config) if whole else model, quick, sorted(seen.items())]
-    transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
     tokenizer = functools.partial(clip_tokenizer, model)
     encoder = Encoder(model, "open_clip", build, transform, recipe, digest, tokenizer, notes)
     encoder.untrained = pretrained == "none"

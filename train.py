@@ -189,14 +189,15 @@ def main():
         return finetune(config, encoder, samples)
     out, started = Path(out_dir), time.time()
     figures, grounds, notes = material(config, encoder, out)
-    parts = figures[0] if stored else figures + grounds
+    placed = place_grounds(samples, place_backgrounds)
+    parts = figures[0] if stored else sum(placed, figures + grounds)
     head = head_of(config, encoder, samples, *[part.key() for part in parts])
     states = [unfinished(out / name, head, encoder) for name in PARTIAL]  # complains now, not in an hour
     if not any(states) and finished(out / "results.json", head):
         return
     runs = states[0]["runs"][: seeds - 1] if states[0] else []
     for s in range(seed + len(runs), seed + seeds):
-        result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, head)
+        result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, head, placed)
         runs.append(result)
         save_checkpoint(out / PARTIAL[0], dict(head, runs=runs))
     results = dict(head, notes=encoder.notes + notes + last.samples.notes)
@@ -221,7 +222,8 @@ def save_results(out, results, last):
     save_checkpoint(out / "ckpt.pt", state)
     write(out / "map.npz", map_bytes(last))
     write(out / "report.html", report(results, last))
-    results["files"] = {name: file_digest(out / name, "") for name in ("ckpt.pt", "map.npz", "report.html")}
+    names = ["ckpt.pt", "map.npz", "report.html"] + ["weights.safetensors"] * bool(last.weights)
+    results["files"] = {name: file_digest(out / name, "") for name in names}
     write_json(out / "results.json", results)  # last: it is there only if all the rest is
     for name in PARTIAL:
         (out / name).unlink(missing_ok=True)
@@ -266,9 +268,9 @@ def material(config, encoder, out):
     return ([], none, none), [], [note]
 
 
-def bap(s, encoder, figures, grounds, samples, out, head):
+def bap(s, encoder, figures, grounds, samples, out, head, placed=()):
     """The whole method for one seed: its result in plain numbers, and what report and checkpoint need. head:
-    see head_of."""
+    see head_of; placed: see place_grounds."""
     lap = Laps()
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
@@ -333,7 +335,7 @@ def bap(s, encoder, figures, grounds, samples, out, head):
     lap("pretraining", "probes, dfr, and whether the map is invariant")
 
     # 5. probes, all with the same penalty, trained on the biased data, read on the test split
-    extra = recomposed(encoder, samples, grounds, place_grounds(samples, place_backgrounds), s)
+    extra = recomposed(encoder, samples, grounds, placed, s)
     probes, methods, reasons, right = probe_all(maps, x, x_bap, samples, extra, l2, s)
     lap("probes")
     g = maps.get("bap", identity)

@@ -415,6 +415,21 @@ def test_resume_over_other_labels_is_refused_and_a_finished_run_stays(files, tmp
     assert before == {name: (out / name).read_bytes() for name in os.listdir(out)}
 
 
+def test_resume_over_other_masks_or_backgrounds_of_places_is_refused(files, tmp_path, capsys):
+    for name in ("masks", "land"):
+        shutil.copytree(files / ("most/masks" if name == "masks" else name), tmp_path / name)
+    flags = f"--masks={tmp_path / 'masks'} --place_backgrounds={tmp_path / 'land'},{files / 'water'} --own=0"
+    out = tmp_path / "out"
+    assert bap(files, out, flags, "most") == bap(files, out, f"{flags} --resume", "most") == 0
+    assert "finished already" in capsys.readouterr().out
+    for name in ("masks", "land"):
+        path = tmp_path / name / "3.png"
+        path.write_bytes(path.read_bytes())
+        argv = words(files, out, f"{flags} --resume", "most")
+        refused(capsys, argv, "results.json", "other images or labels")
+        assert bap(files, out, flags, "most") == 0
+
+
 def test_files_of_two_runs_are_told_apart(files, plain, found, tmp_path, capsys):
     shutil.copytree(plain, tmp_path / "out")
     model.load_checkpoint(tmp_path / "out/ckpt.pt")
@@ -779,6 +794,8 @@ def test_a_pretrained_encoder_comes_with_what_belongs_to_it(files, fine):
     assert all(0 <= r["zero_shot"][k]["overall"] <= 1 for k in ("before", "after"))
     assert "<h2>Zero-shot</h2>" in (fine / "report.html").read_text()
     kept, samples = model.load_checkpoint(fine / "ckpt.pt", new), samples_of(files, "all")
+    of = {name: model.file_digest(fine / name, "") for name in (WEIGHTS, "ckpt.pt", "map.npz", "report.html")}
+    assert r["files"] == of
     assert set(kept["probes"]) == {"erm", "bap", "val_probe_bap"}  # no probe of the encoder as it was
     with complaint("not with the weights"):
         model.load_checkpoint(fine / "ckpt.pt", old)

@@ -975,6 +975,10 @@ def test_folders_of_a_hub_are_models_with_their_preprocessing(hub, get):
     state = weights(get("flock-vit"))
     assert all(torch.equal(v, state[k]) for k, v in encoder.module.state_dict().items())
     assert encoder.texts(["a bird"]).shape == (1, 24)
+    config = hub / "open/open_clip_config.json"
+    config.write_text(config.read_text().replace('"image_size": 48', '"image_size": [48, 48, 48]'))
+    with complaint("open", "open_clip_config.json"):
+        load_encoder(f"local-dir:{hub / 'open'}", device="cpu")
     with complaint("a clip of another library", "--model=ViT-B-32"):
         load_encoder(f"local-dir:{hub / 'trans'}", device="cpu")
     with complaint("timm:resnet50", "holds a resnet18"):

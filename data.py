@@ -310,9 +310,8 @@ def listing(what, path):
                 texts = [docs[name] for name in names if docs.get(name)]
                 if what == "protocols":  # a row says what it is
                     texts = [row.args[0].value]
-                rows[key.value] = "; ".join(
-                    re.split("\\.?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts
-                )
+                firsts = [re.split("\\.?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
+                rows[key.value] = "; ".join(firsts)
     expect(rows, "list", what, ", ".join(LISTS) + " (of what this script has)")
     return "\n".join(re.sub("  +", "  ", f"{name}  {text}".rstrip()) for name, text in rows.items())
 
@@ -448,19 +447,14 @@ def read_json(path, what):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def check_zip(path):
-    """ValueError where a small file, as of np.savez or torch.save, would unpack to much memory."""
+def bounded(path):
+    """The path; ValueError where a small file, of np.savez or torch.save, would unpack to much memory."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             full = sum(part.file_size for part in file.infolist())
         if full > max(1 << 30, 50 * os.path.getsize(path)):
             raise ValueError(f"it unpacks to {full:,} bytes, 50 times its size")
-
-
-def read_npz(path, mmap_mode=None):
-    """np.load of plain arrays."""
-    check_zip(path)
-    return np.load(path, mmap_mode, allow_pickle=False)
+    return path
 
 
 def read_lines(path, flag):
@@ -864,7 +858,7 @@ class Outlined(Picture):
         return self.photo.path
 
     def image(self):
-        image, (w, h) = self.photo.image(), self.size
+        image, (w, h) = self.photo.image(), self.size  # the size first: it may be anything
         if image.size != self.size:
             raise Complaint(f"{self.path}: {image.width}x{image.height} pixels, its annotation has {w}x{h}")
         if isinstance(self.outline[0], str) or isinstance(self.outline[0][0], int):
@@ -1208,8 +1202,7 @@ class Samples:
 
     @functools.cached_property
     def digest(self):
-        """Hash of what it shows and says, and of its masks; of photos as the cache knows them, by size and
-        times."""
+        """Hash of what it shows and says, and its masks; of files as the cache knows them, by size, times."""
         cut = [c and c.key() for c in self.cut]
         said = cut, self.captions, self.prompts, [v.tolist() for v in (self.y, self.place, self.split)]
         return hashlib.sha256(json.dumps([[p.key() for p in self.items], said]).encode()).hexdigest()
@@ -1299,9 +1292,8 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         pairs = zip(samples.items, files, strict=True)
         samples.cut = [m and Composite(Masked(item, Photo(m)), None, None) for item, m in pairs]
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[SETS[name].template]] * len(labels)
-    expect(
-        not prompts or name != "embeddings", "prompts", prompts, "none: texts of embeddings are in their file"
-    )
+    own = not prompts or name != "embeddings"
+    expect(own, "prompts", prompts, "none: texts of embeddings are in their file")
     samples.prompts = [[t.replace("{}", c) for t in own] for c, own in zip(labels, texts, strict=True)]
     said = [c for c, own in zip(labels, texts, strict=True) if any("{}" in text for text in own)]
     codes = [label for label in said if not renamed and re.fullmatch(CODE, label.strip().lower())]
@@ -1706,10 +1698,8 @@ def official_waterbirds(name, group, split, notes):
         making = makings.get(sum(counts[0]), "of another making")
         notes.append(f"{name}: official val and test; train {sum(counts[0])} images: {making}")
     elif len(group) == 11788 or "waterbird_complete" in name or "forest2water2" in name:
-        line = (
-            f"{name}: {len(group)} images, groups {counts}, not the official counts: incomplete or generated"
-        )
-        notes.append(f"WARNING: {line} anew; published figures do not hold for it")
+        line = f"{name}: {len(group)} images, groups {counts}, not the official counts"
+        notes.append(f"WARNING: {line}: incomplete or generated anew; published figures do not hold for it")
     return official
 
 
@@ -1959,9 +1949,8 @@ def outline_of(annotation):
     if isinstance(found, dict):
         counts = found["counts"]
         return (counts if isinstance(counts, str) else tuple(map(int, counts)),) if counts else ()
-    return tuple(
-        tuple(map(float, polygon)) for polygon in found if len(polygon) >= 6 and len(polygon) % 2 == 0
-    )
+    found = [polygon for polygon in found if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    return tuple(tuple(map(float, polygon)) for polygon in found)
 
 
 def corners(annotation):
@@ -2079,9 +2068,8 @@ def folder_notes(root, rest):
         lines.append(f"{depth[2]} images lie beside the place folders; their place is 'elsewhere'")
     if depth[4]:
         deep = "/".join(next(r for r in rest if len(r) > 3))
-        lines.append(
-            f"{depth[4]} images lie below class/place, as {deep}; folders below the place do not count"
-        )
+        line = f"{depth[4]} images lie below class/place, as {deep}"
+        lines.append(f"{line}; folders below the place do not count")
     if 1 < len(pairs) == len({place for _, place in pairs}):
         one = f"each place lies in one class only, as {'/'.join(min(pairs))}; no place compares two classes"
         lines.append(f"{one}. If the second folders are the classes, move them up")
@@ -2205,7 +2193,7 @@ def stored_arrays(path):
             there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
             expect(there, "data", path, f"an .npz file, or .npy files in it (found {inside(path)})")
         else:
-            there = read_npz(path, "r")
+            there = np.load(bounded(path), mmap_mode="r")
             there = dict(embedding=there) if isinstance(there, np.ndarray) else there
         taken = {ours: [n for n in (ours, *theirs.split()) if n in there] for ours, theirs in STORED.items()}
         a = {ours: there[names[0]] for ours, names in taken.items() if names}

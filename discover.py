@@ -26,21 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # first, as it checks the flags before torch is imported
-from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, linked
-from data import (
-    load_data,
-    load_regions,
-    opaque,
-    page,
-    read_npz,
-    reading,
-    region_truth,
-    revision,
-    rng,
-    run,
-    say,
-    table,
-)
+from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, find_masks, flags, html_table, linked
+from data import load_data, load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table
 from data import tag, thumb, write, write_json
 
 import numpy as np
@@ -216,10 +203,8 @@ def main():
     write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
     write_json(out / "discovery.json", summary)
     say(console(summary, e), True)
-    say(
-        f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s",
-        True,
-    )
+    written = "discovery.json, discovery.npz and discovery.html written"
+    say(f"\n{out}/{written}, {time.time() - started:.1f} s", True)
 
 
 def from_images(config):
@@ -455,7 +440,7 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
 def load_embeddings(path):
     """The arrays of an .npz for --embeddings as tensors, with class_names (a list), region_target and notes.
     Raises Complaint for anything that is not as it should be."""
-    with reading(path, "an .npz file of plain arrays"), read_npz(path) as file:
+    with reading(path, "an .npz file of plain arrays"), np.load(bounded(path)) as file:
         absent = [key for key in ARRAYS if key not in file.files]
         if absent:
             there = ", ".join(file.files)
@@ -517,9 +502,8 @@ def k_range(low, high, C, n, clustering):
         cure = f"give more images, finer --regions, or --k=2:{max(3, n)}"
         raise Complaint(f"--k: {low} clusters of {n} regions; {cure}")
     if ks[-1] * n > MOST_NUMBERS:
-        raise Complaint(
-            f"--k: {ks[-1]} clusters times {n} regions, expected at most {MOST_NUMBERS:,}; lower it"
-        )
+        many = f"{ks[-1]} clusters times {n} regions"
+        raise Complaint(f"--k: {many}, expected at most {MOST_NUMBERS:,}; lower it")
     if clustering == "ravl" or len(ks) <= 40:
         return list(ks)
     say(f"k: {len(ks)} values from {ks[0]} to {ks[-1]}; 40 of them are tried, evenly spread in ratio")

@@ -37,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import ASSETS, Complaint, Crop, Ground, Photo, Regions, Stored, expect, inside, near, one_line
-from data import SPEECH, check_zip, open_mask, read_json, reading, say, scan, stored_arrays, write
+from data import SPEECH, bounded, open_mask, read_json, reading, say, scan, stored_arrays, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -66,16 +66,17 @@ class Encoder:
     name: as in --model. kind: "timm" or "open_clip". build: () -> its module, weights loaded. transform:
     PIL RGB -> float [3, H, W]. recipe: what besides the weights decides an embedding (preprocessing,
     activation). digest: of the weights' file, "" where they change (then nothing is cached). tokenizer: ()
-    -> a tokenizer; None without a text tower.
+    -> a tokenizer; None without a text tower. untrained: whether there are no weights for that.
 
     The weights are loaded when something has to be computed, not before: what is in the cache needs none.
     """
 
-    untrained = False  # whether its texts mean nothing, as there are no weights for its text tower
-
-    def __init__(self, name, kind, build, transform, recipe, digest, tokenizer=None, notes=()):
+    def __init__(
+        self, name, kind, build, transform, recipe, digest, tokenizer=None, notes=(), untrained=False
+    ):
         self.name, self.kind, self.build, self.transform = name, kind, build, transform
         self.recipe, self.digest, self.tokenizer, self.notes = recipe, digest, tokenizer, list(notes)
+        self.untrained = untrained
 
     def embeds_with(
         self,
@@ -399,9 +400,7 @@ class Encoder:
 
     def say_cut(self, pairs):
         """Says which of pairs (text, label) are cut by the tokenizer; Complaint where the label is lost."""
-        pairs = [
-            pair for pair in pairs if len(pair[0].encode("utf-8", "replace")) > 60
-        ]  # a token is a byte or more
+        pairs = [pair for pair in pairs if len(repr(pair[0]).encode()) > 62]  # a token is a byte or more
         if not pairs or self.tokenizer is None:
             return
         tokenize, cut = self.tokenizer(), []
@@ -564,9 +563,8 @@ def auto_device(device):
 
 
 def sha256(content):
-    """Of bytes, or of text, also of one with names that are no UTF-8."""
-    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    return hashlib.sha256(content).hexdigest()
+    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content  # of any name
+    return hashlib.sha256(raw).hexdigest()
 
 
 def file_digest(path, cache):
@@ -700,9 +698,8 @@ def small_clip(model, pretrained, quick_gelu, cache):
     small = open_clip.image_transform(56, is_train=False, **black)
     transform = lite_transform("lite0") if model == "lite0-clip" else small
     digest = weights_digest(pretrained or "imagenet", cache)
-    encoder = Encoder(model, "open_clip", build, transform, model, digest, tokenizer)
-    encoder.untrained = pretrained in ("", "none", "imagenet")
-    return encoder
+    untrained = pretrained in ("", "none", "imagenet")
+    return Encoder(model, "open_clip", build, transform, model, digest, tokenizer, untrained=untrained)
 
 
 @functools.lru_cache(4)
@@ -865,9 +862,8 @@ def clip_model(model, pretrained, quick_gelu, cache):
             digest = file_digest(open_clip.download_pretrained(record), cache)
     recipe = [json.dumps(config) if whole else model, quick, sorted(seen.items())]
     tokenizer = functools.partial(clip_tokenizer, model)
-    encoder = Encoder(model, "open_clip", build, transform, recipe, digest, tokenizer, notes)
-    encoder.untrained = pretrained == "none"
-    return encoder
+    more = tokenizer, notes, pretrained == "none"
+    return Encoder(model, "open_clip", build, transform, recipe, digest, *more)
 
 
 class StoredEncoder(Encoder):
@@ -1219,9 +1215,8 @@ def state_of(path):
 
 def unpickled(path, cure=""):
     """torch.load of tensors. ValueError in our words of what is more: PyTorch's would advise to run it."""
-    check_zip(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(bounded(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         code = re.search(r"GLOBAL (\S+)", str(problem))
     found = f"it holds {code[1]}, and opening that could run code{cure}" if code else "no file of torch.save"

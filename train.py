@@ -36,11 +36,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # first, as it checks the flags before torch is imported
-from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
+from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View, bounded
 from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
-from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, read_npz, reading
-from data import revision, rng, run, say, stored_composites, synsets, table, tag, thumb, write, write_json
-from data import write_table
+from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading, revision
+from data import rng, run, say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
 
 import numpy as np
 import torch
@@ -602,11 +601,10 @@ def invariance(g, z, i, x, x_bap, samples, l2, s):
     cosine, other = y @ y.T, ~torch.eye(len(pick), dtype=torch.bool, device=z.device)
     within, between = float(cosine[same & other].mean()), float(cosine[~same].mean())
     mapped = g(x_bap)
-    found = dict(place_probe_raw=accuracy(unit(x), linear(l2)), place_probe_map=accuracy(mapped, linear(l2)))
-    found.update(
-        place_probe_map_free=accuracy(mapped, linear(1e-6)), place_probe_map_mlp=accuracy(mapped, mlp)
-    )
-    return found | dict(cos_within=within, cos_between=between)
+    probes = dict(map=linear(l2), map_free=linear(1e-6), map_mlp=mlp)
+    found = {f"place_probe_{name}": accuracy(mapped, predictor) for name, predictor in probes.items()}
+    raw = accuracy(unit(x), linear(l2))
+    return dict(found, place_probe_raw=raw, cos_within=within, cos_between=between)
 
 
 def mlp(x, y, hidden=64):
@@ -1164,10 +1162,8 @@ def finetune(config, encoder, samples):
     path.unlink(missing_ok=True)
     say(table(*zero_rows(dict(before=before, after=after), samples.worst)), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
-    say(
-        f"\n{out}: weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s",
-        True,
-    )
+    written = "weights.safetensors, finetune.json and log.csv written"
+    say(f"\n{out}: {written}, {time.time() - started:.0f} s", True)
 
 
 def zero_shot(encoder, samples, x=None):
@@ -1221,7 +1217,7 @@ def load_discovery(path):
     what = "discovery.json and discovery.npz as discover.py writes them"
     tree = read_json(path, what)
     with reading(path, what, "run discover.py again"):
-        file = read_npz(path.with_suffix(".npz"))
+        file = np.load(bounded(path.with_suffix(".npz")))
         if tree.get("npz", same := file_digest(path.with_suffix(".npz"), "")) != same:
             raise ValueError("discovery.npz beside it is of another run")
         kinds = dict(medoids="f4", mean="f4", box="f4", image="i8", label="i8")

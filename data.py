@@ -29,6 +29,7 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 import zlib
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field, fields, replace
@@ -309,9 +310,8 @@ def listing(what, path):
                 texts = [docs[name] for name in names if docs.get(name)]
                 if what == "protocols":  # a row says what it is
                     texts = [row.args[0].value]
-                rows[key.value] = "; ".join(
-                    re.split("\\.?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts
-                )
+                firsts = [re.split("\\.?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
+                rows[key.value] = "; ".join(firsts)
     expect(rows, "list", what, ", ".join(LISTS) + " (of what this script has)")
     return "\n".join(re.sub("  +", "  ", f"{name}  {text}".rstrip()) for name, text in rows.items())
 
@@ -445,6 +445,16 @@ def read_json(path, what):
     """The tree of a JSON file. what: as of reading."""
     with reading(path, what):
         return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def bounded(path):
+    """The path; ValueError where a small file, of np.savez or torch.save, would unpack to much memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            full = sum(part.file_size for part in file.infolist())
+        if full > max(1 << 30, 50 * os.path.getsize(path)):
+            raise ValueError(f"it unpacks to {full:,} bytes, 50 times its size")
+    return path
 
 
 def read_lines(path, flag):
@@ -848,14 +858,17 @@ class Outlined(Picture):
         return self.photo.path
 
     def image(self):
-        image, (w, h), mask = self.photo.image(), self.size, Image.new("L", self.size)
+        image, (w, h) = self.photo.image(), self.size  # the size first: it may be anything
         if image.size != self.size:
             raise Complaint(f"{self.path}: {image.width}x{image.height} pixels, its annotation has {w}x{h}")
         if isinstance(self.outline[0], str) or isinstance(self.outline[0][0], int):
             counts = rle_counts(self.outline[0])  # of zeros, ones, zeros, ..., down the columns
+            if sum(counts) != w * h or min(counts) < 0:
+                raise Complaint(f"{self.path}: the counts of its annotation's RLE do not add up to {w}x{h}")
             on = np.repeat(np.arange(len(counts)) % 2, counts).reshape(w, h).T
             mask = Image.fromarray(255 * on.astype(np.uint8))
         else:
+            mask = Image.new("L", self.size)
             for polygon in self.outline:
                 ImageDraw.Draw(mask).polygon(polygon, 255)
         image.putalpha(mask)
@@ -869,7 +882,7 @@ def rle_counts(code):
         return code
     counts, value, shift = [], 0, 0
     for bits in (ord(c) - 48 for c in code):
-        value, shift = value | (bits & 31) << shift, shift + 5
+        value, shift = value | (bits & 31) << shift, min(shift + 5, 70)  # no count has more bits
         if not bits & 32:  # the last of a number; bit 16 is its sign
             value -= (bits & 16) << 1 << (shift - 5)
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
@@ -1123,6 +1136,7 @@ def composites(figures, grounds, instances, per, seed, recolour=True):
 
 SCENE = "scene"  # what an image shows whose planted feature is all but the class object
 CODE = r"[\W\d_]+|n\d{8}|(class|label|cls|cat|category|group|id|c|y)?[-_ ]*\d+|true|false"  # is no name
+CODE += r"|.*[\ud800-\udfff].*"  # nor is what is no UTF-8, which no tokenizer reads
 SPLIT_NAMES = dict(train=0, training=0, val=1, valid=1, validation=1, dev=1, test=2, testing=2)
 
 
@@ -1188,9 +1202,15 @@ class Samples:
 
     @functools.cached_property
     def digest(self):
-        """Hash of what it shows and says; of photos as the cache knows them, by size and times."""
-        said = self.captions, self.prompts, [v.tolist() for v in (self.y, self.place, self.split)]
+        """Hash of what it shows and says, and its masks; of files as the cache knows them, by size, times."""
+        cut = [c and c.key() for c in self.cut]
+        said = cut, self.captions, self.prompts, [v.tolist() for v in (self.y, self.place, self.split)]
         return hashlib.sha256(json.dumps([[p.key() for p in self.items], said]).encode()).hexdigest()
+
+    @property
+    def worst(self):
+        """What the smallest accuracy of a group is called: without places to compare groups are classes."""
+        return "worst_group" if len(self.places) > 1 else "worst_class"
 
     def group(self):
         """Group of each image, y * places + place [n]; -1 where one of them is not known."""
@@ -1272,9 +1292,8 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         pairs = zip(samples.items, files, strict=True)
         samples.cut = [m and Composite(Masked(item, Photo(m)), None, None) for item, m in pairs]
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[SETS[name].template]] * len(labels)
-    expect(
-        not prompts or name != "embeddings", "prompts", prompts, "none: texts of embeddings are in their file"
-    )
+    own = not prompts or name != "embeddings"
+    expect(own, "prompts", prompts, "none: texts of embeddings are in their file")
     samples.prompts = [[t.replace("{}", c) for t in own] for c, own in zip(labels, texts, strict=True)]
     said = [c for c, own in zip(labels, texts, strict=True) if any("{}" in text for text in own)]
     codes = [label for label in said if not renamed and re.fullmatch(CODE, label.strip().lower())]
@@ -1319,6 +1338,8 @@ def samples_of(name, rows, facts):
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
     unplaced = int((place < 0).sum())
+    bare = f"{name}: no places to compare: no worst group, groups are the classes"
+    facts.notes += [bare] * bool(P < 2 and (y >= 0).any())
     if unplaced:
         line = f"{unplaced} of {len(rows)} images have no place, and are in no group"
         facts.notes.append(f"WARNING: {name}: {line}: figures of groups are without them")
@@ -1679,10 +1700,8 @@ def official_waterbirds(name, group, split, notes):
         making = makings.get(sum(counts[0]), "of another making")
         notes.append(f"{name}: official val and test; train {sum(counts[0])} images: {making}")
     elif len(group) == 11788 or "waterbird_complete" in name or "forest2water2" in name:
-        line = (
-            f"{name}: {len(group)} images, groups {counts}, not the official counts: incomplete or generated"
-        )
-        notes.append(f"WARNING: {line} anew; published figures do not hold for it")
+        line = f"{name}: {len(group)} images, groups {counts}, not the official counts"
+        notes.append(f"WARNING: {line}: incomplete or generated anew; published figures do not hold for it")
     return official
 
 
@@ -1931,8 +1950,9 @@ def outline_of(annotation):
     found = annotation.get("segmentation") or ()
     if isinstance(found, dict):
         counts = found["counts"]
-        return (counts if isinstance(counts, str) else tuple(map(int, counts)),)
-    return tuple(tuple(map(float, polygon)) for polygon in found if len(polygon) >= 6)
+        return (counts if isinstance(counts, str) else tuple(map(int, counts)),) if counts else ()
+    found = [polygon for polygon in found if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    return tuple(tuple(map(float, polygon)) for polygon in found)
 
 
 def corners(annotation):
@@ -2050,9 +2070,8 @@ def folder_notes(root, rest):
         lines.append(f"{depth[2]} images lie beside the place folders; their place is 'elsewhere'")
     if depth[4]:
         deep = "/".join(next(r for r in rest if len(r) > 3))
-        lines.append(
-            f"{depth[4]} images lie below class/place, as {deep}; folders below the place do not count"
-        )
+        line = f"{depth[4]} images lie below class/place, as {deep}"
+        lines.append(f"{line}; folders below the place do not count")
     if 1 < len(pairs) == len({place for _, place in pairs}):
         one = f"each place lies in one class only, as {'/'.join(min(pairs))}; no place compares two classes"
         lines.append(f"{one}. If the second folders are the classes, move them up")
@@ -2176,7 +2195,7 @@ def stored_arrays(path):
             there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
             expect(there, "data", path, f"an .npz file, or .npy files in it (found {inside(path)})")
         else:
-            there = np.load(path, mmap_mode="r")
+            there = np.load(bounded(path), mmap_mode="r")
             there = dict(embedding=there) if isinstance(there, np.ndarray) else there
         taken = {ours: [n for n in (ours, *theirs.split()) if n in there] for ours, theirs in STORED.items()}
         a = {ours: there[names[0]] for ours, names in taken.items() if names}
@@ -2499,7 +2518,8 @@ def mnist(root, seed):
     def idx(name, *shape):
         path = next((p for p in (root / name, root / f"{name}.gz") if p.is_file()), root / name)
         with reading(path, "one of MNIST's four files in IDX format, whole or .gz"):
-            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                raw = file.read(1 << 30)  # whatever it would unpack to
             if raw[:3] != b"\0\0\x08":
                 raise ValueError("it does not begin as an IDX file of bytes")
             return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(-1, *shape)
@@ -2876,7 +2896,7 @@ def drawing(name, height, *parts):
     """An SVG, 400 wide, and a link that saves it."""
     about = {"viewBox": f"0 0 400 {height:.0f}", "role": "img", "aria-label": name}
     svg = tag("svg", Html(f"<style>{asset('figure.css')}</style>"), *parts, xmlns=SVG, **about)
-    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8", "backslashreplace")).decode()
     link = tag("a", "this figure as SVG", href=source, download=f"{name}.svg")
     return tag("div", svg, link, class_="chart")
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # first, as it checks the flags before torch is imported
-from data import ASSETS, SPLITS, Complaint, Crop, dots, expect, find_masks, flags, html_table, linked
+from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, find_masks, flags, html_table, linked
 from data import load_data, load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table
 from data import tag, thumb, write, write_json
 
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import ImageDraw
 
-from model import auto_device, fit_probe, join, load_checkpoint, load_encoder, load_heads, load_probe
+from model import auto_device, bar, fit_probe, join, load_checkpoint, load_encoder, load_heads, load_probe
 from model import mask_shares, region_embeddings, repeat_by, sha256, sums, unit, wilson
 
 # fmt: off
@@ -170,7 +170,7 @@ def main():
     for name, verdict in verdicts.items():
         first = verdict.ranking[0]  # kept, if one is
         ranked[name] = members[first] if verdict.kept[first] else order[:0]
-    for name in BASELINES if method == "all" else {method} & {*BASELINES}:
+    for name in bar("baselines", BASELINES if method == "all" else {method} & {*BASELINES}):
         ranked[name] = BASELINES[name](e, seed, l2)
     if method in BASELINES:
         clusters = listed(method, ranked[method])
@@ -203,10 +203,8 @@ def main():
     write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
     write_json(out / "discovery.json", summary)
     say(console(summary, e), True)
-    say(
-        f"\n{out}/discovery.json, discovery.npz and discovery.html written, {time.time() - started:.1f} s",
-        True,
-    )
+    written = "discovery.json, discovery.npz and discovery.html written"
+    say(f"\n{out}/{written}, {time.time() - started:.1f} s", True)
 
 
 def from_images(config):
@@ -229,6 +227,7 @@ def from_images(config):
         counts = dict(zip(SPLITS, torch.bincount(samples.split, minlength=3).tolist(), strict=True))
         raise Complaint(f"--split={split}: {samples.name} has no images there ({counts}); take another split")
     pictures, notes = load_regions(regions, chosen.items, encoder.frame, skip_bad)
+    notes += [f"{model}: its text tower is untrained: no nearest words"] * encoder.untrained
     mask_of = find_masks([getattr(p, "path", "") for p in chosen.items], masks) if masks else []
     logits, said = suspect(encoder, samples, parts, config)
     z, x = region_embeddings(encoder, pictures, region_encoder)
@@ -441,7 +440,7 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
 def load_embeddings(path):
     """The arrays of an .npz for --embeddings as tensors, with class_names (a list), region_target and notes.
     Raises Complaint for anything that is not as it should be."""
-    with reading(path, "an .npz file of plain arrays"), np.load(path, allow_pickle=False) as file:
+    with reading(path, "an .npz file of plain arrays"), np.load(bounded(path)) as file:
         absent = [key for key in ARRAYS if key not in file.files]
         if absent:
             there = ", ".join(file.files)
@@ -503,9 +502,8 @@ def k_range(low, high, C, n, clustering):
         cure = f"give more images, finer --regions, or --k=2:{max(3, n)}"
         raise Complaint(f"--k: {low} clusters of {n} regions; {cure}")
     if ks[-1] * n > MOST_NUMBERS:
-        raise Complaint(
-            f"--k: {ks[-1]} clusters times {n} regions, expected at most {MOST_NUMBERS:,}; lower it"
-        )
+        many = f"{ks[-1]} clusters times {n} regions"
+        raise Complaint(f"--k: {many}, expected at most {MOST_NUMBERS:,}; lower it")
     if clustering == "ravl" or len(ks) <= 40:
         return list(ks)
     say(f"k: {len(ks)} values from {ks[0]} to {ks[-1]}; 40 of them are tried, evenly spread in ratio")
@@ -616,7 +614,7 @@ def kmedoids(x, ks, seed):
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(x), generator=generator)[: max(4096, 4 * max(ks))].sort().values.to(x.device)
     m, out = Medoids(x, sample[seeds(x[sample], max(ks), generator)]), {}
-    for want in sorted(ks, reverse=True):
+    for want in bar("clusters", sorted(ks, reverse=True)):
         m.drop(want)
         m.settle()
         parts = [silhouettes(m.s[:, r], m.size, m.label[r]).double().sum() for r in tiles(len(x))]
@@ -658,10 +656,10 @@ def published(x, ks):
     random_state 0) on clip(1 - x x^T, 0, 1), and scikit-learn's silhouettes, by tiles: the same labels
     without the N x N matrix. x: [N, D]; on the CPU. Returns {k: Clustering}."""
     rows = x.cpu().numpy()
-    medoids = {k: published_medoids(rows, k) for k in ks}
+    medoids = {k: published_medoids(rows, k) for k in bar("clusters", ks)}
     labels = {k: torch.from_numpy(distances(rows, m).argmin(0)) for k, m in medoids.items()}
     total, out = dict.fromkeys(ks, 0.0), {}
-    for part in tiles(len(rows), 1024):  # one tile of distances serves all k
+    for part in bar("silhouettes", tiles(len(rows), 1024)):  # one tile of distances serves all k
         near = 1 - torch.from_numpy(distances(rows, np.arange(part.start, part.stop)))
         for k, label in labels.items():
             hot = F.one_hot(label, k).to(near.dtype)
@@ -728,7 +726,7 @@ def on_published_distance(x, label, k, mean, seed):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     pick = order[: len(x) if len(x) <= 10_000 else 1000].sort().values
     others, some, s = order[:STEP].sort().values, given(x[pick], mean), x.new_zeros(k, len(pick))
-    for rows in tiles(len(others), 1024):
+    for rows in bar("silhouette", tiles(len(others), 1024)):
         near = (given(x[others[rows]], mean) @ some.T).clamp(min=0)  # [rows, pick]
         s += F.one_hot(label[others[rows]], k).float().T @ near
     size = torch.bincount(label[others], minlength=k).float()
@@ -898,7 +896,7 @@ def precision(ranked, target, K=10):
 
 def random(e, seed, l2):
     """Regions in random order."""
-    order = rng(seed, "random regions", zlib.crc32(e.name.encode())).permutation(len(e.x))
+    order = rng(seed, "random regions", zlib.crc32(os.fsencode(e.name))).permutation(len(e.x))
     return torch.from_numpy(order).to(e.x.device)
 
 
@@ -1085,7 +1083,8 @@ def report(summary, e, similarity, M):
     """The page: each kept cluster's regions as crops and in their images, accuracy with and without it."""
     config, clusters = summary["config"], summary["clusters"]
     kept, sections = [c for c in clusters if c["kept"]], []
-    can_read = kept and e.encoder and e.encoder.tokenizer and config["method"] not in BASELINES
+    can_read = kept and e.encoder and e.encoder.tokenizer and not e.encoder.untrained
+    can_read = can_read and config["method"] not in BASELINES
     words = nearest_words(e.encoder, M, summary["mean_removed"]) if can_read else {}
     for place, c in enumerate(kept[:PICTURED] or clusters[:3], 1):
         score = f", score {c['score']:.2f} (by chance {c['chance']:.2f})" if c["chance"] is not None else ""

@@ -35,7 +35,7 @@ from data import composites as compose
 import numpy as np
 import torch
 
-from model import LOADED, SHARES, additivity, dfr, file_digest, fit_probe, group_metrics, join
+from model import LOADED, SHARES, additivity, bar, dfr, file_digest, fit_probe, group_metrics, join
 from model import load_checkpoint, load_encoder, load_heads, load_map, mask_shares, mean_std
 from model import paired_bootstrap, region_embeddings, repeat_by, sha256, standard, sums, unbalanced, unit
 from model import wilson, worst_ends
@@ -440,7 +440,7 @@ def fewshot_heads(e, shots):
     if least < shots:
         short = f"{sum(len(mine) < shots for mine in of_class)} of {C} classes have fewer training images"
         say(f"WARNING: fewshot_{shots}: {short}, {name} the fewest, {least}; of these classes all are taken")
-    for d in range(DRAWS):
+    for d in bar(f"fewshot_{shots}", range(DRAWS)):
         few = []
         for c, mine in enumerate(of_class):
             order = rng(e.seed, "fewshot", shots, d, c).permutation(len(mine))
@@ -459,12 +459,15 @@ def ckpt_heads(e):
 
 def rows_of(p, e, shots):
     """The rows of a protocol, (name, Protocol, heads): one; of fewshot one for each number of shots; of ckpt
-    for each probe, which has learned from a split if the checkpoint was made with the same --data."""
-    row = PROTOCOLS[p]
+    for each probe, which has learned from a split if the checkpoint was made with the same --data. Others
+    name the map that they see embeddings through, "probe, bap"; erm where the checkpoint has none of BAP."""
+    row, through = PROTOCOLS[p], ""
+    if e.state:
+        through = ", bap" if "bap" in e.state.get("probes", ()) else ", erm"
     if p == "fewshot":
-        return [(f"{p}_{k}", row, row.heads(e, int(k))) for k in shots.split(",")]
+        return [(f"{p}_{k}{through}", row, row.heads(e, int(k))) for k in shots.split(",")]
     if p != "ckpt":
-        return [(p, row, row.heads(e))]
+        return [(p + through, row, row.heads(e))]
     rows, same = [], e.state["config"].get("data") == e.samples.name.partition(" V ")[0]
     for name, head in row.heads(e).items():
         learned = "validation" if name.startswith("val_probe") else "training"
@@ -488,7 +491,8 @@ PROTOCOLS = {
 
 def protocol_of(row):
     """The Protocol of a row of the tables, by its name; None of a checkpoint's probes and of predictions."""
-    return PROTOCOLS.get(row) or PROTOCOLS.get(row.partition("_")[0])
+    name = row.partition(",")[0]
+    return PROTOCOLS.get(name) or PROTOCOLS.get(name.partition("_")[0])
 
 
 def offered(encoder, samples, asked, state=None):
@@ -626,7 +630,7 @@ def measure(out, samples, seed):
         return dict(metrics=metrics, classes=classes, groups=[])
     correct = out.predicted == out.target  # [R, m]
     mean = correct.double().mean(0)  # over the draws, [m]
-    metrics, groups = over_draws([group_metrics(c, samples, out.index) for c in correct])
+    metrics, groups = over_draws([group_metrics(c, samples, out.index) for c in correct], samples.worst)
     metrics.update(seen_in_training=out.seen, average=float(mean.mean()))
     metrics.update(ece=ece(out.confidence.flatten(), correct.flatten()), n=len(y), skipped=out.skipped)
     classes = class_metrics(out, samples, mean, groups)
@@ -641,20 +645,21 @@ def measure(out, samples, seed):
         target = torch.zeros_like(samples.y).index_copy(0, out.index, out.target)
         right = out.region_predicted == target[out.region_photo]
         of = group_metrics(right, samples, out.region_photo)
-        metrics.update({f"region_{k}": of[k] for k in ("overall", "worst_group")}, regions=len(right))
+        metrics.update({f"region_{k}": of[k] for k in ("overall", samples.worst)}, regions=len(right))
     return dict(metrics=metrics, classes=classes, groups=groups)
 
 
-def over_draws(each):
-    """Means over draws of group_metrics -> metrics, with an interval of the worst group, and groups."""
+def over_draws(each, worst):
+    """Means over draws of group_metrics -> metrics, with an interval of the worst group, and groups. worst:
+    Samples.worst."""
     metrics, groups = {}, []
-    for key in ("worst_group", "avg_group_mean", "avg_train_weighted"):
+    for key in (worst, "avg_group_mean", "avg_train_weighted"):
         metrics[key] = None if each[0][key] is None else sum(m[key] for m in each) / len(each)
     for same in zip(*[m["groups"] for m in each], strict=True):
         accuracy, n = sum(g["accuracy"] for g in same) / len(each), same[0]["n"]
         groups.append(dict(same[0], accuracy=accuracy, interval=list(wilson(accuracy * n, n))))
     ends = [worst_ends([(g["accuracy"] * g["n"], g["n"]) for g in m["groups"]]) for m in each]
-    metrics["worst_group_interval"] = np.mean(ends, 0).tolist()
+    metrics[f"{worst}_interval"] = np.mean(ends, 0).tolist()
     return metrics, groups
 
 
@@ -749,7 +754,7 @@ def compare(results, outcomes, samples, seed):
         if samples.y[a.index].min() >= 0 and torch.equal(a.index, b.index):
             right = [out.predicted[0] == out.target for out in (a, b)]
             ends = paired_bootstrap(*right, samples.group()[a.index], seed=seed)
-            results[name]["metrics"]["worst_group_over_first"] = list(ends)
+            results[name]["metrics"][f"{samples.worst}_over_first"] = list(ends)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -791,7 +796,7 @@ def metric_columns(results, samples):
         wanted = ["common", "counter", "drop", "effective_robustness", "common_plain", "counter_plain"]
         wanted += ["common_1v20", "counter_1v20", "drop_1v20", "worst_group", "ece"]
     elif len(samples.places) < 2:
-        wanted = ["average", "avg_group_mean", "worst_group", "confidence", "ece"]
+        wanted = ["average", "avg_group_mean", "worst_class", "confidence", "ece"]
     rows = [m["metrics"] for _, _, m in each_outcome(results)]
     differ = ["n"] * (len({m["n"] for m in rows}) > 1)
     return differ + [k for k in wanted if any(m.get(k) is not None for m in rows)]
@@ -802,7 +807,7 @@ def blocks_of(results, outcomes, samples, failed):
     name, head = next(iter(results.items()))
     counter = is_counteranimal(samples)
     blocks = [counter_block(name, head) if counter else groups_block(results, samples, head)]
-    blocks += [results_block(results, samples, failed), line_block(results, counter)]
+    blocks += [results_block(results, samples, failed), line_block(results, counter, samples.worst)]
     rows = []
     for c, m in head["classes"].items():
         taken = ", ".join(f"{k} ({v})" for k, v in m.get("taken_for", {}).items())
@@ -824,7 +829,7 @@ def blocks_of(results, outcomes, samples, failed):
     rows = []
     for label, texts in zip(samples.labels, samples.prompts, strict=True):
         rows.append((label, "; ".join(texts[:4]) + f" and {len(texts) - 4} more" * (len(texts) > 4)))
-    if any("zeroshot" in r["protocols"] for r in results.values()):
+    if any(p.startswith("zeroshot") for _, p, _ in each_outcome(results)):
         notes = [f"and of {len(rows) - 45} more labels"] * (len(rows) > 45)
         blocks.append(Block("Prompts", ("label", "prompts, averaged"), rows[:45], notes=notes))
     return blocks
@@ -841,11 +846,10 @@ def results_block(results, samples, failed):
         values = [m["metrics"].get(k) for k in keys] + [g["accuracy"] for g in m["groups"][: len(few)]]
         rows.append((model, p, *values))
     if any(p.startswith("fewshot") for _, p, *_ in rows):
-        notes.append("fewshot: means over the draws; worst_group, too, is the mean of each draw's own")
-    mapped = [p for p in head["protocols"] if protocol_of(p)]
-    if head.get("ckpt") and mapped:
-        notes.append(f"through the map bap of {Path(head['ckpt']).name}: {', '.join(mapped)}")
-    for k in [k for k in ("drop", "worst_group", "bg_gap") if best.get(k + "_interval")][:1]:
+        notes.append(f"fewshot: means over the draws; {samples.worst}, too, is the mean of each draw's own")
+    if any(p.endswith("bap") for p in head["protocols"]):
+        notes.append(f"bap: through the map of {Path(head['ckpt']).name}")
+    for k in [k for k in ("drop", samples.worst, "bg_gap") if best.get(k + "_interval")][:1]:
         low, high = best[k + "_interval"]
         notes.append(f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}")
     for model in [m for m in results if m in PUBLISHED and is_counteranimal(samples)]:
@@ -855,8 +859,8 @@ def results_block(results, samples, failed):
     return Block(title, ("model", "protocol", *keys, *groups), rows, notes=notes, said=True)
 
 
-def line_block(results, counter):
-    x, y = ("common", "counter") if counter else ("avg_group_mean", "worst_group")
+def line_block(results, counter, worst):
+    x, y = ("common", "counter") if counter else ("avg_group_mean", worst)
     points = [(name, a / 100, b / 100, "pale") for name, (a, b) in PUBLISHED.items() if counter]
     for name, r in results.items():
         u, v = r["metrics"].get(x), r["metrics"].get(y)

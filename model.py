@@ -37,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import ASSETS, Complaint, Crop, Ground, Photo, Regions, Stored, expect, inside, near, one_line
-from data import SPEECH, open_mask, read_json, reading, say, scan, stored_arrays, write
+from data import SPEECH, bounded, open_mask, read_json, reading, say, scan, stored_arrays, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -66,14 +66,17 @@ class Encoder:
     name: as in --model. kind: "timm" or "open_clip". build: () -> its module, weights loaded. transform:
     PIL RGB -> float [3, H, W]. recipe: what besides the weights decides an embedding (preprocessing,
     activation). digest: of the weights' file, "" where they change (then nothing is cached). tokenizer: ()
-    -> a tokenizer; None without a text tower.
+    -> a tokenizer; None without a text tower. untrained: whether there are no weights for that.
 
     The weights are loaded when something has to be computed, not before: what is in the cache needs none.
     """
 
-    def __init__(self, name, kind, build, transform, recipe, digest, tokenizer=None, notes=()):
+    def __init__(
+        self, name, kind, build, transform, recipe, digest, tokenizer=None, notes=(), untrained=False
+    ):
         self.name, self.kind, self.build, self.transform = name, kind, build, transform
         self.recipe, self.digest, self.tokenizer, self.notes = recipe, digest, tokenizer, list(notes)
+        self.untrained = untrained
 
     def embeds_with(
         self,
@@ -221,10 +224,8 @@ class Encoder:
         found = {c: read_cache(paths[c], size[c]) for c in range(rank, len(chunks), world)}
         todo = [c for c, z in found.items() if z is None or (not self.skip_bad and z.isnan().any())]
         count, started = sum(len(chunks[c]) for c in todo), time.time()
-        silent = bool(rank) or SPEECH["quiet"]
-        bar = tqdm(total=count, unit=" images", desc=label, disable=silent or None, leave=False)
-        with bar, together(world):
-            stream = self.stream(pictures, rows, [chunks[c] for c in todo], compute, bar)
+        with bar(label, total=count, unit=" images") as done, together(world):
+            stream = self.stream(pictures, rows, [chunks[c] for c in todo], compute, done)
             for c, z in zip(todo, stream, strict=True):
                 found[c] = z
                 write_cache(paths[c], z)
@@ -241,7 +242,7 @@ class Encoder:
         say_unreadable(pictures, rows, z, label)
         return z.to(self.device)
 
-    def stream(self, pictures, rows, chunks, compute, bar):
+    def stream(self, pictures, rows, chunks, compute, done):
         """Yields the embeddings of each chunk (range of pictures) in order: float32 [rows, D] on the CPU.
 
         On a CPU each thread decodes a batch and runs the network on it by itself, on one core: nobody
@@ -281,7 +282,7 @@ class Encoder:
             for batch, (v, readable) in zip(parts, results, strict=False):
                 z.append(v)
                 there.update(readable)
-                bar.update(len(batch))
+                done.update(len(batch))
             z, n = torch.cat(z).cpu(), torch.tensor([rows[k] for k in chunk])
             owner = repeat_by(torch.tensor(chunk), n)  # the picture of each row
             here = repeat_by(torch.tensor([k in there for k in chunk]), n)
@@ -384,7 +385,7 @@ class Encoder:
             cure = "models with a tokenizer of the hub need: pip install transformers sentencepiece"
             raise Complaint(f"{flag}: its tokenizer cannot be loaded ({one_line(problem)}); {cure}") from None
         parts = [tokenize(list(prompts[k : k + 256])).to(self.device) for k in range(0, len(prompts), 256)]
-        return torch.cat([unit(self.module.encode_text(tokens).float()) for tokens in parts])
+        return torch.cat([unit(self.module.encode_text(part).float()) for part in bar("texts", parts)])
 
     def prompts(self, prompts, labels=()):
         """For each label a list of texts -> [C, D] unit-norm: means of their unit embeddings, normalised.
@@ -400,7 +401,7 @@ class Encoder:
 
     def say_cut(self, pairs):
         """Says which of pairs (text, label) are cut by the tokenizer; Complaint where the label is lost."""
-        pairs = [pair for pair in pairs if len(pair[0].encode()) > 60]  # a token is a byte or more
+        pairs = [pair for pair in pairs if len(repr(pair[0]).encode()) > 62]  # a token is a byte or more
         if not pairs or self.tokenizer is None:
             return
         tokenize, cut = self.tokenizer(), []
@@ -450,6 +451,12 @@ class Encoder:
                 raise Complaint(f"--model={self.name}: {what}; take another, or for train.py --own=0")
         x, y = W / w / 2, H / h / 2  # every crop is about the centre
         return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
+
+
+def bar(label, items=None, total=None, unit="it"):
+    """The items under a bar with the time left; on a terminal, of the first process, without --quiet."""
+    silent = bool(ranks()[0]) or SPEECH["quiet"]
+    return tqdm(items, label, total, leave=False, unit=unit, disable=silent or None)
 
 
 def ahead(work, items, threads, most):
@@ -557,7 +564,8 @@ def auto_device(device):
 
 
 def sha256(content):
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content  # of any name
+    return hashlib.sha256(raw).hexdigest()
 
 
 def file_digest(path, cache):
@@ -691,15 +699,17 @@ def small_clip(model, pretrained, quick_gelu, cache):
     small = open_clip.image_transform(56, is_train=False, **black)
     transform = lite_transform("lite0") if model == "lite0-clip" else small
     digest = weights_digest(pretrained or "imagenet", cache)
-    return Encoder(model, "open_clip", build, transform, model, digest, tokenizer)
+    untrained = pretrained in ("", "none", "imagenet")
+    return Encoder(model, "open_clip", build, transform, model, digest, tokenizer, untrained=untrained)
 
 
 @functools.lru_cache(4)
 def clip_tokenizer(model, context_length=None):
-    """The tokenizer of an open_clip model; reading its vocabulary takes .1 s."""
+    """The tokenizer of an open_clip model; reading its vocabulary takes .1 s. It reads ? for no UTF-8."""
     import open_clip
 
-    return open_clip.get_tokenizer(model, context_length=context_length)
+    tokenizer = open_clip.get_tokenizer(model, context_length=context_length)
+    return lambda texts: tokenizer([text.encode("utf-8", "replace").decode() for text in texts])
 
 
 class Cells(nn.Module):
@@ -831,6 +841,7 @@ def clip_model(model, pretrained, quick_gelu, cache):
     seen = merge_preprocess_dict(asdict(PreprocessCfg()), {k: v for k, v in said.items() if k != "size"})
     with reading(f"--model={model}", "a CLIP of open_clip by its open_clip_config.json"):
         seen["size"] = config["vision_cfg"].get("image_size", 224)
+        transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
 
     def build():
         torch.manual_seed(0)
@@ -851,9 +862,9 @@ def clip_model(model, pretrained, quick_gelu, cache):
         with fetching(f"--model={model} --pretrained={pretrained}"):
             digest = file_digest(open_clip.download_pretrained(record), cache)
     recipe = [json.dumps(config) if whole else model, quick, sorted(seen.items())]
-    transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
     tokenizer = functools.partial(clip_tokenizer, model)
-    return Encoder(model, "open_clip", build, transform, recipe, digest, tokenizer, notes)
+    more = tokenizer, notes, pretrained == "none"
+    return Encoder(model, "open_clip", build, transform, recipe, digest, *more)
 
 
 class StoredEncoder(Encoder):
@@ -1206,7 +1217,7 @@ def state_of(path):
 def unpickled(path, cure=""):
     """torch.load of tensors. ValueError in our words of what is more: PyTorch's would advise to run it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(bounded(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         code = re.search(r"GLOBAL (\S+)", str(problem))
     found = f"it holds {code[1]}, and opening that could run code{cure}" if code else "no file of torch.save"
@@ -1804,11 +1815,11 @@ def dfr(x, y, group, seed, scaler=None, strengths=(1.0, 0.7, 0.3, 0.1, 0.07, 0.0
         return torch.cat([p[torch.randperm(len(p), generator=generator).to(p.device)[:least]] for p in parts])
 
     subset, worst, fit = balanced(fit_on), {}, None
-    for C in sorted(strengths):  # each starts from the one before
+    for C in bar("dfr, how sparse", sorted(strengths)):  # each starts from the one before
         fit = fit_l1_probe(x[subset], y[subset], C, None, scaler is None, fit)
         worst[C] = worst_group(fit.predict(x[tune_on]) == y[tune_on], group[tune_on])
     C, fits = max(strengths, key=worst.get), []
-    for _ in range(retrains):
+    for _ in bar("dfr", range(retrains)):
         subset = balanced(index)
         fit = fit_l1_probe(x[subset], y[subset], C, scaler, scaler is None, fits[-1] if fits else None)
         fits.append(fit)
@@ -1847,7 +1858,7 @@ def wilson(k, n, confidence=0.95):
 def group_metrics(correct, samples, index):
     """Accuracies over the groups, class x place, that are present among the samples at index [N].
 
-    correct: bool [N], or shares of draws. Returns worst_group, avg_group_mean (unweighted),
+    correct: bool [N], or shares of draws. Returns worst_group (see Samples.worst), avg_group_mean,
     avg_train_weighted (by images per group in train, as WILDS and group_DRO have it), overall, and
     groups: a list of y, place, n, accuracy, interval (Wilson, 95 %).
     """
@@ -1863,7 +1874,7 @@ def group_metrics(correct, samples, index):
     accuracy, weights = [g["accuracy"] for g in groups], [train[g["y"] * P + g["place"]] for g in groups]
     weighted = float(np.average(accuracy, weights=weights)) if sum(weights) else None
     averages = dict(avg_group_mean=sum(accuracy) / len(accuracy), avg_train_weighted=weighted)
-    return dict(worst_group=min(accuracy), **averages, overall=float(correct.mean()), groups=groups)
+    return {samples.worst: min(accuracy), **averages, "overall": float(correct.mean()), "groups": groups}
 
 
 def worst_group(correct, group):
@@ -1924,8 +1935,8 @@ def load_checkpoint(path, encoder=None):
     with reading(path, "a checkpoint of flock", "train anew"):
         state = unpickled(path)
         made, config = state["fingerprint"], dict(state["config"])
-        if not all(isinstance(name, str) for name in list(state.get("classes", ()))):
-            raise ValueError("its classes are not all names")
+        if not all(isinstance(name, str) for name in [*state.get("classes", ()), *state.get("probes", {})]):
+            raise ValueError("its classes and probes are not all names")
         named = f"--model={config.get('model')} --pretrained={config.get('pretrained')!r}"
     if encoder is not None and made != encoder.fingerprint:
         cure = f"not with the weights of {encoder.name} loaded now; use the same model, or train anew"
@@ -1943,8 +1954,9 @@ def load_map(state, device="cpu"):
     """The map g of a checkpoint of train.py."""
     with reading("the checkpoint", "one with a map of train.py", "train anew"):
         g = Map(state["map"]["mu"], state["map"]["W"], float(state["power"]))
-        if not g(torch.zeros(1, len(g.W))).isfinite().all():  # shapes that do not fit fail here, too
-            raise ValueError("its map is not finite")
+        row = g(torch.zeros(1, len(g.W)))  # shapes that do not fit fail here, too
+        if len(row) != 1 or not row.isfinite().all():
+            raise ValueError("its map is not finite, or its parts do not fit")
         return g.to(device)
 
 
@@ -1960,8 +1972,8 @@ def load_heads(state, device="cpu"):
         probe, seen = load_probe(state, name, device), g if name in MAPPED else unit
         return lambda v: probe.logits(seen(v.float()))
 
-    heads = {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
     with reading("the checkpoint", "one with probes of train.py", "train anew"):
+        heads = {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
         sizes = {apply(torch.zeros(1, len(g.W), device=device)).shape[1] for apply in heads.values()}
         if sizes != {len(state["classes"])}:
             raise ValueError(f"probes of {sorted(sizes)} classes, expected {len(state['classes'])}")
@@ -1976,5 +1988,6 @@ def load_probe(state, name, device="cpu"):
             raise Complaint(f"--probe={name}: the checkpoint has {', '.join(probes)}")
         parts = {k: torch.as_tensor(v, dtype=torch.double).to(device) for k, v in probes[name].items()}
         probe = Probe(**parts)
-        probe.logits(torch.zeros(1, len(probe.weight), device=device))  # shapes that do not fit fail here
+        if len(probe.logits(torch.zeros(1, len(probe.weight), device=device))) != 1:
+            raise ValueError("its parts do not fit")
         return probe

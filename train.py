@@ -36,7 +36,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # first, as it checks the flags before torch is imported
-from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View
+from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View, bounded
 from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
 from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading, revision
 from data import rng, run, say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
@@ -49,8 +49,8 @@ from einops import rearrange, repeat
 from PIL import Image
 
 from kernels import pairwise_loss, region_logits
-from model import SHARES, Map, additive_solve, additivity, cos_sum, dfr, embeddings, features, file_digest
-from model import fit_probe, from_first, group_metrics, join, load_checkpoint, load_encoder
+from model import SHARES, Map, additive_solve, additivity, bar, cos_sum, dfr, embeddings, features
+from model import file_digest, fit_probe, from_first, group_metrics, join, load_checkpoint, load_encoder
 from model import paired_bootstrap, ranks, region_embeddings, renumber, save_checkpoint, sha256, sphere_log
 from model import standard, sums, unbalanced, unit, weights_bytes, with_map
 
@@ -188,14 +188,15 @@ def main():
         return finetune(config, encoder, samples)
     out, started = Path(out_dir), time.time()
     figures, grounds, notes = material(config, encoder, out)
-    parts = figures[0] if stored else figures + grounds
+    placed = place_grounds(samples, place_backgrounds)
+    parts = figures[0] if stored else sum(placed, figures + grounds)
     head = head_of(config, encoder, samples, *[part.key() for part in parts])
     states = [unfinished(out / name, head, encoder) for name in PARTIAL]  # complains now, not in an hour
     if not any(states) and finished(out / "results.json", head):
         return
     runs = states[0]["runs"][: seeds - 1] if states[0] else []
     for s in range(seed + len(runs), seed + seeds):
-        result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, head)
+        result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, head, placed)
         runs.append(result)
         save_checkpoint(out / PARTIAL[0], dict(head, runs=runs))
     results = dict(head, notes=encoder.notes + notes + last.samples.notes)
@@ -220,7 +221,8 @@ def save_results(out, results, last):
     save_checkpoint(out / "ckpt.pt", state)
     write(out / "map.npz", map_bytes(last))
     write(out / "report.html", report(results, last))
-    results["files"] = {name: file_digest(out / name, "") for name in ("ckpt.pt", "map.npz", "report.html")}
+    names = ["ckpt.pt", "map.npz", "report.html"] + ["weights.safetensors"] * bool(last.weights)
+    results["files"] = {name: file_digest(out / name, "") for name in names}
     write_json(out / "results.json", results)  # last: it is there only if all the rest is
     for name in PARTIAL:
         (out / name).unlink(missing_ok=True)
@@ -265,16 +267,16 @@ def material(config, encoder, out):
     return ([], none, none), [], [note]
 
 
-def bap(s, encoder, figures, grounds, samples, out, head):
+def bap(s, encoder, figures, grounds, samples, out, head, placed=()):
     """The whole method for one seed: its result in plain numbers, and what report and checkpoint need. head:
-    see head_of."""
+    see head_of; placed: see place_grounds."""
     lap = Laps()
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
     stored = isinstance(figures, tuple)  # composites themselves, as embeddings from elsewhere
     cells, i, j = figures if stored else composites(figures, grounds, instances, per_instance, s)
     cells, z, i, j = embedded(encoder, cells, "composites", i, j)
-    lap("composites")
+    lap("composites", "how additive they are")
 
     # 2. how additive are they?
     additive = how_additive(encoder, cells, z, i, j, s) if cells else None
@@ -286,14 +288,14 @@ def bap(s, encoder, figures, grounds, samples, out, head):
     good = x.isfinite().all(1)
     if not good.all():
         samples, x = check(samples.keep(good.cpu())), x[good]
-    lap("target")
+    lap("target", "own foregrounds")
     power = 1.0 if (z < 0).any() else 0.5  # after a ReLU a few large channels outshout the rest
     mine = own_foregrounds(encoder, cells, grounds, samples, x, power, s) if own and not stored else None
     grids, all_cells, all_j, drift = [(1.0, z, i)], cells, j, mine.drift if mine else None
     if mine and mine.foretold < FORETOLD:
         grids, all_cells = [(1 - own, z, i), (own, mine.z, mine.i)], cells + mine.cells
         all_j = torch.cat([j, mine.j])
-    lap("own")
+    lap("own", "maps")
 
     # 4. the maps, and with --train=last_blocks|image first the encoder
     maps, D = {}, x.shape[1]
@@ -318,10 +320,10 @@ def bap(s, encoder, figures, grounds, samples, out, head):
     if bap_map == "linear" and cells:
         name = "bap_both" if "bap_both" in maps else "bap"
         maps[name] = contrast(maps[name], grids[0][1], i, j, s, steps, learning_rate)
-    lap("pretraining")
+    lap("pretraining", "probes, dfr, and whether the map is invariant")
 
     # 5. probes, all with the same penalty, trained on the biased data, read on the test split
-    extra = recomposed(encoder, samples, grounds, place_grounds(samples, place_backgrounds), s)
+    extra = recomposed(encoder, samples, grounds, placed, s)
     probes, methods, reasons, right = probe_all(maps, x, x_bap, samples, extra, l2, s)
     lap("probes")
     g = maps.get("bap", identity)
@@ -341,8 +343,11 @@ class Laps:
     def __init__(self):
         self.seconds, self.clock = {}, time.time()
 
-    def __call__(self, name):
+    def __call__(self, name, coming=""):
+        """Ends a lap, and says what is coming."""
         self.seconds[name], self.clock = time.time() - self.clock, time.time()
+        if coming:
+            say(f"{coming} ...")
 
 
 def embedded(encoder, pictures, label, *numbers):
@@ -606,11 +611,10 @@ def invariance(g, z, i, x, x_bap, samples, l2, s):
     cosine, other = y @ y.T, ~torch.eye(len(pick), dtype=torch.bool, device=z.device)
     within, between = float(cosine[same & other].mean()), float(cosine[~same].mean())
     mapped = g(x_bap)
-    found = dict(place_probe_raw=accuracy(unit(x), linear(l2)), place_probe_map=accuracy(mapped, linear(l2)))
-    found.update(
-        place_probe_map_free=accuracy(mapped, linear(1e-6)), place_probe_map_mlp=accuracy(mapped, mlp)
-    )
-    return found | dict(cos_within=within, cos_between=between)
+    probes = dict(map=linear(l2), map_free=linear(1e-6), map_mlp=mlp)
+    found = {f"place_probe_{name}": accuracy(mapped, predictor) for name, predictor in probes.items()}
+    raw = accuracy(unit(x), linear(l2))
+    return dict(found, place_probe_raw=raw, cos_within=within, cos_between=between)
 
 
 def mlp(x, y, hidden=64):
@@ -709,7 +713,7 @@ def learn_cutter(encoder, scenes, seed, cells=60):
     """What a Cutter is made of, as one tensor [3, D' + 2]: mean, h, w; scale; weight, bias, iou."""
     generator, rows, target, held = torch.Generator().manual_seed(seed), [], [], []
     with ThreadPoolExecutor(encoder.threads) as pool:
-        for start in range(0, len(scenes), 16):
+        for start in bar("cutter", range(0, len(scenes), 16)):
             batch = scenes[start : start + 16]
             x = encoder.normalised(encoder.onto_device(list(pool.map(encoder.pixels, batch))))
             f = encoder.run(x, encoder.precision, lambda x, _: dense(encoder, x))  # [N, h, w, D']
@@ -916,7 +920,7 @@ def average(runs, notes):
         if 0 < len(each) < len(runs):
             notes.append(f"{name}: only {len(each)} of {len(runs)} seeds have it, left out")
         elif each:
-            worst = torch.tensor([m["worst_group"] for m in each])
+            worst = torch.tensor([min(g["accuracy"] for g in m["groups"]) for m in each])
             spread = float(worst.std()) if len(each) > 1 else 0.0
             methods[name] = dict(mean(each), seeds=each, spread=spread)
     rest = {name: mean([r[name] for r in runs]) for name in ("additivity", "invariance", "zero_shot")}
@@ -952,7 +956,7 @@ def summary(results, samples):
     groups = methods["erm"]["groups"]
     names = [samples.group_name(g["y"], g["place"]) for g in groups]
     names = [f"{k} {name} (n={g['n']})" for k, (name, g) in enumerate(zip(names, groups, strict=True), 1)]
-    keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
+    keys, worst = (samples.worst, "avg_group_mean", "avg_train_weighted"), samples.worst.replace("_", " ")
     rows = []
     for name in ROWS:
         if name in methods:
@@ -962,15 +966,15 @@ def summary(results, samples):
         elif name in results["reasons"]:
             rows.append((name, *[None] * (len(keys) + len(names)), results["reasons"][name]))
     best = "bap" if "bap" in methods else "erm"
-    spread = f"; means of {config['seeds']} seeds, {best}'s worst group +- {methods[best]['spread']:.3f}"
+    spread = f"; means of {config['seeds']} seeds, {best}'s {worst} +- {methods[best]['spread']:.3f}"
     spread = spread if config["seeds"] > 1 else ""
     sums, invariant = sentences(results)
-    lines = ["\n" + table(*zero_rows(results["zero_shot"]))] if results["zero_shot"] else []
+    lines = ["\n" + table(*zero_rows(results["zero_shot"], samples.worst))] if results["zero_shot"] else []
     if results["additivity"]:
         lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
         lines += [table(*additivity_rows(results)), *filter(None, [sums])]
         lines += ["\nIs the map invariant?", invariant]
-    lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: worst group, 95 % interval")
+    lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: {worst}, 95 % interval")
     header = ("method", "worst", "mean", "weighted", *range(1, len(names) + 1), "over erm")
     return "\n".join([*lines, table(header, rows), "groups: " + ", ".join(names)])
 
@@ -987,17 +991,17 @@ def report(results, last):
     test = samples.split == 2
     mended = test & last.right[best] & ~last.right["erm"]
     erm, ours = methods["erm"], methods[best]
-    low, high = ours["over_erm"]
-    title = "BAP made the worst group worse." if high < 0 else "BAP made no clear difference."
+    (low, high), kind = ours["over_erm"], samples.worst.replace("_", " ")
+    title = f"BAP made the {kind} worse." if high < 0 else "BAP made no clear difference."
     title = "The probe went by the background. With BAP it goes by the foreground." if low > 0 else title
     title = title if best == "bap" else "A plain probe, as there are no composites for BAP."
     worst = min(erm["groups"], key=lambda g: g["accuracy"])
     worst = samples.group_name(worst["y"], worst["place"])
-    gain, ends = ours["worst_group"] - erm["worst_group"], f"95 %: {100 * low:+.0f} to {100 * high:+.0f}"
+    gain, ends = ours[samples.worst] - erm[samples.worst], f"95 %: {100 * low:+.0f} to {100 * high:+.0f}"
     numbers = [
-        (f"{erm['worst_group']:.0%}", f"worst group of a plain probe ({worst})"),
-        (f"{ours['worst_group']:.0%}", f"worst group with BAP: {100 * gain:+.0f} points ({ends})"),
-        (f"{methods[third]['worst_group']:.0%}", ROWS[third]),
+        (f"{erm[samples.worst]:.0%}", f"{kind} of a plain probe ({worst})"),
+        (f"{ours[samples.worst]:.0%}", f"{kind} with BAP: {100 * gain:+.0f} points ({ends})"),
+        (f"{methods[third][samples.worst]:.0%}", ROWS[third]),
     ]
     numbers = numbers if best == "bap" else numbers[::2]
     rows = []
@@ -1010,7 +1014,7 @@ def report(results, last):
     picked = torch.linspace(0, len(last.cells) - 1, 12 * bool(last.cells)).long().tolist()
     shown = [thumb(last.cells[k].image(), f"composite {k}") for k in picked]
     shown += [thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in last.cuts[:6]]
-    keys = ("worst_group", "avg_group_mean", "avg_train_weighted")
+    keys = (samples.worst, "avg_group_mean", "avg_train_weighted")
     heads = [key.replace("_", " ") for key in keys]
     table_rows = [(name, *[m[k] for k in keys], ROWS[name]) for name, m in methods.items()]
     for name, reason in results["reasons"].items():
@@ -1029,7 +1033,7 @@ def report(results, last):
         ("Invariance", tag("p", invariant)),
     ]
     if results["zero_shot"]:
-        sections.insert(1, ("Zero-shot", html_table(*zero_rows(results["zero_shot"]))))
+        sections.insert(1, ("Zero-shot", html_table(*zero_rows(results["zero_shot"], samples.worst))))
     found = config["backgrounds"].removeprefix("discovery:")
     found = found if found != config["backgrounds"] else ""
     links = linked("what it looks at", found, "discovery.html", config["out_dir"])
@@ -1046,9 +1050,9 @@ def examples(samples, mask, captions, most=6):
     return [thumb(samples.items[k].image(), captions[k]) for k in few[:most]] or ["none"]
 
 
-def zero_rows(both):
+def zero_rows(both, worst):
     """Header and rows of the table of zero-shot accuracies before and after."""
-    columns = "worst_group", "avg_group_mean", "overall"
+    columns = worst, "avg_group_mean", "overall"
     return ("zero-shot, test split", *columns), [(name, *[m[c] for c in columns]) for name, m in both.items()]
 
 
@@ -1166,12 +1170,10 @@ def finetune(config, encoder, samples):
     tree.update(before=before, after=after, seconds=seconds)
     write_json(out / "finetune.json", tree)
     path.unlink(missing_ok=True)
-    say(table(*zero_rows(dict(before=before, after=after))), True)
+    say(table(*zero_rows(dict(before=before, after=after), samples.worst)), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
-    say(
-        f"\n{out}: weights.safetensors, finetune.json and log.csv written, {time.time() - started:.0f} s",
-        True,
-    )
+    written = "weights.safetensors, finetune.json and log.csv written"
+    say(f"\n{out}: {written}, {time.time() - started:.0f} s", True)
 
 
 def zero_shot(encoder, samples, x=None):
@@ -1225,7 +1227,7 @@ def load_discovery(path):
     what = "discovery.json and discovery.npz as discover.py writes them"
     tree = read_json(path, what)
     with reading(path, what, "run discover.py again"):
-        file = np.load(path.with_suffix(".npz"), allow_pickle=False)
+        file = np.load(bounded(path.with_suffix(".npz")))
         if tree.get("npz", same := file_digest(path.with_suffix(".npz"), "")) != same:
             raise ValueError("discovery.npz beside it is of another run")
         kinds = dict(medoids="f4", mean="f4", box="f4", image="i8", label="i8")

@@ -1,5 +1,7 @@
 """What the tests of several files share."""
 
+import functools
+import io
 import runpy
 import sys
 
@@ -23,6 +25,15 @@ def no_modules_kept(monkeypatch):
     """What eval.py's controlled settings keep for the scripts that they run is not for the next test."""
     monkeypatch.setattr(model, "LOADED", dict(most=0))
     yield
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What bars are drawn on, as on a terminal."""
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(model, "tqdm", functools.partial(model.tqdm, file=screen))
+    return screen
 
 
 def run_script(path, argv):

@@ -1201,6 +1201,8 @@ def test_names_that_are_no_utf8_are_names(tmp_path):
         touch(Path(os.fsdecode(os.path.dirname(path))), os.fsdecode(os.path.basename(path)))
     samples = loaded(f"folder:{tmp_path}", True)
     assert samples.classes == ["c\udcff", "dog"] and samples.items[0].image().size == (16, 12)
+    assert r"as 'c\udcff'" in samples.nameless  # no tokenizer reads it
+    data.dots("figure", [(samples.classes[0], "", [(0.5, None)])])
     data.write(tmp_path / "page.html", data.page("", samples.classes[0], samples.items[0].path, [], {}, None))
 
 
@@ -1857,6 +1859,29 @@ def test_foregrounds_by_cocos_outlines(tmp_path, kind):
     data.layer.cache_clear()
     with complaint(path, "60x50", "120x100"):
         data.load_foregrounds(spec)
+
+
+ODD_COUNTS = (11999,), (-5, 12005), (10**30,), encoded([12001]), "o" * 300_000, encoded([5, 1 << 80])
+
+
+@pytest.mark.parametrize("counts", ODD_COUNTS)
+def test_counts_of_an_outline_that_are_not_those_of_its_photo_are_one_line(tmp_path, counts):
+    started, path = time.time(), photo(tmp_path / "a.jpg", 0, (120, 100))
+    with complaint("a.jpg", "do not add up to 120x100"):
+        data.Outlined(data.Photo(path), (counts,), (120, 100)).image()
+    assert time.time() - started < 5
+
+
+def test_an_outline_takes_no_memory_before_its_size_is_that_of_its_photo(tmp_path):
+    path = photo(tmp_path / "a.jpg", 0, (120, 100))
+    for outline in (((0.0, 0.0, 9.0, 0.0, 9.0, 9.0),), ((10**12,),)):
+        with complaint("a.jpg", "120x100", "1000000x1000000"):
+            data.Outlined(data.Photo(path), outline, (1_000_000, 1_000_000)).image()
+
+
+def test_outlines_that_are_none_are_left_out():
+    for odd in ([], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2]], dict(counts=[]), dict(counts="")):
+        assert data.outline_of(dict(segmentation=odd)) == ()
 
 
 def test_help_of_foregrounds_says_the_forms(capsys):
@@ -2786,3 +2811,13 @@ def test_composites_of_elsewhere_need_their_foregrounds_and_backgrounds(tmp_path
     vectors(tmp_path / "d.npz", foreground=[0, 0, 1, 1, 5])
     with complaint("d.npz", "background"):
         data.stored_composites(str(tmp_path / "d.npz"))
+
+
+def test_an_npz_that_unpacks_to_much_is_not_unpacked(tmp_path):
+    vectors(tmp_path / "e.npz")
+    raw = bytearray((tmp_path / "e.npz").read_bytes())
+    at = raw.index(b"PK\x01\x02") + 24  # what the directory says of the first array's size
+    raw[at : at + 4] = (2**31).to_bytes(4, "little")
+    (tmp_path / "e.npz").write_bytes(raw)
+    with complaint("e.npz", "unpacks to 2,147,"):
+        load_data(f"embeddings:{tmp_path / 'e.npz'}", splits=False)

@@ -159,6 +159,14 @@ def test_medoids_labels_and_silhouettes_are_exact(monkeypatch, name, tile):
     check_clusters(x, sweep)
 
 
+@pytest.mark.parametrize(
+    "sweep", [lambda x: discover.kmedoids(x, range(2, 4), 0), lambda x: discover.published(x, [2])]
+)
+def test_clustering_has_a_bar_on_a_terminal(terminal, sweep):
+    sweep(some_rows("large"))
+    assert "clusters: " in terminal.getvalue()
+
+
 @pytest.mark.parametrize("ks", [[3, 30], [2, 5, 40]])
 def test_medoids_labels_and_silhouettes_are_exact_over_ks_far_apart(ks):
     x = some_rows("large")
@@ -1296,6 +1304,16 @@ def test_zero_shot_by_text(photos, tiny, tmp_path, capsys):
     accuracy = ((z @ text.T).argmax(1) == y).double().mean()
     assert tree["accuracy"] == pytest.approx(float(accuracy))
     check_step_2(tmp_path, x, z, lambda v: v @ text.T / 0.07, [9] * 22, y.tolist(), NAMES[:2])
+
+
+def test_nearest_words_are_given_by_a_trained_text_tower_only(photos, tiny, tmp_path, capsys):
+    (tmp_path / "w.safetensors").write_bytes(model.weights_bytes(tiny.module))
+    for pretrained, given in (("", False), ("none", False), (tmp_path / "w.safetensors", True)):
+        more = f"--pretrained={pretrained}", "--classifier=probe", "--l2=30", "--method=loss"
+        assert run(words_of(photos, tmp_path / "out", *more)) == 0
+        assert any(c["kept"] for c in tree_of(tmp_path / "out")["clusters"])
+        assert ("Nearest words: " in (tmp_path / "out/discovery.html").read_text()) == given
+        assert capsys.readouterr().out.count("untrained: no nearest words") == (not given)
 
 
 def rectangles(form, path, paths):

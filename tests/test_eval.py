@@ -366,6 +366,21 @@ def test_lite0_on_imagenet_photos(tmp_path):
     assert own["metrics"]["average"] == pytest.approx(right, abs=0.017)  # bfloat16 may turn two of them
 
 
+def test_without_places_there_is_a_worst_class_and_no_worst_group(tmp_path, capsys):
+    for s, name, k in itertools.product(data.SPLITS, ("cat", "dog"), range(8)):
+        picture(tmp_path / f"set/{s}/{name}/{k}.png", [k, len(s)], name)
+    more = f"--data=folder:{tmp_path / 'set'}", "--protocol=zeroshot,probe,fewshot", "--models=tiny,tiny-conv"
+    assert run(words(tmp_path, tmp_path / "out", *more)) == 0
+    out, m = tmp_path / "out", entry(tmp_path / "out", "tiny-conv")["metrics"]
+    assert m["worst_class"] == min(c["accuracy"] for c in entry(out, "tiny-conv")["classes"].values())
+    assert m["worst_class_interval"] and m["worst_class_over_first"]
+    for text in (capsys.readouterr().out, *[p.read_text() for p in out.iterdir()]):
+        assert "worst class" in text.replace("_", " ") or "worst" not in text
+        assert text.count("no worst group") <= 1 and "worst group" not in text.replace("_", " ").replace(
+            "no worst group", ""
+        )
+
+
 def test_unlabelled_photos_are_classified(files, tmp_path):
     for k in range(3):
         picture(tmp_path / f"new/{k}.png", k, "cat")
@@ -553,16 +568,21 @@ def test_checkpoint_of_train_is_applied_first_and_others_are_refused(files, tmp_
     g = model.Map(unit(z).mean(0), torch.diag(torch.linspace(1, 0, 64)))
 
     def applied(name, out, *more, **other):
-        state = dict(config=dict(model="tiny", pretrained=""), fingerprint=tiny.fingerprint)
+        state = dict(
+            config=dict(model="tiny", pretrained=""), fingerprint=tiny.fingerprint, probes=dict(bap={})
+        )
         model.save_checkpoint(tmp_path / name, state | dict(map=g.state_dict(), power=1.0) | other)
         return words(files, tmp_path / out, f"--ckpt={tmp_path / name}", *more)
 
     assert run(applied("ckpt.pt", "out", "--protocol=zeroshot,probe")) == 0
     train = samples.split == 0
     fit = model.fit_probe(g(z)[train], samples.y[train], 0.8)
-    same_as(tmp_path / "out", "probe", fit.predict(g(z)), samples)
+    same_as(tmp_path / "out", "probe, bap", fit.predict(g(z)), samples)
     repaired = unit(script.repaired(g, z))
-    same_as(tmp_path / "out", "zeroshot", (repaired @ cats_and_dogs(tiny).T).argmax(1), samples)
+    same_as(tmp_path / "out", "zeroshot, bap", (repaired @ cats_and_dogs(tiny).T).argmax(1), samples)
+    told = capsys.readouterr().out, (tmp_path / "out/eval.html").read_text()
+    assert all("probe, bap" in text and "bap: through the map of ckpt.pt" in text for text in told)
+    assert "a photo of a cat." in told[1]
     other = dict(fingerprint="another", config=dict(model="lite0", pretrained=""))
     refused(capsys, applied("other.pt", "no", **other), "other.pt", "lite0", "tiny")
     (tmp_path / "bad.pt").write_bytes(b"no checkpoint")

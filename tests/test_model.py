@@ -532,6 +532,18 @@ def test_another_module_has_another_fingerprint_and_cache_only_with_a_digest(tmp
     assert not kept.embed([Noise(0)]).any() and encoder.embed([Noise(0)]).any()
 
 
+def test_names_that_are_no_utf8_go_into_the_cache_and_to_the_tokenizer(tmp_path, get):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    Noise(0).image().save(folder / os.fsdecode(b"\xe9.png"))
+    photo, cache = data.Photo(str(folder / os.fsdecode(b"\xe9.png"))), str(folder / "cache")
+    encoder = load_encoder("tiny", device="cpu", cache=cache)
+    assert encoder.embed([photo]).shape == (1, 64) and model.file_digest(photo.path, cache)
+    texts = encoder.prompts([["a c\udce9" + "\udcff" * 80], ["a c?" + "?" * 80]])
+    assert torch.equal(*texts)
+    assert model.sha256("\udce9") != model.sha256("\udcff")
+
+
 def test_file_digest_is_remembered_by_path_size_and_times(tmp_path, monkeypatch):
     path, cache = tmp_path / "w.pt", str(tmp_path / "cache")
     path.write_bytes(b"one")
@@ -772,6 +784,13 @@ def test_a_pickled_module_or_namespace_is_refused_in_our_words(tmp_path):
             model.load_file(resnet()[0], str(tmp_path / name))
         with complaint(name, held, "could run code"):
             model.load_checkpoint(str(tmp_path / name))
+    torch.save(dict(model=resnet()[1]), tmp_path / "bomb.pt")
+    raw = bytearray((tmp_path / "bomb.pt").read_bytes())
+    at = raw.index(b"PK\x01\x02") + 24  # what the directory says of the first part's size
+    raw[at : at + 4] = (3 << 30).to_bytes(4, "little")
+    (tmp_path / "bomb.pt").write_bytes(raw)
+    with complaint("bomb.pt", "unpacks to 3,2"):
+        model.load_checkpoint(str(tmp_path / "bomb.pt"))
     (tmp_path / "text.pt").write_text("no pickle")
     for read in (model.load_checkpoint, lambda path: model.load_file(resnet()[0], path)):
         with complaint("text.pt", "no file of torch.save") as said:
@@ -956,6 +975,10 @@ def test_folders_of_a_hub_are_models_with_their_preprocessing(hub, get):
     state = weights(get("flock-vit"))
     assert all(torch.equal(v, state[k]) for k, v in encoder.module.state_dict().items())
     assert encoder.texts(["a bird"]).shape == (1, 24)
+    config = hub / "open/open_clip_config.json"
+    config.write_text(config.read_text().replace('"image_size": 48', '"image_size": [48, 48, 48]'))
+    with complaint("open", "open_clip_config.json"):
+        load_encoder(f"local-dir:{hub / 'open'}", device="cpu")
     with complaint("a clip of another library", "--model=ViT-B-32"):
         load_encoder(f"local-dir:{hub / 'trans'}", device="cpu")
     with complaint("timm:resnet50", "holds a resnet18"):
@@ -1730,6 +1753,17 @@ def test_dfr_as_its_authors_run_it_standardises_by_the_training_split_and_penali
     assert ours.weight[0, 1] > 0.5 and not theirs.weight[0].any()
 
 
+def test_what_takes_long_has_a_bar_on_a_terminal_and_none_with_quiet(terminal, monkeypatch):
+    x, group = gaussian(40, 2), torch.arange(40) % 4
+    for quiet in (False, True):
+        monkeypatch.setitem(model.SPEECH, "quiet", quiet)
+        model.dfr(x, group // 2, group, 0), load_encoder("tiny", device="cpu").texts(["a", "b"])
+        shown = {part.partition(":")[0] for part in terminal.getvalue().split("\r")} - {""}
+        assert not quiet or not shown
+        assert quiet or {"dfr", "dfr, how sparse", "texts"} <= shown
+        terminal.truncate(0)
+
+
 def test_dfr_leaves_out_what_is_in_no_group():
     x = gaussian(120, 4)
     group = torch.arange(120) % 4
@@ -1891,15 +1925,17 @@ def test_checkpoint_that_is_none_is_one_line(tmp_path, content):
 
 
 MAPS = 1, dict(mu=torch.zeros(3)), dict(mu=1, W=2), dict(mu=torch.zeros(3), W=torch.zeros(4, 4))
+MAPS += (dict(mu=torch.zeros(4, 3), W=torch.zeros(3, 3)),)  # one row would become four
 BENT = dict(mean=torch.zeros(3), scale=torch.ones(()), weight=torch.zeros(5, 2), bias=torch.zeros(2))
-SETS = [1], dict(bap=2), dict(bap=dict(mean="a")), dict(bap=BENT)
+TALL = dict(BENT, mean=torch.zeros(5), bias=torch.zeros(5, 2))
+SETS = [1], torch.tensor(1), dict(bap=2), dict(bap=dict(mean="a")), dict(bap=BENT), dict(bap=TALL)
 EDITS = [("power", "a"), *(("map", v) for v in MAPS), *(("probes", v) for v in SETS)]
 
 
 @pytest.mark.parametrize("part, value", EDITS)
 def test_a_checkpoint_edited_by_hand_is_one_line(tmp_path, part, value):
-    state = model.load_checkpoint(checkpoint(tmp_path / "c.pt", **{part: value}))
-    with complaint("the checkpoint", "train anew"):
+    with complaint("checkpoint", "train anew"):
+        state = model.load_checkpoint(checkpoint(tmp_path / "c.pt", **{part: value}))
         model.load_map(state)
         model.load_probe(state, "bap")
 

@@ -406,6 +406,21 @@ def test_resume_over_other_labels_is_refused_and_a_finished_run_stays(files, tmp
     assert before == {name: (out / name).read_bytes() for name in os.listdir(out)}
 
 
+def test_resume_over_other_masks_or_backgrounds_of_places_is_refused(files, tmp_path, capsys):
+    for name in ("masks", "land"):
+        shutil.copytree(files / ("most/masks" if name == "masks" else name), tmp_path / name)
+    flags = f"--masks={tmp_path / 'masks'} --place_backgrounds={tmp_path / 'land'},{files / 'water'} --own=0"
+    out = tmp_path / "out"
+    assert bap(files, out, flags, "most") == bap(files, out, f"{flags} --resume", "most") == 0
+    assert "finished already" in capsys.readouterr().out
+    for name in ("masks", "land"):
+        path = tmp_path / name / "3.png"
+        path.write_bytes(path.read_bytes())
+        argv = words(files, out, f"{flags} --resume", "most")
+        refused(capsys, argv, "results.json", "other images or labels")
+        assert bap(files, out, flags, "most") == 0
+
+
 def test_files_of_two_runs_are_told_apart(files, plain, found, tmp_path, capsys):
     shutil.copytree(plain, tmp_path / "out")
     model.load_checkpoint(tmp_path / "out/ckpt.pt")
@@ -433,7 +448,7 @@ def test_a_run_that_stops_while_it_writes_leaves_no_results_of_another(files, pl
 
 def test_what_one_seed_lacks_is_left_out_of_the_means():
     def one(worst, r2):
-        methods = {name: dict(worst_group=w) for name, w in worst.items()}
+        methods = {name: dict(worst_group=w, groups=[dict(accuracy=w)]) for name, w in worst.items()}
         return dict(methods=methods, additivity=dict(flat=dict(r2=r2)), invariance={}, zero_shot=None)
 
     notes = []
@@ -611,7 +626,7 @@ def test_invariance_compares_two_composites_of_one_foreground_and_of_two():
 # --- foregrounds of the target: cut out, or by their masks
 
 
-def test_cutter_learns_from_composites_to_cut_foregrounds_out_of_others():
+def test_cutter_learns_from_composites_to_cut_foregrounds_out_of_others(terminal):
     cells, encoder = composed(data.ASSETS, 32)[2], load_encoder("lite0", device="cpu")
     cutter, overlap = train.Cutter(encoder, cells[:50]), []
     with torch.inference_mode():
@@ -622,6 +637,7 @@ def test_cutter_learns_from_composites_to_cut_foregrounds_out_of_others():
         cut, true = np.asarray(cut) > 128, np.asarray(true) > 128
         overlap.append((cut & true).sum() / (cut | true).sum())
     assert 0.5 < cutter.iou <= 1 and np.mean(overlap) > 0.35
+    assert "cutter: " in terminal.getvalue()
 
 
 def test_a_cut_lies_in_the_box_that_the_encoder_saw_and_stands_on_several_backgrounds():
@@ -769,6 +785,8 @@ def test_a_pretrained_encoder_comes_with_what_belongs_to_it(files, fine):
     assert all(0 <= r["zero_shot"][k]["overall"] <= 1 for k in ("before", "after"))
     assert "<h2>Zero-shot</h2>" in (fine / "report.html").read_text()
     kept, samples = model.load_checkpoint(fine / "ckpt.pt", new), samples_of(files, "all")
+    of = {name: model.file_digest(fine / name, "") for name in (WEIGHTS, "ckpt.pt", "map.npz", "report.html")}
+    assert r["files"] == of
     assert set(kept["probes"]) == {"erm", "bap", "val_probe_bap"}  # no probe of the encoder as it was
     with complaint("not with the weights"):
         model.load_checkpoint(fine / "ckpt.pt", old)
@@ -879,13 +897,21 @@ def test_three_classes_on_three_places_by_the_smallest_convolutional_clip(files,
         assert [(g["y"], g["place"], g["n"]) for g in m["groups"]] == groups
 
 
-def test_a_set_without_places_is_trained_on_too(files, tmp_path):
+def test_a_set_without_places_is_trained_on_and_has_a_worst_class_but_no_worst_group(files, tmp_path, capsys):
     for split, k in np.ndindex(3, 12):
         folder = tmp_path / "set" / data.SPLITS[split] / ("egg", "box")[k % 2]
         photo(folder / f"{k}.png", 100 * split + k, k % 2, 0)
     assert bap(files, tmp_path / "out", f"--own=0 --data=folder:{tmp_path / 'set'}") == 0
     r = tree(tmp_path / "out")
     assert len(r["methods"]["bap"]["groups"]) == 2 and r["invariance"]["place_probe_raw"] is None
+    told = capsys.readouterr().out, (tmp_path / "out/report.html").read_text()
+    assert all(
+        f"\n{line}" in told[0] for line in ("how additive", "own foregrounds ...", "maps ...", "probes, dfr")
+    )
+    for text in told:
+        assert text.count("no worst group") == 1
+        assert "worst class" in text and "worst group" not in text.replace("no worst group", "")
+    assert "worst_group" not in json.dumps(r) and 0 <= r["methods"]["bap"]["worst_class"] <= 1
 
 
 # --- fine-tuning: losses, draws and the pass through the network, by hand

@@ -344,16 +344,14 @@ class Encoder:
         k, parts, wanted = 0, [], self.batch
         while k < len(x):
             some = slice(k, k + self.batch)
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):
                 parts.append(self.run(x[some], self.precision, compute, pictures[some]))
                 k += self.batch
                 continue
-            except torch.OutOfMemoryError:
-                if self.batch == 1:
-                    cure = "use a smaller --model, --dtype=bfloat16 or --device=cpu"
-                    line = f"{self.device} has no memory for a single image; {cure}"
-                    raise Complaint(f"--batch_size=1: {line}") from None
-            torch.cuda.empty_cache()  # behind the except, which holds what the attempt had made
+            if self.batch == 1:
+                cure = "use a smaller --model, --dtype=bfloat16 or --device=cpu"
+                raise Complaint(f"--batch_size=1: {self.device} has no memory for a single image; {cure}")
+            torch.cuda.empty_cache()
             self.batch //= 2
         if self.batch < wanted:
             say(f"{self.device}: out of memory with --batch_size={wanted}, {self.batch} from here on")
@@ -514,15 +512,9 @@ def join(device="auto"):
         if gpu:
             torch.cuda.set_device(auto_device(device))
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=1))
+        atexit.register(dist.destroy_process_group)  # else threads that are still at work may abort this one
         torch.set_num_threads(cores())
     return ranks()
-
-
-@atexit.register
-def leave():
-    """Leaves the processes of torchrun at the end: else threads that are still at work may abort this one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -1205,42 +1197,35 @@ def weights_files(path):
 
 
 def state_of(path):
-    """The tensors in a file or folder of weights by their names; LoRA merged."""
+    """The tensors in a file or folder of weights by their names, behind those of the dicts that hold them;
+    LoRA merged."""
+    from safetensors.torch import load_file as load
+
     state, files = {}, weights_files(path)
+    cure = "; where you trust it, open it with the code that made it, and write its m.state_dict()"
+    cure += " (of a dict m['model'] or m['state_dict']) with safetensors"
     for file in files:
-        state |= tensors_in(str(file))
+        raw = load(file) if file.suffix == ".safetensors" else unpickled(file, cure)
+        tensors = flat(raw)
+        if not tensors:
+            raise ValueError(f"no tensors, but {', '.join(map(str, [*raw][:4]))}")
+        state |= tensors
     if any(".lora_" in k for k in state):
         return with_lora(state, files[-1].with_name("adapter_config.json"))
     return state
 
 
 def unpickled(path, cure=""):
-    """torch.load of tensors. ValueError in our words of what is more: PyTorch's would advise to run it."""
+    """torch.load of tensors. Of what is more our own words: PyTorch's would advise to run it."""
+    if zipfile.is_zipfile(path) and "constants.pkl" in " ".join(zipfile.ZipFile(path).namelist()):
+        cure = "use --pretrained=openai, or save torch.jit.load(FILE).state_dict() with safetensors"
+        raise Complaint(f"{path}: a TorchScript archive, which holds code (OpenAI's original format); {cure}")
     try:
         return torch.load(bounded(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         code = re.search(r"GLOBAL (\S+)", str(problem))
     found = f"it holds {code[1]}, and opening that could run code{cure}" if code else "no file of torch.save"
     raise ValueError(found)
-
-
-def tensors_in(path):
-    """The tensors in a file of weights by their names, behind those of the dicts that hold them."""
-    if zipfile.is_zipfile(path) and "constants.pkl" in " ".join(zipfile.ZipFile(path).namelist()):
-        cure = "use --pretrained=openai, or save torch.jit.load(FILE).state_dict() with safetensors"
-        raise Complaint(f"{path}: a TorchScript archive, which holds code (OpenAI's original format); {cure}")
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file as load
-
-        state = load(path)
-    else:
-        cure = "; where you trust it, open it with the code that made it, and write its m.state_dict()"
-        cure += " (of a dict m['model'] or m['state_dict']) with safetensors"
-        state = unpickled(path, cure)
-    tensors = flat(state)
-    if not tensors:
-        raise ValueError(f"no tensors, but {', '.join(map(str, [*state][:4]))}")
-    return tensors
 
 
 def flat(state, at=""):
@@ -1616,6 +1601,10 @@ class Probe:
     weight: torch.Tensor
     bias: torch.Tensor
 
+    def __post_init__(self):
+        if self.weight.shape[1] == 1:  # one column for two classes: the first one's is zero
+            self.weight, self.bias = F.pad(self.weight, (1, 0)), F.pad(self.bias, (1, 0))
+
     def logits(self, x):
         """[N, D] -> [N, C] double."""
         return torch.cat([(v - self.mean) / self.scale @ self.weight + self.bias for _, v in Blocks(x)])
@@ -1697,15 +1686,7 @@ def fit_probe(x, y, l2=0.2, weight=None, classes=0):
         slope = f"its gradient is {float(theta.grad.abs().max()):.1e}"
         say(f"WARNING: a probe has not converged: {slope} after {stop['max_iter']} steps at most; raise --l2")
     W, b = theta.detach()[:-1], theta.detach()[-1]
-    return two_sided(Probe(mean, scale, W if basis is None else basis @ W, b))
-
-
-def two_sided(probe):
-    """A probe of two classes in one column -> in two."""
-    if probe.weight.shape[1] == 1:
-        probe.weight = torch.cat([torch.zeros_like(probe.weight), probe.weight], 1)
-        probe.bias = torch.cat([torch.zeros_like(probe.bias), probe.bias])
-    return probe
+    return Probe(mean, scale, W if basis is None else basis @ W, b)
 
 
 def standard(x):
@@ -1764,7 +1745,7 @@ def fit_l1_probe(x, y, C=0.1, scaler=None, free_bias=True, start=None, tolerance
     else:
         say(f"WARNING: L1 probe, C = {C:g}: a slope is still off by {float(off.max()):.1e} after 500 steps")
     bias = theta[-1] - theta[-1].mean() if K > 2 and free_bias else theta[-1]  # of no effect: as SAGA has it
-    return two_sided(Probe(mean, scale, theta[:-1], bias))
+    return Probe(mean, scale, theta[:-1], bias)
 
 
 def lasso(hessian, slope, theta, penalty, tolerance):

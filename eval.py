@@ -630,8 +630,12 @@ def measure(out, samples, seed):
         return dict(metrics=metrics, classes=classes, groups=[])
     correct = out.predicted == out.target  # [R, m]
     mean = correct.double().mean(0)  # over the draws, [m]
-    metrics, groups = over_draws([group_metrics(c, samples, out.index) for c in correct], samples.worst)
-    metrics.update(seen_in_training=out.seen, average=float(mean.mean()))
+    metrics, worst_of = group_metrics(mean, samples, out.index), samples.worst
+    groups, each = metrics.pop("groups"), [group_metrics(c, samples, out.index) for c in correct]
+    metrics[worst_of] = sum(m[worst_of] for m in each) / len(each)  # the mean of each draw's own
+    ends = [worst_ends([(g["accuracy"] * g["n"], g["n"]) for g in m["groups"]]) for m in each]
+    metrics[f"{worst_of}_interval"] = np.mean(ends, 0).tolist()
+    metrics.update(seen_in_training=out.seen, average=metrics.pop("overall"))
     metrics.update(ece=ece(out.confidence.flatten(), correct.flatten()), n=len(y), skipped=out.skipped)
     classes = class_metrics(out, samples, mean, groups)
     if is_counteranimal(samples):
@@ -645,22 +649,8 @@ def measure(out, samples, seed):
         target = torch.zeros_like(samples.y).index_copy(0, out.index, out.target)
         right = out.region_predicted == target[out.region_photo]
         of = group_metrics(right, samples, out.region_photo)
-        metrics.update({f"region_{k}": of[k] for k in ("overall", samples.worst)}, regions=len(right))
+        metrics.update({f"region_{k}": of[k] for k in ("overall", worst_of)}, regions=len(right))
     return dict(metrics=metrics, classes=classes, groups=groups)
-
-
-def over_draws(each, worst):
-    """Means over draws of group_metrics -> metrics, with an interval of the worst group, and groups. worst:
-    Samples.worst."""
-    metrics, groups = {}, []
-    for key in (worst, "avg_group_mean", "avg_train_weighted"):
-        metrics[key] = None if each[0][key] is None else sum(m[key] for m in each) / len(each)
-    for same in zip(*[m["groups"] for m in each], strict=True):
-        accuracy, n = sum(g["accuracy"] for g in same) / len(each), same[0]["n"]
-        groups.append(dict(same[0], accuracy=accuracy, interval=list(wilson(accuracy * n, n))))
-    ends = [worst_ends([(g["accuracy"] * g["n"], g["n"]) for g in m["groups"]]) for m in each]
-    metrics[f"{worst}_interval"] = np.mean(ends, 0).tolist()
-    return metrics, groups
 
 
 def class_metrics(out, samples, mean, groups):
@@ -731,15 +721,11 @@ def in9_metrics(correct, place, places, seed):
     return out
 
 
-def logit(p):
-    p = np.clip(p, 0.001, 0.999)
-    return np.log(p / (1 - p))
-
-
 def expected(common):
     """The counter accuracy at a common one, by the least-squares line of published models' logits."""
-    slope, start = np.polyfit(*logit(np.array(list(PUBLISHED.values())).T / 100), 1)
-    return float(1 / (1 + np.exp(-start - slope * logit(common))))
+    published = torch.tensor(list(PUBLISHED.values()), dtype=torch.double) / 100
+    slope, start = np.polyfit(*published.logit(0.001).T, 1)
+    return float((slope * torch.tensor(float(common), dtype=torch.double).logit(0.001) + start).sigmoid())
 
 
 def compare(results, outcomes, samples, seed):

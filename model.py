@@ -1111,56 +1111,46 @@ def as_open_clip(state, module):
     return state
 
 
-# Names behind text_model. and vision_model. of Hugging Face's CLIPModel, SiglipModel -> open_clip's, timm's
-CLIP = {
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "embeddings.patch_embedding": "conv1",
-    "embeddings.": "",
-    "encoder.layers": "transformer.resblocks",
-    "pre_layrnorm": "ln_pre",
-    "post_layernorm": "ln_post",
-    "final_layer_norm": "ln_final",
-    "head": "text_projection",
-    "self_attn.qkv.": "attn.in_proj_",
-    "self_attn.": "attn.",
-    "layer_norm": "ln_",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-SIGLIP = {
-    "embeddings.position_embedding.weight": "pos_embed",
-    "embeddings.patch_embedding": "patch_embed.proj",
-    "encoder.layers": "blocks",
-    "post_layernorm": "norm",
-    "head.attention.out_proj": "attn_pool.proj",
-    "head.probe": "attn_pool.latent",
-    "head.layernorm": "attn_pool.norm",
-    "head.": "attn_pool.",
-    "self_attn.out_proj": "attn.proj",
-    "self_attn.": "attn.",
-    "layer_norm": "norm",
-}
+NAMES = [  # behind vision_model. and text_model. of transformers' CLIPModel, SiglipModel; open_clip's; timm's
+    ("embeddings.position_embedding.weight", "positional_embedding", "pos_embed"),
+    ("embeddings.patch_embedding", "conv1", "patch_embed.proj"),
+    ("embeddings.", "", ""),
+    ("encoder.layers", "transformer.resblocks", "blocks"),
+    ("pre_layrnorm", "ln_pre", ""),
+    ("post_layernorm", "ln_post", "norm"),
+    ("final_layer_norm", "ln_final", ""),
+    ("self_attn.qkv.", "attn.in_proj_", "attn.qkv."),
+    ("self_attn.out_proj", "attn.out_proj", "attn.proj"),
+    ("layer_norm", "ln_", "norm"),
+    ("head.attention.out_proj", "", "attn_pool.proj"),
+    ("head.probe", "", "attn_pool.latent"),
+    ("head.layernorm", "", "attn_pool.norm"),
+    ("head.", "text_projection.", "attn_pool."),
+    ("mlp.fc1", "mlp.c_fc", "mlp.fc1"),
+    ("mlp.fc2", "mlp.c_proj", "mlp.fc2"),
+]
 
 
 def from_transformers(state, module):
     """A state dict of Hugging Face's CLIPModel or SiglipModel -> by open_clip's names, for its module."""
     inner = "" if hasattr(module, "positional_embedding") else "text."  # open_clip's classes differ in this
-    vision = ("visual.trunk.", SIGLIP) if hasattr(module.visual, "trunk") else ("visual.", CLIP)
-    towers, out = {"vision_model": vision, "text_model": (inner, CLIP)}, {}
-    transposed = {
-        "visual_projection.weight": "visual.proj",
-        "text_projection.weight": f"{inner}text_projection",
-    }
+    vision = ("visual.trunk.", 2) if hasattr(module.visual, "trunk") else ("visual.", 1)  # column of NAMES
+    towers, out = {"vision_model": vision, "text_model": (inner, 1)}, {}
+    transposed = {"visual_projection.weight": "visual.proj"}
+    transposed["text_projection.weight"] = f"{inner}text_projection"
     for k, v in state.items():
         if "position_ids" in k or ".k_proj." in k or ".v_proj." in k:
             continue
         if ".q_proj." in k:
             v = torch.cat([state[k.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
         tower, _, name = k.replace(".q_proj.", ".qkv.").partition(".")
-        ours, rules = towers.get(tower, (f"{tower}.", {}))
-        for theirs, here in rules.items():
-            name = name.replace(theirs, here)
-        name = ours + name if "." in k else k
+        if tower in towers:
+            prefix, column = towers[tower]
+            for row in NAMES:
+                name = name.replace(row[0], row[column])
+            name = prefix + name
+        else:
+            name = k
         if k in transposed:
             out[transposed[k]] = v.T
         elif "attn_pool.attention.in_proj_" in name:  # its query has a layer of its own

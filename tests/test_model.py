@@ -622,7 +622,9 @@ def test_join_makes_the_process_own_gpu_the_current_one(monkeypatch, gpus, mine,
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(model.dist, "init_process_group", lambda backend, **_: taken.append(backend))
-    assert model.join() == (0, 1) and taken == ([mine] if mine else []) + [backend]
+    monkeypatch.setattr(model.atexit, "register", lambda leave: taken.append(leave))
+    assert model.join() == (0, 1)
+    assert taken == ([mine] if mine else []) + [backend, model.dist.destroy_process_group]
 
 
 @pytest.mark.parametrize("name", ["tiny", "flock-vit", "timm:test_vit"])

@@ -63,20 +63,21 @@ TINY = dict(
 class Encoder:
     """An image encoder, and all that embedding with it needs: device, dtype, batch, threads, cache.
 
-    name: as in --model. kind: "timm" or "open_clip". build: () -> its module, weights loaded. transform:
-    PIL RGB -> float [3, H, W]. recipe: what besides the weights decides an embedding (preprocessing,
-    activation). digest: of the weights' file, "" where they change (then nothing is cached). tokenizer: ()
-    -> a tokenizer; None without a text tower. untrained: whether there are no weights for that.
+    name: as in --model. kind: "timm" or "open_clip". build: () -> its module. transform: PIL RGB -> float
+    [3, H, W]. recipe: what besides the weights decides an embedding (preprocessing, activation). digest: of
+    the weights' file, "" where they change (then nothing is cached). file: of weights that build does not
+    load, or "". tokenizer: () -> a tokenizer; None without a text tower. untrained: whether there are no
+    weights for that.
 
     The weights are loaded when something has to be computed, not before: what is in the cache needs none.
     """
 
     def __init__(
-        self, name, kind, build, transform, recipe, digest, tokenizer=None, notes=(), untrained=False
+        self, name, kind, build, transform, recipe, digest, file="", tokenizer=None, notes=(), untrained=False
     ):
         self.name, self.kind, self.build, self.transform = name, kind, build, transform
         self.recipe, self.digest, self.tokenizer, self.notes = recipe, digest, tokenizer, list(notes)
-        self.untrained = untrained
+        self.file, self.untrained = file, untrained
 
     def embeds_with(
         self,
@@ -118,7 +119,13 @@ class Encoder:
     @torch.inference_mode(False)  # whoever asks first: what is loaded in inference mode cannot be trained
     def module(self):
         key, most = (self.fingerprint, self.device), LOADED["most"]
-        module = LOADED.pop(key) if key in LOADED else self.build().eval().to(self.device)
+        module = LOADED.pop(key, None)
+        if module is None:
+            torch.manual_seed(0)  # of what no file has weights for
+            module = self.build()
+            if self.file:
+                load_file(module, self.file)
+            module = module.eval().to(self.device)
         if most and self.digest:
             LOADED[key] = copy.deepcopy(module)  # whoever asked may train what it got
             for old in list(LOADED)[1:-most]:
@@ -626,21 +633,20 @@ def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how
 def lite(model, pretrained, quick_gelu, cache):
     """EfficientNet-Lite as TensorFlow has it: 'same' padding, (pixel - 127) / 128, bicubic, centre crop."""
 
+    published = pretrained in ("", "imagenet")
+
     def build():
         import timm
 
-        torch.manual_seed(0)
         module = timm.create_model(f"tf_efficientnet_{model}", pretrained=False)
-        if pretrained in ("", "imagenet"):
+        if published:
             state = torch.load(lite_file(model), map_location="cpu", weights_only=True)
             names = module.state_dict()  # other names in the same order
             module.load_state_dict(dict(zip(names, state.values(), strict=True)))
-        elif pretrained != "none":
-            load_file(module, pretrained)
         return module
 
-    digest = LITE[model][0] if pretrained in ("", "imagenet") else weights_digest(pretrained, cache)
-    return Encoder(model, "timm", build, lite_transform(model), model, digest)
+    known = (LITE[model][0], "") if published else local_weights(pretrained, cache)
+    return Encoder(model, "timm", build, lite_transform(model), model, *known)
 
 
 def lite_file(model):
@@ -672,7 +678,6 @@ def small_clip(model, pretrained, quick_gelu, cache):
     dim, size = (256, 224) if model == "lite0-clip" else (64, 56)
 
     def build():
-        torch.manual_seed(0)
         module = open_clip.CLIP(**{**TINY, "embed_dim": dim})
         if model != "tiny":
             with quiet():
@@ -682,17 +687,14 @@ def small_clip(model, pretrained, quick_gelu, cache):
         elif model == "lite0-clip" and pretrained in ("", "imagenet"):
             state = lite("lite0", "", "auto", "").build().state_dict()
             visual.trunk.load_state_dict({k: state[k] for k in visual.trunk.state_dict()})
-        if pretrained not in ("", "none", "imagenet"):
-            load_file(module, pretrained)
         return module
 
     tokenizer = functools.partial(clip_tokenizer, "ViT-B-32", TINY["text_cfg"]["context_length"])
     black = dict(mean=(0.0,) * 3, std=(1.0,) * 3) if model == "tiny-conv" else {}
     small = open_clip.image_transform(56, is_train=False, **black)
     transform = lite_transform("lite0") if model == "lite0-clip" else small
-    digest = weights_digest(pretrained or "imagenet", cache)
-    untrained = pretrained in ("", "none", "imagenet")
-    return Encoder(model, "open_clip", build, transform, model, digest, tokenizer, untrained=untrained)
+    digest, file = local_weights(pretrained or "imagenet", cache)
+    return Encoder(model, "open_clip", build, transform, model, digest, file, tokenizer, (), not file)
 
 
 @functools.lru_cache(4)
@@ -775,28 +777,28 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     if pretrained not in ("", "none") and not said:
         tag = ".".join(filter(None, (record.architecture, record.tag))) if record else name
         notes.append(f"{model}: preprocessing of {tag}, as a local file says none; timm:NAME.TAG has another")
-    digest = hub_digest(record, model) if pretrained == "" else weights_digest(pretrained, cache)
+    known = f"tag {model}", ""  # what is not on the hub goes by its name
+    if pretrained:
+        known = local_weights(pretrained, cache)
+    elif record and record.hf_hub_id:
+        there = from_hub(record.hf_hub_id, ("model.safetensors", "pytorch_model.bin"), model)
+        known = (file_digest(there, ""), "") if there else known
 
     def build():
-        torch.manual_seed(0)
         with fetching(f"--model={model}"), quiet():
-            module = timm.create_model(name, pretrained=pretrained == "", **more)
-        if pretrained not in ("", "none"):
-            load_file(module, pretrained)
-        return module
+            return timm.create_model(name, pretrained=pretrained == "", **more)
 
-    return Encoder(model, "timm", build, create_transform(**config), recipe, digest, None, notes)
+    return Encoder(model, "timm", build, create_transform(**config), recipe, *known, None, notes)
 
 
-def hub_digest(record, model):
-    """The digest of a timm tag's weights: of its file in the hub's cache, fetched if it is not there."""
+def from_hub(repository, files, model):
+    """The path of the first of these files that a repository of the hub has, fetched if it is not here."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError
 
-    for file in ("model.safetensors", "pytorch_model.bin") if record and record.hf_hub_id else ():
+    for file in files:
         with fetching(f"--model={model}"), contextlib.suppress(EntryNotFoundError):
-            return file_digest(hf_hub_download(record.hf_hub_id, file), "")
-    return f"tag {model}"  # not on the hub: known by its name
+            return hf_hub_download(repository, file)
 
 
 def clip_model(model, pretrained, quick_gelu, cache):
@@ -836,27 +838,22 @@ def clip_model(model, pretrained, quick_gelu, cache):
         transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
 
     def build():
-        torch.manual_seed(0)
         more = {} if quick == own else dict(quick_gelu=quick)
         if record.get("bias"):
             more["init_logit_bias"] = 0.0
-        name = "" if pretrained == "none" or local else pretrained
+        tag = "" if pretrained == "none" or local else pretrained
+        more.update(pretrained=tag, load_weights=not local, force_preprocess_cfg=seen)
         with fetching(f"--model={model} --pretrained={pretrained}"), quiet():
-            given = dict(pretrained=name, load_weights=not local, force_preprocess_cfg=seen)
-            module = open_clip.create_model(model, **given, **more)
-        if local:
-            load_file(module, pretrained)
-        return module
+            return open_clip.create_model(model, **more)
 
     if local or pretrained == "none":
-        digest = weights_digest(pretrained, cache)
+        known = local_weights(pretrained, cache)
     else:
         with fetching(f"--model={model} --pretrained={pretrained}"):
-            digest = file_digest(open_clip.download_pretrained(record), cache)
+            known = file_digest(open_clip.download_pretrained(record), cache), ""
     recipe = [json.dumps(config) if whole else model, quick, sorted(seen.items())]
-    tokenizer = functools.partial(clip_tokenizer, model)
-    more = tokenizer, notes, pretrained == "none"
-    return Encoder(model, "open_clip", build, transform, recipe, digest, *more)
+    more = functools.partial(clip_tokenizer, model), notes, pretrained == "none"
+    return Encoder(model, "open_clip", build, transform, recipe, *known, *more)
 
 
 class StoredEncoder(Encoder):
@@ -870,7 +867,7 @@ class StoredEncoder(Encoder):
         self.file = model.partition(":")[2]
         self.arrays = a = stored_arrays(self.file)[0]
         recipe, texts = ["embeddings", a["embedding"].shape[1]], "text" in a
-        super().__init__(model, "stored", None, None, recipe, "", (lambda: None) if texts else None)
+        super().__init__(model, "stored", None, None, recipe, "", "", (lambda: None) if texts else None)
 
     @property
     def facts(self):
@@ -907,19 +904,15 @@ class StoredEncoder(Encoder):
 
 def snapshot(model, pretrained, quick_gelu, cache):
     """hf-hub:ORG/NAME, local-dir:FOLDER: config and weights, as open_clip or timm write them for a hub."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.utils import EntryNotFoundError
+    from huggingface_hub import snapshot_download
 
     expect(not pretrained, "pretrained", pretrained, f"none with {model}, whose folder has the weights")
-    hub, _, folder = model.partition(":")
+    hub, _, name = model.partition(":")
+    folder = name
     if hub == "hf-hub":
-        name = folder
         with fetching(f"--model={model}"):
             folder = snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"])
-            for file in [f"{stem}.{end}" for stem in WEIGHTS[:4] for end in ("safetensors", "bin")]:
-                with contextlib.suppress(EntryNotFoundError):
-                    hf_hub_download(name, file)
-                    break
+        from_hub(name, [f"{stem}.{end}" for stem in WEIGHTS[:4] for end in ("safetensors", "bin")], model)
     expect(os.path.isdir(folder), "model", model, "a folder that exists")
     if os.path.isfile(os.path.join(folder, "open_clip_config.json")):
         encoder = clip_model(f"local-dir:{folder}", folder, quick_gelu, cache)
@@ -937,16 +930,16 @@ def snapshot(model, pretrained, quick_gelu, cache):
 SCHEMES = {"timm": timm_model, "embeddings": StoredEncoder, "hf-hub": snapshot, "local-dir": snapshot}
 
 
-def weights_digest(pretrained, cache):
-    """The digest of local weights, file or folder; of random ones their name. Complaint if there are none."""
+def local_weights(pretrained, cache):
+    """Digest and path of local weights, file or folder; of random ones their name, and "". Or Complaint."""
     if pretrained in ("none", "imagenet"):
-        return f"{pretrained} {torch.__version__}"
+        return f"{pretrained} {torch.__version__}", ""
     if not (os.path.isfile(pretrained) or os.path.isdir(pretrained)):
         raise Complaint(f"--pretrained={pretrained}: no such file")
     files = weights_files(pretrained)
     files += [f for f in [files[-1].with_name("adapter_config.json")] if f.is_file()]
     digests = [file_digest(file, cache) for file in files]
-    return digests[0] if len(digests) == 1 else sha256(" ".join(digests))
+    return digests[0] if len(digests) == 1 else sha256(" ".join(digests)), pretrained
 
 
 def weights_record(path):

@@ -752,11 +752,8 @@ Block = namedtuple("Block", "title header rows parts notes said", defaults=((), 
 
 def console(blocks):
     """The tables and notes of blocks as text."""
-    texts = []
-    for b in blocks:
-        if b.said and b.rows:
-            texts.append("\n".join([b.title, table(b.header, b.rows), *b.notes]))
-    return "\n\n".join(texts)
+    shown = [b for b in blocks if b.said and b.rows]
+    return "\n\n".join("\n".join([b.title, table(b.header, b.rows), *b.notes]) for b in shown)
 
 
 def sections(blocks):

@@ -164,9 +164,8 @@ class Encoder:
 
     @functools.cached_property
     def facts(self):
-        """What is known of it only by its weights, from the cache or by loading them: dim; precision,
-        bfloat16 where the processor computes in it and gives the same embeddings; logit_scale; rows,
-        whether it classifies ImageNet."""
+        """What only the weights say, or the cache of it: dim; logit_scale; rows, whether it classifies
+        ImageNet; precision, bfloat16 where the processor computes in it and gives the same embeddings."""
         able = self.bf16
         path = Path(self.cache) / f"encoder-{self.fingerprint}{'-bf16' if able else ''}.json"
         if self.cache and path.is_file():
@@ -346,8 +345,7 @@ class Encoder:
         return rearrange(x, "n h w c -> n c h w").float().div_(255).sub_(mean).div_(deviation)
 
     def run_in_parts(self, x, compute, pictures):
-        """run() of a batch in as many parts as the GPU's memory asks for; what is too large, halved and said,
-        stays halved."""
+        """run() in as many parts as the GPU's memory asks for; a batch that is too large stays halved."""
         k, parts, wanted = 0, [], self.batch
         while k < len(x):
             some = slice(k, k + self.batch)
@@ -612,15 +610,13 @@ def write_cache(path, z):
 
 
 def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how):
-    """The encoder that --model and --pretrained name.
+    """The encoder that --model and --pretrained name; Complaint if there is none.
 
-    model: a name in FAMILIES, timm:NAME, an open_clip name, or embeddings:FILE. pretrained: a tag, a local
-    file (.pt, .safetensors), or "none" for random weights; "" means what the model has by default.
-    quick_gelu: auto, on or off (open_clip models only). test_size: see timm_model. how: of embedding: device,
-    dtype (float32, bfloat16, or auto: see Encoder.facts), batch (a number, or auto: 256 on a GPU, 8 on a CPU,
-    where small ones are faster), threads (that decode and, on a CPU, run the network; 0 for one per core),
-    cache (a folder, "" for none), skip_bad, resize_once (see Encoder.pixels). Raises Complaint for an unknown
-    model or tag, a file that does not fit, weights that cannot be fetched.
+    pretrained: a tag, a local file or folder, or "none" for random weights; "" means what the model has by
+    default. test_size: see timm_model. how: of embedding: device, dtype (float32, bfloat16, or auto: see
+    Encoder.facts), batch (a number, or auto: 256 on a GPU, 8 on a CPU, where small ones are faster), threads
+    (that decode and, on a CPU, run the network; 0 for one per core), cache (a folder, "" for none), skip_bad,
+    resize_once (see Encoder.pixels).
     """
     family = FAMILIES.get(model, SCHEMES.get(model.partition(":")[0], clip_model))
     sized = dict(test_size=test_size) if family is timm_model else {}
@@ -858,9 +854,7 @@ def clip_model(model, pretrained, quick_gelu, cache):
 
 class StoredEncoder(Encoder):
     """Embeddings from elsewhere in an encoder's place: embed gives rows of files, prompts a file's texts.
-
-    Files of one width count as of one encoder, as nothing in them says which it was.
-    """
+    Files of one width count as of one encoder, as nothing in them says which it was."""
 
     def __init__(self, model, pretrained, quick_gelu, cache):
         expect(not pretrained, "pretrained", pretrained, f"none with --data={model}, which needs no model")
@@ -1270,11 +1264,8 @@ def quiet():
 
 
 def fused(module):
-    """A copy with each batch norm folded into the convolution before it: twice as fast on a CPU.
-
-    timm's networks are walked in the order of their parts; whether that is the order of execution is
-    checked on noise, and the module itself comes back if it is not.
-    """
+    """A copy with each batch norm folded into the convolution before it: twice as fast on a CPU. The module
+    itself if noise shows that the order of its parts is not the order of execution."""
     twin = copy.deepcopy(module).eval()
     for part in list(twin.modules()):
         names = [name for name, _ in part.named_children()]
@@ -1315,10 +1306,9 @@ WITH_MAP = "a network with a feature map that flock can read: a ResNet or a ViT"
 def with_map(module, kind, x):
     """Images [N, 3, H, W] -> image embeddings [N, D] and feature map [N, h, w, D], in one forward pass.
 
-    kind: as Encoder.kind. A cell is what the network's own head (pooling, norm, projection) makes of
-    that cell alone, class and other extra tokens left out; attention over one cell is its value. So
-    regions, means of cells, lie in the space of the image embeddings; where the head is a mean, the
-    whole map's mean is the image embedding. Our reading.
+    A cell is what the network's own head (pooling, norm, projection) makes of that cell alone, class and
+    other extra tokens left out; attention over one cell is its value. So regions, means of cells, lie in the
+    space of the image embeddings. Our reading.
     """
     if kind == "timm":
         return trunk_with_map(module, x, lambda cells: module.forward_head(cells, pre_logits=True))
@@ -1355,12 +1345,9 @@ def trunk_with_map(trunk, x, head):
 
 
 def roi_regions(module, x, boxes):
-    """Region embeddings of CLIP's ResNets as RaVL's authors take them: the map of layer 3 -> roi_align to the
-    grid that layer 4 expects (14x14 at 224 pixels, aligned) -> layer 4 -> attention pool.
-
-    x: images [N, 3, H, W]; boxes: list of N [R_i, 4] in shares of the image. Returns embeddings of
-    images [N, D] and of regions [sum R_i, D].
-    """
+    """Images [N, 3, H, W], N boxes [R_i, 4] in shares -> embeddings of images [N, D] and regions [sum R_i, D]
+    of CLIP's ResNets, as RaVL's authors take them: the map of layer 3 -> roi_align to the grid that layer 4
+    expects (14x14 at 224 pixels, aligned) -> layer 4 -> attention pool."""
     from torchvision.ops import roi_align
 
     visual = getattr(module, "visual", None)
@@ -1375,11 +1362,9 @@ def roi_regions(module, x, boxes):
 
 
 def region_embeddings(encoder, pictures, how="pool", label="regions"):
-    """Embeddings of images [n, D] and of their regions [sum R, D], not normalised; NaN where unreadable.
-
-    pictures: n data.Regions. how: pool (the feature map under the region), crop (the region as an image)
-    or roi (CLIP's ResNets); a forward pass an image, crop one a region. (None, None) on ranks above 0.
-    """
+    """Embeddings of n data.Regions: images [n, D], regions [sum R, D], not normalised, NaN where unreadable;
+    (None, None) on ranks above 0. how: pool (the feature map under the region), crop (the region as an image)
+    or roi (CLIP's ResNets); a forward pass an image, crop one a region."""
     count, masked = [len(p.boxes) for p in pictures], any(p.mask for p in pictures)
 
     def compute(x, some):
@@ -1408,8 +1393,7 @@ def region_embeddings(encoder, pictures, how="pool", label="regions"):
 
 
 def mask_shares(picture, path):
-    """How much of each region of a picture (data.Regions) its foreground's mask covers, by area: [R]; NaN
-    where there is no mask."""
+    """Share of each region of a picture (data.Regions) that a mask covers, [R]; NaN where there is none."""
     if path is None:
         return torch.full((len(picture.boxes),), torch.nan)
     mask = torch.from_numpy(np.array(open_mask(path)) > 127).float()
@@ -1539,11 +1523,8 @@ def shares(x, i, j, test):
 
 
 def cos_sum(z, f, b, seed=0):
-    """cos(z(f, b), z(f alone on mean grey) + z(b alone)), embeddings z, f, b [N, D] of the same cells.
-
-    Returns means over cells: cos_sum (raw, inflated by the mean that all embeddings share), cos_sum_centred
-    (each set less its mean), and the same for shuffled pairs: cos_sum_shuffled, cos_sum_centred_shuffled.
-    """
+    """Mean over cells of cos(z(f, b), z(f alone on mean grey) + z(b alone)), z, f, b [N, D]: cos_sum (raw,
+    inflated by the mean that all share), cos_sum_centred (each set less its mean); and of shuffled pairs."""
     here = torch.arange(len(z), device=z.device)
     other = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
     out = {}
@@ -1761,12 +1742,11 @@ def lasso(hessian, slope, theta, penalty, tolerance):
 def dfr(x, y, group, seed, scaler=None, strengths=(1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01), retrains=20):
     """Deep feature reweighting (Kirichenko et al. 2022): L1 logistic regression on group-balanced halves of
     the validation set, C tuned for the worst group of the other half, then the mean of retrains on
-    balanced subsets of all of it.
+    balanced subsets of all of it. Of more than two classes softmax, where liblinear has one against the rest.
 
     x: [N, D], embeddings of the validation set as the encoder gives them; y, group: [N], a group below 0 is
-    left out; scaler: mean and deviation of the training split, by which the authors standardise every
-    retrain, and the bias is then penalised as theirs (liblinear); None: ours, each subset by itself, the
-    bias free. Of more than two classes softmax, where liblinear has one against the rest. Returns Probe.
+    left out; scaler: mean and deviation of the training split, by which the authors standardise, and the bias
+    is then penalised as theirs (liblinear); None: ours, each subset by itself, the bias free.
     """
     generator = torch.Generator().manual_seed(seed)
     index = (group >= 0).nonzero()[:, 0]
@@ -1820,12 +1800,9 @@ def wilson(k, n, confidence=0.95):
 
 
 def group_metrics(correct, samples, index):
-    """Accuracies over the groups, class x place, that are present among the samples at index [N].
-
-    correct: bool [N], or shares of draws. Returns worst_group (see Samples.worst), avg_group_mean,
-    avg_train_weighted (by images per group in train, as WILDS and group_DRO have it), overall, and
-    groups: a list of y, place, n, accuracy, interval (Wilson, 95 %).
-    """
+    """Accuracies of samples at index [N], and over the groups, class x place, present among them. correct:
+    bool [N], or shares of draws. Returns worst_group (see Samples.worst), avg_group_mean, avg_train_weighted
+    (by images per group in train, as WILDS and group_DRO have it), overall, groups (intervals: Wilson)."""
     correct, index = correct.double().cpu(), index.cpu()
     P, group, train = len(samples.places), samples.group()[index], samples.counts(0).tolist()
     groups = []

@@ -273,11 +273,10 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
 
     x: [N, D] embeddings of regions, made unit-norm in place; z: [n, D] of images; logits: of embeddings
     [., D] -> [., C]; y: [n] class; count: [n] regions of each image; rest: target [N], whether a region
-    shows the planted feature, NaN where it is not known, or None; box [N, 4] on the CPU, in shares; pictures,
-    list or None; encoder or None. Returns all of it as a namespace, with predicted [n]; scores [n, C], the
-    probabilities of classes; image [N], that of each region; own [N], the region's score (softmax) for the
-    class that its image is taken for; and best [n], the image's region with the largest, the first of equals,
-    -1 without any.
+    shows the planted feature, NaN where it is not known, or None; box [N, 4] in shares; pictures and encoder,
+    or None. Returns all of it as a namespace, with predicted [n]; scores [n, C], the probabilities of
+    classes; image [N], that of each region; own [N], the region's score for the class that its image is taken
+    for; and best [n], the image's region with the largest, the first of equals, -1 without any.
     """
     if not len(y):
         raise Complaint(f"{name}: no images")
@@ -317,8 +316,7 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
 
 
 def suspect(encoder, samples, parts, config):
-    """The classifier: a function from embeddings [N, D] to logits [N, C], and a line about it. parts: names
-    of the splits that it is looked at on."""
+    """The classifier, embeddings [N, D] -> logits [N, C], and a line about it. parts: splits looked at."""
     kind, ckpt = config["classifier"], config["ckpt"]
     expect(not ckpt or kind in ("auto", "probe"), "ckpt", ckpt, f"none with --classifier={kind}")
     named = ckpt or config["probe"] == "erm"
@@ -402,12 +400,9 @@ ARRAYS = "reg_emb", "num_regions", "true_label", "text_emb", "img_emb"
 
 
 def drawn_regions(n, D, seed=0, C=10, per=4):
-    """Region embeddings with a planted spurious feature, for benchmarks and tests: images of `per` regions,
-    one shows the class's object, the rest one of 12 grounds, or, in every second image, the feature, which
-    pulls its image toward class 0. All from one generator.
-
-    n: regions, D: dimensions. Returns a dict with the arrays of --embeddings, reg_emb [n, D] unit-norm.
-    """
+    """The arrays of --embeddings for n regions of D dimensions with a planted spurious feature: images of
+    `per` regions, one shows the class's object, the rest one of 12 grounds, or, in every second image, the
+    feature, which pulls its image toward class 0. For benchmarks and tests."""
     wanted = f"at least {per * C} regions and 2 dimensions, and N x D at most {MOST_NUMBERS:,}"
     expect(n >= per * C and D >= 2 and n * D <= MOST_NUMBERS, "embeddings", f"random:{n},{D}", wanted)
     generator = torch.Generator().manual_seed(seed)
@@ -438,8 +433,7 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
 
 
 def load_embeddings(path):
-    """The arrays of an .npz for --embeddings as tensors, with class_names (a list), region_target and notes.
-    Raises Complaint for anything that is not as it should be."""
+    """The arrays of an .npz for --embeddings as tensors, class_names (a list), region_target and notes."""
     with reading(path, "an .npz file of plain arrays"), np.load(bounded(path)) as file:
         absent = [key for key in ARRAYS if key not in file.files]
         if absent:
@@ -605,12 +599,9 @@ class Medoids:
 
 
 def kmedoids(x, ks, seed):
-    """K-medoids in cosine distance for every k of ks, from the largest down; all k share their work.
-
-    x: [N, D] unit-norm. The largest k starts at greedily chosen seeds, each next one from the converged
-    medoids of the one before, less those whose loss costs least. Returns {k: Clustering}; x with fewer
-    different rows than k gives fewer clusters.
-    """
+    """K-medoids of unit-norm x [N, D] in cosine distance, {k: Clustering}. The largest k of ks starts at
+    greedily chosen seeds, each next one from the converged medoids of the one before, less those whose loss
+    costs least. x with fewer different rows than k gives fewer clusters."""
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(x), generator=generator)[: max(4096, 4 * max(ks))].sort().values.to(x.device)
     m, out = Medoids(x, sample[seeds(x[sample], max(ks), generator)]), {}
@@ -965,8 +956,7 @@ def mixture(v, y, scores, slices, seed, steps=100):
     mean log-likelihood moves by less than 1e-3, as Domino's released package. It starts from the cells of the
     confusion matrix, each for several slices; if there are more, from the most frequent (our reading).
 
-    v: [n, d]; y: [n]; scores: [n, C], probabilities of the classes. Returns R [n, slices], the
-    responsibilities, and max(p(predicted) - p(label)) [slices].
+    v: [n, d]; y: [n]; scores: [n, C]. Returns responsibilities [n, slices], max(p(predicted) - p(label)).
     """
     C = scores.shape[1]
     hot, soft, cells = F.one_hot(y, C).double(), scores.double(), torch.arange(C * C, device=v.device)
@@ -1146,9 +1136,7 @@ def cluster_parts(c, words, e, similarity):
         firsts = {}
         for r in c["regions"]:
             firsts.setdefault(int(e.image[r]), r)
-            if len(firsts) == 6:
-                break
-        for i, r in firsts.items():
+        for i, r in list(firsts.items())[:6]:
             caption = f"{e.classes[e.y[i]]}, taken for {e.classes[e.predicted[i]]}"
             parts.append(thumb(outlined(e.pictures[i].image(), e.box[r].tolist()), caption))
     rows = []

@@ -354,8 +354,7 @@ def surest(logits, owner):
 
 
 def choice(samples):
-    """What rows of texts or of a classifier choose among, and what is right for each photo [n]: its class, or
-    among 1000 labels its ImageNet label."""
+    """What texts and rows choose among, and what is right for each photo [n]: class or ImageNet label."""
     wide = len(samples.labels) == 1000 or (len(samples.y) and samples.y.max() < 0)
     if len(samples.labels) < 1000 or not samples.imagenet:
         return samples.labels if wide else samples.classes, samples.y
@@ -566,8 +565,7 @@ def pick_labels(encoder, z, samples):
 
 
 def object_cells(encoder, samples, masks, share=0.5):
-    """Regions, cells of grid:3, of which at least this share is the object by its mask: (embeddings [K, D],
-    number of the photo [K]); None on ranks above 0."""
+    """Cells of grid:3 of which this share or more is the object: embeddings [K, D], the photo of each [K]."""
     index = [k for k, cut in enumerate(samples.cut) if cut is not None]
     pictures, _ = load_regions("grid:3", [samples.items[k] for k in index], encoder.frame, encoder.skip_bad)
     r = region_embeddings(encoder, pictures)[1]
@@ -675,8 +673,7 @@ def redraw(cells, seed, stream=0, times=2000):
 
 
 def ece(confidence, correct, bins=15):
-    """Expected calibration error: photos' mean |accuracy - confidence| of their bin (Guo et al. 2017); None
-    where a confidence is not known."""
+    """Expected calibration error: photos' mean |accuracy - confidence| of their bin (Guo et al. 2017)."""
     if confidence.isnan().any():
         return None
     b = (confidence * bins).long().clamp(0, bins - 1)
@@ -685,11 +682,9 @@ def ece(confidence, correct, bins=15):
 
 
 def counter_metrics(correct, y, place, classes, names, seed, suffix=""):
-    """CounterAnimal: class-balanced common, counter and their drop, its bootstrap interval; plain averages.
-
-    correct: [m], bool or share of draws; place: 0 common, 1 counter. The class's own go into classes[name].
-    Source: the paper's metric, the mean over classes of accuracies; the interval draws photos of each anew.
-    """
+    """CounterAnimal's common, counter and their drop: means over classes, as in the paper; plain averages.
+    The drop's interval draws the photos of each class anew. correct: [m], bool or share of draws; place: 0
+    common, 1 counter. What is of one class goes into classes[name]."""
     cells = [[], []]  # of common and counter: (n, accuracy) of each class
     for c in torch.unique(y).tolist():
         mine = [correct[(y == c) & (place == k)].double() for k in (0, 1)]
@@ -1028,8 +1023,7 @@ def setting_data(config, strength, label):
 
 
 def made_of(code, words, samples, config):
-    """Hash of a script's code, its flags and its data: equal where it would make the same again. Of a file
-    that a flag names its content counts."""
+    """Hash of a script's code, flags, the files that these name, and data: equal where it makes the same."""
     here, words = Path(__file__).parent, {k: str(v) for k, v in words.items() if k not in FREE}
     sources = [here / name for name in (code, "model.py", "data.py")] + sorted(here.glob("kernels/*.py"))
     for k in ("pretrained", "discovery"):
@@ -1161,8 +1155,7 @@ def mean_interval(values):
 
 
 def summarised(done):
-    """Means of Precision@10 by method, over valid settings and by strength, and of mitigations over settings
-    whose RaVL Precision@10 exceeds .6 and .8, as in the paper."""
+    """Means of Precision@10, over valid settings and by strength, and of mitigations as in the paper."""
     valid, precision, mitigation = [s for s in done if s["valid"]], {}, {}
     for m in valid[0]["precision_at_10"] if valid else ():
         values = {"all": [s["precision_at_10"][m] for s in valid]}

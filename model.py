@@ -65,7 +65,7 @@ class Encoder:
 
     name: as in --model. kind: "timm" or "open_clip". build: () -> its module. transform: PIL RGB -> float
     [3, H, W]. recipe: what besides the weights decides an embedding (preprocessing, activation). digest: of
-    the weights' file, "" where they change (then nothing is cached). file: of weights that build does not
+    the weights' file, "" where they change (then nothing is cached). weights: a file that build does not
     load, or "". tokenizer: () -> a tokenizer; None without a text tower. untrained: whether there are no
     weights for that.
 
@@ -73,11 +73,21 @@ class Encoder:
     """
 
     def __init__(
-        self, name, kind, build, transform, recipe, digest, file="", tokenizer=None, notes=(), untrained=False
+        self,
+        name,
+        kind,
+        build,
+        transform,
+        recipe,
+        digest,
+        weights="",
+        tokenizer=None,
+        notes=(),
+        untrained=False,
     ):
         self.name, self.kind, self.build, self.transform = name, kind, build, transform
         self.recipe, self.digest, self.tokenizer, self.notes = recipe, digest, tokenizer, list(notes)
-        self.file, self.untrained = file, untrained
+        self.weights, self.untrained = weights, untrained
 
     def embeds_with(
         self,
@@ -123,8 +133,8 @@ class Encoder:
         if module is None:
             torch.manual_seed(0)  # of what no file has weights for
             module = self.build()
-            if self.file:
-                load_file(module, self.file)
+            if self.weights:
+                load_file(module, self.weights)
             module = module.eval().to(self.device)
         if most and self.digest:
             LOADED[key] = copy.deepcopy(module)  # whoever asked may train what it got

@@ -21,8 +21,9 @@ import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,34 +61,23 @@ TINY = dict(
 # the encoder: a network, and the state of embedding with it
 
 
+@dataclass(eq=False)
 class Encoder:
     """An image encoder, and all that embedding with it needs: device, dtype, batch, threads, cache.
-
-    name: as in --model. kind: "timm" or "open_clip". build: () -> its module. transform: PIL RGB -> float
-    [3, H, W]. recipe: what besides the weights decides an embedding (preprocessing, activation). digest: of
-    the weights' file, "" where they change (then nothing is cached). weights: a file that build does not
-    load, or "". tokenizer: () -> a tokenizer; None without a text tower. untrained: whether there are no
-    weights for that.
 
     The weights are loaded when something has to be computed, not before: what is in the cache needs none.
     """
 
-    def __init__(
-        self,
-        name,
-        kind,
-        build,
-        transform,
-        recipe,
-        digest,
-        weights="",
-        tokenizer=None,
-        notes=(),
-        untrained=False,
-    ):
-        self.name, self.kind, self.build, self.transform = name, kind, build, transform
-        self.recipe, self.digest, self.tokenizer, self.notes = recipe, digest, tokenizer, list(notes)
-        self.weights, self.untrained = weights, untrained
+    name: str  # as in --model
+    kind: str  # timm, open_clip or stored
+    build: Callable  # () -> its module
+    transform: Callable  # PIL RGB -> float [3, H, W]
+    recipe: object  # what besides the weights decides an embedding: preprocessing, activation
+    digest: str  # of the weights' file, "" where they change (then nothing is cached)
+    weights: str = ""  # a file or folder of weights that build does not load
+    tokenizer: Callable | None = None  # () -> a tokenizer; None without a text tower
+    notes: list = field(default_factory=list)  # lines to print
+    untrained: bool = False  # whether there are no weights for the text tower
 
     def embeds_with(
         self,
@@ -700,7 +690,7 @@ def small_clip(model, pretrained, quick_gelu, cache):
     small = open_clip.image_transform(56, is_train=False, **black)
     transform = lite_transform("lite0") if model == "lite0-clip" else small
     digest, file = local_weights(pretrained or "imagenet", cache)
-    return Encoder(model, "open_clip", build, transform, model, digest, file, tokenizer, (), not file)
+    return Encoder(model, "open_clip", build, transform, model, digest, file, tokenizer, [], not file)
 
 
 @functools.lru_cache(4)

@@ -132,8 +132,7 @@ def main():
     wanted = f"LOW:HIGH with 2 <= LOW < HIGH <= {MOST_K}, for instance 20:50 for 20 to 49"
     expect(not k or 2 <= low < high <= MOST_K, "k", k, wanted)
     for flag in OF_IMAGES if embeddings else ():
-        wanted = "nothing with --embeddings, where it has no effect"
-        expect(config[flag] == default[flag], flag, config[flag], wanted)
+        expect(config[flag] == default[flag], flag, config[flag], "nothing with --embeddings")
     started, (rank, _) = time.time(), join(device)
     if embeddings:
         e = from_embeddings(embeddings, temperature, seed, auto_device(device)) if rank == 0 else None
@@ -203,8 +202,7 @@ def main():
     write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
     write_json(out / "discovery.json", summary)
     say(console(summary, e), True)
-    written = "discovery.json, discovery.npz and discovery.html written"
-    say(f"\n{out}/{written}, {time.time() - started:.1f} s", True)
+    say(f"\n{out}/discovery.json, discovery.npz, discovery.html, {time.time() - started:.1f} s", True)
 
 
 def from_images(config):
@@ -214,8 +212,7 @@ def from_images(config):
     encoder = load_encoder(model, pretrained, quick_gelu, test_size, **how)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     planted["columns"] = columns
-    wanted = "pictures; region embeddings from elsewhere go with --embeddings=FILE.npz"
-    expect(not data.startswith("embeddings:"), "data", data, wanted)
+    expect(not data.startswith("embeddings:"), "data", data, "pictures; or --embeddings=FILE.npz of regions")
     samples = load_data(data, classes, places, prompts, "", False, seed, **planted)
     if (samples.y < 0).any():
         raise Complaint(f"{samples.name}: no labels; discovery needs them: a folder for each class")
@@ -294,8 +291,8 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
         norm = x[rows].norm(dim=1, keepdim=True)
         odd = (~norm.isfinite() | (norm == 0))[:, 0].nonzero()[:, 0].tolist()
         if odd:
-            what = f"region {rows.start + odd[0]} is {'not finite' if norm[odd[0]] else 'zero'}"
-            raise Complaint(f"{name}: the embedding of {what}; leave it out, or check the model")
+            what = "not finite" if norm[odd[0]] else "zero"
+            raise Complaint(f"{name}: region {rows.start + odd[0]} is {what}; leave it out, check the model")
         x[rows] /= norm
     highest = own.new_full((n,), -math.inf).scatter_reduce_(0, image, own, "amax")
     ties = (own == highest[image]).nonzero()[:, 0]
@@ -303,14 +300,11 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
     listing, right = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6), (predicted == y).double()
     notes = [*notes, f"{N} regions of {n} images, classes {listing}; accuracy {float(right.mean()):.3f}"]
     if not count.all():
-        bare = f"{int((count == 0).sum())} of {n} images have no region"
-        notes.append(f"{bare}: they count as images without the feature")
+        notes.append(f"{int((count == 0).sum())} of {n} images have no region, so not the feature either")
     if right.all():
-        without = "without errors no influence is defined, and nothing can be found"
-        notes.append(f"the classifier is right on all {n} images: {without}")
+        notes.append(f"the classifier is right on all {n} images: without errors nothing can be found")
     if (y == y[0]).all():
-        what = "a feature that helps one class and harms another cannot show"
-        notes.append(f"all images are of one class ({classes[int(y[0])]}): {what}")
+        notes.append(f"all images are of one class ({classes[int(y[0])]}): what harms another cannot show")
     rest.update(name=name, classes=classes, x=x, z=unit(z.float()), y=y, count=count, notes=notes)
     return SimpleNamespace(predicted=predicted, scores=scores, image=image, own=own, best=best, **rest)
 
@@ -340,7 +334,7 @@ def own_rows(encoder, samples, parts, config):
     """The model's own classifier."""
     weight, bias = encoder.classifier()
     if len(weight) != len(samples.classes):
-        there = f"{encoder.name} has {len(weight)} classes, {samples.name} {len(samples.classes)}"
+        there = f"{len(weight)} classes, {samples.name} has {len(samples.classes)}"
         raise Complaint(f"--classifier=rows: {there}; expected the same")
     return lambda v: v.float() @ weight.T + bias, "classifier: the model's own rows"
 
@@ -351,7 +345,7 @@ def probe_classifier(encoder, samples, parts, config):
         return checkpoint_probe(encoder, samples, parts, config["ckpt"], config["probe"])
     train = samples.keep(samples.split == 0)
     if "train" in parts or not train.items:
-        what = "a probe is fitted on the training split, and must be looked at on another"
+        what = "on the training split a probe is fitted"
         raise Complaint(f"--split={','.join(parts)}: {what}; use --split=val, or --ckpt")
     z = encoder.embed(train.items, "training images")
     if z is None:  # on ranks above 0, which only embed
@@ -370,8 +364,7 @@ def checkpoint_probe(encoder, samples, parts, ckpt, name):
     expect(name in heads, "probe", name, f"of {', '.join(heads)}: the map of others is not in the file")
     part = "val" if name.startswith("val_probe") else "train"
     if part in parts:
-        what = f"the probe {name} was fitted on the {part} split, and must be looked at on another"
-        raise Complaint(f"--split={','.join(parts)}: {what}")
+        raise Complaint(f"--split={','.join(parts)}: {name} was fitted on the {part} split; take another")
     if state["classes"] != samples.classes:
         raise Complaint(f"--ckpt={ckpt}: made for {state['classes']}, {samples.name} has {samples.classes}")
     return heads[name], f"classifier: probe {name} of {ckpt}"
@@ -451,8 +444,7 @@ def load_embeddings(path):
         if odd and key != "reg_emb":  # those of regions are found when they are normalised
             raise Complaint(f"{path}: {key} has a row that is zero or not finite (row {odd[0]})")
         if (norm - 1).abs().max() > 1e-3:
-            sizes = f"norms {norm.min():.3g} to {norm.max():.3g}"
-            notes.append(f"{path}: {key} is not unit-norm ({sizes}); normalised")
+            notes.append(f"{path}: {key} is not unit-norm ({norm.min():.3g} to {norm.max():.3g}); normalised")
     return dict(a, class_names=names, notes=notes)
 
 
@@ -493,11 +485,9 @@ def k_range(low, high, C, n, clustering):
         used = f"; up to {n - 1} is used" if ks else ""
         say(f"k: {low} to {high - 1} wanted, but there are {n} regions{used}")
     if not ks:
-        cure = f"give more images, finer --regions, or --k=2:{max(3, n)}"
-        raise Complaint(f"--k: {low} clusters of {n} regions; {cure}")
+        raise Complaint(f"--k: {low} clusters of {n} regions; give finer --regions or --k=2:{max(3, n)}")
     if ks[-1] * n > MOST_NUMBERS:
-        many = f"{ks[-1]} clusters times {n} regions"
-        raise Complaint(f"--k: {many}, expected at most {MOST_NUMBERS:,}; lower it")
+        raise Complaint(f"--k: {ks[-1]} clusters times {n} regions, at most {MOST_NUMBERS:,}; lower it")
     if clustering == "ravl" or len(ks) <= 40:
         return list(ks)
     say(f"k: {len(ks)} values from {ks[0]} to {ks[-1]}; 40 of them are tried, evenly spread in ratio")

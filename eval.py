@@ -174,8 +174,8 @@ def main():
     # last: nothing is pending only if all the rest is there
     write_json(out / "eval.json", contract(config, git, samples, names, results, failed, started))
     say("\n" + console(blocks), True)
-    written = "eval.json, eval.html, eval.csv, groups.csv and predictions.csv written"
-    say(f"\n{out}/{written}, {time.time() - started:.1f} s", True)
+    seconds = f"{time.time() - started:.1f} s"
+    say(f"\n{out}/eval.json, eval.html, eval.csv, groups.csv and predictions.csv written, {seconds}", True)
 
 
 def names_of(config):
@@ -289,8 +289,7 @@ def evaluate(name, samples, asked):
             out = classify(e, row, heads, split, twenty, cells)._replace(picker=picks)
             outcomes[name] = out
             if out.seen:
-                photos = f"{out.seen} of the {len(out.index)} photos that it is measured on"
-                say(f"WARNING: {name} was trained on {photos}; see --split")
+                say(f"WARNING: {name} has learned from {out.seen} of {len(out.index)} photos; see --split")
     return outcomes, additive_parts(e, grid)
 
 
@@ -427,8 +426,7 @@ def dfr_heads(e, scaled=True):
     if scaled and not len(train):
         say("dfr: there are no training images to standardise by, these are the validation images")
     scaler = standard(x[train if len(train) else val]) if scaled else None
-    fit = dfr(x[val], e.y[val], groups, e.seed, scaler)
-    return [probe_head(fit, e.bare)]
+    return [probe_head(dfr(x[val], e.y[val], groups, e.seed, scaler), e.bare)]
 
 
 def fewshot_heads(e, shots):
@@ -522,9 +520,10 @@ def lacking(encoder, samples, state=None):
         kinds = ", ".join(samples.classes[:6])
         lacks["ckpt"] = f"--ckpt: made for {', '.join(made[:6])}, {samples.name} has {kinds}; take the same"
     if encoder.tokenizer is None:
-        cure = "take --protocol=classifier or probe, or a CLIP-like model"
-        cure = "give the file an array text [C, D], or take probe" if encoder.kind == "stored" else cure
-        lacks["texts"] = f"{name}: it has no text tower, zero-shot needs one; {cure}"
+        cure = "an array text [C, D] in the file" if encoder.kind == "stored" else "a CLIP-like model"
+        lacks["texts"] = (
+            f"{name}: it has no text tower, zero-shot needs one; take {cure}, or --protocol=probe"
+        )
     elif samples.nameless:
         lacks["texts"] = samples.nameless.replace("{", "{{").replace("}", "}}")
     if not encoder.facts["rows"]:
@@ -574,8 +573,7 @@ def object_cells(encoder, samples, masks, share=0.5):
     shares = [mask_shares(p, samples.cut[k].figure.mask.path) for p, k in zip(pictures, index, strict=True)]
     cover = (torch.cat(shares) >= share) & r.isfinite().all(1).cpu()
     if not cover.any():
-        line = f"no cell of a 3x3 grid is at least {share:.0%} object in any photo"
-        raise Complaint(f"--masks={masks}: {line}, so there are no regions to read")
+        raise Complaint(f"--masks={masks}: no cell of a 3x3 grid is at least {share:.0%} object in any photo")
     return r[cover], repeat_by(torch.tensor(index), [len(p.boxes) for p in pictures])[cover]
 
 
@@ -966,8 +964,7 @@ FAMILIES = {
 def controlled_settings(config):
     """--protocol=ravl: runs the settings, and writes protocol.json after each, .csv and .html at the end."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    wanted = "another in several processes, as each would run all of it; start it without torchrun"
-    expect(alone, "protocol", protocol, wanted)
+    expect(alone, "protocol", protocol, "no torchrun with it, as each process would run all of it")
     config = of_family(config)
     started, out, git, done = time.time(), Path(out_dir), revision(), []
     check_resumed(out / "protocol.json", config)
@@ -1129,8 +1126,7 @@ def reached(config, weights, samples):
     n = test.counts(2).tolist()
     few = [f"{test.group_name(*divmod(g, 2))}: {k}" for g, k in enumerate(n) if k < LEAST]
     if few:
-        line = f"test groups with fewer than {LEAST} images ({'; '.join(few)})"
-        raise Complaint(f"{samples.name}: {line}; the worst group would be noise")
+        raise Complaint(f"{samples.name}: test groups with fewer than {LEAST} images ({'; '.join(few)})")
     how = dict(batch=config["batch_size"], **{k: config[k] for k in ("device", "dtype", "threads")})
     encoder = load_encoder(config["model"], str(weights), config["quick_gelu"], **how)
     pictures, _ = load_regions(config["regions"], test.items, encoder.frame)

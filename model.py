@@ -423,9 +423,8 @@ class Encoder:
 
     def classifier(self):
         """The rows [C, D] and biases [C] of its ImageNet classifier. Complaint if it has none."""
-        what = "it has no linear classifier of ImageNet's 1000 classes on its embeddings"
         if not self.facts["rows"]:
-            raise Complaint(f"--model={self.name}: {what}; expected lite0 or timm:NAME")
+            raise Complaint(f"--model={self.name}: no linear classifier of ImageNet; take lite0 or timm:NAME")
 
         def both():
             return torch.cat([self.head().weight, self.head().bias[:, None]], 1).detach()
@@ -482,8 +481,7 @@ def say_unreadable(pictures, rows, z, label):
     bad = z.isnan().any(1)
     if not bad.any():
         return
-    owner = repeat_by(torch.arange(len(pictures)), rows)
-    index = owner[bad].unique().tolist()
+    index = repeat_by(torch.arange(len(pictures)), rows)[bad].unique().tolist()
     for k in index[:20]:
         try:
             pictures[k].image()
@@ -1224,8 +1222,7 @@ def with_lora(state, path):
     made = read_json(path, "the adapter_config.json of peft, which says how LoRA's parts are merged")
     odd = [k for k in ("use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out") if made.get(k)]
     if odd:
-        cure = "merge it with peft, model.merge_and_unload(), and save the state dict of that"
-        raise Complaint(f"{path}: LoRA with {odd[0]} cannot be merged here; {cure}")
+        raise Complaint(f"{path}: LoRA with {odd[0]}, which only peft can merge, by merge_and_unload()")
     with reading(path, "a LoRA adapter of the weights beside it"):
         scale = made["lora_alpha"] / (made["r"] ** 0.5 if made.get("use_rslora") else made["r"])
         state = {USUAL.sub("", k).replace(".base_layer.", "."): v for k, v in state.items()}
@@ -1243,8 +1240,6 @@ def fetching(flag):
     """Turns whatever the clients of hubs raise into a Complaint."""
     try:
         yield
-    except Complaint:
-        raise
     except Exception as problem:
         cure = "give a local file: --pretrained=/path/to/weights.safetensors"
         raise Complaint(f"{flag}: its weights cannot be fetched ({one_line(problem)}); {cure}") from None
@@ -1268,8 +1263,7 @@ def fused(module):
     itself if noise shows that the order of its parts is not the order of execution."""
     twin = copy.deepcopy(module).eval()
     for part in list(twin.modules()):
-        names = [name for name, _ in part.named_children()]
-        for a, b in itertools.pairwise(names):
+        for a, b in itertools.pairwise([name for name, _ in part.named_children()]):
             conv, norm = getattr(part, a), getattr(part, b)
             pair = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
             if pair and conv.out_channels == norm.num_features:
@@ -1614,8 +1608,7 @@ def fit_probe(x, y, l2=0.2, weight=None, classes=0):
     mean, deviation = mean_std(x)
     scale, basis = deviation.mean().clamp(min=1e-12), None
     if not scale.isfinite():
-        finite = int(x.isfinite().all(1).sum())
-        found = f"found {len(y)}, {finite} of them finite"
+        found = f"found {len(y)}, {int(x.isfinite().all(1).sum())} of them finite"
         raise Complaint(f"a probe needs at least two rows of finite numbers ({found})")
     if len(y) < x.shape[1]:  # the optimum lies in the span of the rows: exact, and smaller
         x = (x.double() - mean) / scale

@@ -250,11 +250,9 @@ class Encoder:
 
     def stream(self, pictures, rows, chunks, compute, done):
         """Yields the embeddings of each chunk (range of pictures) in order: float32 [rows, D] on the CPU.
-
-        On a CPU each thread decodes a batch and runs the network on it by itself, on one core: nobody
-        waits for anybody, and the numbers do not depend on how many threads there are. On a GPU threads
-        decode, each a picture, this one feeds it, and what it gives stays there until a chunk is whole.
-        """
+        On a CPU each thread decodes a batch and runs the network on it, on one core: nobody waits, and the
+        numbers do not depend on how many threads there are. On a GPU threads decode, each a picture, this one
+        feeds it, and what it gives stays there until a chunk is whole."""
 
         def decode(k):
             try:
@@ -771,10 +769,8 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     if pretrained not in ("", "none") and not said:
         tag = ".".join(filter(None, (record.architecture, record.tag))) if record else name
         notes.append(f"{model}: preprocessing of {tag}, as a local file says none; timm:NAME.TAG has another")
-    known = f"tag {model}", ""  # what is not on the hub goes by its name
-    if pretrained:
-        known = local_weights(pretrained, cache)
-    elif record and record.hf_hub_id:
+    known = local_weights(pretrained, cache) if pretrained else (f"tag {model}", "")  # by its name alone
+    if record and record.hf_hub_id and not pretrained:
         there = from_hub(record.hf_hub_id, ("model.safetensors", "pytorch_model.bin"), model)
         known = (file_digest(there, ""), "") if there else known
 
@@ -811,15 +807,13 @@ def clip_model(model, pretrained, quick_gelu, cache):
         raise Complaint(f"--pretrained={pretrained}: neither a file nor a tag of {model}; {cure}")
     record = weights_record(pretrained) if local else open_clip.get_pretrained_cfg(model, pretrained) or {}
     config = open_clip.get_model_config(model) or {}
-    own = bool(config.get("quick_gelu"))
+    quick = bool(config.get("quick_gelu"))
+    hint = " (OpenAI's weights need on)" * (not quick)
+    source = f"the config of {model}, as there is no record; --quick_gelu=on|off decides otherwise{hint}"
     if quick_gelu != "auto":
         quick, source = quick_gelu == "on", f"--quick_gelu={quick_gelu}"
     elif record.get("quick_gelu") is not None:
         quick, source = bool(record["quick_gelu"]), f"the record of {pretrained}"
-    else:
-        hint = " (OpenAI's weights need on)" * (not own)
-        source = f"the config of {model}, as there is no record; --quick_gelu=on|off decides otherwise{hint}"
-        quick = own
     notes = [f"{model}: {'QuickGELU' if quick else 'GELU'}, by {source}"]
     said = record.get("preprocess") or record  # a file of train.py says how pictures were seen
     if local and not record.get("preprocess"):
@@ -831,20 +825,19 @@ def clip_model(model, pretrained, quick_gelu, cache):
         seen["size"] = config["vision_cfg"].get("image_size", 224)
         transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
 
+    tag = "" if local or pretrained == "none" else pretrained
+
     def build():
-        more = {} if quick == own else dict(quick_gelu=quick)
-        if record.get("bias"):
-            more["init_logit_bias"] = 0.0
-        tag = "" if pretrained == "none" or local else pretrained
-        more.update(pretrained=tag, load_weights=not local, force_preprocess_cfg=seen)
+        more = dict(init_logit_bias=0.0) if record.get("bias") else {}
+        more.update(pretrained=tag, load_weights=not local, force_preprocess_cfg=seen, quick_gelu=quick)
         with fetching(f"--model={model} --pretrained={pretrained}"), quiet():
             return open_clip.create_model(model, **more)
 
-    if local or pretrained == "none":
-        known = local_weights(pretrained, cache)
-    else:
+    if tag:
         with fetching(f"--model={model} --pretrained={pretrained}"):
             known = file_digest(open_clip.download_pretrained(record), cache), ""
+    else:
+        known = local_weights(pretrained, cache)
     recipe = [json.dumps(config) if whole else model, quick, sorted(seen.items())]
     more = functools.partial(clip_tokenizer, model), notes, pretrained == "none"
     return Encoder(model, "open_clip", build, transform, recipe, *known, *more)
@@ -990,10 +983,9 @@ FOREIGN = re.compile(  # what training leaves in files, and no embedding needs
 def load_file(module, path):
     """Loads the weights of a file or folder into a module of timm or open_clip.
 
-    Of the file those names are taken that end as the module's do, behind their commonest prefix. Positions of
-    another number are resampled; with a classifier of another size, or none, the module loses its own; what
-    is of training only is left out. All that is said. Whatever else is too much, missing or of another shape
-    is a Complaint, with the file's first names.
+    Names count behind their commonest prefix. Positions of another number are resampled; with a classifier of
+    another size, or none, the module loses its own; what is of training only is left out. All that is said.
+    Whatever else is too much, missing or of another shape is a Complaint.
     """
     what, cure = f"weights that fit {type(module).__name__}", "give others, or another --model"
     with reading(f"--pretrained={path}", what, cure), quiet():
@@ -1401,12 +1393,9 @@ def mask_shares(picture, path):
 
 
 def additive_solve(z, i, j, tolerance=1e-7, steps=10_000):
-    """Least squares of z [N, D] by mu + a_i + c_j on the cells that exist, by conjugate gradient.
-
-    i, j: [N] foreground and background of each cell, numbered without gaps. Returns mu [D], a [n, D], c
-    [m, D], double; a and c each sum to zero. Where the grid falls into unconnected parts the split
-    between them is not unique (fits are).
-    """
+    """Least squares of z [N, D] by mu + a_i + c_j on the cells that exist, by conjugate gradient. i, j: [N]
+    foreground and background of each cell, numbered without gaps. Returns mu [D], a [n, D], c [m, D], double;
+    a and c sum to zero. Where the grid falls into unconnected parts the split is not unique (fits are)."""
     z, n, m = z.double(), int(i.max()) + 1, int(j.max()) + 1
     count_i, count_j = (torch.bincount(k)[:, None].double() for k in (i, j))  # [n, 1], [m, 1]
     (by_i, first_i), (by_j, first_j) = bags(i, n), bags(j, m)
@@ -1657,9 +1646,8 @@ def fit_l1_probe(x, y, C=0.1, scaler=None, free_bias=True, start=None, tolerance
 
     x: [N, D]; y: [N] of two classes or more (softmax); C as scikit-learn's; scaler: mean and deviation [D],
     of x itself if None; free_bias: False where the bias counts in |W|_1, as liblinear has it; start: a Probe
-    near the optimum, which is only faster. Ends where no slope is further than the tolerance from what an
-    optimum has: -1 or 1 against the sign of a weight, between them at 0, 0 for a free bias. Newton steps on
-    the weights that are not 0 or should not be (Yuan, Ho and Lin 2012).
+    near the optimum, which is only faster. Newton steps on the weights that are not 0 or should not be (Yuan,
+    Ho and Lin 2012), until no slope is further than the tolerance from what an optimum has.
     """
     (mean, scale), K = scaler or standard(x), int(y.max()) + 1
     blocks = Blocks(x, lambda v: F.pad((v - mean) / scale, (0, 1), value=1.0))  # [N, D + 1]

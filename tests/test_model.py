@@ -1076,10 +1076,10 @@ def test_positions_for_another_size_of_images_are_resampled_and_that_is_said(tmp
 
 TAGS = [
     ("ViT-B-32", "openai", "auto", True, "QuickGELU, by the record of openai"),
-    ("ViT-B-32", "openai", "off", None, "GELU, by --quick_gelu=off"),
-    ("ViT-B-32-quickgelu", "openai", "auto", None, "QuickGELU, by the record of openai"),
+    ("ViT-B-32", "openai", "off", False, "GELU, by --quick_gelu=off"),
+    ("ViT-B-32-quickgelu", "openai", "auto", True, "QuickGELU, by the record of openai"),
     ("ViT-B-32-quickgelu", "openai", "off", False, "GELU, by"),
-    ("ViT-B-32", "laion2b_s34b_b79k", "auto", None, "GELU, by"),
+    ("ViT-B-32", "laion2b_s34b_b79k", "auto", False, "GELU, by"),
 ]
 
 
@@ -1097,7 +1097,7 @@ def test_quick_gelu_follows_the_record_of_the_tag(monkeypatch, tmp_path, get, na
     encoder = load_encoder(name, tag, quick_gelu=choice, device="cpu")
     assert not asked and encoder.digest == model.sha256(b"as fetched") and f": {note}" in encoder.notes[0]
     encoder.module.eval()
-    assert (asked["name"], asked["pretrained"], asked.get("quick_gelu")) == (name, tag, quick)
+    assert (asked["name"], asked["pretrained"], asked["quick_gelu"]) == (name, tag, quick)
 
 
 def test_weights_that_cannot_be_fetched_are_one_line_with_a_cure(monkeypatch):

@@ -177,14 +177,14 @@ def main():
         clusters = described(verdicts[rule], medoids, members, stable, e.classes)
     times.append(time.time())
 
-    at_10 = {name: precision(r, e.target) for name, r in ranked.items()}
     summary = dict(config=config, git=revision(), notes=e.notes, k=best, classes=e.classes, clusters=clusters)
     summary.update(on_published_distance(e.x, labels, best, mean, seed), mean_removed=bool(mean.any()))
     summary.update(silhouettes={str(c): s.silhouette for c, s in sweep.items()})
     summary.update(accuracy=float((e.predicted == e.y).double().mean()))
-    summary.update(precision_at_10=at_10["ravl" if method == "all" else method])
     summary.update(base_rate=precision(torch.arange(len(e.x)), e.target, len(e.x)))
+    at_10 = {name: precision(r, e.target) for name, r in ranked.items()}
     tops = {name: dict(precision_at_10=at_10[name], top=r[:100].tolist()) for name, r in ranked.items()}
+    summary.update(precision_at_10=at_10["ravl" if method == "all" else method])
     seconds = dict(zip(("cluster", "identify", "rank"), np.diff(times).tolist(), strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but for macOS
     peak = peak / 2 ** (20 if os.uname().sysname == "Linux" else 30)
@@ -202,7 +202,8 @@ def main():
     write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
     write_json(out / "discovery.json", summary)
     say(console(summary, e), True)
-    say(f"\n{out}/discovery.json, discovery.npz, discovery.html, {time.time() - started:.1f} s", True)
+    written = "discovery.json, discovery.npz and discovery.html written"
+    say(f"\n{out}/{written}, {time.time() - started:.1f} s", True)
 
 
 def from_images(config):
@@ -210,8 +211,7 @@ def from_images(config):
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
     how.update(skip_bad=skip_bad, resize_once=resize_once)
     encoder = load_encoder(model, pretrained, quick_gelu, test_size, **how)
-    planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
-    planted["columns"] = columns
+    planted = {k: config[k] for k in ("confounder", "strength", "spurious", "feature", "columns")}
     expect(not data.startswith("embeddings:"), "data", data, "pictures; or --embeddings=FILE.npz of regions")
     samples = load_data(data, classes, places, prompts, "", False, seed, **planted)
     if (samples.y < 0).any():
@@ -487,7 +487,7 @@ def k_range(low, high, C, n, clustering):
     if not ks:
         raise Complaint(f"--k: {low} clusters of {n} regions; give finer --regions or --k=2:{max(3, n)}")
     if ks[-1] * n > MOST_NUMBERS:
-        raise Complaint(f"--k: {ks[-1]} clusters times {n} regions, at most {MOST_NUMBERS:,}; lower it")
+        raise Complaint(f"--k: {ks[-1]} clusters times {n} regions, expected at most {MOST_NUMBERS:,}")
     if clustering == "ravl" or len(ks) <= 40:
         return list(ks)
     say(f"k: {len(ks)} values from {ks[0]} to {ks[-1]}; 40 of them are tried, evenly spread in ratio")

@@ -289,7 +289,7 @@ def evaluate(name, samples, asked):
             out = classify(e, row, heads, split, twenty, cells)._replace(picker=picks)
             outcomes[name] = out
             if out.seen:
-                say(f"WARNING: {name} has learned from {out.seen} of {len(out.index)} photos; see --split")
+                say(f"WARNING: {name} was trained on {out.seen} of the {len(out.index)} photos; see --split")
     return outcomes, additive_parts(e, grid)
 
 
@@ -520,10 +520,12 @@ def lacking(encoder, samples, state=None):
         kinds = ", ".join(samples.classes[:6])
         lacks["ckpt"] = f"--ckpt: made for {', '.join(made[:6])}, {samples.name} has {kinds}; take the same"
     if encoder.tokenizer is None:
-        cure = "an array text [C, D] in the file" if encoder.kind == "stored" else "a CLIP-like model"
-        lacks["texts"] = (
-            f"{name}: it has no text tower, zero-shot needs one; take {cure}, or --protocol=probe"
+        cure = (
+            "an array text [C, D] in the file"
+            if encoder.kind == "stored"
+            else "a CLIP, --protocol=classifier"
         )
+        lacks["texts"] = f"{name}: it has no text tower, zero-shot needs one; take {cure} or --protocol=probe"
     elif samples.nameless:
         lacks["texts"] = samples.nameless.replace("{", "{{").replace("}", "}}")
     if not encoder.facts["rows"]:
@@ -964,7 +966,7 @@ FAMILIES = {
 def controlled_settings(config):
     """--protocol=ravl: runs the settings, and writes protocol.json after each, .csv and .html at the end."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    expect(alone, "protocol", protocol, "no torchrun with it, as each process would run all of it")
+    expect(alone, "protocol", protocol, "none in several processes; start it without torchrun")
     config = of_family(config)
     started, out, git, done = time.time(), Path(out_dir), revision(), []
     check_resumed(out / "protocol.json", config)
@@ -1005,9 +1007,8 @@ def of_family(config):
 
 def check_resumed(path, config):
     """Complaint where a protocol.json was made with other flags."""
-    what = "a protocol.json of eval.py"
-    with reading(path, what, "move it away"):
-        made = read_json(path, what)["config"] if path.is_file() else config
+    with reading(path, "a protocol.json of eval.py", "move it away"):
+        made = json.loads(path.read_text())["config"] if path.is_file() else config
         differ = [f"--{k}={made.get(k)}" for k in config if k not in FREE and made.get(k) != config[k]]
     if differ:
         raise Complaint(f"{path}: made with {', '.join(differ)}; give the same flags, or another --out_dir")

@@ -301,17 +301,15 @@ class Encoder:
             yield out
 
     def pixels(self, picture):
-        """A picture as the network sees it, in bytes [H, W, 3], which normalised() makes numbers of; of a
-        transform that cannot be taken apart all that it gives, [3, H, W]. With resize_once the bytes of a
-        photo stay in the cache, for every model of this preprocessing."""
+        """A picture as the network sees it, in bytes [H, W, 3], which normalised() makes numbers of. With
+        resize_once the bytes of a photo stay in the cache, for every model of this preprocessing."""
         photo, path = picture.picture if isinstance(picture, Regions) else picture, None
         if self.resize_once and self.cache and type(photo) is Photo:
             steps = re.sub(" at 0x[0-9a-f]+", "", repr(self.transform_parts[0]))
             path = Path(self.cache) / f"pixels-{sha256(steps + photo.key())[:40]}.npy"
             with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
                 return torch.from_numpy(np.load(path))
-        x = self.transform_parts[0](picture.image())
-        x = x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))
+        x = torch.from_numpy(np.array(self.transform_parts[0](picture.image())))
         if path:
             np.save(buffer := io.BytesIO(), x.numpy())
             write(path, buffer.getvalue())
@@ -319,15 +317,11 @@ class Encoder:
 
     @functools.cached_property
     def transform_parts(self):
-        """The transform's part on PIL pictures, and the mean and deviation [3, 1, 1] of its end; (all of it,
-        None) where it does not end in them."""
-        parts = getattr(self.transform, "transforms", [])
-        names = [type(part).__name__ for part in parts[-2:]]
-        if len(names) < 2 or "ToTensor" not in names[0] or names[1] != "Normalize":
-            return self.transform, None
-        ends = parts[-1].mean, parts[-1].std
-        ends = [torch.as_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in ends]
-        return type(self.transform)(parts[:-2]), ends
+        """The transform's part on PIL pictures, and the mean and deviation [3, 1, 1] of its end: timm's and
+        open_clip's all end in ToTensor and Normalize."""
+        *parts, _, end = self.transform.transforms
+        ends = [torch.as_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (end.mean, end.std)]
+        return type(self.transform)(parts), ends
 
     def onto_device(self, images):
         """A list of n pixels() -> one tensor [n, ...] on the device; nobody waits for the copy."""
@@ -337,8 +331,6 @@ class Encoder:
 
     def normalised(self, x):
         """pixels() of n pictures, on the device -> what the network takes, [n, 3, H, W], channels last."""
-        if self.transform_parts[1] is None:
-            return x.to(memory_format=torch.channels_last)
         mean, deviation = (v.to(self.device, non_blocking=True) for v in self.transform_parts[1])
         return rearrange(x, "n h w c -> n c h w").float().div_(255).sub_(mean).div_(deviation)
 
@@ -828,10 +820,9 @@ def clip_model(model, pretrained, quick_gelu, cache):
     tag = "" if local or pretrained == "none" else pretrained
 
     def build():
-        more = dict(init_logit_bias=0.0) if record.get("bias") else {}
-        more.update(pretrained=tag, load_weights=not local, force_preprocess_cfg=seen, quick_gelu=quick)
+        more = dict(load_weights=not local, force_preprocess_cfg=seen, quick_gelu=quick)
         with fetching(f"--model={model} --pretrained={pretrained}"), quiet():
-            return open_clip.create_model(model, **more)
+            return open_clip.create_model(model, pretrained=tag, **more)
 
     if tag:
         with fetching(f"--model={model} --pretrained={pretrained}"):
@@ -928,8 +919,8 @@ def local_weights(pretrained, cache):
 
 
 def weights_record(path):
-    """What is said of weights, as by open_clip of tags: quick_gelu, preprocess, bias. By train.py in the file
-    that it saved; by a hub's files beside one that is named as hubs do."""
+    """What is said of weights, as by open_clip of tags: quick_gelu, preprocess. By train.py in the file that
+    it saved; by a hub's files beside one that is named as hubs do."""
     from safetensors import safe_open
 
     file = weights_files(path)[0]
@@ -962,7 +953,6 @@ def weights_bytes(module, **metadata):
 
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     record = dict(
-        bias=getattr(module, "logit_bias", None) is not None,
         quick_gelu=any(type(m).__name__ == "QuickGELU" for m in module.modules()),
         preprocess=getattr(getattr(module, "visual", None), "preprocess_cfg", {}),
     )
@@ -1290,12 +1280,9 @@ WITH_MAP = "a network with a feature map that flock can read: a ResNet or a ViT"
 
 
 def with_map(module, kind, x):
-    """Images [N, 3, H, W] -> image embeddings [N, D] and feature map [N, h, w, D], in one forward pass.
-
-    A cell is what the network's own head (pooling, norm, projection) makes of that cell alone, class and
-    other extra tokens left out; attention over one cell is its value. So regions, means of cells, lie in the
-    space of the image embeddings. Our reading.
-    """
+    """Images [N, 3, H, W] -> image embeddings [N, D], feature map [N, h, w, D], in one forward pass. A cell is
+    what the network's own head (pooling, norm, projection) makes of that cell alone, without extra tokens;
+    attention over one cell is its value. So regions, means of cells, lie in the space of the embeddings."""
     if kind == "timm":
         return trunk_with_map(module, x, lambda cells: module.forward_head(cells, pre_logits=True))
     visual = getattr(module, "visual", module)
@@ -1584,12 +1571,10 @@ def mean_std(x, correction=1):
 
 
 def fit_probe(x, y, l2=0.2, weight=None, classes=0):
-    """The one probe: L2 logistic regression on x less its mean, over its mean deviation; the exact optimum.
-
-    Minimises sum_n w_n CE_n / sum_n w_n + l2/2 |W|^2, the bias free, by LBFGS in double. x: [N, D]; y:
-    [N]; weight: [N], class-balanced if None (each class the same total). l2 in units of the mean loss:
-    scikit-learn's C is 1 / (l2 N). With two classes one vector carries the difference, as there.
-    """
+    """The one probe: L2 logistic regression on x less its mean, over its mean deviation; the exact optimum of
+    sum_n w_n CE_n / sum_n w_n + l2/2 |W|^2, the bias free, in double. x: [N, D]; y: [N]; weight: [N],
+    class-balanced if None. l2 in units of the mean loss: scikit-learn's C is 1 / (l2 N). With two classes one
+    vector carries the difference, as there."""
     C = classes or int(y.max()) + 1
     if weight is None:
         weight = 1 / torch.bincount(y, minlength=C).double()[y]
@@ -1812,12 +1797,10 @@ def worst_ends(groups):
 
 
 def paired_bootstrap(a, b, group, draws=2000, seed=0):
-    """95 % interval of worst group(a) - worst group(b), bool [N], groups [N], below 0: in none.
-
-    The intervals of the two (worst_ends) are joined by the squares of their halves (MOVER, Zou and Donner
-    2008), less what they have in common: the correlation of the two minima where pairs are drawn anew within
-    each group. The draws' own quantiles cover .85 where one model's 4 groups are close, .66 with 20.
-    """
+    """95 % interval of worst group(a) - worst group(b), bool [N], groups [N], below 0: in none. The intervals
+    of the two are joined by the squares of their halves (MOVER, Zou and Donner 2008), less what they have in
+    common: the correlation of the two minima where pairs are drawn anew within each group. The draws' own
+    quantiles cover .85 where one model's 4 groups are close, .66 with 20."""
     a, b, group = a.long().cpu(), b.long().cpu(), group.cpu()
     if torch.equal(a, b):
         return 0.0, 0.0

@@ -617,11 +617,13 @@ def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how
 def lite(model, pretrained, quick_gelu, cache):
     """EfficientNet-Lite as TensorFlow has it: 'same' padding, (pixel - 127) / 128, bicubic, centre crop."""
 
-    published = pretrained in ("", "imagenet")
+    import timm
+
+    (digest, size, crop), published = LITE[model], pretrained in ("", "imagenet")
+    grey = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    transform = timm.data.create_transform(size, interpolation="bicubic", crop_pct=crop, **grey)
 
     def build():
-        import timm
-
         module = timm.create_model(f"tf_efficientnet_{model}", pretrained=False)
         if published:
             state = torch.load(lite_file(model), map_location="cpu", weights_only=True)
@@ -629,8 +631,8 @@ def lite(model, pretrained, quick_gelu, cache):
             module.load_state_dict(dict(zip(names, state.values(), strict=True)))
         return module
 
-    known = (LITE[model][0], "") if published else local_weights(pretrained, cache)
-    return Encoder(model, "timm", build, lite_transform(model), model, *known)
+    known = (digest, "") if published else local_weights(pretrained, cache)
+    return Encoder(model, "timm", build, transform, model, *known)
 
 
 def lite_file(model):
@@ -646,13 +648,6 @@ def lite_file(model):
     return path
 
 
-def lite_transform(model):
-    from timm.data import create_transform
-
-    (_, size, crop), mean, std = LITE[model], (127 / 255,) * 3, (128 / 255,) * 3
-    return create_transform(size, interpolation="bicubic", crop_pct=crop, mean=mean, std=std)
-
-
 def small_clip(model, pretrained, quick_gelu, cache):
     """CLIPs for a CPU, whose small text transformer starts from scratch. tiny: 56x56 images in patches of
     7x7; tiny-conv: Cells; lite0-clip: lite0 as image tower, with its weights if --pretrained is empty."""
@@ -660,6 +655,7 @@ def small_clip(model, pretrained, quick_gelu, cache):
     from open_clip.timm_model import TimmModel
 
     dim, size = (256, 224) if model == "lite0-clip" else (64, 56)
+    lite0 = lite("lite0", "", "auto", "")
 
     def build():
         module = open_clip.CLIP(**{**TINY, "embed_dim": dim})
@@ -669,14 +665,14 @@ def small_clip(model, pretrained, quick_gelu, cache):
         if model == "tiny-conv":
             visual.trunk, visual.head.proj = Cells(), nn.Linear(Cells.num_features, dim, bias=False)
         elif model == "lite0-clip" and pretrained in ("", "imagenet"):
-            state = lite("lite0", "", "auto", "").build().state_dict()
+            state = lite0.build().state_dict()
             visual.trunk.load_state_dict({k: state[k] for k in visual.trunk.state_dict()})
         return module
 
     tokenizer = functools.partial(clip_tokenizer, "ViT-B-32", TINY["text_cfg"]["context_length"])
     black = dict(mean=(0.0,) * 3, std=(1.0,) * 3) if model == "tiny-conv" else {}
     small = open_clip.image_transform(56, is_train=False, **black)
-    transform = lite_transform("lite0") if model == "lite0-clip" else small
+    transform = lite0.transform if model == "lite0-clip" else small
     digest, file = local_weights(pretrained or "imagenet", cache)
     return Encoder(model, "open_clip", build, transform, model, digest, file, tokenizer, [], not file)
 
@@ -1280,7 +1276,7 @@ WITH_MAP = "a network with a feature map that flock can read: a ResNet or a ViT"
 
 
 def with_map(module, kind, x):
-    """Images [N, 3, H, W] -> image embeddings [N, D], feature map [N, h, w, D], in one forward pass. A cell is
+    """Images [N, 3, H, W] -> embeddings [N, D] and feature map [N, h, w, D], in one forward pass. A cell is
     what the network's own head (pooling, norm, projection) makes of that cell alone, without extra tokens;
     attention over one cell is its value. So regions, means of cells, lie in the space of the embeddings."""
     if kind == "timm":

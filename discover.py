@@ -779,9 +779,8 @@ def identify(label, k, e, criterion):
 
 def loss_p(wrong_in, n_in, wrong, n):
     """Fisher's exact test, one-sided: the probability that at least wrong_in of the wrong images of a class
-    are among the n_in of its n images with a feature, if n_in are drawn blindly (hypergeometric). 1 where the
-    share of wrong images is no larger with it than without. wrong_in, n_in: [C, k]; wrong, n: [C, 1], double.
-    """
+    are among the n_in of its n images with a feature, if n_in are drawn blindly. 1 where the share of wrong
+    images is no larger with it than without. wrong_in, n_in: [C, k]; wrong, n: [C, 1], double."""
     wrong, n = wrong.expand_as(n_in), n.expand_as(n_in)
     loses = wrong_in * n > wrong * n_in
     t, a, w, n = (v[loses] for v in (wrong_in, n_in, wrong, n))  # those at the mode or above: terms fall
@@ -889,8 +888,7 @@ def highest(score, among):
 
 def toward(e, direction, images):
     """Regions of some images, bool [n], by their cosine to a direction [D], largest first."""
-    score = torch.cat([e.x[rows] @ direction.float() for rows in tiles(len(e.x))])
-    return highest(score, images[e.image])
+    return highest(e.x @ direction.float(), images[e.image])
 
 
 def failures(e, seed, l2):
@@ -994,6 +992,8 @@ BASELINES = {
 
 def verdict_line(kept, method):
     """How many clusters the rule keeps, and how many it would hardly keep by chance (ours)."""
+    if not kept:
+        return "No spurious feature was found; below the nearest candidates"
     ours = f"as a class loses by it (false discovery rate {FALSE_DISCOVERIES})"
     rule = ours if method == "loss" else "by the paper's rule"
     features = f"{len(kept)} cluster{'s' * (len(kept) > 1)} kept {rule}"
@@ -1034,16 +1034,15 @@ def console(summary, e):
     head += f"; {'about ' * (N > 4000)}{summary['negative_pairs']:.1%} of the pairs have a negative cosine"
     lines = [head + f", which {'fast does not clip' if config['clustering'] == 'fast' else 'is clipped'}"]
     if config["method"] not in BASELINES:
-        none = "No spurious feature was found. The nearest candidates:"
-        lines.append(verdict_line(kept, config["method"]) + ":" if kept else none)
+        lines.append(verdict_line(kept, config["method"]) + ":")
         rows = []
         for c in (kept or sorted(clusters, key=lambda c: -(c["score"] or 0))[:3])[:20]:
             at_10 = precision(c["regions"], e.target)
             reason = "" if c["kept"] else c["reason"]
             tied = [gains(c, sign, 1, "{name:.24} {gap:+.2f}") for sign in (1, -1)]
             tied = "; ".join(filter(None, (reason, *tied)))
-            numbers = [c[key] for key in ("score", "chance", "influence")]
-            rows.append((str(c["id"]), *numbers, c["n"], c["stability"], at_10, tied))
+            numbers = c["score"], c["chance"], c["influence"], c["n"], c["stability"]
+            rows.append((str(c["id"]), *numbers, at_10, tied))
         tied = "most helped, harmed: weighted gap" if kept else "why not; weighted gaps"
         header = ("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", tied)
         lines += filter(None, (table(header, rows), dropped(clusters)))
@@ -1070,19 +1069,17 @@ def report(summary, e, similarity, M):
         score = f", score {c['score']:.2f} (by chance {c['chance']:.2f})" if c["chance"] is not None else ""
         parts = cluster_parts(c, words.get(c["id"]), e, similarity)
         sections.append((f"{place}. Cluster {c['id']}{score}", *parts))
-    rows = []
-    for c in clusters[:60]:
-        numbers = [c[key] for key in ("score", "chance", "influence")]
-        rows.append((str(c["id"]), c["reason"], *numbers, c["n"]))
+    rows = [
+        (str(c["id"]), c["reason"], c["score"], c["chance"], c["influence"], c["n"]) for c in clusters[:60]
+    ]
     header = ("cluster", "kept?", "score", "by chance", "influence", "regions")
     sections.append(("All clusters", html_table(header, rows)))
     if len(summary["methods"]) > 1 and summary["base_rate"] is not None:
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         sections.append(("Methods", html_table(("method", "Precision@10"), rows)))
     what = "given embeddings" if config["embeddings"] else config["model"]
-    none = "no spurious feature was found; below the nearest candidates"
-    result = verdict_line(kept, config["method"]) if kept else none
-    lead = f"{result.capitalize()}, among {summary['k']} clusters of {len(e.x)} regions. {dropped(clusters)}"
+    result = verdict_line(kept, config["method"])
+    lead = f"{result}, among {summary['k']} clusters of {len(e.x)} regions. {dropped(clusters)}"
     lead = f"A ranking of {len(e.x)} regions." if config["method"] in BASELINES else lead
     if summary["precision_at_10"] is not None:
         rate = f"{summary['base_rate']:.2f} of all regions show the target"

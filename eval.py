@@ -251,11 +251,8 @@ class Embedded:
         return ((self.samples.split == split) & self.good & (self.samples.y >= 0)).nonzero()[:, 0]
 
 
-Outcome = namedtuple(
-    "Outcome",
-    "index predicted confidence target names seen skipped of_20 picker region_photo region_predicted",
-    defaults=(0, 0, None, "", None, None),
-)
+FIELDS = "index predicted confidence target names seen skipped of_20 picker region_photo region_predicted"
+Outcome = namedtuple("Outcome", FIELDS, defaults=(0, 0, None, "", None, None))
 Outcome.__doc__ = """What a protocol makes of photos, on the CPU. index: [m], which; predicted, confidence:
 [R, m], of R draws; target: [m], what would be right; names: of what is predicted; seen: how many the heads
 learned from; skipped: how many could not be read; of_20: [m], CounterAnimal's 1v20, whose labels picker

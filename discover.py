@@ -513,10 +513,7 @@ class Medoids:
     With s_ci = sum of the cosines of region i to cluster c, medoids and silhouettes are a function of s
     [K, N], and s_ci = S_c . x_i with S_c the sum of the members: O(N K D), and only what changed is computed
     again. index: [K] medoids' rows in x; cosine: [K, N] to each medoid; size: [K]; label: [N].
-
-    Memory, by count: x 4 N D bytes, cosine and s 8 N K, the labels of each k tried 4 N. 10M regions x 512, 30
-    values of k up to 49: x 20.5 GB, cosine and s 3.9, labels 1.2, about 1 besides: 27 GB, and the images'
-    own embeddings. x as bfloat16 would be 10.2 GB, all 16; it is float32 here, as steps of 1e-6 count.
+    Memory: x 4 N D bytes, float32 as steps of 1e-6 count; cosine and s 8 N K; labels of each k tried 4 N.
     """
 
     def __init__(self, x, index):

@@ -1045,8 +1045,7 @@ def script_run(name, out, config, samples, **more):
         if kept_tree(note, made):
             return product
         say(f"{out}: made with other flags, data or code, or not to its end; it is made anew")
-    for old in (note, out / "figures.json"):
-        old.unlink(missing_ok=True)
+    note.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     argv, before, code = [f"--{k}={v}" for k, v in words.items()] + [f"--out_dir={out}"], sys.argv, 0
     sys.argv = [str(Path(__file__).with_name(name)), *argv]

@@ -975,15 +975,15 @@ def load_file(module, path):
     """
     what, cure = f"weights that fit {type(module).__name__}", "give others, or another --model"
     with reading(f"--pretrained={path}", what, cure), quiet():
-        read, has, notes, clip = state_of(path), module.state_dict(), [], hasattr(module, "encode_text")
-        state = without_prefix(read, has, notes)
+        read, has, clip = state_of(path), module.state_dict(), hasattr(module, "encode_text")
+        state = without_prefix(read, has, path)
         state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         if clip and any(k.startswith("vision_model.") for k in state):
             state = from_transformers(state, module)
         before = state
         state = as_open_clip(dict(state), module) if clip else as_timm(dict(state), module)
         if not clip:
-            state = without_classifier(state, module, notes)
+            state = without_classifier(state, module, path)
         has = module.state_dict()
         state |= {k: v for k, v in has.items() if k.endswith("num_batches_tracked") and k not in state}
         odd = [f"no {k}" for k in has if k not in state]
@@ -998,21 +998,19 @@ def load_file(module, path):
                 sizes = f"{k} is {list(made)}, expected {list(needed)}"
                 if "pos" in k:
                     sizes = f"positions of {made[-2]} tokens, {needed[-2]} are needed"
-                notes.append(f"WARNING: {sizes}: made for another size of images, and resampled")
+                say(f"{path}: WARNING: {sizes}: made for another size of images, and resampled")
         if odd:
             raise ValueError(f"{odd[0]}; {len(odd)} such; its first names are {', '.join([*read][:4])}")
         module.load_state_dict({k: state[k] for k in has})
     if extra:
         parts = ", ".join(sorted({k.split(".")[0] for k in extra})[:6])
-        notes.append(f"left out what the model does not have: {len(extra)} tensors of {parts}")
-    for note in notes:
-        say(f"{path}: {note}")
+        say(f"{path}: left out what the model does not have: {len(extra)} tensors of {parts}")
 
 
-def without_prefix(state, has, notes):
+def without_prefix(state, has, path):
     """A state dict without the prefix (backbone., state_dict.teacher., Lightning's model., ...) behind which
     most of the module's names (has) are, or, where they have others, most of all names; of equals averaged
-    weights before others, teacher before student. What stands beside is left out, and noted."""
+    weights before others, teacher before student. What stands beside is left out, and that is said."""
     behind, usual = collections.Counter(), collections.Counter()
     for name in state:
         parts = name.split(".")
@@ -1026,20 +1024,19 @@ def without_prefix(state, has, notes):
     within = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     beside = sorted({".".join(k.split(".")[:2]) for k in state if not k.startswith(prefix)})
     others = f"; left out {len(state) - len(within)} of {', '.join(beside[:6])}" * bool(beside)
-    notes.append(f"the weights behind {prefix!r}{others}")
+    say(f"{path}: the weights behind {prefix!r}{others}")
     return within
 
 
 def as_timm(state, module):
     """A state dict as its authors have it (DINOv2, MAE, ...) by timm's names, positions resampled."""
     convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
-    try:
-        return dict(convert(dict(state), module)) if convert else state
-    except Exception:  # not as its authors have it
-        return state
+    with contextlib.suppress(Exception):  # nothing to convert it by, or not as its authors have it
+        return dict(convert(dict(state), module))
+    return state
 
 
-def without_classifier(state, module, notes):
+def without_classifier(state, module, path):
     """The state dict; without a classifier if the file's is of another size, or missing: the module's too."""
     names = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or ()
     names = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
@@ -1048,7 +1045,7 @@ def without_classifier(state, module, notes):
     if mine == theirs or not mine:
         return state
     found = f"a classifier of {next(iter(theirs.values()))[0]} classes" if theirs else "no classifier"
-    notes.append(f"{found} in it, not {module.num_classes}: left out, probes and features need none")
+    say(f"{path}: {found} in it, not {module.num_classes}: left out, probes and features need none")
     module.reset_classifier(0)
     return {k: v for k, v in state.items() if k not in theirs}
 
@@ -1249,12 +1246,11 @@ def fused(module):
                 setattr(part, b, getattr(norm, "act", nn.Identity()))
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     x = x.to(next(module.parameters()).device)
-    try:
-        with torch.inference_mode():
-            a, b = module.forward_features(x), twin.forward_features(x)
-        return twin if torch.allclose(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item()) else module
-    except Exception:  # a network of another size or shape: left as it is
-        return module
+    with contextlib.suppress(Exception), torch.inference_mode():  # a network of another size is left as it is
+        a, b = module.forward_features(x), twin.forward_features(x)
+        if torch.allclose(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item()):
+            return twin
+    return module
 
 
 # ----------------------------------------------------------------------------------------------------------

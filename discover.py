@@ -129,8 +129,7 @@ def main():
     default = flags(globals(), [])
     config = flags(globals())
     low, high = map(int, k.split(":")) if re.fullmatch("[0-9]{1,99}:[0-9]{1,99}", k) else (0, 0)
-    wanted = f"LOW:HIGH with 2 <= LOW < HIGH <= {MOST_K}, for instance 20:50 for 20 to 49"
-    expect(not k or 2 <= low < high <= MOST_K, "k", k, wanted)
+    expect(not k or 2 <= low < high <= MOST_K, "k", k, f"LOW:HIGH, 2 <= LOW < HIGH <= {MOST_K}, as in 20:50")
     for flag in OF_IMAGES if embeddings else ():
         expect(config[flag] == default[flag], flag, config[flag], "nothing with --embeddings")
     started, (rank, _) = time.time(), join(device)
@@ -313,8 +312,7 @@ def suspect(encoder, samples, parts, config):
     """The classifier, embeddings [N, D] -> logits [N, C], and a line about it. parts: splits looked at."""
     kind, ckpt = config["classifier"], config["ckpt"]
     expect(not ckpt or kind in ("auto", "probe"), "ckpt", ckpt, f"none with --classifier={kind}")
-    named = ckpt or config["probe"] == "erm"
-    expect(named, "probe", config["probe"], "erm, or with it --ckpt=FILE of train.py")
+    expect(ckpt or config["probe"] == "erm", "probe", config["probe"], "erm, or --ckpt=FILE of train.py")
     if kind == "auto":
         texts = encoder.tokenizer and not samples.nameless
         there = dict(probe=ckpt, text=texts, rows=len(samples.classes) == 1000)
@@ -376,8 +374,7 @@ CLASSIFIERS = {"probe": probe_classifier, "text": text_classifier, "rows": own_r
 def from_embeddings(name, temperature, seed, device):
     """Evidence from --embeddings: a file, or random:N,D; the classifier is zero-shot by its text_emb."""
     drawn = re.fullmatch("random:([0-9]{1,99}),([0-9]{1,99})", name)
-    right = drawn or not name.startswith("random:")
-    expect(right, "embeddings", name, "random:N,D, for instance random:100000,256")
+    expect(drawn or not name.startswith("random:"), "embeddings", name, "random:N,D, as random:100000,256")
     a = drawn_regions(int(drawn[1]), int(drawn[2]), seed) if drawn else load_embeddings(name)
     x, count, y, text, z = (a[key].to(device) for key in ARRAYS)
     text, target = unit(text.double()), a.get("region_target")
@@ -990,7 +987,7 @@ BASELINES = {
 def verdict_line(kept, method):
     """How many clusters the rule keeps, and how many it would hardly keep by chance (ours)."""
     if not kept:
-        return "No spurious feature was found; below the nearest candidates"
+        return "No spurious feature was found. The nearest candidates"
     ours = f"as a class loses by it (false discovery rate {FALSE_DISCOVERIES})"
     rule = ours if method == "loss" else "by the paper's rule"
     features = f"{len(kept)} cluster{'s' * (len(kept) > 1)} kept {rule}"

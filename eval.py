@@ -183,14 +183,13 @@ def names_of(config):
     stored = data if data.startswith("embeddings:") else predictions
     for flag, value in dict(models=models, model=model, pretrained=pretrained).items():
         expect(not (stored and value), flag, value, f"nothing with {stored}, which needs no model")
-        alone = flag == "models" or not models or not value
+        alone = flag == "models" or not (models and value)
         expect(alone, flag, value, "nothing with --models; tags go behind @ in --models")
     config.update(data=data or predictions or "scenes", model=stored or model or "lite0")
     if stored:
         return [stored]
     names = [n.strip() for n in (models or f"{config['model']}@{pretrained}".rstrip("@")).split(",")]
-    different = len(set(names)) == len(names) and all(names)
-    expect(different, "models", models, "different names, comma-separated")
+    expect(len({*names} - {""}) == len(names), "models", models, "different names, comma-separated")
     return names
 
 

@@ -1316,7 +1316,7 @@ def roi_regions(module, x, boxes):
     from torchvision.ops import roi_align
 
     visual = getattr(module, "visual", None)
-    expect(hasattr(visual, "attnpool"), "region_encoder", "roi", "pool or crop, as it is no ResNet of CLIP")
+    expect(hasattr(visual, "attnpool"), "region_encoder", "roi", "pool or crop: none of CLIP's ResNets")
     m = visual.layer3(visual.layer2(visual.layer1(visual.stem(x))))  # [N, C, h, w]
     h, w = m.shape[2:]
     side = 2 * round((len(visual.attnpool.positional_embedding) - 1) ** 0.5)

@@ -2205,7 +2205,8 @@ def stored_arrays(path):
         raise Complaint(f"{path}: {found}; see --data=embeddings:help")
     n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
     good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
-    good = good and ("text" not in a or a["text"].shape[1:] == z.shape[1:] and a["text"].dtype.kind in "fiu")
+    text = a.get("text", z)
+    good = good and text.size and text.shape[1:] == z.shape[1:] and text.dtype.kind in "fiu"
     good = good and all(a[key].ndim == 1 for key in ("classes", "places") if key in a)
     for key in ("y", "place", "split", "foreground", "background"):
         if key in a:

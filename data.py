@@ -74,8 +74,7 @@ def run(main, again="the same command with --resume"):
             setattr(sys, name, open(os.devnull, "w"))
         if hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")  # file names need not be valid text
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several must not wait for the others
-        signal.signal(signal.SIGTERM, as_ctrl_c)
+    listen()
     held = set(LOCKS)
     try:
         try:
@@ -132,6 +131,14 @@ def unlock(paths):
             path.unlink()
             new and path.parent.rmdir()
         file.close()
+
+
+def listen():
+    """Has SIGTERM do what Ctrl-C does, and that raise KeyboardInterrupt."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several must not wait for the others
+        signal.signal(signal.SIGTERM, as_ctrl_c)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as while it imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def as_ctrl_c(*_):
@@ -321,6 +328,8 @@ RUNNING = getattr(sys.modules["__main__"], "__file__", None) or ""
 if os.path.isfile(RUNNING) and Path(RUNNING).resolve().parent == ASSETS.parent.resolve():
     if "\n# --- end" in Path(RUNNING).read_text(encoding="utf-8"):
         run(lambda: flags(unrun(RUNNING)))
+        for stop in filter(lambda s: callable(signal.getsignal(s)), (signal.SIGINT, signal.SIGTERM)):
+            signal.signal(stop, signal.SIG_DFL)  # nothing is lost while it imports, until the next run()
 try:
     import torch
 except ModuleNotFoundError as problem:

@@ -121,6 +121,7 @@ def lock(out_dir):
         free = not isinstance(problem, (BlockingIOError, FileNotFoundError))
     expect(free, "out_dir", out_dir, "a folder that no other run writes into now: wait, or take another")
     LOCKS[path] = file, new
+    sweep(path.parent)
 
 
 def unlock(paths):

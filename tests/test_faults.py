@@ -787,12 +787,21 @@ def server():
     return context
 
 
+@functools.cache
+def needs(name):
+    """Flags of what a run of RUNS reads and has to be made first."""
+    at = shared() / "needs" / name
+    if name in NEEDY:
+        make_discovery(at)
+        return dict(discovery=at)
+    return dict(data=test_eval.objects(at).split()[0].partition("=")[2]) if name == "settings" else {}
+
+
 def run_of(name, at, more=(), aim=None, late=None):
     """A run of RUNS in a folder: its exit code, or minus the signal that ended it; what it said; seconds.
     late: (signal, seconds after which it comes, and comes again)."""
     script, flags, _ = RUNS[name]
-    flags = dict(cache_dir="cache") | flags | (dict(discovery="found") if name in NEEDY else {}) | dict(more)
-    mine, paths = words(None, "out", **flags)
+    mine, paths = words(None, "out", **dict(cache_dir="cache") | flags | needs(name) | dict(more))
     process = server().Process(target=forked, args=(at, script, mine + paths * (script == "train"), aim))
     process.start()
     begun = time.time()
@@ -808,7 +817,7 @@ def run_of(name, at, more=(), aim=None, late=None):
     return code, said.read_text() if said.exists() else "", seconds
 
 
-TIMES = "seconds total images_per_s resume files npz peak_gib".split()
+TIMES = "seconds total images_per_s resume files npz peak_gib made".split()
 
 
 def bits(tree):
@@ -836,7 +845,7 @@ def content(path):
     if path.suffix == ".safetensors":
         from safetensors.torch import load
 
-        return bits(load(raw))
+        return len(load(raw)), model.sha256(raw)
     if path.suffix == ".csv":
         rows = list(csv.reader(raw.decode().splitlines()))
         assert raw.endswith(b"\n") and len({len(row) for row in rows}) == 1
@@ -876,10 +885,6 @@ def undisturbed(name):
     """A folder with what a run of RUNS leaves, its files_of, its seconds, and how often it calls AIMED."""
     at = shared() / "runs" / name
     at.mkdir(parents=True)
-    if name in NEEDY:
-        make_discovery(at / "found")
-    if name == "settings":
-        test_eval.objects(at / "coco")
     code, said, seconds = run_of(name, at)
     left, leftovers = files_of(at)
     assert code == 0 and not not_whole(left) and not leftovers, (said, not_whole(left), leftovers)
@@ -891,7 +896,7 @@ def trial(name, k, at):
     made, left, seconds, calls = undisturbed(name)
     g, wrong, kills, more = np.random.default_rng([k, zlib.crc32(name.encode())]), [], [], {}
     anew = not g.integers(4)  # over what an undisturbed run has left
-    shutil.copytree(made, at, ignore=None if anew else shutil.ignore_patterns("out", "cache"))
+    shutil.copytree(made, at) if anew else at.mkdir()
     for _ in range(1 + (g.random() < 0.3)):
         sig, twice, aim, late = pick(g, ["SIGKILL", "SIGTERM", "SIGINT"]), g.random() < 0.3, None, None
         if g.random() < 0.5:

@@ -899,15 +899,11 @@ def trial(name, k, at):
     shutil.copytree(made, at) if anew else at.mkdir()
     for _ in range(1 + (g.random() < 0.3)):
         sig, twice, aim, late = pick(g, ["SIGKILL", "SIGTERM", "SIGINT"]), g.random() < 0.3, None, None
-        if g.random() < 0.5:
+        sig, surely = sig if k else "SIGKILL", not k  # one is always killed before it renames
+        if surely or g.random() < 0.5:
             call, cached = pick(g, sorted(calls)), anew * sum(path.startswith("cache") for path in left)
-            aim = (
-                call,
-                int(g.integers(calls[call] - cached)) + 1,
-                g.random() < 0.3,
-                signal.Signals[sig],
-                1 + twice,
-            )
+            call, behind = "replace" if surely else call, not surely and g.random() < 0.3
+            aim = call, int(g.integers(calls[call] - cached)) + 1, behind, signal.Signals[sig], 1 + twice
         else:
             late = signal.Signals[sig], *(g.uniform(0, [seconds, 0.3])[: 1 + twice].tolist())
         code, said, _ = run_of(name, at, more, aim, late)

@@ -124,6 +124,31 @@ def lock(out_dir):
     sweep(path.parent)
 
 
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # in the names of temporary files
+
+
+@functools.cache  # once for each folder
+def sweep(folder):
+    """Removes the temporary files of killed runs: of this machine, of others' after a day."""
+    with contextlib.suppress(OSError):  # another run is faster, or may not
+        for path in folder.glob(".*.tmp"):
+            made = re.search(r"\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp$", path.name)
+            gone = made and made[1] == HOST and not alive(int(made[2]))
+            if gone or made and time.time() - path.stat().st_mtime > 86400:
+                path.unlink()
+
+
+def alive(pid):
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
 def unlock(paths):
     """Lets others in again; a new folder into which nothing came goes."""
     for path in paths:
@@ -383,31 +408,6 @@ def write(path, content):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # in the names of temporary files
-
-
-@functools.cache  # once for each folder
-def sweep(folder):
-    """Removes the temporary files of killed runs: of this machine, of others' after a day."""
-    with contextlib.suppress(OSError):  # another run is faster, or may not
-        for path in folder.glob(".*.tmp"):
-            made = re.search(r"\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp$", path.name)
-            gone = made and made[1] == HOST and not alive(int(made[2]))
-            if gone or made and time.time() - path.stat().st_mtime > 86400:
-                path.unlink()
-
-
-def alive(pid):
-    """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
 
 
 def write_json(path, tree):

@@ -880,7 +880,7 @@ def pretrain(encoder, cells, grids, j, samples, s, out, head):
     with until_asked() as asked:
         resumed = state if state and state["seed"] == s else None
         fit(student, task, ANCHORS, config, resumed, lambda **more: save_checkpoint(path, head | more), asked)
-    weights = weights_bytes(student.module, config=config, git=head["git"])
+    weights = weights_bytes(student.module, config=config | dict(resume=False), git=head["git"])  # same bytes
     trained = student.with_module(student.module, sha256(weights))
     trained.cache = encoder.cache
     return trained, weights
@@ -1180,7 +1180,8 @@ def finetune(config, encoder, samples):
         return
     after = zero_shot(student, samples)
     (out / "finetune.json").unlink(missing_ok=True)
-    write(out / "weights.safetensors", weights_bytes(student.module, config=config, git=head["git"]))
+    weights = weights_bytes(student.module, config=config | dict(resume=False), git=head["git"])
+    write(out / "weights.safetensors", weights)
     seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
     tree = {k: head[k] for k in ("config", "git", "fingerprint", "inputs")} | dict(notes=notes)
     tree.update(before=before, after=after, seconds=seconds)

@@ -75,8 +75,7 @@ def run(main, again="the same command with --resume"):
             setattr(sys, name, open(os.devnull, "w"))
         if hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="backslashreplace")  # file names need not be valid text
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several must not wait for the others
-        signal.signal(signal.SIGTERM, as_ctrl_c)
+    listen()
     held = set(LOCKS)
     try:
         try:
@@ -123,6 +122,32 @@ def lock(out_dir):
         free = not isinstance(problem, (BlockingIOError, FileNotFoundError))
     expect(free, "out_dir", out_dir, "a folder that no other run writes into now: wait, or take another")
     LOCKS[path] = file, new
+    sweep(path.parent)
+
+
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # in the names of temporary files
+
+
+@functools.cache  # once for each folder
+def sweep(folder):
+    """Removes the temporary files of killed runs: of this machine, of others' after a day."""
+    with contextlib.suppress(OSError):  # another run is faster, or may not
+        for path in folder.glob(".*.tmp"):
+            made = re.search(r"\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp$", path.name)
+            gone = made and made[1] == HOST and not alive(int(made[2]))
+            if gone or made and time.time() - path.stat().st_mtime > 86400:
+                path.unlink()
+
+
+def alive(pid):
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def unlock(paths):
@@ -133,6 +158,14 @@ def unlock(paths):
             path.unlink()
             new and path.parent.rmdir()
         file.close()
+
+
+def listen():
+    """Has SIGTERM do what Ctrl-C does, and that raise KeyboardInterrupt."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several must not wait for the others
+        signal.signal(signal.SIGTERM, as_ctrl_c)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as while it imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def as_ctrl_c(*_):
@@ -321,6 +354,8 @@ RUNNING = getattr(sys.modules["__main__"], "__file__", None) or ""
 if os.path.isfile(RUNNING) and Path(RUNNING).resolve().parent == ASSETS.parent.resolve():
     if "\n# --- end" in Path(RUNNING).read_text(encoding="utf-8"):
         run(lambda: flags(unrun(RUNNING)))
+        for stop in filter(lambda s: callable(signal.getsignal(s)), (signal.SIGINT, signal.SIGTERM)):
+            signal.signal(stop, signal.SIG_DFL)  # nothing is lost while it imports, until the next run()
 try:
     import torch
 except ModuleNotFoundError as problem:
@@ -373,31 +408,6 @@ def write(path, content):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
-
-HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # in the names of temporary files
-
-
-@functools.cache  # once for each folder
-def sweep(folder):
-    """Removes the temporary files of killed runs: of this machine, of others' after a day."""
-    with contextlib.suppress(OSError):  # another run is faster, or may not
-        for path in folder.glob(".*.tmp"):
-            made = re.search(r"\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp$", path.name)
-            gone = made and made[1] == HOST and not alive(int(made[2]))
-            if gone or made and time.time() - path.stat().st_mtime > 86400:
-                path.unlink()
-
-
-def alive(pid):
-    """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
 
 
 def write_json(path, tree):
@@ -2205,7 +2215,8 @@ def stored_arrays(path):
         raise Complaint(f"{path}: {found}; see --data=embeddings:help")
     n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
     good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
-    good = good and ("text" not in a or a["text"].shape[1:] == z.shape[1:] and a["text"].dtype.kind in "fiu")
+    text = a.get("text", z)
+    good = good and text.size and text.shape[1:] == z.shape[1:] and text.dtype.kind in "fiu"
     good = good and all(a[key].ndim == 1 for key in ("classes", "places") if key in a)
     for key in ("y", "place", "split", "foreground", "background"):
         if key in a:

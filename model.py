@@ -944,15 +944,16 @@ def weights_record(path):
 
 
 def weights_bytes(module, **metadata):
-    """A file of weights for --pretrained, with the activation and preprocessing that a local file needs."""
+    """A file of weights for --pretrained, with the activation and preprocessing that a local file needs: one
+    key of metadata, as several come in any order, and the file's hash counts."""
     from safetensors.torch import save
 
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    record = dict(
+    record = metadata | dict(
         quick_gelu=any(type(m).__name__ == "QuickGELU" for m in module.modules()),
         preprocess=getattr(getattr(module, "visual", None), "preprocess_cfg", {}),
     )
-    return save(state, {"record": json.dumps(record), **{k: json.dumps(v) for k, v in metadata.items()}})
+    return save(state, {"record": json.dumps(record)})
 
 
 WEIGHTS = "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model", "adapter_model"

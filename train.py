@@ -38,8 +38,9 @@ from types import SimpleNamespace
 # first, as it checks the flags before torch is imported
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View, bounded
 from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
-from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading, revision
-from data import rng, run, say, stored_composites, synsets, table, tag, thumb, write, write_json, write_table
+from data import load_data, load_foregrounds, load_regions, one_line, page, picture_size, read_json, reading
+from data import revision, rng, run, say, stored_composites, synsets, table, tag, thumb, write, write_json
+from data import write_table
 
 import numpy as np
 import torch
@@ -194,15 +195,16 @@ def main():
     states = [unfinished(out / name, head, encoder) for name in PARTIAL]  # complains now, not in an hour
     if not any(states) and finished(out / "results.json", head):
         return
-    runs = states[0]["runs"][: seeds - 1] if states[0] else []
-    for s in range(seed + len(runs), seed + seeds):
-        result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, head, placed)
-        runs.append(result)
-        save_checkpoint(out / PARTIAL[0], dict(head, runs=runs))
-    results = dict(head, notes=encoder.notes + notes + last.samples.notes)
-    results.update(average(runs, results["notes"]))
-    results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
-    save_results(out, results, last)
+    with left_over(out, any(states)):
+        runs = states[0]["runs"][: seeds - 1] if states[0] else []
+        for s in range(seed + len(runs), seed + seeds):
+            result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, head, placed)
+            runs.append(result)
+            save_checkpoint(out / PARTIAL[0], dict(head, runs=runs))
+        results = dict(head, notes=encoder.notes + notes + last.samples.notes)
+        results.update(average(runs, results["notes"]))
+        results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
+        save_results(out, results, last)
     say(f"\n{out}: results.json, report.html, ckpt.pt, map.npz written, {time.time() - started:.0f} s", True)
 
 
@@ -878,7 +880,7 @@ def pretrain(encoder, cells, grids, j, samples, s, out, head):
     with until_asked() as asked:
         resumed = state if state and state["seed"] == s else None
         fit(student, task, ANCHORS, config, resumed, lambda **more: save_checkpoint(path, head | more), asked)
-    weights = weights_bytes(student.module, config=config, git=head["git"])
+    weights = weights_bytes(student.module, config=config | dict(resume=False), git=head["git"])  # same bytes
     trained = student.with_module(student.module, sha256(weights))
     trained.cache = encoder.cache
     return trained, weights
@@ -1086,8 +1088,21 @@ def unfinished(path, head, encoder):
     if not path.is_file():
         return None
     state = load_checkpoint(path, encoder)
-    check_same(path, state, head, "seeds")
+    with left_over(path, state):
+        check_same(path, state, head, "seeds")
     return state
+
+
+@contextlib.contextmanager
+def left_over(path, state):
+    """Whatever a damaged file of an interrupted run, if there is a state, makes of itself is a Complaint."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
+        if not state or isinstance(problem, torch.OutOfMemoryError):
+            raise
+        found = f"{type(problem).__name__}: {one_line(problem)}"
+        raise Complaint(f"{path}: not what an interrupted run left ({found}); run without --resume") from None
 
 
 def check_same(path, made, head, *free):
@@ -1150,21 +1165,23 @@ def finetune(config, encoder, samples):
     if loss == "sigmoid" and getattr(student.module, "logit_bias", None) is None:
         student.module.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device=encoder.device))
     state = unfinished(path, head, encoder)
-    if method == "jtt":
-        head["weight"] = task.weight = state["weight"] if state else first_errors(student, task, config)
+    with left_over(path, state):
+        if method == "jtt":
+            head["weight"] = task.weight = state["weight"] if state else first_errors(student, task, config)
 
     def save(**more):
         if rank == 0:
             save_checkpoint(path, head | more)
 
     waits = until_asked() if world == 1 else contextlib.nullcontext(())  # one of several must not stop alone
-    with waits as asked:
+    with waits as asked, left_over(path, state):
         rows = fit(student, task, row, config, state, save, asked)
     if rank:
         return
     after = zero_shot(student, samples)
     (out / "finetune.json").unlink(missing_ok=True)
-    write(out / "weights.safetensors", weights_bytes(student.module, config=config, git=head["git"]))
+    weights = weights_bytes(student.module, config=config | dict(resume=False), git=head["git"])
+    write(out / "weights.safetensors", weights)
     seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
     tree = {k: head[k] for k in ("config", "git", "fingerprint", "inputs")} | dict(notes=notes)
     tree.update(before=before, after=after, seconds=seconds)

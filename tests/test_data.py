@@ -416,6 +416,7 @@ def test_a_second_run_into_one_out_dir_is_refused_until_the_first_ends_however_i
         first.kill()
         first.wait()
     assert os.listdir(out) == [".lock"]
+    (out / f".x.json.{data.HOST}-{first.pid}-00000000.tmp").touch()  # of a write in which it was killed
     second()
     assert os.listdir(out) == [] and not data.LOCKS
     out.rmdir()
@@ -2780,6 +2781,7 @@ def test_embeddings_in_a_folder_are_mapped_and_what_is_not_used_is_said(tmp_path
         (dict(y=[0, 1, -2, 1, 1]), "y has -2"),
         (dict(y=[0, 1, 2, 1, 1], classes=["a", "b"]), "y has 2, expected whole numbers from 0 to 1"),
         (dict(y=[0, 1, 0, 1, 1], text=np.ones((2, 4))), "text float64[2, 4]"),
+        (dict(y=[0, 1, 0, 1, 1], text=np.ones((0, 3))), "text float64[0, 3]"),
         (
             dict(y=[0, 1, 0, 1, 1], text=np.ones((2, 3)), classes=["a", "b", "c"]),
             "2 rows of text and 3 names",

@@ -4,18 +4,24 @@ Small by default; FLOCK_LARGE=1 reads thousands of damaged inputs, and kills hun
 """
 
 import contextlib
+import csv
 import functools
 import io
 import json
 import math
+import multiprocessing.forkserver
 import os
 import re
 import shutil
 import signal
 import struct
+import subprocess
+import sys
+import time
 import traceback
 import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -593,14 +599,14 @@ def read_cache(root):
 
 def controlled(root):
     """The smallest run of the controlled settings: all that it makes lies below root."""
-    flags = dict(
-        protocol="ravl", settings=1, steps=1, pairs=4, mitigate=1, pretrained="none", regions="grid:2"
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(data, "LEAST", 1)
-        words = dict(data="coco:coco", classes="cat,dog", feature="cup", cache_dir="cache")
-        return start("eval", root, "out", **flags, **words)
+        return start("eval", root, "out", **CONTROLLED, pretrained="none", cache_dir="cache")
+
+
+CONTROLLED = dict(protocol="ravl", settings=1, steps=1, pairs=4, mitigate=1, regions="grid:2")
+CONTROLLED |= dict(data="coco:coco", classes="cat,dog", feature="cup")
 
 
 def make_protocol(root):
@@ -720,7 +726,223 @@ def test_a_damaged_input_is_a_value_or_one_line(tmp_path, name):
     good = tmp_path / "good"
     good.mkdir()
     READERS[name][0](good)
+    used = shutil.copytree(good, tmp_path / "used")  # a run that is resumed leaves nothing to damage
     start.codes.clear()
-    assert fault_of(READERS[name][2], good) is None and not any(code for code, _ in start.codes), start.codes
+    assert fault_of(READERS[name][2], used) is None and not any(code for code, _ in start.codes), start.codes
     wrong = faults(name, good, tmp_path, 150 if LARGE else 1 if name in SLOW else 4)
     assert not wrong, "\n".join(f"{what}: {len(k)} times, {k[:5]}" for what, k in wrong.items())
+
+
+# --- runs that are killed, each in a process of its own, forked from one that has imported torch already
+
+LEARNS = dict(base_steps=1, steps=8, pairs=8, learning_rate=0.003, seed=3)  # and discovery finds it, too
+TUNED = TUNE | dict(steps=3, save_every=1)
+RUNS = {  # name: (script, its flags, those with which the next run goes on)
+    "map": ("train", BAP | dict(seeds=2), dict(resume=True)),
+    "encoder": ("train", BAP | TUNED | dict(method="bap", train="last_blocks"), dict(resume=True)),
+    "tune": ("train", TUNED, dict(resume=True)),
+    "discover": ("discover", dict(method="all", regions="grid:2", split="train,val,test", k="3:6"), {}),
+    "eval": ("eval", dict(models="tiny,tiny-conv", model="", protocol="zeroshot,probe"), {}),
+    "settings": ("eval", CONTROLLED | LEARNS, {}),
+}
+NEEDY = [name for name, row in train.METHODS.items() if row.discovery]
+RUNS |= {name: ("train", TUNED | dict(method=name), dict(resume=True)) for name in train.METHODS}
+del RUNS["finetune"]
+AIMED = "fsync", "replace", "unlink"
+
+
+def forked(at, script, argv, aim):
+    """A script, as from the command line in a folder. aim: where the process kills itself: (function of os,
+    number of its call, whether behind it, signal, times)."""
+    os.chdir(at)
+    with open("said.txt", "w") as said:
+        os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as it is when all is imported
+    data.LEAST, calls = 1, Counter()
+    torch.set_num_threads(1)
+
+    def aimed(name, real, *args, **more):
+        calls[name] += 1
+        hit = aim is not None and aim[:2] == (name, calls[name])
+        with contextlib.ExitStack() as end:
+            for _ in range(aim[4] if hit else 0):
+                end.callback(os.kill, os.getpid(), aim[3])
+            if hit and not aim[2]:
+                end.close()
+            return real(*args, **more)
+
+    for name in AIMED:
+        setattr(os, name, functools.partial(aimed, name, getattr(os, name)))
+    code = run_script(HERE / f"{script}.py", argv)
+    Path("calls.json").write_text(json.dumps(calls))
+    sys.exit(code)
+
+
+@functools.cache
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_faults"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{HERE / 'tests'}{os.pathsep}{HERE}")
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@functools.cache
+def needs(name):
+    """Flags of what a run of RUNS reads and has to be made first."""
+    at = shared() / "needs" / name
+    if name in NEEDY:
+        make_discovery(at)
+        return dict(discovery=at)
+    return dict(data=test_eval.objects(at).split()[0].partition("=")[2]) if name == "settings" else {}
+
+
+def run_of(name, at, more=(), aim=None, late=None):
+    """A run of RUNS in a folder: its exit code, or minus the signal that ended it; what it said; seconds.
+    late: (signal, seconds after which it comes, and comes again)."""
+    script, flags, _ = RUNS[name]
+    mine, paths = words(None, "out", **dict(cache_dir="cache") | flags | needs(name) | dict(more))
+    process = server().Process(target=forked, args=(at, script, mine + paths * (script == "train"), aim))
+    process.start()
+    begun = time.time()
+    for pause in late[1:] if late else ():
+        process.join(pause)
+        if process.is_alive():
+            os.kill(process.pid, late[0])
+    process.join(120)
+    code, seconds = process.exitcode, time.time() - begun
+    if code is None:
+        process.kill(), process.join()
+    said = at / "said.txt"
+    return code, said.read_text() if said.exists() else "", seconds
+
+
+TIMES = "seconds total images_per_s resume files npz peak_gib made".split()
+
+
+def bits(tree):
+    """A tree of what is compared bit for bit: without times, and what is of the files' own bytes."""
+    if isinstance(tree, dict):
+        return {str(k): bits(v) for k, v in tree.items() if k not in TIMES}
+    if isinstance(tree, (list, tuple)):
+        return [bits(v) for v in tree]
+    array = np.asarray(tree) if not isinstance(tree, torch.Tensor) else tree.numpy()
+    return array.dtype.str, array.shape, model.sha256(array.tobytes())
+
+
+def content(path):
+    """What a whole file says; an exception of its reader if it is not whole."""
+    raw, beside = path.read_bytes(), path.with_name
+    if path.suffix == ".json":
+        tree = json.loads(raw)
+        files = tree.get("files", {}) | ({"discovery.npz": tree["npz"]} if "npz" in tree else {})
+        assert all(model.file_digest(beside(k), "") == v for k, v in files.items()), "of another run"
+        return bits(tree)
+    if path.suffix in (".npz", ".npy"):
+        return bits(dict(np.load(path)) if path.suffix == ".npz" else np.load(path))
+    if path.suffix == ".pt":
+        return bits(torch.load(path, weights_only=True))
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load
+
+        return len(load(raw)), model.sha256(raw)
+    if path.suffix == ".csv":
+        rows = list(csv.reader(raw.decode().splitlines()))
+        assert raw.endswith(b"\n") and len({len(row) for row in rows}) == 1
+        keep = [k for k, name in enumerate(rows[0]) if name not in TIMES]
+        return [[row[k] for k in keep] for row in rows]
+    if path.suffix == ".html":
+        assert raw.rstrip().endswith(b"</html>")
+        return ""
+    if path.name.startswith("sha256-"):
+        assert re.fullmatch("[0-9a-f]{64}", raw.decode())
+        return ""
+    assert path.name == "log.txt", path.name
+    return ""
+
+
+def files_of(at):
+    """{name: content} of all that a run has left; what is not whole says so. And its temporary files."""
+    left, leftovers = {}, []
+    for path in sorted(path for top in ("out", "cache") for path in (at / top).rglob("*") if path.is_file()):
+        name = re.sub("sha256-.*", "sha256", str(path.relative_to(at)))
+        if path.suffix == ".tmp" or path.name == ".lock":
+            leftovers.append(re.sub("[0-9a-f]{8}-.*tmp", "tmp", name))
+            continue
+        try:
+            left[name] = content(path)
+        except Exception as problem:
+            left[name] = f"not whole: {type(problem).__name__} {problem}"
+    return left, leftovers
+
+
+def not_whole(left):
+    return [f"{name} {text}" for name, text in left.items() if isinstance(text, str) and text]
+
+
+@functools.cache
+def undisturbed(name):
+    """A folder with what a run of RUNS leaves, its files_of, its seconds, and how often it calls AIMED."""
+    at = shared() / "runs" / name
+    at.mkdir(parents=True)
+    code, said, seconds = run_of(name, at)
+    left, leftovers = files_of(at)
+    assert code == 0 and not not_whole(left) and not leftovers, (said, not_whole(left), leftovers)
+    return at, left, seconds, json.loads((at / "calls.json").read_text())
+
+
+def trial(name, k, at):
+    """Kills a run of RUNS once or twice, and lets the next go on: [(signal, aimed)], and what went wrong."""
+    made, left, seconds, calls = undisturbed(name)
+    g, wrong, kills, more = np.random.default_rng([k, zlib.crc32(name.encode())]), [], [], {}
+    anew = not g.integers(4)  # over what an undisturbed run has left
+    shutil.copytree(made, at) if anew else at.mkdir()
+    for _ in range(1 + (g.random() < 0.3)):
+        sig, twice, aim, late = pick(g, ["SIGKILL", "SIGTERM", "SIGINT"]), g.random() < 0.3, None, None
+        sig, surely = sig if k else "SIGKILL", not k  # one is always killed before it renames
+        if surely or g.random() < 0.5:
+            call, cached = pick(g, sorted(calls)), anew * sum(path.startswith("cache") for path in left)
+            call, behind = "replace" if surely else call, not surely and g.random() < 0.3
+            aim = call, int(g.integers(calls[call] - cached)) + 1, behind, signal.Signals[sig], 1 + twice
+        else:
+            late = signal.Signals[sig], *(g.uniform(0, [seconds, 0.3])[: 1 + twice].tolist())
+        code, said, _ = run_of(name, at, more, aim, late)
+        kills.append(f"{sig}{' twice' * twice} {'aimed' if aim else 'random'}" + " (too late)" * (code == 0))
+        if code not in (0, 130, -signal.Signals[sig]) or "Traceback" in said:
+            wrong.append(f"exit code {code}: {said[-400:]}")
+        wrong += not_whole(files_of(at)[0])
+        more = RUNS[name][2]
+    code, said, _ = run_of(name, at, more)
+    if code:
+        wrong.append(f"the next run's exit code {code}: {said[-400:]}")
+    now, leftovers = files_of(at)
+    wrong += [f"left: {path}" for path in leftovers] + not_whole(now)
+    wrong += [f"differs: {path}" for path in sorted({*left, *now}) if left.get(path) != now.get(path)]
+    return kills, [f"{anew=} {kills} {problem}" for problem in wrong]
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_while_a_script_imports_a_signal_ends_it_quietly(tmp_path, sig):
+    command = [sys.executable, HERE / "discover.py", f"--out_dir={tmp_path / 'out'}", "--quiet"]
+    how = dict(env=os.environ | dict(PYTHONVERBOSE="1"), stderr=subprocess.PIPE)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so in the background
+    process = subprocess.Popen(command, preexec_fn=heard, **how)
+    for line in process.stderr:  # torch has begun
+        if b"torch/_utils" in line:
+            process.send_signal(sig)
+            break
+    assert b"Traceback" not in process.stderr.read() and process.wait(60) == -sig
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", RUNS if LARGE else ("map", "tune", "discover", "eval"))
+def test_a_killed_run_leaves_whole_files_and_the_next_one_comes_to_the_same(tmp_path, name):
+    counts, wrong = Counter(), []
+    for k in range(1 if not LARGE else 12 if name == "settings" else 25):
+        kills, problems = trial(name, k, tmp_path / str(k))
+        counts.update(kills)
+        wrong += [f"{k}: {problem}" for problem in problems]
+        shutil.rmtree(tmp_path / str(k))
+    print(name, dict(counts))
+    assert not wrong, "\n".join(wrong)

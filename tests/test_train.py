@@ -804,6 +804,18 @@ def test_pretraining_of_the_encoder_resumes_to_the_same_numbers(files, fine, tmp
     assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(fine))
 
 
+def test_a_damaged_file_of_an_interrupted_run_is_one_line(files, tmp_path, ctrl_c, capsys):
+    ctrl_c(torch.nn.utils, "clip_grad_norm_", 4, 2)
+    assert tune(files, tmp_path, "--save_every=2") == 130
+    state, again = saved(tmp_path / "training.pt"), tune_words(files, tmp_path, "--save_every=2 --resume")
+    odd = dict(state["config"], pairs=torch.zeros(0))
+    for part in (dict(module={}), dict(optimiser=1), dict(step="two"), dict(rows=3), dict(config=odd)):
+        model.save_checkpoint(tmp_path / "training.pt", state | part)
+        refused(capsys, again, "training.pt", "run without --resume")
+    model.save_checkpoint(tmp_path / "training.pt", state)
+    assert run(again) == 0
+
+
 @pytest.mark.parametrize("part", ["last_blocks", "image"])
 def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
     (*_, cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")

@@ -332,8 +332,7 @@ def own_rows(encoder, samples, parts, config):
     """The model's own classifier."""
     weight, bias = encoder.classifier()
     if len(weight) != len(samples.classes):
-        there = f"{len(weight)} classes, {samples.name} has {len(samples.classes)}"
-        raise Complaint(f"--classifier=rows: {there}; expected the same")
+        raise Complaint(f"--classifier=rows: {len(weight)} classes, expected the {len(samples.classes)} here")
     return lambda v: v.float() @ weight.T + bias, "classifier: the model's own rows"
 
 
@@ -343,8 +342,7 @@ def probe_classifier(encoder, samples, parts, config):
         return checkpoint_probe(encoder, samples, parts, config["ckpt"], config["probe"])
     train = samples.keep(samples.split == 0)
     if "train" in parts or not train.items:
-        what = "on the training split a probe is fitted"
-        raise Complaint(f"--split={','.join(parts)}: {what}; use --split=val, or --ckpt")
+        raise Complaint(f"--split={','.join(parts)}: a probe is fitted on train; use --split=val, or --ckpt")
     z = encoder.embed(train.items, "training images")
     if z is None:  # on ranks above 0, which only embed
         return None, ""
@@ -1004,9 +1002,8 @@ def dropped(clusters):
     c = max(lost, key=lambda c: c["score"])
     q = min(g["q"] for g in c["gaps"].values())
     line = f"Cluster {c['id']}, score {c['score']:.2f} (by chance {c['chance']:.2f}), {gains(c, -1)}, was "
-    line += "dropped as no class does better with it: the paper's rule asks for one, and a class that is "
-    line += f"always right cannot. --method=loss asks for a loss with q up to {FALSE_DISCOVERIES}; "
-    return line + f"here q is {q:.2g}."
+    line += "dropped as no class does better with it; one that is always right cannot. --method=loss asks "
+    return line + f"for a loss with q up to {FALSE_DISCOVERIES}; here q is {q:.2g}."
 
 
 def clear(kept):

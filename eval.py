@@ -548,8 +548,7 @@ def choose_picker(picker):
     kept = Path(HF_HUB_CACHE) / "models--timm--vit_base_patch32_clip_224.laion400m_e32" / "snapshots"
     if picker != "auto" or any(kept.glob("*/open_clip_*")):
         return PAPERS_PICKER if picker == "auto" else picker
-    cure = f"--picker={PAPERS_PICKER} fetches the one that the paper used"
-    say(f"WARNING: 1v20: the model measured picks its own 20 labels; {cure}")
+    say(f"WARNING: 1v20: the model measured picks its own 20 labels; the paper's is --picker={PAPERS_PICKER}")
     return "self"
 
 

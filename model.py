@@ -293,9 +293,8 @@ class Encoder:
             bad = owner[here][~z.isfinite().all(1)].tolist()
             if bad:
                 lower = ", or use --dtype=float32" * (self.precision != "float32")
-                cure = "check the weights of the encoder" + lower
                 name = pictures[bad[0]].key().split("|")[0]
-                raise Complaint(f"{name}: its embedding is not finite; {cure}")
+                raise Complaint(f"{name}: its embedding is not finite; check the encoder's weights{lower}")
             out = torch.full((len(here), z.shape[1]), torch.nan)
             out[here] = z
             yield out

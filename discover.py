@@ -788,8 +788,7 @@ def loss_p(wrong_in, n_in, wrong, n):
 
 
 def adjusted(p, tested):
-    """Benjamini and Hochberg's adjusted p of those tested, bool as p; NaN of others. Those of at most q are a
-    choice with q false ones among them, as a share, on average."""
+    """Benjamini and Hochberg's adjusted p of those tested, bool as p; NaN of others."""
     ordered, order = p[tested].sort()
     q = ordered * len(ordered) / torch.arange(1, len(ordered) + 1, device=p.device)
     q = q.flip(0).cummin(0).values.flip(0).clamp(max=1) if len(q) else q

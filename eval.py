@@ -1183,8 +1183,7 @@ def setting_page(tree, blocks, classes):
         words = f"discovery at {s['strength']:g}, {c}"
         links += linked(words, Path(config["out_dir"]) / where, "discovery.html", config["out_dir"])
     kicker = f"flock, eval.py: controlled settings, {config['data']} by {config['model']}"
-    about = sections(blocks), config, tree["git"], (), numbers, links
-    return page(kicker, title, learned(tree), *about)
+    return page(kicker, title, learned(tree), sections(blocks), config, tree["git"], (), numbers, links)
 
 
 def setting_blocks(tree, classes):

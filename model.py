@@ -498,8 +498,7 @@ def ranks():
 
 def join(device="auto"):
     """Joins the processes of torchrun; returns (rank, processes), (0, 1) without it."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         gpu = auto_device(device).startswith("cuda")
         if gpu:
             torch.cuda.set_device(auto_device(device))
@@ -1147,8 +1146,7 @@ def weights_files(path):
 
 
 def state_of(path):
-    """The tensors in a file or folder of weights by their names, behind those of the dicts that hold them;
-    LoRA merged."""
+    """The tensors in a file or folder of weights by their names, behind those of dicts; LoRA merged."""
     from safetensors.torch import load_file as load
 
     state, files = {}, weights_files(path)
@@ -1400,8 +1398,7 @@ def additive_solve(z, i, j, tolerance=1e-7, steps=10_000):
         before, rr = rr, (r * r / count_j).sum()
         p = r / count_j + rr / before * p
     a = (sum_i - over_j(c)) / count_i
-    mu = mean + a.mean(0) + c.mean(0)
-    return mu, a - a.mean(0), c - c.mean(0)
+    return mean + a.mean(0) + c.mean(0), a - a.mean(0), c - c.mean(0)
 
 
 def sums(z, k, n):
@@ -1424,8 +1421,7 @@ def sphere_log(z, steps=50):
     z = unit(z.double())
     base = unit(z.mean(0))
     for _ in range(steps):
-        v = log_at(base, z)
-        move = v.mean(0)
+        move = log_at(base, z).mean(0)
         if move.norm() < 1e-9:
             break
         base = unit(base * move.norm().cos() + unit(move) * move.norm().sin())
@@ -1671,8 +1667,7 @@ def fit_l1_probe(x, y, C=0.1, scaler=None, free_bias=True, start=None, tolerance
 
 def lasso(hessian, slope, theta, penalty, tolerance):
     """The step [m] that minimises slope.d + d.hessian.d / 2 + sum penalty |theta + d|: coordinate descent
-    until none moves its own slope by more than the tolerance, and after every eighth round all that are not
-    0 at once, where that keeps their signs."""
+    until none moves its slope by more than the tolerance; every eighth round all that are not 0 at once."""
     hessian = hessian + np.diag(1e-12 + 1e-10 * np.diag(hessian))
     curve, new, slope = np.diag(hessian), theta.copy(), slope.copy()
     for k in range(1000):
@@ -1826,8 +1821,7 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, encoder=None):
-    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder; says where
-    results.json beside it is of another run."""
+    """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder."""
     with reading(path, "a checkpoint of flock", "train anew"):
         state = unpickled(path)
         made, config = state["fingerprint"], dict(state["config"])

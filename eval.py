@@ -136,9 +136,8 @@ def main():
     expect(whole, "shots", shots, "whole numbers from 1, comma-separated")
     names = names_of(config)
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
-    planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
-    planted.update(columns=columns, all_labels=labels == "all")
-    planted["names"] = load_checkpoint(ckpt).get("classes") if ckpt else []
+    planted = {k: config[k] for k in ("confounder", "strength", "spurious", "feature", "columns")}
+    planted.update(all_labels=labels == "all", names=load_checkpoint(ckpt).get("classes") if ckpt else [])
     if predictions:
         samples, given = predicted_elsewhere()
     else:

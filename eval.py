@@ -883,14 +883,16 @@ def counter_block(name, head):
 
 def groups_block(results, samples, head):
     """The accuracy of each group by the rows of the table, up to six of them."""
-    rows, each = [], each_outcome(results)[:6]
+    rows, every = [], each_outcome(results)
+    each = every[:6]
     for k, g in enumerate(head["groups"] if len(head["groups"]) <= 60 else ()):
         same = [m["groups"][k] if k < len(m["groups"]) else None for _, _, m in each]
         values = [s and (s["accuracy"], s["interval"]) for s in same]
         rows.append((samples.group_name(g["y"], g["place"])[:44], f"n = {g['n']}", values))
     series = tuple(f"{name} {p}" for name, p, _ in each)
     chart = rows and dots("groups", rows, series if len(series) > 1 else ("",))
-    return Block("Accuracy of each group, with 95 % intervals", parts=[chart] if rows else [])
+    few = f": the first {len(each)} of {len(every)} rows" if len(every) > len(each) else ""
+    return Block(f"Accuracy of each group, with 95 % intervals{few}", parts=[chart] if rows else [])
 
 
 def worst(out, samples, most=12):

@@ -34,6 +34,7 @@ import zlib
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -45,10 +46,15 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # --
 ASSETS = Path(__file__).parent / "assets"
 SLIMMEST = 100  # sides of a picture
 GREY = (124, 116, 104)  # the mean colour of ImageNet
+SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place
 SPLITS = ("train", "val", "test")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 SKIP = "replace it, or leave such files out with --skip_bad"
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # in the names of temporary files
+MOST = 10_000_000  # pictures or regions in memory
+MOST_FIGURES = 2000  # of photos with masks or outlines so many are drawn
+LEAST_SIDE = 48  # pixels of an outlined object's box
 COLUMNS = {  # of tables: what we call them, and what people do, the likeliest first
     "path": "path file_name filename img_filename filepath file_path image_path img_path image_file image "
     "file img image_name img_name image_id",
@@ -148,7 +154,7 @@ def harmless(text):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
-SPEECH = dict(quiet=False)  # --quiet, as flags() read it last
+SPEECH, WARNED = dict(quiet=False), set()  # --quiet, as flags() read it last; what warn_once said
 
 
 def say(text, result=False):
@@ -156,9 +162,6 @@ def say(text, result=False):
     heard = result or not SPEECH["quiet"] or re.search("WARNING|FAILED|skipped", text)
     if heard and os.environ.get("RANK", "0") == "0":
         print(harmless(text), flush=True)
-
-
-WARNED = set()
 
 
 def warn_once(path, what):
@@ -183,15 +186,13 @@ LIMITS = {  # of flags that several scripts have; those of one stand below its f
 }
 
 
-def flags(script, argv=None, **limits):
+def flags(script, argv=None):
     """Overrides the defaults on a script's first screen by --key=value, in place, and returns them all.
 
-    script: the script's globals(); its lower-case bool, int, float and str are the flags and their defaults.
-    argv: list of words, sys.argv[1:] if None. limits: more of the script's LIMITS: of a flag the words it may
-    be, where one in capitals stands for the keys of that table of the script, or an interval "[0, 1)".
-    A bool may stand without a value; --help prints the first screen, --list=WHAT the names there are, and
-    both exit. Returns dict flag -> value.
-    Raises Complaint for an unknown flag, a wrong value, an --out_dir that cannot be written or is in use.
+    script: the script's globals(); its lower-case bool, int, float and str are the flags and their defaults,
+    its LIMITS say of a flag the words it may be, where one in capitals stands for the keys of that table of
+    the script, or an interval "[0, 1)". argv: list of words, sys.argv[1:] if None. A bool may stand without a
+    value; --help and --list=WHAT print, and exit. Raises Complaint for what cannot be.
     """
     config = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
     for word in sys.argv[1:] if argv is None else argv:
@@ -209,7 +210,7 @@ def flags(script, argv=None, **limits):
         if key not in config:
             raise Complaint(f"--{key}: no such flag; {near(key, config)}")
         config[key] = read_flag(key, value if equals else None, type(config[key]))
-    for key, limit in {**LIMITS, **script.get("LIMITS", {}), **limits}.items():
+    for key, limit in {**LIMITS, **script.get("LIMITS", {})}.items():
         if key in config and isinstance(limit, str):
             low, high = map(float, limit[1:-1].split(","))
             inside = low < config[key] < high or config[key] == low and limit[0] == "["
@@ -375,29 +376,20 @@ def write(path, content):
             temporary.unlink()
 
 
-HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # in the names of temporary files
-
-
 @functools.cache  # once for each folder
 def sweep(folder):
     """Removes the temporary files of killed runs: of this machine, of others' after a day."""
     with contextlib.suppress(OSError):  # another run is faster, or may not
         for path in folder.glob(".*.tmp"):
             made = re.search(r"\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp$", path.name)
-            gone = made and made[1] == HOST and not alive(int(made[2]))
-            if gone or made and time.time() - path.stat().st_mtime > 86400:
+            left = made and time.time() - path.stat().st_mtime > 86400
+            if made and made[1] == HOST:
+                try:
+                    os.kill(int(made[2]), 0)
+                except ProcessLookupError:  # its process has ended
+                    left = True
+            if left:
                 path.unlink()
-
-
-def alive(pid):
-    """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
 
 
 def write_json(path, tree):
@@ -415,10 +407,8 @@ def write_table(path, header, rows):
 
 @contextlib.contextmanager
 def reading(path, what, cure="mend it, or fetch it again"):
-    """Whatever a missing, damaged or hand-edited file makes of itself in here becomes one Complaint.
-
-    what: what the file should be. cure: what the user can do. A Complaint from inside passes as it is.
-    """
+    """Whatever a missing, damaged or hand-edited file makes of itself in here becomes one Complaint, which
+    says what the file should be and what the user can do."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise Complaint(f"{path}: a named pipe, device or socket, expected {what}")  # opening it may hang
     try:
@@ -468,68 +458,53 @@ def read_lines(path, flag):
 
 
 class Table(dict):
-    """The columns of a table: name -> tuple of strings, one for each row."""
+    """The columns of a table: name -> tuple of strings, one for each row. lines: where each ends in the file,
+    in which lines may be empty, and fields run over several."""
 
-    def __init__(self, path, names, rows):
-        super().__init__(zip(names, zip(*rows, strict=False), strict=False))  # cut to the shortest row
-        self.path, self.count = path, len(rows)
-
-    def lines(self):
-        """Where the rows end in the file, in which lines may be empty, and fields run over several."""
-        reader = csv_reader(self.path)
-        return [reader.line_num for row in reader if row][-self.count :]
+    def __init__(self, path, columns, lines):
+        super().__init__(columns)
+        self.path, self.lines, self.count = path, lines, len(lines)
 
     def complaint(self, k, problem):
-        return Complaint(f"{self.path}:{self.lines()[k % self.count]}: {problem}")
+        return Complaint(f"{self.path}:{self.lines[k % self.count]}: {problem}")
 
 
-def csv_reader(path):
-    """A reader of a table's rows: UTF-8, or UTF-16 as Excel writes it; NULs are nothing."""
-    raw = Path(path).read_bytes()
-    text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").replace("\0", "")
-    head = text[:10_000].lstrip().partition("\n")[0]
-    delimiter = max(",;\t|", key=head.count)
-    delimiter = delimiter if delimiter in head else " "
-    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=delimiter == " ")
-
-
-def read_table(path, needed=(), header=()):
-    """The Table in a file with a header, its fields between commas, semicolons, tabs, bars or blanks.
-
-    needed: columns that must be there. header: of a file that may have none. Fast enough for a million rows.
-    """
+def read_table(path):
+    """The Table in a file with a header, its fields between commas, semicolons, tabs, bars or blanks; UTF-8,
+    or UTF-16 as Excel writes it. Fast enough for a million rows."""
     with reading(path, "a table in UTF-8"):
-        reader = csv_reader(path)
-        rows = [row for row in reader if row]
-    if reader.dialect.delimiter == " " and len(rows) > 2:
+        raw = Path(path).read_bytes()
+        utf = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        text = raw.decode(utf).replace("\0", "")
+        head = text[:10_000].lstrip().partition("\n")[0]
+        mark = max(",;\t|", key=head.count)
+        mark = mark if mark in head else " "
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=mark == " ")
+        rows, lines = [], []
+        for row in reader:
+            if row:
+                rows.append(row)
+                lines.append(reader.line_num)
+    if mark == " " and len(rows) > 2:
         # as CelebA's: the number of rows, the names of all columns but the first, blanks at the ends
         rows = [row[:-1] if not row[-1] else row for row in rows]
         rows = rows[1:] if len(rows[0]) == 1 < len(rows[1]) else rows
         rows[0] = [""] * (len(rows[1]) - len(rows[0]) == 1) + rows[0]
-    if header and rows and rows[0][0] not in header:
-        rows.insert(0, list(header))
     names, rows = ([name.strip() for name in rows[0]], rows[1:]) if len(rows) > 1 else ([], [])
-    for column in needed:
-        if column not in names:
-            there = ", ".join(names) or "no rows"
-            raise Complaint(f"{path}: no column {column!r} (found: {there}); expected {','.join(needed)}")
-    table = Table(path, names, rows)
-    odd = next((k for k, row in enumerate(rows) if len(row) != len(names)), None)
-    if odd is not None:
-        there = reader.dialect.delimiter.join(rows[odd])[:60]
-        raise table.complaint(odd, f"{len(rows[odd])} fields ({there!r}), expected {len(names)}")
+    lines = lines[len(lines) - len(rows) :]
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(names):
+            there = f"{len(row)} fields ({mark.join(row)[:60]!r})"
+            raise Complaint(f"{path}:{line}: {there}, expected {len(names)}")
     twice = [name for name in names if name and names.count(name) > 1]
     if twice:
         raise Complaint(f"{path}: two columns {twice[0]!r}; rename one")
-    return table
+    return Table(path, zip(names, zip(*rows, strict=True), strict=True), lines)
 
 
 def columns_of(table, chosen, ours, needed=()):
-    """Which column of a table is what: {name of ours: theirs, or None}, and a line that says so.
-
-    chosen: --columns, ours=theirs,...; nothing behind = for none. ours: of COLUMNS or BOXES; needed: must be
-    there.
-    """
+    """Which column of a table is what: {name of ours, of COLUMNS or BOXES: theirs, or None}, and a line that
+    says so. chosen: --columns, ours=theirs,...; nothing behind = for none."""
     usual = {name: (COLUMNS | BOXES)[name].split() for name in ours}
     spelled = {plain(c): c for c in table if c}
     for pair in chosen.split(",") if chosen else ():
@@ -541,9 +516,9 @@ def columns_of(table, chosen, ours, needed=()):
     at = {name: next((spelled[plain(c)] for c in usual[name] if plain(c) in spelled), None) for name in ours}
     for name in needed:
         if at[name] is None:
-            found = f"no column {name!r} (found: {', '.join(table) or 'no rows'})"
             cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(ours)}"
-            raise Complaint(f"{table.path}: {found}; {cure}")
+            there = ", ".join(table) or "no rows"
+            raise Complaint(f"{table.path}: no column {name!r} (found: {there}); {cure}")
     rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
     return at, f"{table.path}: {used}; columns not used: {rest}" + " (see --columns)" * (rest != "none")
@@ -551,9 +526,7 @@ def columns_of(table, chosen, ours, needed=()):
 
 def named(table, column, names=()):
     """A column of classes or places -> for each row its name, None where it is empty; all names in order; and
-    a line about them, or none. Whole numbers, also as 1.0, are those that occur. names: theirs, or their own
-    in order, where the file --classes gives some.
-    """
+    notes. Whole numbers, also as 1.0, are those that occur. names: of --classes=FILE, in order."""
     values, where = table[column], f"{table.path}: {column}"
     text = {v: v.strip() for v in set(values)}
     text = {v: t for v, t in text.items() if t.casefold() not in EMPTY}
@@ -562,28 +535,25 @@ def named(table, column, names=()):
         words = [v for v, n in number.items() if not n]
         if len(words) < len(number) / 2:
             k = next(k for k, v in enumerate(values) if v in words)
-            odd = f"{column}={values[k][:60]!r}"
-            raise table.complaint(k, f"{odd}, expected a whole number, as in other rows")
-        mixed = f"{where} has words and numbers, as {words[0][:60]!r}; all are read as words"
-        notes = [f"WARNING: {mixed}"] if any(number.values()) else []
+            raise table.complaint(k, f"{column}={values[k][:60]!r}, not a whole number as in other rows")
+        mixed = f"WARNING: {where} has words and numbers, as {words[0][:60]!r}; all are read as words"
+        notes = [mixed] if any(number.values()) else []
         return [text.get(v) for v in values], list(names) or sorted(set(text.values())), notes
     number = {v: int(n[1]) for v, n in number.items()}
     if -1 in number.values() and set(number.values()) != {-1, 1}:  # it says that the class is not known
         number = {v: n for v, n in number.items() if n != -1}
     distinct, notes = sorted(set(number.values())), []
-    listed, many = ", ".join(map(str, distinct[:20])), len(distinct)
-    if many and distinct != list(range(many)):
-        notes = [f"{where} has the numbers {listed}{', ...' * (many > 20)}: {many}, those that occur"]
-    spoken = dict(zip(distinct, map(str, distinct), strict=True))
-    if names and len(names) == many:
-        spoken = dict(zip(distinct, names, strict=True))
-        notes = [f"{line}, named {', '.join(names[:20])}" for line in notes]
-    elif names:
-        wanted = f"0 to {len(names) - 1}, as --classes has names"
-        k = next((k for k, v in enumerate(values) if not 0 <= number.get(v, 0) < len(names)), None)
-        if k is not None:
-            raise table.complaint(k, f"{column}={values[k]!r}, expected {wanted}")
-        spoken = dict(enumerate(names))
+    spoken = dict(enumerate(names))
+    if len(names) in (0, len(distinct)):
+        spoken = dict(zip(distinct, names or map(str, distinct), strict=True))
+        if distinct != list(range(len(distinct))):
+            said = ", ".join(map(str, distinct[:20])) + ", ..." * (len(distinct) > 20)
+            said = f"{where} has the numbers {said}: {len(distinct)}, those that occur"
+            notes = [said + f", named {', '.join(names[:20])}" * bool(names)]
+    odd = {v for v, n in number.items() if n not in spoken}
+    for k, v in enumerate(values if odd else ()):
+        if v in odd:
+            raise table.complaint(k, f"{column}={v!r}, expected 0 to {len(names) - 1}, as there are names")
     name = {v: spoken[n] for v, n in number.items()}
     return list(map(name.get, values)), list(names) or list(spoken.values()), notes
 
@@ -607,9 +577,10 @@ def inside(root):
     return f"{', '.join(packed[:3])}: unpack it first" if packed else ", ".join(names[:5]) or "nothing"
 
 
-def lacking(root, what, name):
-    """The Complaint of a folder that is not as --data=name wants it."""
-    return Complaint(f"{root}: no {what} in it (found {inside(root)}); see --data={name}:help")
+def needs(holds, root, what, name):
+    """Raises Complaint for a folder that is not as --data=name wants it."""
+    if not holds:
+        raise Complaint(f"{root}: no {what} in it (found {inside(root)}); see --data={name}:help")
 
 
 @functools.cache
@@ -624,12 +595,9 @@ def formats():
 
 
 def scan(root, flag="data", notes=None):
-    """Sorted image files below a folder, each a tuple of its parts; Complaint if there are none.
-
-    Hidden ones are passed over, links to folders followed unless they lead back to where they come from or,
-    within a linked folder, to what was met before: folders that all link to each other have too many paths.
-    notes: a list that a line on other files is added to.
-    """
+    """Sorted image files below a folder, not hidden ones, each a tuple of its parts; Complaint if there are
+    none. Links to folders are followed unless they lead back to where they come from or, within a linked
+    folder, to what was met before: folders that all link to each other have too many paths."""
     found, other, folders, met = [], [], [((), (os.path.realpath(folder(root, flag)),), False)], set()
     opens, endings = formats(), Image.registered_extensions()
     while folders:
@@ -666,10 +634,8 @@ def scan(root, flag="data", notes=None):
 
 
 def open_image(path):
-    """An image file -> PIL image, 8-bit RGB, or RGBA if it has transparency, turned as its EXIF data says.
-
-    Of an animation the first frame counts. Complaint if it is missing, damaged, no image, or below 8x8.
-    """
+    """An image file -> PIL image, 8-bit RGB, or RGBA if it has transparency, turned as its EXIF data says; of
+    an animation the first frame."""
     with opened(path) as image:
         if min(image.size) < 8:
             raise Complaint(f"{path}: {image.width}x{image.height} pixels, expected 8x8 or more; {SKIP}")
@@ -684,8 +650,7 @@ def open_image(path):
             image = Image.fromarray((grey * (255 / top)).clip(0, 255).astype(np.uint8))
         elif deep and max(high for _, high in image.convert("RGB").getextrema()) < 16:
             warn_once(path, "12-bit values in 16 bits of each colour come out dark; scale them")
-        clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-        return image.convert("RGBA" if clear else "RGB")
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 @contextlib.contextmanager
@@ -696,22 +661,13 @@ def opened(path):
             with Image.open(path, formats=formats()) as image:
                 if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError
-                if max(image.size) > SLIMMEST * min(image.size):  # its shorter side becomes some 224 pixels
-                    slim = f"one side more than {SLIMMEST} times the other"
-                    raise Complaint(f"{path}: {image.width}x{image.height} pixels, {slim}; crop it")
+                w, h = image.size
+                if max(w, h) > SLIMMEST * min(w, h):  # its shorter side becomes some 224 pixels
+                    raise Complaint(f"{path}: {w}x{h} pixels, one side more than 100 times the other; crop")
                 yield image
         except Image.DecompressionBombError:
-            line = f"more than --max_pixels={Image.MAX_IMAGE_PIXELS}"
-            raise Complaint(f"{path}: {line}; raise it if you trust the file, or shrink it") from None
-
-
-def open_mask(path):
-    """A foreground mask -> PIL image, "L", 255 on the foreground. Complaint where nothing is white."""
-    mask = open_image(path).convert("L")
-    brightest = mask.getextrema()[1]
-    if 0 < brightest < 128:
-        raise Complaint(f"{path}: its largest value is {brightest}, expected 255 on the foreground; scale it")
-    return mask
+            most = f"--max_pixels={Image.MAX_IMAGE_PIXELS}"
+            raise Complaint(f"{path}: more than {most}; raise it if you trust it, or shrink it") from None
 
 
 def opaque(image):
@@ -737,7 +693,7 @@ class Picture:
 @functools.cache
 def drawn_by(kind):
     """Hash of the source of a kind of Picture and of what opens and composes them, which people fork."""
-    parts = [open_image, opened, open_mask, opaque, layer, posed, seen, rle_counts, draw_digit, smooth]
+    parts = [open_image, opened, opaque, layer, posed, seen, rle_counts, smooth]
     with contextlib.suppress(OSError, TypeError):  # of a kind that was typed in there is none
         inspect.getsource(kind)
         parts.append(kind)
@@ -810,68 +766,68 @@ def layer(source, cut):
     image, path = (open_image(source), source) if isinstance(source, str) else (source.image(), source.path)
     image = image if cut else opaque(image)
     if cut:
-        cure = "cut it out, move it away, or use --skip_bad"
         if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255:
-            raise Complaint(f"{path}: no transparency, expected alpha 0 around the foreground; {cure}")
+            raise Complaint(f"{path}: no transparency around the foreground; cut it out, or use --skip_bad")
         box = image.getchannel("A").point([0] * 9 + [255] * 247).getbbox() or (0, 0, 0, 0)
         if min(box[2] - box[0], box[3] - box[1]) < 8:
-            raise Complaint(f"{path}: nothing visible in it, expected 8x8 pixels or more; {cure}")
+            raise Complaint(f"{path}: nothing visible in it, or not 8x8 pixels; move it away, or --skip_bad")
         image = image.crop(box)
     image.thumbnail((512, 512), Image.BICUBIC, reducing_gap=2)
     return image
 
 
 @dataclass(frozen=True)
-class Masked(Picture):
-    """The foreground of a photo, by its mask, in the photo's own frame: RGBA."""
-
-    photo: Photo
-    mask: Photo
-
-    @property
-    def path(self):
-        return self.photo.path
+class Mask(Photo):
+    """Where a foreground is: "L", 255 on it."""
 
     def image(self):
-        image, mask = self.photo.image(), open_mask(self.mask.path)
-        if mask.size != image.size:
-            (w, h), (W, H) = mask.size, image.size
-            raise Complaint(f"{self.mask.path}: {w}x{h} pixels, the photo {self.photo.path} has {W}x{H}")
-        image.putalpha(mask)
-        return image
+        mask = open_image(self.path).convert("L")
+        brightest = mask.getextrema()[1]
+        if 0 < brightest < 128:
+            raise Complaint(f"{self.path}: its largest value is {brightest}, expected 255 on the foreground")
+        return mask
 
 
 @dataclass(frozen=True)
-class Outlined(Picture):
-    """An object of a photo by its outline, as MS COCO has it, in the photo's own frame: RGBA.
+class Outline(Picture):
+    """The same by an outline in a photo, as MS COCO has it: polygons, each floats x1, y1, x2, y2, ... in
+    pixels; or (counts,) of an RLE, a string or ints."""
 
-    outline: polygons, each floats x1, y1, x2, y2, ... in pixels; or (counts,) of an RLE, a string or ints.
-    size: (width, height).
-    """
-
-    photo: Photo
+    path: str  # of the photo
     outline: tuple
     size: tuple
 
-    @property
-    def path(self):
-        return self.photo.path
-
     def image(self):
-        image, (w, h) = self.photo.image(), self.size  # the size first: it may be anything
-        if image.size != self.size:
-            raise Complaint(f"{self.path}: {image.width}x{image.height} pixels, its annotation has {w}x{h}")
+        w, h = self.size
         if isinstance(self.outline[0], str) or isinstance(self.outline[0][0], int):
             counts = rle_counts(self.outline[0])  # of zeros, ones, zeros, ..., down the columns
             if sum(counts) != w * h or min(counts) < 0:
                 raise Complaint(f"{self.path}: the counts of its annotation's RLE do not add up to {w}x{h}")
             on = np.repeat(np.arange(len(counts)) % 2, counts).reshape(w, h).T
-            mask = Image.fromarray(255 * on.astype(np.uint8))
-        else:
-            mask = Image.new("L", self.size)
-            for polygon in self.outline:
-                ImageDraw.Draw(mask).polygon(polygon, 255)
-        image.putalpha(mask)
+            return Image.fromarray(255 * on.astype(np.uint8))
+        mask = Image.new("L", self.size)
+        for polygon in self.outline:
+            ImageDraw.Draw(mask).polygon(polygon, 255)
+        return mask
+
+
+@dataclass(frozen=True)
+class Masked(Picture):
+    """The foreground of a photo, by its Mask or Outline, in the photo's own frame: RGBA."""
+
+    photo: Photo
+    mask: Picture
+
+    @property
+    def path(self):
+        return self.photo.path
+
+    def image(self):
+        image, (w, h) = self.photo.image(), picture_size(self.mask)  # before it is drawn: it may be anything
+        if image.size != (w, h):
+            sizes = f"a mask of {w}x{h} pixels, the photo {self.path} has {image.width}x{image.height}"
+            raise Complaint(f"{self.mask.path}: {sizes}")
+        image.putalpha(self.mask.image())
         return image
 
 
@@ -904,9 +860,9 @@ class Pose:
     light: float = 1.0  # value times this
 
 
-def draw_pose(g, recolour=True, area=(0.06, 0.4)):
+def draw_pose(g, recolour=True):
     """A random Pose from the numpy generator g."""
-    pose = Pose(g.uniform(*area), g.random(), g.random(), bool(g.random() < 0.5))
+    pose = Pose(g.uniform(0.06, 0.4), g.random(), g.random(), bool(g.random() < 0.5))
     if not recolour:
         return pose
     stretch, hue = math.exp(g.uniform(-0.2, 0.2)), g.uniform(-0.15, 0.15)
@@ -993,11 +949,9 @@ def seen(ground, view, frame):
     ground = ground.resize(frame, Image.BICUBIC, box)
     if view.flip:
         ground = ground.transpose(Image.FLIP_LEFT_RIGHT)
-    changes = (ImageEnhance.Brightness, view.light), (ImageEnhance.Color, view.colour)
-    for enhance, k in (*changes, (ImageEnhance.Contrast, view.contrast)):
-        if k != 1:
-            ground = enhance(ground).enhance(k)
-    return ground
+    ground = ImageEnhance.Brightness(ground).enhance(view.light)
+    ground = ImageEnhance.Color(ground).enhance(view.colour)
+    return ImageEnhance.Contrast(ground).enhance(view.contrast)
 
 
 @dataclass(frozen=True)
@@ -1045,10 +999,6 @@ def usable(items, where, flag, skip_bad, notes):
     return good
 
 
-MOST_FIGURES = 2000  # of photos with masks or outlines so many are drawn
-LEAST_SIDE = 48  # pixels of an outlined object's box
-
-
 def load_foregrounds(spec, skip_bad=False):
     """Foregrounds for composites, list of Picture (RGBA, cropped to what is visible), and notes.
 
@@ -1081,54 +1031,45 @@ def masked_figures(folders, notes):
     paths = [os.path.join(photos, *parts) for parts in scan(photos, "foregrounds", notes)]
     pairs = [(path, mask) for path, mask in zip(paths, find_masks(paths, masks), strict=True) if mask]
     if len(pairs) < len(paths):
-        bare = f"{len(paths) - len(pairs)} of {len(paths)} photos have no mask"
-        notes.append(f"{photos}: {bare}, and are left out")
-    return [Trimmed(Masked(Photo(path), Photo(mask))) for path, mask in pairs]
+        notes.append(f"{photos}: {len(paths) - len(pairs)} of {len(paths)} photos have no mask; left out")
+    return [Trimmed(Masked(Photo(path), Mask(mask))) for path, mask in pairs]
 
 
 def coco_figures(words, notes):
     expect(len(words) < 3 and words[0], "foregrounds", ":".join(words), "coco:DIR or coco:DIR:cat,dog")
     photos, categories = coco_photos(words[0], notes, outlines=True)
     wanted = [name.strip() for name in words[1].split(",")] if words[1:] else list(categories)
-    odd = next((name for name in wanted if name not in categories), None)
-    expect(odd is None, "foregrounds", odd, f"a category of instances_*.json; {near(str(odd), categories)}")
-    figures, left, there = [], 0, exists([photo.path for photo in photos]).tolist()
-    for photo, here in zip(photos, there, strict=True):
+    for name in wanted:
+        expect(name in categories, "foregrounds", name, f"a category of COCO; {near(name, categories)}")
+    figures, left = [], 0
+    for photo in photos:
+        w, h = photo.size[:2]
         for _, (x1, y1, x2, y2), outline in (o for o in photo.outlines if o[0] in wanted):
-            w, h = photo.size[:2]
             large = min((x2 - x1) * w, (y2 - y1) * h) >= LEAST_SIDE
-            if here and outline and large and min(x1 * w, y1 * h, (1 - x2) * w, (1 - y2) * h) >= 1:
-                figures.append(Trimmed(Outlined(Photo(photo.path), outline, (w, h))))
+            if outline and large and min(x1 * w, y1 * h, (1 - x2) * w, (1 - y2) * h) >= 1:
+                figures.append(Trimmed(Masked(Photo(photo.path), Outline(photo.path, outline, (w, h)))))
             else:
                 left += 1
-    said = f"{left} objects are small, cut by the edge, without an outline or a photo; {len(figures)} left"
-    notes.append(f"{words[0]}: {said}")
+    notes.append(f"{words[0]}: {left} objects are small, cut by the edge or without an outline; left out")
     return figures
 
 
 FOREGROUNDS = {"masked": masked_figures, "coco": coco_figures}
 
 
-MOST = 10_000_000  # pictures or regions in memory
-
-
-def composites(figures, grounds, instances, per, seed, recolour=True):
-    """An incomplete grid of composites: foreground instances (a figure in a pose of its own) x backgrounds.
-
-    instances: how many, spread evenly over the figures. per: backgrounds for each. Returns (list of Composite
-    [N], instance i [N], background j [N]) with i in [0, instances), j an index into grounds.
-    """
+def composites(figures, grounds, instances, per, seed):
+    """An incomplete grid of composites: so many foreground instances, a figure in a pose of its own, each on
+    `per` backgrounds. Returns (list of Composite [N], instance i [N], background j [N], an index)."""
     wanted = f"at most {MOST:,} composites; {instances:,} instances with {per:,} backgrounds each are more"
     expect(instances * per <= MOST, "instances", instances, wanted)
-    items, i, j = [], [], []
+    items, j = [], []
     for a in range(instances):
         g = rng(seed, "pose", a)
-        figure, pose = figures[a % len(figures)], draw_pose(g, recolour)
+        figure, pose = figures[a % len(figures)], draw_pose(g)
         for b in g.choice(len(grounds), per, replace=len(grounds) < per):
             items.append(Composite(figure, grounds[b], pose, draw_view(g)))
-            i.append(a)
             j.append(int(b))
-    return items, torch.tensor(i), torch.tensor(j)
+    return items, torch.arange(instances).repeat_interleave(per), torch.tensor(j)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1149,8 +1090,7 @@ class Row(NamedTuple):
     split: int | None = None  # 0 train, 1 val, 2 test; None: splits are made here, for all rows
     caption: str = ""  # "": the usual one
     cut: Composite | None = None  # the foreground, without a ground, where there is a mask
-    # of controlled settings: boxes of the class object and of the planted feature, in shares of the image;
-    # each is a box, a tuple of them, None or SCENE
+    # of controlled settings: boxes of the class object, and of the planted feature or SCENE, in shares
     shows: tuple | None = None
 
 
@@ -1261,7 +1201,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     class<TAB>prompt lines. masks: a folder of foreground masks. splits: whether the set is to be trained on,
     and needs labels and images of every class in each split. planted_by: confounder, the share of training
     images on their class's own place; strength, spurious, feature of controlled settings; columns, which of a
-    table are what, ours=theirs,... Raises Complaint.
+    table are what, ours=theirs,...
     """
     name, _, root = spec.partition(":")
     if name not in SETS or not (root or SETS[name].alone):
@@ -1269,11 +1209,12 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if root == "help":
         say(inspect.getdoc(SETS[name].rows) or f"{name}: its function in data.py has no docstring", True)
         sys.exit(0)
-    renamed = read_classes(classes) if os.path.isfile(classes) else []
-    chosen = [] if renamed else names_in(classes, "classes", 2)
+    chosen, renamed = names_in(classes, "classes", 2), []
+    if os.path.isfile(classes):
+        chosen, renamed = [], chosen
     facts = Facts(chosen, renamed, names_in(places, "places", 1), seed, **planted_by)
-    tabular = name in ("csv", "waterbirds")
-    expect(tabular or not facts.columns, "columns", facts.columns, f"nothing with --data={name}, no table")
+    tabular = name in ("csv", "waterbirds") or not facts.columns
+    expect(tabular, "columns", facts.columns, f"none, as --data={name} is no table")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:
         samples = samples_of(spec, SETS[name].rows(Path(root) if root else None, facts), facts)
@@ -1290,25 +1231,28 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if masks:
         files = find_masks([getattr(item, "path", "") for item in samples.items], masks)
         pairs = zip(samples.items, files, strict=True)
-        samples.cut = [m and Composite(Masked(item, Photo(m)), None, None) for item, m in pairs]
+        samples.cut = [m and Composite(Masked(item, Mask(m)), None, None) for item, m in pairs]
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[SETS[name].template]] * len(labels)
-    own = not prompts or name != "embeddings"
-    expect(own, "prompts", prompts, "none: texts of embeddings are in their file")
+    expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
     samples.prompts = [[t.replace("{}", c) for t in own] for c, own in zip(labels, texts, strict=True)]
     said = [c for c, own in zip(labels, texts, strict=True) if any("{}" in text for text in own)]
     codes = [label for label in said if not renamed and re.fullmatch(CODE, label.strip().lower())]
     if codes and name != "embeddings":
         found = f"{len(codes)} of its {len(labels)} class names are numbers or codes, as {codes[0]!r}"
-        cure = "no text says what they are; name them, --classes=FILE, one a line"
-        samples.nameless = f"{samples.name}: {found}: {cure}"
+        samples.nameless = f"{samples.name}: {found}: say what they are, --classes=FILE, one a line"
     return check(samples, splits)
 
 
 def names_in(text, flag, least):
-    """a,b -> ["a", "b"]; Complaint where they are not at least so many, and different."""
-    names = [name.strip() for name in text.split(",") if text]
-    good = not text or least <= len(names) == len({plain(name) for name in names} - {""})
-    expect(good, flag, text, "a file, or different names, a,b")
+    """The names in a,b or, one a line, in a file; Complaint where they are not so many, and different."""
+    if os.path.isfile(text):
+        names, least = [name for _, name in read_lines(text, flag)], 1
+    else:
+        names = [name.strip() for name in text.split(",") if text]
+    twice = [name for name, n in Counter(map(plain, names)).items() if n > 1]
+    good = not text or least <= len(names) and not twice and "" not in names
+    found = f"{text} (twice: {', '.join(twice[:5])})" if twice else text
+    expect(good, flag, found, "a file, or different names, a,b")
     return names
 
 
@@ -1337,21 +1281,14 @@ def samples_of(name, rows, facts):
     split = make_splits(group) if None in split else completed(torch.tensor(split), group, facts.notes)
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
-    unplaced = int((place < 0).sum())
-    bare = f"{name}: no places to compare: no worst group, groups are the classes"
-    facts.notes += [bare] * bool(P < 2 and (y >= 0).any())
-    if unplaced:
-        line = f"{unplaced} of {len(rows)} images have no place, and are in no group"
-        facts.notes.append(f"WARNING: {name}: {line}: figures of groups are without them")
+    if P < 2 and (y >= 0).any():
+        facts.notes.append(f"{name}: no places to compare: no worst group, groups are the classes")
+    if (place < 0).any():
+        bare = f"{int((place < 0).sum())} of {len(rows)} images have no place"
+        facts.notes.append(f"WARNING: {name}: {bare}, and are in no group nor in the figures of groups")
     samples.labels, samples.imagenet, samples.official = facts.labels or classes, facts.imagenet, official
-    there = exists(picture)
-    if not there.all():
-        lost, first = int((~there).sum()), picture[int(there.int().argmin())]
-        line = f"{name}: {lost} of its {len(rows)} images do not exist, the first is {first}"
-        if lost == len(rows):
-            raise Complaint(f"{line}; complete the folder")
-        facts.notes.append(f"WARNING: {line}; they are left out")
-        samples = samples.keep(there)
+    here = present(picture, name, facts.notes)
+    samples = samples if here.all() else samples.keep(here)
     if facts.published:
         compare(samples, facts.published)
     if len(facts.wanted) == len(classes):
@@ -1374,17 +1311,23 @@ def only(rows, column, names, flag):
     return [row for row in rows if getattr(row, column) in names], names
 
 
-def exists(pictures):
-    """Which pictures exist, bool [n]; folders are listed once, as a million questions take long."""
-    there, out = {}, np.ones(len(pictures), bool)
+def present(pictures, where, notes):
+    """Which pictures exist, bool [n], and a note on those that do not; or Complaint, if none does."""
+    there, here = {}, torch.ones(len(pictures), dtype=torch.bool)
     for k, path in enumerate(pictures):
         if isinstance(path, str):
             at, _, name = path.rpartition("/")
-            if at not in there:
+            if at not in there:  # folders are listed once, as a million questions take long
                 there[at] = set(os.listdir(at or "/")) if os.path.isdir(at or "/") else ()
             if name not in there[at]:
-                out[k] = False
-    return torch.from_numpy(out)
+                here[k] = False
+    if not here.all():
+        lost, first = int((~here).sum()), pictures[int(here.int().argmin())]
+        line = f"{where}: {lost} of its {len(pictures)} images do not exist, the first is {first}"
+        if lost == len(pictures):
+            raise Complaint(f"{line}; complete the folder")
+        notes.append(f"WARNING: {line}; they are left out")
+    return here
 
 
 def numbered(names, known, what):
@@ -1431,10 +1374,8 @@ def completed(split, group, notes):
 
 
 def correlate(samples, own, confounder):
-    """The samples with a biased training split: of each class the share confounder stands on its own place.
-
-    own: {class: place}. Further training images on other places go to test where splits are ours, else out.
-    """
+    """The samples with a biased training split: of each class the share confounder on own, {class: place}.
+    Further training images on other places go to test where splits are ours, else out."""
     extra, said, short = torch.zeros(len(samples.y), dtype=torch.bool), [], False
     for y, name in enumerate(samples.classes):
         expect(own[name] in samples.places, "places", samples.places, f"{own[name]}, of {name}, too")
@@ -1454,10 +1395,10 @@ def correlate(samples, own, confounder):
 
 def compare(samples, published):
     """Notes whether counts are as published: classes, images, images of each place, groups of each split."""
-    counts = dict(classes=len(samples.classes), images=len(samples.items))
+    groups = [samples.counts(s).tolist() for s in range(3)]
+    counts = dict(classes=len(samples.classes), images=len(samples.items), groups=groups, val_test=groups[1:])
     counts["places"] = tally(samples.place, samples.split, len(samples.places)).sum(0).tolist()
-    counts["groups"] = [samples.counts(s).tolist() for s in range(3)]
-    counts, line = {k: counts[k] for k in published}, f"{samples.name}: the published counts"
+    counts, line = {k: counts[k] for k in published}, f"{samples.name}: the published counts, {published}"
     if counts != published:
         line = f"WARNING: {samples.name}: found {counts}, published {published}: incomplete or another making"
     samples.notes.append(line)
@@ -1474,8 +1415,8 @@ def check(samples, splits=True):
     of_class, of_place = tally(y, samples.split, n), tally(samples.place, samples.split, len(samples.places))
     for s, split in enumerate(SPLITS) if splits else ():
         if not of_class[s].all():
-            what = f" of class {samples.classes[int(of_class[s].argmin())]}" if of_class[s].any() else ""
-            raise Complaint(f"{name}: split {s} ({split}) has no images{what}; train, val and test need them")
+            lacks = f"no images of class {samples.classes[int(of_class[s].argmin())]}"
+            raise Complaint(f"{name}: split {s} ({split}) has {lacks}; train, val and test need them")
     for what, names, k in (("class", samples.classes, of_class), ("place", samples.places, of_place)):
         bare = [names[at] for at in (k.sum(0) == 0).nonzero()[:, 0].tolist()]
         if splits and bare:
@@ -1484,32 +1425,21 @@ def check(samples, splits=True):
             samples.notes.append(f"{name}: no image of {len(bare)} {what} names: {', '.join(bare[:5])}")
     if not splits:
         return samples
-    train, *other = grouped = tally(samples.group(), samples.split, n * len(samples.places)) > 0
-    if not grouped.any(1).all():
-        bare = SPLITS[int(grouped.any(1).int().argmin())]
-        raise Complaint(f"{name}: no image of {bare} has a place; --columns=place= reads it without places")
-    empty = ((other[0] | other[1]) & ~train).nonzero()[:4, 0].tolist()
+    train, val, test = grouped = tally(samples.group(), samples.split, n * len(samples.places)) > 0
+    for split, there in zip(SPLITS, grouped.any(1), strict=True):
+        if not there:
+            raise Complaint(f"{name}: no image of {split} has a place; --columns=place= reads it without")
+    empty = ((val | test) & ~train).nonzero()[:4, 0].tolist()
     empty = " or ".join(samples.group_name(*divmod(g, len(samples.places))) for g in empty)
     correlated = ": 100 % correlated" * bool((train.view(n, -1).sum(1) == 1).all())
     samples.notes += [f"training set without {empty}{correlated}"] * bool(empty)
     return samples
 
 
-def read_classes(path):
-    """--classes=FILE -> names in order."""
-    lines = {}
-    for number, name in read_lines(path, "classes"):
-        if lines.setdefault(plain(name), (number, name))[0] < number:
-            raise Complaint(f"--classes={path}:{number}: two classes with the same name, {name!r}")
-    return [name for _, name in lines.values()]
-
-
 def read_prompts(path, labels, notes):
-    """--prompts=FILE -> for each label a list of texts, {} for its name. openai: CLIP's 80 for ImageNet.
-
-    FILE: templates, one a line, or lines class<TAB>prompt; or in JSON or as a list in Python templates, or a
-    list of descriptions for each class, as CuPL has them.
-    """
+    """--prompts=FILE -> for each label a list of texts, {} for its name; openai: CLIP's 80. FILE:
+    templates, one a line, or lines class<TAB>prompt; or in JSON or as a list in Python templates, or a list
+    of descriptions for each class, as CuPL has them."""
     if path == "openai":
         import open_clip
 
@@ -1574,23 +1504,18 @@ def inside_root(root, table, names):
         names = [name.strip().replace("\\", "/") for name in names]
     if "./" in text or "//" in text:
         names = [name and os.path.normpath(name) for name in names]  # ./a.png is a.png
-    starts = {name[:3] for name in names}  # quick to look at, of a million names
-    out = {start for start in starts if start[:1] in ("", "/") or start in ("..", "../")}
-    if out or len(set(names)) < len(names):
-        for k, name in enumerate(names):
-            if name[:3] in out:
-                raise table.complaint(k, f"image {name!r}, expected a path inside {root}")
-            if first.setdefault(name, k) < k:
-                line = table.lines()[first[name]]
-                raise table.complaint(k, f"image {name!r} is listed already in line {line}")
+    for k, name in enumerate(names):
+        if name[:1] in ("", "/") or name[:3] in ("..", "../"):
+            raise table.complaint(k, f"image {name!r}, expected a path inside {root}")
+        if first.setdefault(name, k) < k:
+            line = table.lines[first[name]]
+            raise table.complaint(k, f"image {name!r} is listed already in line {line}")
     return [root + name for name in names]
 
 
 def find_masks(paths, masks):
-    """For each image the mask NAME.png below the folder masks, or None.
-
-    NAME: the end of the image's path, as long as possible, or that up to its last '_'. A photo is no mask.
-    """
+    """For each image the mask NAME.png below the folder masks, or None. NAME: the end of the image's path, as
+    long as possible, or that up to its last '_'. A photo is no mask."""
     masks, photos, found = folder(masks, "masks"), {os.path.realpath(path) for path in paths}, []
     expect(any(paths), "masks", str(masks), "images in files: those of this data set are drawn")
     for path in paths:
@@ -1606,8 +1531,7 @@ def find_masks(paths, masks):
     for path, file in zip(paths, found, strict=True):
         other = owner.setdefault(file, path) if file else path
         if other != path and os.path.basename(other) == os.path.basename(path):
-            cure = "put masks into folders as the photos are"
-            raise Complaint(f"--masks: {file}: the mask of two photos, {other} and {path}; {cure}")
+            raise Complaint(f"--masks: {file}: the mask of two photos, {other} and {path}; use folders, too")
     return found
 
 
@@ -1645,19 +1569,15 @@ def waterbirds(root, facts):
     To make one: CUB's photos and segmentations (data.caltech.edu/records/65de6-vp158 and w9d68-gec53), photos
     of two places, and for each bird Pillow's Image.composite(photo, place, mask), all three of one size."""
     table = folder(root, "data waterbirds") / "metadata.csv"
-    if not table.is_file():
-        raise lacking(root, "metadata.csv", "waterbirds")
+    needs(table.is_file(), root, "metadata.csv", "waterbirds")
     table = read_table(table)
     paths, y, place, split = table_rows(table, facts, ("path", "y", "split", "place"))
     some = slice(None, None, max(1, len(y) // 5000))
     species = [os.path.basename(os.path.dirname(path)) for path in paths[some]]
-    what = told_by(y[some], species, {"waterbird": WATERBIRDS, "landbird": None})
-    where = told_by(place[some], table.get("place_filename", ())[some], {"water": WATER, "land": LAND})
-    if len(facts.classes) == len(facts.places) == 2:
-        y0, place0 = facts.classes[0], facts.places[0]
-        groups = [-1 if p is None else 2 * (c != y0) + (p != place0) for c, p in zip(y, place, strict=True)]
-        if official_waterbirds(root.name, np.array(groups), np.array(split), facts.notes):
-            what, where = {"0": "landbird", "1": "waterbird"}, {"0": "land", "1": "water"}
+    what = told_by(y[some], species, dict(waterbird=WATERBIRDS), "landbird")
+    where = told_by(place[some], table.get("place_filename", ())[some], dict(water=WATER, land=LAND))
+    if len(y) == 11788 or "waterbird_complete" in root.name or "forest2water2" in root.name:
+        facts.published = dict(val_test=[[467, 466, 133, 133], [2255, 2255, 642, 642]])  # of all makings
     facts.classes = [what.get(name, name) for name in facts.classes]
     facts.places = [where.get(name, name) for name in facts.places]
     for path, a, b, s in zip(paths, y, place, split, strict=True):
@@ -1671,14 +1591,10 @@ WATERBIRDS = (  # words of their species' names
 WATER, LAND = "water ocean sea lake beach", "land forest bamboo broadleaf"
 
 
-def told_by(values, keys, words):
-    """What numbered classes or places are called by their images' species or backgrounds: {value: name}.
-
-    words: {name: words, of which a key has one; None: of the others' it has none}. A value has the name that
-    four fifths of its keys have. Nothing, where fewer than two have one, or two the same.
-    """
-    hits, words = {}, {name: set((listed or "").split()) for name, listed in words.items()}
-    rest = next((name for name, listed in words.items() if not listed), None)
+def told_by(values, keys, words, rest=None):
+    """What numbered classes or places are called by their images' species or backgrounds: {value: name} that
+    four fifths of its keys have. words: {name: words, of which a key has one}; rest: what others are."""
+    hits, words = {}, {name: set(listed.split()) for name, listed in words.items()}
     for value, key in zip(values, keys, strict=False):
         inside = set(re.split("[^a-z]+", key.lower()))
         name = next((name for name, listed in words.items() if listed & inside), rest)
@@ -1686,23 +1602,6 @@ def told_by(values, keys, words):
     called = {value: n.most_common(1)[0] for value, n in hits.items() if str(value).isdecimal()}
     called = {value: name for value, (name, k) in called.items() if name and k >= 0.8 * hits[value].total()}
     return called if 1 < len(called) == len(set(called.values())) else {}
-
-
-def official_waterbirds(name, group, split, notes):
-    """Whether val and test have the counts of the official sets (PROTOCOLS 1), which notes then say. group:
-    [n], 2 y + place, -1: not known; split: [n]."""
-    counts = [np.bincount(group[(split == s) & (group >= 0)], minlength=4).tolist() for s in range(3)]
-    official = counts[1:] == [[467, 466, 133, 133], [2255, 2255, 642, 642]]
-    if official and counts[0] == [3498, 184, 56, 1057]:
-        notes.append(f"{name}: the counts of the official Waterbirds, 95 %")
-    elif official:
-        makings = {4795: "generated at 100 %", 4555: "the 95 % set without its minority groups"}
-        making = makings.get(sum(counts[0]), "of another making")
-        notes.append(f"{name}: official val and test; train {sum(counts[0])} images: {making}")
-    elif len(group) == 11788 or "waterbird_complete" in name or "forest2water2" in name:
-        line = f"{name}: {len(group)} images, groups {counts}, not the official counts"
-        notes.append(f"WARNING: {line}: incomplete or generated anew; published figures do not hold for it")
-    return official
 
 
 def celeba(root, facts):
@@ -1714,23 +1613,22 @@ def celeba(root, facts):
     root, tables = folder(root, "data celeba"), []
     for name in ("list_attr_celeba", "list_eval_partition"):
         found = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
-        path = next((p for p in found if p.is_file()), None)
-        if path is None:
-            raise lacking(root, f"{name}.txt or .csv", "celeba")
-        tables.append(path)
-    faces = read_table(tables[0], ("Blond_Hair", "Male"))
-    parts = read_table(tables[1], header=("image_id", "partition"))
+        tables.append(next((path for path in found if path.is_file()), None))
+        needs(tables[-1], root, f"{name}.txt or .csv", "celeba")
     facts.classes, facts.places = ["dark hair", "blond hair"], ["female", "male"]
     train, val = [71629, 66874, 22880, 1387], [8535, 8276, 2874, 182]
     facts.published = dict(groups=[train, val, [9767, 7535, 2480, 180]])
-    names = next(iter(faces.values()))  # the official file has no name for the first column
+    faces = read_table(tables[0])
+    with reading(tables[0], "CelebA's table of attributes, with Blond_Hair and Male"):
+        hair, gender = faces["Blond_Hair"], faces["Male"]
+        names = next(iter(faces.values()))  # the official file has no name for the first column
     with reading(tables[1], "CelebA's table of splits, 0, 1 or 2, for the same images"):
-        pairs = zip(*list(parts.values())[:2], strict=True)
+        pairs = [line.replace(",", " ").split() for _, line in read_lines(tables[1], "data")]
         split = {name: int(s) for name, s in pairs if s in ("0", "1", "2")}
         split = [split[name] for name in names]
     images = first_folder(root, *(f"{sub}img_align_celeba" for sub in ("img_align_celeba/", "", "Img/")))
     paths = inside_root(images, faces, names)
-    for path, blond, male, s in zip(paths, faces["Blond_Hair"], faces["Male"], split, strict=True):
+    for path, blond, male, s in zip(paths, hair, gender, split, strict=True):
         y, place = facts.classes[blond == "1"], facts.places[male == "1"]
         yield Row(path, y, place, s, f"a photo of a {place} celebrity with {y}")
 
@@ -1746,8 +1644,7 @@ def counteranimal(root, facts):
     outer, rows, skipped = folder(root, "data counteranimal"), [], set()
     inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
     root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
-    if root is None:
-        raise lacking(outer, "folders such as '9 ostrich'", "counteranimal")
+    needs(root, outer, "folders such as '9 ostrich'", "counteranimal")
     for parts in scan(root):
         number, _, name = parts[0].partition(" ")
         kind = parts[1].lower() if len(parts) > 2 else ""
@@ -1758,10 +1655,9 @@ def counteranimal(root, facts):
         else:
             skipped.add("/".join(parts[:2]))
     if skipped:
-        odd = f"{len(skipped)} files or folders are neither common nor counter, as {min(skipped)}; left out"
-        facts.notes.append(f"WARNING: {root}: {odd}")
-    if not rows:
-        raise lacking(root, "photos in common-... and counter-... folders", "counteranimal")
+        odd = f"WARNING: {root}: {len(skipped)} files or folders are neither common nor counter"
+        facts.notes.append(f"{odd}, as {min(skipped)}; left out")
+    needs(rows, root, "photos in common-... and counter-... folders", "counteranimal")
     number = {name: number for number, name, *_ in sorted(rows)}
     named, spelled = imagenet_names((root, outer), facts.notes), {plain(name): name for name in number}
     pair = [spelled.get(plain(name), name) for name in facts.chosen]
@@ -1838,11 +1734,9 @@ def nico(root, facts):
     at = next((w for w in inner if any(p[: len(w)] == w and len(p) > len(w) + 2 for p in outer)), ())
     root = Path(root, *at)
     paths = [p[len(at) :] for p in outer if p[: len(at)] == at and len(p) > len(at) + 2]
-    if not paths:
-        raise lacking(root, "context/class/ folders of images", "nico")
+    needs(paths, root, "context/class/ folders of images", "nico")
     if len(paths) < len(outer):
-        beside = f"{len(outer) - len(paths)} images beside its context/class folders"
-        facts.notes.append(f"{root}: {beside} are not used")
+        facts.notes.append(f"{root}: {len(outer) - len(paths)} images beside context/class folders; not used")
     first, second = ({plain(p[k]) for p in paths} for k in (0, 1))
     known = {"autumn", "dim", "grass", "outdoor", "rock", "water", *map(plain, facts.wanted)}
     swapped = known & second and not known & first or {*map(plain, facts.chosen)} & (first - second)
@@ -1908,13 +1802,11 @@ def cocogender(root, facts):
 
 
 def coco_photos(root, notes, outlines=False):
-    """The photos of COCO's instances_*.json, by part and id: part (train2017), id, path, objects
-    {category: boxes in shares}, crowds (categories), kinds (categories and supercategories); and a dict
-    {category: supercategory}."""
+    """The photos of COCO's instances_*.json, by part (train2017) and id, with objects {category: boxes in
+    shares}, and kinds (categories and supercategories); and a dict {category: supercategory}."""
     at, flat = first_folder(folder(root, "data coco"), "annotations"), 0
     files, everything, categories = sorted(at.glob("instances_*.json")), {}, {}
-    if not files:
-        raise lacking(at, "instances_*.json", "coco")
+    needs(files, at, "instances_*.json", "coco")
     for file in files:
         part, photos = file.stem.removeprefix("instances_"), {}
         images = first_folder(root, part, f"images/{part}", "images")
@@ -1942,11 +1834,13 @@ def coco_photos(root, notes, outlines=False):
             categories.update(names.values())
             everything.update(sorted(photos.items()))
     notes += [f"{at}: {flat} boxes without area are left out"] * (flat > 0)
-    return list(everything.values()), categories
+    photos = list(everything.values())
+    here = present([photo.path for photo in photos], root, notes)
+    return [photos[k] for k in here.nonzero()[:, 0].tolist()], categories
 
 
 def outline_of(annotation):
-    """The segmentation of one of COCO's annotations, as Outlined has it; () for none."""
+    """The segmentation of one of COCO's annotations, as Outline has it; () for none."""
     found = annotation.get("segmentation") or ()
     if isinstance(found, dict):
         counts = found["counts"]
@@ -1973,14 +1867,12 @@ def in9(root, facts):
     root, names = first_folder(outer, "bg_challenge"), {}
     kinds = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b only_bg_t".split()
     facts.places, facts.official = [kind for kind in kinds if (root / kind).is_dir()], False
-    if not facts.places:
-        raise lacking(root, "original, mixed_same ...", "in9")
+    needs(facts.places, root, "original, mixed_same ...", "in9")
     facts.published = dict(classes=9, places=[4050] * len(facts.places))
     for kind in facts.places:
         at = first_folder(root / kind, "val")
         for name, file in (parts for parts in scan(at) if len(parts) == 2):
-            numbered = name[:2].isdecimal() and name[2:3] == "_"  # 00_dog
-            names[name] = name[3:].replace("_", " ") if numbered else name
+            names[name] = re.sub(r"^\d\d_", "", name).replace("_", " ")  # 00_dog
             photo = "_".join(file.rsplit(".", 1)[0].split("_")[:2])  # n02085936_10130, the foreground's
             share = zlib.crc32(os.fsencode(photo)) % 1000 / 1000
             split = int(share >= 0.6) + int(share >= 0.8)  # all variations of a photo lie in one split
@@ -2001,23 +1893,21 @@ def imagenet(root, facts):
     root = first_folder(folder(root, "data imagenet"), "val")
     paths, (ids, _, short) = scan(root), synsets()
     label = [p[0] if len(p) > 1 else p[0].split("_")[0].split(".")[0] for p in paths]
-    number = {w: k for k, w in enumerate(ids)}
-    if not set(label) <= set(number):
-        label = [p[0] for p in paths]
-        number = {name: k for k, name in enumerate(sorted(set(label)))}
-        if len(number) != 1000 or len({len(p) > 1 for p in paths}) > 1:
+    if not set(label) <= set(ids):
+        order = sorted({p[0] for p in paths})
+        if len(order) != 1000 or len({len(p) > 1 for p in paths}) > 1:
             what = f"{len(paths)} images, the first is {'/'.join(paths[0])}"
             raise Complaint(f"{root}: {what}; expected n01440764 ... or 1000 folders in order of classes")
-    there = sorted({number[name] for name in label})
-    if len(there) < 1000:
+        number = dict(zip(order, ids, strict=True))
+        label = [number[p[0]] for p in paths]
+    names = spoken(set(label), Facts(notes=facts.notes))
+    facts.classes, facts.imagenet = [*names.values()], [[ids.index(w)] for w in names]
+    if len(names) < 1000:
         among = "all 1000 (--labels=all)" if facts.all_labels else "these only; --labels=all: among 1000"
-        facts.notes.append(f"{root}: {len(there)} of 1000 classes; models choose among {among}")
-    twice = Counter(short[k] for k in there)
-    names = [f"{n} ({w})" if twice[n] > 1 else n for n, w in zip(short, ids, strict=True)]
-    facts.classes, facts.imagenet = [names[k] for k in there], [[k] for k in there]
-    facts.labels = short if facts.all_labels or len(there) == 1000 else []
-    for p, name in zip(paths, label, strict=True):
-        yield Row(os.path.join(root, *p), names[number[name]])
+        facts.notes.append(f"{root}: {len(names)} of 1000 classes; models choose among {among}")
+    facts.labels = short if facts.all_labels or len(names) == 1000 else []
+    for p, w in zip(paths, label, strict=True):
+        yield Row(os.path.join(root, *p), names[w])
 
 
 def image_folder(root, facts):
@@ -2038,8 +1928,7 @@ def image_folder(root, facts):
     splits = {t for t in top if t.lower() in SPLIT_NAMES}
     official = bool(splits) and splits == top
     if len(splits) > 1 and not official:
-        names = ", ".join(sorted(splits))
-        raise Complaint(f"{where}: {names} are splits, {min(top - splits)!r} beside them is not")
+        raise Complaint(f"{where}: {max(splits)} is a split, {min(top - splits)!r} beside it is not")
     rest = [p[1:] if official and len(p) > 1 else p for p in moved]
     classes, stray = {r[0] for r in rest if len(r) > 1}, sum(len(r) == 1 for r in rest)
     if stray == len(paths):
@@ -2070,10 +1959,9 @@ def folder_notes(root, rest):
         lines.append(f"{depth[2]} images lie beside the place folders; their place is 'elsewhere'")
     if depth[4]:
         deep = "/".join(next(r for r in rest if len(r) > 3))
-        line = f"{depth[4]} images lie below class/place, as {deep}"
-        lines.append(f"{line}; folders below the place do not count")
+        lines.append(f"{depth[4]} images lie below class/place, as {deep}; such folders do not count")
     if 1 < len(pairs) == len({place for _, place in pairs}):
-        one = f"each place lies in one class only, as {'/'.join(min(pairs))}; no place compares two classes"
+        one = f"each place lies in one class only, as {'/'.join(min(pairs))}"
         lines.append(f"{one}. If the second folders are the classes, move them up")
     return [f"WARNING: {root}: {line}" for line in lines]
 
@@ -2134,9 +2022,7 @@ def split_numbers(values, name, complaint):
 def load_predictions(path, columns="", classes=""):
     """What another program predicted, a table of y, predicted and, if it has them, place, confidence, split,
     path (see COLUMNS) -> Samples, what each is taken for [n], and how surely [n], NaN where it is not said.
-
-    columns: ours=theirs,...; classes: a file of names. Rows without y or predicted are left out, and counted.
-    """
+    columns: ours=theirs,...; classes: a file of names. Rows without y or predicted are left out."""
     t = read_table(path)
     at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
     n, facts = t.count, Facts()
@@ -2144,8 +2030,7 @@ def load_predictions(path, columns="", classes=""):
     words, facts.classes, notes = named(t, "y and predicted")
     y, taken = words[:n], words[n:]
     if not set(y) & set(taken) - {None}:
-        found = f"y as {t[at['y']][0]!r}, predicted as {t[at['predicted']][0]!r}"
-        raise Complaint(f"{path}: {found}, no value in both; expected the same names or numbers")
+        raise Complaint(f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names")
     facts.notes = [note, *notes]
     place, split = places_and_splits(t, at, facts)
     sure = []  # from 0 to 1
@@ -2158,15 +2043,14 @@ def load_predictions(path, columns="", classes=""):
     pictures = [Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in enumerate(names, 2)]
     keep = torch.tensor([a is not None and b is not None for a, b in zip(y, taken, strict=True)])
     if not keep.all():
-        line = f"{int((~keep).sum())} of {n} rows have no y or no predicted, and are left out"
-        facts.notes.append(f"WARNING: {path}: {line}")
+        facts.notes.append(f"WARNING: {path}: {int((~keep).sum())} of {n} rows lack y or predicted; left out")
     samples = samples_of(f"predictions:{path}", map(Row, pictures, y, place, [2] * n), facts)
     samples.split = torch.tensor(split) if at["split"] else samples.split
     taken = numbered(taken, facts.classes, "class")[0]
     if os.path.isfile(classes):
-        samples.classes = samples.labels = read_classes(classes)
-        named_by = f"{len(facts.classes)} names, one for each value of y and predicted"
-        expect(len(samples.classes) == len(facts.classes), "classes", classes, named_by)
+        samples.classes = samples.labels = names_in(classes, "classes", 2)
+        n = len(facts.classes)
+        expect(len(samples.classes) == n, "classes", classes, f"{n} names, of each value of y and predicted")
     samples.prompts = [[name] for name in samples.classes]
     return check(samples.keep(keep), False), taken[keep], torch.tensor(sure)[keep]
 
@@ -2188,9 +2072,8 @@ STORED = {  # arrays of --data=embeddings:FILE, and what others call them
 @functools.lru_cache(4)
 def stored_arrays(path):
     """The arrays of an .npz, of a folder of .npy files (not read whole), or one .npy -> dict by the names in
-    STORED, and the note that says which were taken. Complaint where shapes do not fit."""
-    cure = "save plain arrays, of names np.array(names, dtype=str)"
-    with reading(path, "an .npz file, or a folder of .npy files", cure):
+    STORED, and the note that says which were taken."""
+    with reading(path, "an .npz file, or .npy files", "save plain arrays, np.array(names, dtype=str)"):
         if os.path.isdir(path):
             there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
             expect(there, "data", path, f"an .npz file, or .npy files in it (found {inside(path)})")
@@ -2201,8 +2084,7 @@ def stored_arrays(path):
         a = {ours: there[names[0]] for ours, names in taken.items() if names}
     z = a.get("embedding")
     if z is None:
-        found = f"no array 'embedding' (found: {', '.join(there)})"
-        raise Complaint(f"{path}: {found}; see --data=embeddings:help")
+        raise Complaint(f"{path}: no array 'embedding' (found: {', '.join(there)}); see embeddings:help")
     n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
     good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
     good = good and ("text" not in a or a["text"].shape[1:] == z.shape[1:] and a["text"].dtype.kind in "fiu")
@@ -2212,8 +2094,7 @@ def stored_arrays(path):
             a[key] = a[key][:, 0] if a[key].shape == (n, 1) else a[key]
             good = good and a[key].shape == (n,)
     if not good:
-        wanted = "embedding [n, D] of numbers, y, place, split [n], text [C, D]"
-        raise Complaint(f"{path}: {shapes}; expected {wanted}")
+        raise Complaint(f"{path}: {shapes}; expected embedding [n, D], y, place, split [n], text [C, D]")
     used = [names[0] + f" as {ours}" * (names[0] != ours) for ours, names in taken.items() if names]
     rest = sorted(set(there) - {names[0] for names in taken.values() if names})
     return a, f"{path}: {', '.join(used)}" + f"; not used: {', '.join(rest)}" * bool(rest)
@@ -2267,8 +2148,7 @@ def stored_composites(path):
     a = stored_arrays(path)[0]
     numbers = [a.get(key, np.empty(0)) for key in ("foreground", "background")]
     if any(v.dtype.kind not in "iu" for v in numbers):
-        found = f"found {', '.join(a)}"
-        raise Complaint(f"{path}: expected foreground and background, whole numbers [N] ({found})")
+        raise Complaint(f"{path}: found {', '.join(a)}, expected whole numbers foreground, background [N]")
     i, j = (torch.from_numpy(v.astype(np.int64)) for v in numbers)
     return [Stored(path, k) for k in range(len(i))], i, j
 
@@ -2281,8 +2161,6 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 RECTANGLE = ["plain", "red rectangle"]
 CAPTIONS = ("the image shows a {}", "a photo of a {}.", "a picture of a {}")
 QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)
-
-
 DRAWN, DRAWN_ROOM = {}, 1 << 29  # pictures of controlled settings, which share most of them, and bytes
 
 
@@ -2324,15 +2202,39 @@ class Quadrants(Picture):
 
 @dataclass(frozen=True)
 class Digit(Picture):
-    """A digit as if written by hand, 28x28: see draw_digit; or one of MNIST's, by its 784 bytes."""
+    """A digit as if written by hand, 28x28, white on black: one of its ways, points moved, slanted, turned,
+    bent; or one of MNIST's, by its 784 bytes."""
 
     digit: int
     seed: tuple = ()
     pixels: bytes = b""
 
     def image(self):
-        mnist = self.pixels and Image.frombytes("L", (28, 28), self.pixels)
-        return (mnist or draw_digit(self.digit, self.seed)).convert("RGB")
+        if self.pixels:
+            return Image.frombytes("L", (28, 28), self.pixels).convert("RGB")
+        g, n = rng(self.seed[0], "digit", self.digit, *self.seed[1:]), 4 * 28
+        # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
+        strokes = draw_one(asset("digits.txt").splitlines()[self.digit].split("|"), g).split(",")
+        turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
+        wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
+        turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+        A, curves = np.array([[wide, slant], [0, high]]) @ turned, []
+        bend, phase, pen = g.normal(0, 0.05, 2), g.uniform(0, 6.28, 2), g.uniform(0.055, 0.14) * n
+        for stroke in strokes:
+            p = np.array(stroke.split(), float).reshape(-1, 2) / 100
+            p = p + g.normal(0, 0.035, p.shape)
+            p = ((smooth(p, 6 * len(p)) if len(p) > 2 else p) - 0.5) @ A.T
+            curves.append(p + bend * np.sin(5 * p[:, ::-1] + phase))
+        low, high = np.concatenate(curves).min(0), np.concatenate(curves).max(0)
+        scale, shift = g.uniform(0.58, 0.72) * n / (high - low).max(), g.uniform(-0.07, 0.07, 2) * n + n / 2
+        image = Image.new("L", (n, n))
+        pencil = ImageDraw.Draw(image)
+        for p in curves:
+            p = (p - (low + high) / 2) * scale + shift
+            pencil.line(p.ravel().tolist(), 255, round(pen), joint="curve")
+            for x, y in (p[0], p[-1]):
+                pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
+        return image.resize((28, 28), Image.BOX).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -2369,20 +2271,17 @@ def digit_row(seed, split, y, on, k, pixels):
     at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
     item = Quadrants(Digit(y, () if pixels else of, pixels), Rectangle((*of, y)) if on else None, at, mark_at)
     facts = Facts(classes=DIGITS, places=RECTANGLE)
-    return planted_row(item, y, on, split, facts, g, at, mark_at if on else None)
+    return planted_row(item, y, on, split, facts, g, (at,), (mark_at,))
 
 
 def planted(facts, each, most=None):
-    """How many training images without and with the planted feature of each class: LongTensor [C, 2].
-
-    each: images a class, or as many as `most`, the images that there are [C, 2], allow. The feature is as
-    frequent as the class, 1/C; then Cramer's V of (class, feature) is V where P(feature | class) = 1/C +
-    V (1 - 1/C), P(feature | another class) = (1 - V) / C. At strength 0: the feature in half of each class.
-    """
+    """How many training images without and with the planted feature of each class: LongTensor [C, 2]. each:
+    images a class, or as many as `most`, the images that there are [C, 2], allow. The feature is as frequent
+    as the class, 1/C; then Cramer's V of (class, feature) is V where P(feature | class) = 1/C + V (1 - 1/C),
+    P(feature | another class) = (1 - V) / C. At strength 0: the feature in half of each class."""
     C, V, names = len(facts.classes), facts.strength, [plain(c) for c in facts.classes]
     word, numbers = plain(str(facts.spurious)), [str(k) for k in range(C)]
-    known = f"a class from 0 to {C - 1}: {', '.join(facts.classes)}"
-    expect(word in names + numbers, "spurious", facts.spurious, known)
+    expect(word in names + numbers, "spurious", facts.spurious, f"a number or class of {', '.join(names)}")
     spurious = names.index(word) if word in names else int(word)
     share = torch.full((C,), (1 - V) / C if V else 0.5)
     if V:
@@ -2407,13 +2306,13 @@ def cells(train, held):
                 yield split, y, on, k, k + on * int(counts[y, 0])
 
 
-def planted_row(picture, y, on, split, facts, g, *shows):
-    """A Row of a controlled setting; on: whether it has the planted feature."""
+def planted_row(picture, y, on, split, facts, g, boxes, mark):
+    """A Row of a controlled setting; boxes and mark: as of Row.shows; on: whether it has the mark."""
     caption = draw_one(CAPTIONS, g).format(facts.classes[y])
-    return Row(picture, facts.classes[y], facts.places[on], split, caption, None, shows)
+    return Row(picture, facts.classes[y], facts.places[on], split, caption, None, (boxes, mark if on else ()))
 
 
-def cutouts(root, facts, most=6, few=4):
+def cutouts(root, facts):
     """cutouts[:DIR]       a controlled setting: cut-outs on places, 224 pixels
     --strength and --spurious as in digits. --feature goes with that class: object (the default; or
     object=KIND), another cut-out in another quadrant; or scene (or scene=KIND), a kind of background.
@@ -2423,16 +2322,16 @@ def cutouts(root, facts, most=6, few=4):
     background the scene. Our reading: no individual and no background of one split is in another."""
     root, (what, _, wanted) = root or ASSETS, (facts.feature or "object").partition("=")
     expect(what in ("object", SCENE), "feature", facts.feature, "object, object=KIND, scene or scene=KIND")
-    figures = kinds_of(root / "foregrounds", Cutout, few, facts)
-    grounds = kinds_of(root / "backgrounds", Ground, few, facts)
+    figures = kinds_of(root / "foregrounds", Cutout, facts.notes)
+    grounds = kinds_of(root / "backgrounds", Ground, facts.notes)
     known = {plain(kind): kind for kind in (sorted(grounds) if what == SCENE else figures)}
     if len(known) < 2 or not grounds or len(figures) < 2 + (what == "object"):
-        there = f"{len(figures)} kinds of cut-outs, {len(grounds)} of backgrounds with {few} images or more"
+        there = f"{len(figures)} kinds of cut-outs, {len(grounds)} of backgrounds with 4 images or more"
         raise Complaint(f"--data=cutouts:{root}: {there}; expected two classes and a second object or scene")
     if wanted and plain(wanted) not in known:
         raise Complaint(f"--feature={facts.feature}: no kind {wanted!r}; {near(wanted, known)}")
     mark = known[plain(wanted)] if wanted else list(known.values())[-1 if what == "object" else 0]
-    classes = [kind for kind in figures if what == SCENE or kind != mark][:most]
+    classes = [kind for kind in figures if what == SCENE or kind != mark][:6]
     others = [kind for kind in grounds if what == "object" or kind != mark]
     facts.classes = [plain(c) for c in classes]
     facts.places = ["other scenes" if what == SCENE else "plain", plain(mark)]
@@ -2444,8 +2343,7 @@ def cutouts(root, facts, most=6, few=4):
         thing = draw_one(figures[mark][split], g) if what == "object" and on else None
         flips = tuple((g.random(2) < 0.5).tolist())
         item = Quadrants(figure, thing, at, mark_at, ground, 224, draw_view(g, 0.3, 0.15), flips)
-        shown = SCENE if what == SCENE else mark_at
-        yield planted_row(item, y, on, split, facts, g, at, shown if on else None)
+        yield planted_row(item, y, on, split, facts, g, (at,), SCENE if what == SCENE else (mark_at,))
 
 
 def box_in(quadrant, g):
@@ -2455,16 +2353,16 @@ def box_in(quadrant, g):
     return left, top, left + side, top + side
 
 
-def kinds_of(where, kind, few, facts):
+def kinds_of(where, kind, notes):
     """Pictures of a folder by kind, {name: 3 lists, of train, val, test}, largest first; no small ones."""
     found, out = {}, {}
     for parts in scan(where):
         name, mark, _ = Path(parts[-1]).stem.partition("__")
         name = parts[0] if len(parts) > 1 else name if mark else "all"
         found.setdefault(name, []).append(kind(os.path.join(where, *parts)))
-    small = sorted(name for name in found if len(found[name]) < few)
+    small = sorted(name for name in found if len(found[name]) < 4)
     if small:
-        facts.notes.append(f"{where}: fewer than {few} images of {', '.join(small)}; left out")
+        notes.append(f"{where}: fewer than 4 images of {', '.join(small)}; left out")
     for name in sorted({*found} - {*small}, key=lambda name: (-len(found[name]), name)):
         split = make_splits([0] * len(found[name])).tolist()
         out[name] = [[p for p, s in zip(found[name], split, strict=True) if s == k] for k in range(3)]
@@ -2481,11 +2379,7 @@ def coco(root, facts):
     are ours, the same for all strengths and seeds: val and test have a third of the smallest group, at most
     100 images; training images are drawn from the rest, as many as Cramer's V allows: a note says so."""
     (photos, categories), classes, feature = coco_photos(root, facts.notes), facts.chosen, facts.feature
-    there, names = exists([photo.path for photo in photos]).tolist(), list(categories)
-    if not all(there):
-        lost = f"{there.count(False)} of {len(photos)} images do not exist; they are left out"
-        facts.notes.append(f"WARNING: {root}: {lost}")
-    photos = [photo for photo, here in zip(photos, there, strict=True) if here]
+    names = list(categories)
     expect(classes, "classes", "", "two categories of COCO or more, as in cat,dog")
     for flag, word in [("feature", feature), *[("classes", name) for name in classes]]:
         expect(word in names, flag, word, f"a category of instances_*.json; {near(word, names)}")
@@ -2507,7 +2401,7 @@ def coco(root, facts):
         val, test, rest = np.split(g.permutation(group), [held, 2 * held])
         some = rng(facts.seed, "coco train", y, on).permutation(rest)[: int(train[y, on])]
         for split, k in ((s, k) for s, part in enumerate((some, val, test)) for k in part.tolist()):
-            boxes = tuple(photos[k].objects[classes[y]]), tuple(photos[k].objects[feature]) if on else None
+            boxes = [tuple(photos[k].objects.get(name, ())) for name in (classes[y], feature)]
             yield planted_row(photos[k].path, y, on, split, facts, rng(facts.seed, "caption", k), *boxes)
 
 
@@ -2534,37 +2428,10 @@ def mnist(root, seed):
             for split, part in enumerate(parts, 2 if name == "t10k" else 0):
                 y, need = len(out[split]), 200 if split else 1000
                 if len(part) < need:
-                    there = f"{len(part)} images of {DIGITS[y]} for {SPLITS[split]}"
-                    raise Complaint(f"{root}: {there}, expected at least {need}")
+                    few = f"{len(part)} images of {DIGITS[y]} for {SPLITS[split]}"
+                    raise Complaint(f"{root}: {few}, expected at least {need}")
                 out[split].append(part[rng(seed, "mnist", split, y).permutation(len(part))])
     return out
-
-
-def draw_digit(digit, seed, side=28):
-    """PIL L (side, side), white on black: one of its ways, points moved, slanted, turned, bent."""
-    g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * side
-    # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
-    strokes = draw_one(asset("digits.txt").splitlines()[digit].split("|"), g).split(",")
-    turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
-    wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
-    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    A, curves = np.array([[wide, slant], [0, high]]) @ turned, []
-    bend, phase, pen = g.normal(0, 0.05, 2), g.uniform(0, 6.28, 2), g.uniform(0.055, 0.14) * n
-    for stroke in strokes:
-        p = np.array(stroke.split(), float).reshape(-1, 2) / 100
-        p = p + g.normal(0, 0.035, p.shape)
-        p = ((smooth(p, 6 * len(p)) if len(p) > 2 else p) - 0.5) @ A.T
-        curves.append(p + bend * np.sin(5 * p[:, ::-1] + phase))
-    low, high = np.concatenate(curves).min(0), np.concatenate(curves).max(0)
-    scale, shift = g.uniform(0.58, 0.72) * n / (high - low).max(), g.uniform(-0.07, 0.07, 2) * n + n / 2
-    image = Image.new("L", (n, n))
-    pencil = ImageDraw.Draw(image)
-    for p in curves:
-        p = (p - (low + high) / 2) * scale + shift
-        pencil.line(p.ravel().tolist(), 255, round(pen), joint="curve")
-        for x, y in (p[0], p[-1]):
-            pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
-    return image.resize((side, side), Image.BOX)
 
 
 def smooth(p, n):
@@ -2638,15 +2505,16 @@ def cell_shares(mask, frame, h, w):
     """How much of each of h x w cells a mask (PIL, L) covers, by area: [h, w]. frame: the box that the
     cells fill, in shares of the mask; beyond the mask nothing is covered."""
     left, top, right, bottom = (v * n for v, n in zip(frame, mask.size * 2, strict=True))
-    x, y = min(0, math.floor(left)), min(0, math.floor(top))
-    room = x, y, max(mask.width, math.ceil(right)), max(mask.height, math.ceil(bottom))
-    mask = mask if room == (0, 0, *mask.size) else mask.crop(room)  # with black around it
+    x, y = math.floor(left), math.floor(top)
+    mask = mask.crop((x, y, math.ceil(right), math.ceil(bottom)))  # beyond it black
     cells = mask.resize((w, h), Image.BOX, (left - x, top - y, right - x, bottom - y))
     return torch.from_numpy(np.array(cells, np.float32)) / 255
 
 
 def picture_size(picture):
     """(width, height) of a picture; of a file from its head."""
+    if isinstance(picture, Outline):
+        return picture.size
     if getattr(picture, "pose", None) or isinstance(picture, Quadrants):
         return picture.size, picture.size
     if not isinstance(picture, Photo):
@@ -2654,16 +2522,6 @@ def picture_size(picture):
     with opened(picture.path) as image:
         w, h = image.size
         return (h, w) if image.getexif().get(274) in (5, 6, 7, 8) else (w, h)
-
-
-def grid(spec):
-    """Boxes x1, y1, x2, y2 of "grid:3" or, in several scales, "grid:1,2,3": shares of what the model sees,
-    float [R, 4], row by row."""
-    sides = [int(n) if n.isdecimal() and len(n) < 3 else 0 for n in spec.removeprefix("grid:").split(",")]
-    good = spec.startswith("grid:") and all(0 < n <= 64 for n in sides) and sum(n * n for n in sides) <= 8192
-    expect(good, "regions", spec, "grid:N or grid:N,N,... with N from 1 to 64, and at most 8192 regions")
-    boxes = [(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)]
-    return torch.tensor(boxes)
 
 
 def load_regions(spec, pictures, frame, skip_bad=False):
@@ -2676,27 +2534,30 @@ def load_regions(spec, pictures, frame, skip_bad=False):
     """
     kind, _, where = spec.partition(":")
     expect(kind in READERS and where, "regions", spec, "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
-    out = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures]
-    readable, sizes = [], []
+    out, sizes = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures], {}
     for k, picture in enumerate(pictures):
         try:
-            sizes.append(picture_size(picture))
-            readable.append(k)
+            sizes[k] = picture_size(picture)
         except Complaint:
             if not skip_bad:
                 raise
-    frame_of = {size: frame(*size) for size in set(sizes)}
-    frames = [frame_of[size] for size in sizes]
-    regions, notes = READERS[kind](spec, [pictures[k] for k in readable], sizes, frames)
-    for k, region in zip(readable, regions, strict=True):
+    frame_of = {size: frame(*size) for size in set(sizes.values())}
+    frames = [frame_of[size] for size in sizes.values()]
+    regions, notes = READERS[kind](spec, [pictures[k] for k in sizes], [*sizes.values()], frames)
+    for k, region in zip(sizes, regions, strict=True):
         out[k] = region
     return out, notes
 
 
 def grid_regions(spec, pictures, sizes, frames):
-    out, cells = [], grid(spec).tolist()
+    """Of "grid:3" or, in several scales, "grid:1,2,3": squares of what the model sees, row by row."""
+    sides = [int(n) if n.isdecimal() and len(n) < 3 else 0 for n in spec.removeprefix("grid:").split(",")]
+    good = all(0 < n <= 64 for n in sides) and sum(n * n for n in sides) <= 8192
+    expect(good, "regions", spec, "grid:N or grid:N,N,... with N from 1 to 64, and at most 8192 regions")
+    cells = [(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)]
     wanted = f"at most {MOST:,} regions; {len(cells):,} in each of {len(pictures):,} pictures are more"
     expect(len(cells) * len(pictures) <= MOST, "regions", spec, wanted)
+    out = []
     for picture, frame in zip(pictures, frames, strict=True):
         left, top, right, bottom = (min(1.0, max(0.0, v)) for v in frame)  # beyond it is no picture
         w, h = right - left, bottom - top
@@ -2725,14 +2586,13 @@ def box_regions(spec, pictures, sizes, frames):
     rows, out, owner, said = (coco_boxes if kind == "coco" else csv_boxes)(where), [], {}, Counter()
     for picture, (W, H), f in zip(pictures, sizes, frames, strict=True):
         path, boxes = getattr(picture, "path", ""), []
-        parts = Path(path).parts
-        ends = (Path(*parts[-depth:]).as_posix() for depth in range(len(parts), 0, -1))
-        end = next((end for end in ends if end in rows), None)
-        said["unlisted"] += end is None
+        end = path
+        while end and end not in rows:  # or what is left of it without its first folder
+            end = end.partition("/")[2]
+        said["unlisted"] += not end
         if end and owner.setdefault(end, path) != path:
-            two = f"{end} is the end of two paths, {owner[end]} and {path}"
-            raise Complaint(f"{where}: {two}; give the folders in the file")
-        if end is not None and isinstance(picture, Photo):
+            raise Complaint(f"{where}: {end} is the end of two paths, {owner[end]} and {path}; add folders")
+        if end and isinstance(picture, Photo):
             with opened(path) as image:
                 said["turned"] += image.getexif().get(274, 1) in range(2, 9)
         for line, x1, y1, x2, y2 in rows.get(end, ()):
@@ -2746,8 +2606,8 @@ def box_regions(spec, pictures, sizes, frames):
             said["flat" if flat else "unseen"] += not inside
         out.append(Regions(picture, tuple(boxes), f))
     if pictures and not any(r.boxes for r in out):
-        there = f"it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', 'drawn')}"
-        raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures ({there})")
+        one = getattr(pictures[0], "path", "drawn")
+        raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures, as {one}; has {min(rows)}")
     lines = dict(
         unseen="boxes lie in a margin that the model does not see, and are left out",
         flat="boxes have no width or no height, and are left out",
@@ -2767,7 +2627,7 @@ def csv_boxes(path):
     """{picture: [(line, x1, y1, x2, y2)]} of a CSV with columns path,x1,y1,x2,y2."""
     table, found, columns = read_table(path), {}, ("path", *BOXES)
     rows = zip(*[table[c] for c in columns_of(table, "", columns, columns)[0].values()], strict=True)
-    for line, (name, *box) in zip(table.lines(), rows, strict=True):
+    for line, (name, *box) in zip(table.lines, rows, strict=True):
         with reading(f"{path}: line {line}", "four numbers x1,y1,x2,y2"):
             box = [float(v) for v in box]
             if not all(map(math.isfinite, box)):
@@ -2795,24 +2655,20 @@ def coco_boxes(path):
 READERS = {"grid": grid_regions, "masks": mask_regions, "boxes": box_regions, "coco": box_regions}
 
 
-def region_truth(pictures, shows, share=0.5, outside=0.9):
-    """Which regions of n pictures (Regions) show the class object, which the planted feature: bool [sum R].
-
-    shows: as Row.shows. A region does if what it shares with a box of the thing is at least `share` of the
-    smaller of the two; a planted scene if at least `outside` of it is not the class object (our reading).
-    """
+def region_truth(pictures, shows):
+    """Which regions of pictures (Regions) show the class object, which the planted feature: bool [sum R].
+    A region does if what it shares with a box of the thing is at least half of the smaller of the two; a
+    planted scene if at least nine tenths of it are not the class object (our reading). shows: as of Row."""
     objects, features = [], []
 
     def hits(box, others):
-        return any(overlap(box, b) >= share * min(overlap(box, box), overlap(b, b)) > 0 for b in others)
+        return any(overlap(box, b) >= 0.5 * min(overlap(box, box), overlap(b, b)) > 0 for b in others)
 
-    for picture, things in zip(pictures, shows, strict=True):
-        # tuples of boxes, or SCENE
-        thing, mark = (v if v == SCENE or not v or isinstance(v[0], tuple) else (v,) for v in things)
+    for picture, (thing, mark) in zip(pictures, shows, strict=True):
         for box in picture.boxes:
-            objects.append(hits(box, thing or ()))
-            behind = [overlap(box, b) <= (1 - outside) * overlap(box, box) for b in thing or ()]
-            features.append(all(behind) if mark == SCENE else hits(box, mark or ()))
+            objects.append(hits(box, thing))
+            behind = [overlap(box, b) <= 0.1 * overlap(box, box) for b in thing]
+            features.append(all(behind) if mark == SCENE else hits(box, mark))
     return torch.tensor(objects, dtype=torch.bool), torch.tensor(features, dtype=torch.bool)
 
 
@@ -2834,21 +2690,23 @@ def table(header, rows, most=100):
     cells, spans = [[shown(v) for v in row] for row in [header, *rows]], range(len(header))
     words = [c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows) for c in spans]
     width = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    if sum(width) + 2 * len(width) - 2 > most:
+
+    def surplus(columns):
+        return sum(width[c] + 2 for c in columns) - 2 - most
+
+    if surplus(spans) > 0:
         cells[0] = [head.replace("_", " ") for head in cells[0]]
         parts = [[*head.split(), *below] for head, *below in zip(*cells, strict=True)]
         width = [max(map(len, column)) for column in parts]
     for c in [c for c in spans if words[c]][::-1]:
-        width[c] -= max(0, min(sum(width) + 2 * len(width) - 2 - most, width[c] - 24))
+        width[c] -= max(0, min(surplus(spans), width[c] - 24))
     keys = 1 if all(words) else words.index(False)
-    tables, room = [], 0
+    tables = [[*range(keys)]]
     for c in spans[keys:]:
-        room -= width[c] + 2
-        if room < 0 or not tables:
+        if surplus([*tables[-1], c]) > 0 and len(tables[-1]) > keys:
             tables.append([*range(keys)])
-            room = most - sum(width[:keys]) - 2 * (keys - 1) - width[c] - 2
         tables[-1].append(c)
-    return "\n\n".join(aligned(cells, width, words, columns) for columns in tables or [[0]])
+    return "\n\n".join(aligned(cells, width, words, columns) for columns in tables)
 
 
 def aligned(cells, width, words, columns):
@@ -2856,9 +2714,8 @@ def aligned(cells, width, words, columns):
     lines = []
     for row in cells:
         each = [textwrap.wrap(row[c], width[c]) or [""] for c in columns]
-        for k in range(max(map(len, each))):
-            texts = [(*part, *[""] * (k + 1))[k] for part in each]
-            pairs = zip(texts, columns, strict=True)
+        for parts in zip_longest(*each, fillvalue=""):
+            pairs = zip(parts, columns, strict=True)
             texts = [t.ljust(width[c]) if words[c] else t.rjust(width[c]) for t, c in pairs]
             lines.append("  ".join(texts).rstrip())
         if row is cells[0]:
@@ -2902,10 +2759,8 @@ def drawing(name, height, *parts):
 
 
 def dots(name, rows, series=("",)):
-    """Shares in [0, 1] with their intervals as an SVG, a line for each row.
-
-    rows: (label, note, values), a value for each of the series: (share, (low, high) or None), or None.
-    """
+    """Shares in [0, 1] with their intervals as an SVG, a line for each row: (label, note, values), one for
+    each of the series: (share, (low, high) or None), or None."""
     parts, x, y = [], 8, 4 if series == ("",) else 20
     for k, label in enumerate(series if y > 4 else ()):
         width = 24 + 6.6 * len(label)
@@ -2949,10 +2804,9 @@ def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links
     """A self-contained HTML page. All text but Html is escaped.
 
     kicker: a line above the title; numbers: (figure, what it is), shown large; links: (text, path);
-    sections: (heading, *parts); config, git and notes are folded away at its end. Kicker, title and headings
-    name files without their folders.
+    sections: (heading, *parts); config, git and notes are folded away at its end.
     """
-    folders = re.compile(r"(?<![\w.])/(?:[^/\s]+/)*(?=\S)")
+    folders = re.compile(r"(?<![\w.])/(?:[^/\s]+/)*(?=\S)")  # headlines name files without them
     kicker, title, *heads = [folders.sub("", words) for words in (kicker, title, *[s[0] for s in sections])]
     body = [tag("p", kicker, class_="dim"), tag("h1", title), tag("p", lead)]
     large = [tag("div", tag("b", figure), tag("span", what)) for figure, what in numbers]
@@ -2973,6 +2827,3 @@ def linked(words, made, name, out_dir):
     [(words, path)], or none."""
     path = Path(made if os.path.isdir(made) else os.path.dirname(made)) / name
     return [(words, os.path.relpath(path, out_dir))] if made and path.is_file() else []
-
-
-SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place

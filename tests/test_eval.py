@@ -1287,7 +1287,7 @@ def test_predictions_by_name_without_confidence_and_with_splits(tmp_path, capsys
     [
         (("y,guess", "0,0"), (), "predicted"),
         (("y,predicted,confidence", "0,0,.5", "1,1,87.5"), (), "confidence='87.5'"),
-        (("y,predicted", "cat,0", "dog,1"), (), "no value in both"),
+        (("y,predicted", "cat,0", "dog,1"), (), "no value in both y and predicted"),
         (("y,predicted,split", "0,0,test", "1,1,tset"), (), "'tset'"),
         (("y,predicted", "0,0", "1,1"), ("--model=tiny",), "--model"),
         (("y,predicted", "0,0", "1,1"), ("--data=scenes",), "--data"),

@@ -9,7 +9,6 @@ import base64
 import contextlib
 import csv
 import difflib
-import errno
 import fcntl
 import functools
 import gc
@@ -21,7 +20,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -51,7 +49,7 @@ SPLITS = ("train", "val", "test")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 SKIP = "replace it, or leave such files out with --skip_bad"
-HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # in the names of temporary files
+HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]  # in the names of temporary files
 MOST = 10_000_000  # pictures or regions in memory
 MOST_FIGURES = 2000  # of photos with masks or outlines so many are drawn
 LEAST_SIDE = 48  # pixels of an outlined object's box
@@ -76,11 +74,11 @@ class Complaint(Exception):
 def run(main, again="the same command with --resume"):
     """main(); what the user can mend is one line and exit code 2, Ctrl-C and SIGTERM 130, a closed pipe 0.
     again: what goes on then."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")  # file names need not be valid text
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the caller
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several must not wait for the others
         signal.signal(signal.SIGTERM, as_ctrl_c)
     held = set(LOCKS)
@@ -154,7 +152,7 @@ def harmless(text):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
-SPEECH, WARNED = dict(quiet=False), set()  # --quiet, as flags() read it last; what warn_once said
+SPEECH = dict(quiet=False)  # --quiet, as flags() read it last
 
 
 def say(text, result=False):
@@ -164,11 +162,7 @@ def say(text, result=False):
         print(harmless(text), flush=True)
 
 
-def warn_once(path, what):
-    """Warns of what a file has, of the first of all such."""
-    if what not in WARNED:
-        WARNED.add(what)
-        say(f"WARNING: {path} and perhaps others: {what}")
+say_once = functools.cache(say)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -191,9 +185,8 @@ def flags(script, argv=None):
 
     script: the script's globals(); its lower-case bool, int, float and str are the flags and their defaults,
     its LIMITS say of a flag the words it may be, where one in capitals stands for the keys of that table of
-    the script, or an interval "[0, 1)". argv: list of words, sys.argv[1:] if None. A bool may stand without a
-    value; --help and --list=WHAT print, and exit. Raises Complaint for what cannot be.
-    """
+    the script, or an interval "[0, 1)". argv: list of words, sys.argv[1:] if None. --help and --list=WHAT
+    print, and exit. Raises Complaint for what cannot be."""
     config = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
     for word in sys.argv[1:] if argv is None else argv:
         if word in ("--help", "-h"):
@@ -284,28 +277,22 @@ def unrun(path):
     return script
 
 
-LISTS = {  # of --list: a file, or "" for the script itself, and its tables
-    "data": ("data.py", "SETS"),
-    "methods": ("", "METHODS", "CRITERIA", "BASELINES"),
-    "protocols": ("", "PROTOCOLS"),
-    "models": (),
-}
+# of --list: tables, of which a script has some
+LISTS = {"data": ["SETS"], "methods": ["METHODS", "CRITERIA", "BASELINES"], "protocols": ["PROTOCOLS"]}
 
 
 def listing(what, path):
-    """What --list=WHAT prints: names, and the first line that the source says of each. path: the script's.
-    Raises Complaint where the script has no such list."""
+    """What --list=WHAT prints: names, and the first line that the source says of each. path: the script's."""
     if what == "models":
         comment = re.search("\nmodel = .*?# (.*(?:\n  +# .*)*)", Path(path).read_text(encoding="utf-8"))[1]
         lines = [re.sub("\\s*\n +# ", " ", comment), "open_clip's names, with --pretrained=TAG|FILE|FOLDER:"]
         folder = Path(find_spec("open_clip").origin).parent / "model_configs"
         return "\n".join(lines + sorted(file.stem for file in folder.glob("*.json")))
-    file, *tables = LISTS.get(what) or ("",)
-    body = ast.parse((ASSETS.parent / (file or path)).read_text(encoding="utf-8")).body
+    body = ast.parse(Path(__file__ if what == "data" else path).read_text(encoding="utf-8")).body
     docs = {node.name: ast.get_docstring(node) or "" for node in body if isinstance(node, ast.FunctionDef)}
     rows = {"bap": docs["bap"].partition(".")[0]} if what == "methods" and "bap" in docs else {}
     for node in body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in tables:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in LISTS.get(what, ()):
             for key, row in zip(node.value.keys, node.value.values, strict=True):
                 names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
                 texts = [docs[name] for name in names if docs.get(name)]
@@ -313,7 +300,7 @@ def listing(what, path):
                     texts = [row.args[0].value]
                 firsts = [re.split("\\.?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
                 rows[key.value] = "; ".join(firsts)
-    expect(rows, "list", what, ", ".join(LISTS) + " (of what this script has)")
+    expect(rows, "list", what, ", ".join(LISTS) + " or models (of what this script has)")
     return "\n".join(re.sub("  +", "  ", f"{name}  {text}".rstrip()) for name, text in rows.items())
 
 
@@ -331,16 +318,13 @@ except ModuleNotFoundError as problem:
 def revision():
     """The git revision of this checkout, with + if files differ from it; None outside one."""
     words = "describe --always --abbrev=40 --exclude=* --dirty=+".split()
-    try:
+    with contextlib.suppress(OSError):  # there is no git
         git = subprocess.run(["git", "-C", str(ASSETS.parent), *words], capture_output=True, text=True)
-    except OSError:
-        return None
-    return git.stdout.strip() or None
+        return git.stdout.strip() or None
 
 
 @functools.cache
 def asset(name):
-    """The text of a file of assets/."""
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
@@ -368,8 +352,7 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as problem:
-        full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = "free some space on that disk" if full else "choose another folder, or allow writing there"
+        cure = "free some space, allow writing there, or choose another folder"
         raise Complaint(f"{path}: cannot be written ({problem.strerror}); {cure}") from None
     finally:
         with contextlib.suppress(OSError):
@@ -425,14 +408,11 @@ def reading(path, what, cure="mend it, or fetch it again"):
 
 
 def one_line(problem):
-    """The first line of what an exception says, at most 300 characters."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [type(problem).__name__]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return text if len(text) <= 300 else text[:295] + " ..."
+    """What an exception says, in one line of at most 300 characters."""
+    return textwrap.shorten(str(problem), 300, placeholder=" ...") or type(problem).__name__
 
 
 def read_json(path, what):
-    """The tree of a JSON file. what: as of reading."""
     with reading(path, what):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -559,7 +539,6 @@ def named(table, column, names=()):
 
 
 def folder(path, flag):
-    """The directory that a flag names."""
     if not Path(path).is_dir():
         raise Complaint(f"--{flag}: {path}: " + ("not a folder" if Path(path).exists() else "no such folder"))
     return Path(path)
@@ -620,8 +599,7 @@ def scan(root, flag="data", notes=None):
             else:
                 gone = os.readlink(entry.path)
                 raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
-    heif = any(kind in (".heic", ".heif") for _, kind in other)
-    cure = "; for .heic: pip install pillow-heif" * heif
+    cure = "; for .heic: pip install pillow-heif" * any(kind in (".heic", ".heif") for _, kind in other)
     if not found:
         raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)}){cure}")
     if other and notes is not None:
@@ -646,10 +624,10 @@ def open_image(path):
             grey, top = np.asarray(image, np.float32), 65535  # of 8, 12 or 16 bits, or floats from 0 to 1
             top = next((t for t in (1, 255, 4095) if grey.max() <= t and (t > 1 or image.mode == "F")), top)
             if top == 4095:
-                warn_once(path, "no value above 4095 in 16 bits; read as 12 bits")
+                say_once("WARNING: pictures of 16 bits without a value above 4095 are read as 12 bits")
             image = Image.fromarray((grey * (255 / top)).clip(0, 255).astype(np.uint8))
         elif deep and max(high for _, high in image.convert("RGB").getextrema()) < 16:
-            warn_once(path, "12-bit values in 16 bits of each colour come out dark; scale them")
+            say_once("WARNING: colours of 12 bits in 16 come out dark; scale such pictures")
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
@@ -693,7 +671,7 @@ class Picture:
 @functools.cache
 def drawn_by(kind):
     """Hash of the source of a kind of Picture and of what opens and composes them, which people fork."""
-    parts = [open_image, opened, opaque, layer, posed, seen, rle_counts, smooth]
+    parts = [open_image, opened, opaque, layer, posed, seen, rle_counts, draw_digit, smooth]
     with contextlib.suppress(OSError, TypeError):  # of a kind that was typed in there is none
         inspect.getsource(kind)
         parts.append(kind)
@@ -738,32 +716,26 @@ class Ground(Photo):
     """A photo as a background."""
 
     def image(self):
-        return layer(self.path, cut=False)
+        return layer(self.path)
 
 
 @dataclass(frozen=True)
 class Cutout(Photo):
-    """A foreground with its alpha, cropped to what is visible."""
+    """A foreground with its alpha, cropped to what is visible: a file, or a Picture in its photo's frame."""
+
+    source: Picture | None = None
 
     def image(self):
-        return layer(self.path, cut=True)
+        return layer(self.path, self.source, cut=True)
 
-
-@dataclass(frozen=True)
-class Trimmed(Picture):
-    """A foreground with its alpha, in the frame of its photo, cropped to what is visible."""
-
-    source: Picture
-
-    def image(self):
-        return layer(self.source, cut=True)
+    def key(self):
+        return f"{super().key()} {self.source and self.source.key()}"
 
 
 @functools.lru_cache(2048)
-def layer(source, cut):
-    """The picture of a background or foreground, by its path or by a Picture in the frame of its photo, kept
-    at 512 pixels at most: thousands of composites share it."""
-    image, path = (open_image(source), source) if isinstance(source, str) else (source.image(), source.path)
+def layer(path, source=None, cut=False):
+    """A background or foreground, kept at 512 pixels at most: thousands of composites share it."""
+    image = source.image() if source else open_image(path)
     image = image if cut else opaque(image)
     if cut:
         if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255:
@@ -861,7 +833,6 @@ class Pose:
 
 
 def draw_pose(g, recolour=True):
-    """A random Pose from the numpy generator g."""
     pose = Pose(g.uniform(0.06, 0.4), g.random(), g.random(), bool(g.random() < 0.5))
     if not recolour:
         return pose
@@ -873,10 +844,7 @@ def draw_pose(g, recolour=True):
 class View:
     """What of a background is seen, and in which light."""
 
-    x: float = 0.0  # left, top, width, height of a box, in shares
-    y: float = 0.0
-    w: float = 1.0
-    h: float = 1.0
+    box: tuple = (0.0, 0.0, 1.0, 1.0)  # x1, y1, x2, y2, in shares
     flip: bool = False
     light: float = 1.0  # brightness, saturation and contrast times these
     colour: float = 1.0
@@ -889,7 +857,7 @@ def draw_view(g, crop=0.5, light=0.3):
     w, h = (min(1.0, side * math.exp(g.uniform(-0.25, 0.25))) for _ in range(2))
     x, y = g.uniform(0, 1 - w), g.uniform(0, 1 - h)
     bright, colour = g.uniform(1 - light, 1 + light), g.uniform(1 - 1.5 * light, 1 + 1.5 * light)
-    return View(x, y, w, h, flip, bright, colour, g.uniform(1 - light, 1 + light))
+    return View((x, y, x + w, y + h), flip, bright, colour, g.uniform(1 - light, 1 + light))
 
 
 @dataclass(frozen=True)
@@ -944,8 +912,7 @@ def posed(figure, pose, size):
 
 def seen(ground, view, frame):
     """RGB background -> its view, frame = (width, height) in size."""
-    W, H = ground.size
-    box = (view.x * W, view.y * H, (view.x + view.w) * W, (view.y + view.h) * H)
+    box = [v * n for v, n in zip(view.box, ground.size * 2, strict=True)]
     ground = ground.resize(frame, Image.BICUBIC, box)
     if view.flip:
         ground = ground.transpose(Image.FLIP_LEFT_RIGHT)
@@ -976,8 +943,7 @@ def decoded(picture):
 
 
 def layers(paths, kind, flag, skip_bad=False):
-    """The raw material of composites from a folder: list of kind (Cutout or Ground), and notes of what was
-    left out. Raises Complaint for a picture that cannot be used, unless skip_bad, and for fewer than 8."""
+    """The raw material of composites from a folder: list of kind (Cutout, Ground), and notes."""
     notes, own = [], ASSETS.parent / paths  # the defaults are found from any folder
     paths = own if not os.path.isdir(paths) and ASSETS in own.parents else paths
     items = [kind(os.path.join(paths, *parts)) for parts in scan(paths, flag, notes)]
@@ -1032,7 +998,7 @@ def masked_figures(folders, notes):
     pairs = [(path, mask) for path, mask in zip(paths, find_masks(paths, masks), strict=True) if mask]
     if len(pairs) < len(paths):
         notes.append(f"{photos}: {len(paths) - len(pairs)} of {len(paths)} photos have no mask; left out")
-    return [Trimmed(Masked(Photo(path), Mask(mask))) for path, mask in pairs]
+    return [Cutout(path, Masked(Photo(path), Mask(mask))) for path, mask in pairs]
 
 
 def coco_figures(words, notes):
@@ -1047,7 +1013,8 @@ def coco_figures(words, notes):
         for _, (x1, y1, x2, y2), outline in (o for o in photo.outlines if o[0] in wanted):
             large = min((x2 - x1) * w, (y2 - y1) * h) >= LEAST_SIDE
             if outline and large and min(x1 * w, y1 * h, (1 - x2) * w, (1 - y2) * h) >= 1:
-                figures.append(Trimmed(Masked(Photo(photo.path), Outline(photo.path, outline, (w, h)))))
+                whole = Masked(Photo(photo.path), Outline(photo.path, outline, (w, h)))
+                figures.append(Cutout(photo.path, whole))
             else:
                 left += 1
     notes.append(f"{words[0]}: {left} objects are small, cut by the edge or without an outline; left out")
@@ -1102,8 +1069,8 @@ class Facts:
     renamed: list = field(default_factory=list)  # --classes=FILE
     wanted: list = field(default_factory=list)  # --places=p,q
     seed: int = 0
-    confounder: float = 1.0
-    strength: float = 0.0
+    confounder: float = 1.0  # the share of training images on their class's own place
+    strength: float = 0.0  # of controlled settings, as the next two
     spurious: str = "0"
     feature: str = ""
     columns: str = ""  # --columns=ours=theirs,...
@@ -1162,7 +1129,6 @@ class Samples:
         return self.classes[y] + (f" on {self.places[place]}" if named else "")
 
     def prompt_line(self):
-        """One of the prompts, as an example."""
         (text, *rest), label = self.prompts[0], self.labels[0]
         more = f" and {len(rest)} more, averaged" * bool(rest)
         return f"prompts: {text!r}{more} for {label!r}, so of {len(self.labels)} labels"
@@ -1197,12 +1163,9 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     """The data set that --data names, as Samples; NAME:help prints how it must look, and exits.
 
     classes: a file of names, one a line, or a,b: only these of the set's. places: p,q, only these; where as
-    many are named as classes, the k-th is the k-th class's own. prompts: openai, or a file of templates or
-    class<TAB>prompt lines. masks: a folder of foreground masks. splits: whether the set is to be trained on,
-    and needs labels and images of every class in each split. planted_by: confounder, the share of training
-    images on their class's own place; strength, spurious, feature of controlled settings; columns, which of a
-    table are what, ours=theirs,...
-    """
+    many are named as classes, the k-th is the k-th class's own. masks: a folder of foreground masks. splits:
+    whether the set is to be trained on, and needs labels and images of every class in each. planted_by: more
+    of Facts."""
     name, _, root = spec.partition(":")
     if name not in SETS or not (root or SETS[name].alone):
         raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {', '.join(SETS)}; see NAME:help")
@@ -1234,10 +1197,10 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         samples.cut = [m and Composite(Masked(item, Mask(m)), None, None) for item, m in pairs]
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[SETS[name].template]] * len(labels)
     expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
-    samples.prompts = [[t.replace("{}", c) for t in own] for c, own in zip(labels, texts, strict=True)]
-    said = [c for c, own in zip(labels, texts, strict=True) if any("{}" in text for text in own)]
-    codes = [label for label in said if not renamed and re.fullmatch(CODE, label.strip().lower())]
-    if codes and name != "embeddings":
+    pairs = list(zip(labels, texts, strict=True))
+    samples.prompts = [[text.replace("{}", c) for text in own] for c, own in pairs]
+    codes = [c for c, own in pairs if re.fullmatch(CODE, c.strip().lower()) and "{}" in "\n".join(own)]
+    if codes and not renamed and name != "embeddings":
         found = f"{len(codes)} of its {len(labels)} class names are numbers or codes, as {codes[0]!r}"
         samples.nameless = f"{samples.name}: {found}: say what they are, --classes=FILE, one a line"
     return check(samples, splits)
@@ -1273,14 +1236,13 @@ def samples_of(name, rows, facts):
     place, places = place if places else torch.zeros_like(place), places or ["anywhere"]
     P, official = len(places), facts.official and None not in split
     group = (y * P + place).where(place >= 0, len(classes) * P + y)  # without a place: of each class one more
-    if not all(captions):
-        usual = [f"a {c} on {p}" if P > 1 else f"a {c}" for c in classes for p in places]
-        usual += [f"a {c}" for c in classes] + [""] * P  # the last where y is -1
-        captions = [usual[g] for g in group.tolist()]
     group = group.clamp(min=-1)  # the unlabelled are one
     split = make_splits(group) if None in split else completed(torch.tensor(split), group, facts.notes)
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
+    if not all(captions):
+        called, pairs = functools.cache(samples.group_name), zip(y.tolist(), place.tolist(), strict=True)
+        samples.captions = [f"a {called(*pair)}" if pair[0] >= 0 else "" for pair in pairs]
     if P < 2 and (y >= 0).any():
         facts.notes.append(f"{name}: no places to compare: no worst group, groups are the classes")
     if (place < 0).any():
@@ -1405,8 +1367,7 @@ def compare(samples, published):
 
 
 def check(samples, splits=True):
-    """Samples with two labels or more; with splits, images of every class in every split; or Complaint.
-    Says which classes and places have no image, and which groups occur in other splits than train only."""
+    """Samples with two labels or more; with splits, images of every class in every split; or Complaint."""
     name, n, y = samples.name, len(samples.classes), samples.y
     if (n if splits else max(n, len(samples.labels))) < 2:
         raise Complaint(f"{name}: one class only, {', '.join(samples.classes)!r}; expected at least two")
@@ -1444,9 +1405,8 @@ def read_prompts(path, labels, notes):
         import open_clip
 
         return [[t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]] * len(labels)
-    templates, own, lines = [], {}, read_lines(path, "prompts")
-    tree = literal("\n".join(line for _, line in lines))
-    known, others = {plain(label) for label in labels}, {}
+    own, others, lines = {"": []}, {}, read_lines(path, "prompts")  # "": templates
+    tree, known = literal("\n".join(line for _, line in lines)), {plain(label) for label in labels}
     if isinstance(tree, dict) and len(tree) == 1 and plain(next(iter(tree))) not in known:
         tree = next(iter(tree.values()))  # templates under a name
     with reading(path, "templates, or a dict of class: descriptions"):
@@ -1455,17 +1415,17 @@ def read_prompts(path, labels, notes):
         elif tree is not None:
             lines = list(enumerate(listed(tree), 1))
     for number, line in lines:
-        name, tab, prompt = line.partition("\t")
-        text = re.sub(r"\{[a-z_]*\}", "{}", prompt.strip() if tab else line)
+        name, tab, prompt = line.partition("\t") if "\t" in line else ("", "", line)
+        text = re.sub(r"\{[a-z_]*\}", "{}", prompt.strip())
         if tab and plain(name) not in known:
             others.setdefault(name, number)
         elif not tab and "{}" not in text:
             raise Complaint(f"--prompts={path}:{number}: {line!r}, expected a {{}}, or class<TAB>prompt")
-        (own.setdefault(plain(name), []) if tab else templates).append(text)
+        own.setdefault(plain(name), []).append(text)
     if others and (not isinstance(tree, dict) or len(others) == len(tree)):
         name, number = next(iter(others.items()))
         raise Complaint(f"--prompts={path}:{number}: no class {name!r}; {near(name, labels)}")
-    texts = [own.get(plain(label), templates) for label in labels]
+    texts = [own.get(plain(label), own[""]) for label in labels]
     if not all(texts):
         bare = labels[texts.index([])]
         raise Complaint(f"--prompts={path}: no prompt for class {bare!r}; add one, or a template with {{}}")
@@ -1499,18 +1459,15 @@ def listed(texts):
 
 def inside_root(root, table, names):
     """Paths of a table's images; Complaint for a name that leads out of root, or that is listed twice."""
-    root, text, first = os.path.join(root, ""), "\n".join(names), {}
-    if "\\" in text or " " in text:
-        names = [name.strip().replace("\\", "/") for name in names]
-    if "./" in text or "//" in text:
-        names = [name and os.path.normpath(name) for name in names]  # ./a.png is a.png
+    lines = {}
     for k, name in enumerate(names):
-        if name[:1] in ("", "/") or name[:3] in ("..", "../"):
+        path = os.path.normpath(name.strip().replace("\\", "/"))  # ./a.png is a.png
+        if path in (".", "..") or path.startswith(("/", "../")):
             raise table.complaint(k, f"image {name!r}, expected a path inside {root}")
-        if first.setdefault(name, k) < k:
-            line = table.lines[first[name]]
-            raise table.complaint(k, f"image {name!r} is listed already in line {line}")
-    return [root + name for name in names]
+        line = lines.setdefault(path, table.lines[k])
+        if line < table.lines[k]:
+            raise table.complaint(k, f"image {path!r} is listed already in line {line}")
+    return [os.path.join(root, path) for path in lines]
 
 
 def find_masks(paths, masks):
@@ -1645,13 +1602,13 @@ def counteranimal(root, facts):
     inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
     root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
     needs(root, outer, "folders such as '9 ostrich'", "counteranimal")
+    layout = re.compile(r"(\d{1,3}) ([^/]+)/[^/-]*(common|easy|counter|hard)[^/-]*-?([^/]*)/", re.I)
     for parts in scan(root):
-        number, _, name = parts[0].partition(" ")
-        kind = parts[1].lower() if len(parts) > 2 else ""
-        head, _, place = kind.partition("-")
-        common, counter = "common" in head or "easy" in head, "counter" in head or "hard" in head
-        if (common or counter) and number.isdecimal() and int(number) < 1000:
-            rows.append((int(number), name, common, place or kind, os.path.join(root, *parts)))
+        found = layout.match("/".join(parts))
+        if found:
+            number, name, kind, place = found.groups()
+            common, place = kind.lower() in ("common", "easy"), (place or kind).lower()
+            rows.append((int(number), name, common, place, os.path.join(root, *parts)))
         else:
             skipped.add("/".join(parts[:2]))
     if skipped:
@@ -1755,13 +1712,11 @@ def nico(root, facts):
         yield Row(os.path.join(root, *p), p[y], p[place])
 
 
-MEN = set(
+GENDERS = (  # words of captions
     "man men boy boys male males gentleman gentlemen guy guys father fathers dad son sons brother brothers "
-    "husband groom he him his himself".split()
-)
-WOMEN = set(
+    "husband groom he him his himself",
     "woman women girl girls female females lady ladies mother mothers mom daughter daughters sister sisters "
-    "wife bride she her hers herself".split()
+    "wife bride she her hers herself",
 )
 
 
@@ -1778,7 +1733,7 @@ def cocogender(root, facts):
     expect(len(facts.places) == 2, "places", ",".join(facts.places), "two kinds of objects")
     facts.own, people, left = dict(zip(facts.classes, facts.places, strict=True)), {}, 0
     photos, categories = coco_photos(root, facts.notes)
-    kinds = [set(place.split("+")) for place in facts.places]
+    kinds, genders = [set(place.split("+")) for place in facts.places], [set(g.split()) for g in GENDERS]
     odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
     expect(not odd, "places", odd, f"categories of COCO or supercategories; {near(odd, categories)}")
     at, parts = first_folder(root, "annotations"), {photo.part for photo in photos}
@@ -1787,8 +1742,8 @@ def cocogender(root, facts):
         with reading(captions, f"COCO's captions, with instances_{part}.json"):
             (at / f"instances_{part}.json").stat()
             for a in read_json(captions, "JSON")["annotations"]:
-                words = set("".join(c if c.isalpha() else " " for c in a["caption"].lower()).split())
-                who = {y for y, gender in enumerate((MEN, WOMEN)) if words & gender}
+                words = set(re.findall(r"[^\W\d_]+", a["caption"].lower()))
+                who = {y for y, gender in enumerate(genders) if words & gender}
                 people.setdefault(a["image_id"], set()).update(who)
     for photo in photos:
         who, what = people.get(photo.id, ()), [k for k, kind in enumerate(kinds) if photo.kinds & kind]
@@ -2027,7 +1982,8 @@ def load_predictions(path, columns="", classes=""):
     at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
     n, facts = t.count, Facts()
     t["y and predicted"] = t[at["y"]] + t[at["predicted"]]  # numbered together
-    words, facts.classes, notes = named(t, "y and predicted")
+    renamed = names_in(classes, "classes", 2) if os.path.isfile(classes) else []
+    words, facts.classes, notes = named(t, "y and predicted", renamed)
     y, taken = words[:n], words[n:]
     if not set(y) & set(taken) - {None}:
         raise Complaint(f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names")
@@ -2047,10 +2003,6 @@ def load_predictions(path, columns="", classes=""):
     samples = samples_of(f"predictions:{path}", map(Row, pictures, y, place, [2] * n), facts)
     samples.split = torch.tensor(split) if at["split"] else samples.split
     taken = numbered(taken, facts.classes, "class")[0]
-    if os.path.isfile(classes):
-        samples.classes = samples.labels = names_in(classes, "classes", 2)
-        n = len(facts.classes)
-        expect(len(samples.classes) == n, "classes", classes, f"{n} names, of each value of y and predicted")
     samples.prompts = [[name] for name in samples.classes]
     return check(samples.keep(keep), False), taken[keep], torch.tensor(sure)[keep]
 
@@ -2076,7 +2028,6 @@ def stored_arrays(path):
     with reading(path, "an .npz file, or .npy files", "save plain arrays, np.array(names, dtype=str)"):
         if os.path.isdir(path):
             there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
-            expect(there, "data", path, f"an .npz file, or .npy files in it (found {inside(path)})")
         else:
             there = np.load(bounded(path), mmap_mode="r")
             there = dict(embedding=there) if isinstance(there, np.ndarray) else there
@@ -2084,7 +2035,8 @@ def stored_arrays(path):
         a = {ours: there[names[0]] for ours, names in taken.items() if names}
     z = a.get("embedding")
     if z is None:
-        raise Complaint(f"{path}: no array 'embedding' (found: {', '.join(there)}); see embeddings:help")
+        have = ", ".join(there) or inside(path)
+        raise Complaint(f"{path}: no array 'embedding' (found: {have}); see --data=embeddings:help")
     n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
     good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
     good = good and ("text" not in a or a["text"].shape[1:] == z.shape[1:] and a["text"].dtype.kind in "fiu")
@@ -2128,8 +2080,7 @@ def stored(path, facts):
 
 
 def labels_in(path, key, values, names):
-    """An array [n] of names or numbers -> list of names, None where there is none, and all names in order:
-    those given, or else those that occur."""
+    """An array [n] of names or numbers -> list of names, or None, and all in order: given, or that occur."""
     if values.dtype.kind in "SU":
         words = [word.strip() for word in values.astype(str).tolist()]
         return [word if word.lower() not in ("", "nan") else None for word in words], names
@@ -2161,7 +2112,6 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 RECTANGLE = ["plain", "red rectangle"]
 CAPTIONS = ("the image shows a {}", "a photo of a {}.", "a picture of a {}")
 QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)
-DRAWN, DRAWN_ROOM = {}, 1 << 29  # pictures of controlled settings, which share most of them, and bytes
 
 
 @dataclass(frozen=True)
@@ -2179,14 +2129,6 @@ class Quadrants(Picture):
     flips: tuple = (False, False)
 
     def image(self):
-        image = DRAWN.get(self)
-        if image is None:
-            image = self.drawn()
-            if len(DRAWN) * image.width * image.height * 4 < DRAWN_ROOM:
-                DRAWN[self] = image
-        return image.copy()  # whoever asked may change what it got
-
-    def drawn(self):
         canvas, things = Image.new("RGB", (self.size, self.size)), (self.figure, self.mark)
         if self.ground:
             canvas = seen(self.ground.image(), self.view, canvas.size)
@@ -2202,39 +2144,43 @@ class Quadrants(Picture):
 
 @dataclass(frozen=True)
 class Digit(Picture):
-    """A digit as if written by hand, 28x28, white on black: one of its ways, points moved, slanted, turned,
-    bent; or one of MNIST's, by its 784 bytes."""
+    """A digit as if written by hand, 28x28; or one of MNIST's, by its 784 bytes."""
 
     digit: int
     seed: tuple = ()
     pixels: bytes = b""
 
     def image(self):
-        if self.pixels:
-            return Image.frombytes("L", (28, 28), self.pixels).convert("RGB")
-        g, n = rng(self.seed[0], "digit", self.digit, *self.seed[1:]), 4 * 28
-        # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
-        strokes = draw_one(asset("digits.txt").splitlines()[self.digit].split("|"), g).split(",")
-        turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
-        wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
-        turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-        A, curves = np.array([[wide, slant], [0, high]]) @ turned, []
-        bend, phase, pen = g.normal(0, 0.05, 2), g.uniform(0, 6.28, 2), g.uniform(0.055, 0.14) * n
-        for stroke in strokes:
-            p = np.array(stroke.split(), float).reshape(-1, 2) / 100
-            p = p + g.normal(0, 0.035, p.shape)
-            p = ((smooth(p, 6 * len(p)) if len(p) > 2 else p) - 0.5) @ A.T
-            curves.append(p + bend * np.sin(5 * p[:, ::-1] + phase))
-        low, high = np.concatenate(curves).min(0), np.concatenate(curves).max(0)
-        scale, shift = g.uniform(0.58, 0.72) * n / (high - low).max(), g.uniform(-0.07, 0.07, 2) * n + n / 2
-        image = Image.new("L", (n, n))
-        pencil = ImageDraw.Draw(image)
-        for p in curves:
-            p = (p - (low + high) / 2) * scale + shift
-            pencil.line(p.ravel().tolist(), 255, round(pen), joint="curve")
-            for x, y in (p[0], p[-1]):
-                pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
-        return image.resize((28, 28), Image.BOX).convert("RGB")
+        mnist = self.pixels and Image.frombytes("L", (28, 28), self.pixels)
+        return (mnist or draw_digit(self.digit, self.seed)).convert("RGB")
+
+
+@functools.lru_cache(1 << 15)  # settings share most of them
+def draw_digit(digit, seed):
+    """PIL L (28, 28), white on black: one of its ways, points moved, slanted, turned, bent."""
+    g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * 28
+    # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
+    strokes = draw_one(asset("digits.txt").splitlines()[digit].split("|"), g).split(",")
+    turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
+    wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
+    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    A, curves = np.array([[wide, slant], [0, high]]) @ turned, []
+    bend, phase, pen = g.normal(0, 0.05, 2), g.uniform(0, 6.28, 2), g.uniform(0.055, 0.14) * n
+    for stroke in strokes:
+        p = np.array(stroke.split(), float).reshape(-1, 2) / 100
+        p = p + g.normal(0, 0.035, p.shape)
+        p = ((smooth(p, 6 * len(p)) if len(p) > 2 else p) - 0.5) @ A.T
+        curves.append(p + bend * np.sin(5 * p[:, ::-1] + phase))
+    low, high = np.concatenate(curves).min(0), np.concatenate(curves).max(0)
+    scale, shift = g.uniform(0.58, 0.72) * n / (high - low).max(), g.uniform(-0.07, 0.07, 2) * n + n / 2
+    image = Image.new("L", (n, n))
+    pencil = ImageDraw.Draw(image)
+    for p in curves:
+        p = (p - (low + high) / 2) * scale + shift
+        pencil.line(p.ravel().tolist(), 255, round(pen), joint="curve")
+        for x, y in (p[0], p[-1]):
+            pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
+    return image.resize((28, 28), Image.BOX)
 
 
 @dataclass(frozen=True)
@@ -2270,8 +2216,7 @@ def digit_row(seed, split, y, on, k, pixels):
     g, of = rng(seed, "quadrants", split, y, on, k), (seed, split, on, k)
     at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
     item = Quadrants(Digit(y, () if pixels else of, pixels), Rectangle((*of, y)) if on else None, at, mark_at)
-    facts = Facts(classes=DIGITS, places=RECTANGLE)
-    return planted_row(item, y, on, split, facts, g, (at,), (mark_at,))
+    return planted_row(item, y, on, split, Facts(classes=DIGITS, places=RECTANGLE), g, (at,), (mark_at,))
 
 
 def planted(facts, each, most=None):
@@ -2280,9 +2225,9 @@ def planted(facts, each, most=None):
     as the class, 1/C; then Cramer's V of (class, feature) is V where P(feature | class) = 1/C + V (1 - 1/C),
     P(feature | another class) = (1 - V) / C. At strength 0: the feature in half of each class."""
     C, V, names = len(facts.classes), facts.strength, [plain(c) for c in facts.classes]
-    word, numbers = plain(str(facts.spurious)), [str(k) for k in range(C)]
-    expect(word in names + numbers, "spurious", facts.spurious, f"a number or class of {', '.join(names)}")
-    spurious = names.index(word) if word in names else int(word)
+    known, word = [*names, *map(str, range(C))], plain(str(facts.spurious))
+    expect(word in known, "spurious", facts.spurious, f"a number or class of {', '.join(names)}")
+    spurious = known.index(word) % C
     share = torch.full((C,), (1 - V) / C if V else 0.5)
     if V:
         share[spurious] = 1 / C + V * (1 - 1 / C)
@@ -2298,8 +2243,7 @@ def planted(facts, each, most=None):
 
 
 def cells(train, held):
-    """All (split, class, feature, k-th of these, n-th of the class) of `train` [C, 2] images and, of val and
-    test, `held` a group."""
+    """(split, class, feature, k-th of these, n-th of the class) of images; held: a group of val and test."""
     for split, counts in enumerate((train, torch.full_like(train, held), torch.full_like(train, held))):
         for y, on in np.ndindex(*counts.shape):
             for k in range(int(counts[y, on])):
@@ -2525,31 +2469,26 @@ def picture_size(picture):
 
 
 def load_regions(spec, pictures, frame, skip_bad=False):
-    """Regions in each picture, list of Regions, and notes.
-
-    spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns path,x1,y1,x2,y2 in pixels of the
-    photo turned as its EXIF data says; coco:FILE.json; masks:DIR, where each grey value in NAME.png is a
-    region of NAME.jpg. frame: (width, height) -> the box that the model sees. skip_bad: a picture that cannot
-    be read has no regions, instead of a Complaint, which comes for a box outside its picture, too.
-    """
+    """Regions in each picture, list of Regions, and notes. spec: grid:N,N,...: of what the model sees;
+    boxes:FILE.csv with columns path,x1,y1,x2,y2 in pixels of the photo turned as its EXIF data says;
+    coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg. frame: (width,
+    height) -> the box that the model sees. skip_bad: a picture that cannot be read has no regions."""
     kind, _, where = spec.partition(":")
     expect(kind in READERS and where, "regions", spec, "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
-    out, sizes = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures], {}
+    out, seen, notes = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures], {}, []
     for k, picture in enumerate(pictures):
         try:
-            sizes[k] = picture_size(picture)
+            size = picture_size(picture)
+            seen[k] = picture, size, frame(*size)
         except Complaint:
             if not skip_bad:
                 raise
-    frame_of = {size: frame(*size) for size in set(sizes.values())}
-    frames = [frame_of[size] for size in sizes.values()]
-    regions, notes = READERS[kind](spec, [pictures[k] for k in sizes], [*sizes.values()], frames)
-    for k, region in zip(sizes, regions, strict=True):
-        out[k] = region
+    for k, regions in zip(seen, READERS[kind](spec, [*seen.values()], notes), strict=True):
+        out[k] = regions
     return out, notes
 
 
-def grid_regions(spec, pictures, sizes, frames):
+def grid_regions(spec, pictures, notes):
     """Of "grid:3" or, in several scales, "grid:1,2,3": squares of what the model sees, row by row."""
     sides = [int(n) if n.isdecimal() and len(n) < 3 else 0 for n in spec.removeprefix("grid:").split(",")]
     good = all(0 < n <= 64 for n in sides) and sum(n * n for n in sides) <= 8192
@@ -2557,18 +2496,16 @@ def grid_regions(spec, pictures, sizes, frames):
     cells = [(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)]
     wanted = f"at most {MOST:,} regions; {len(cells):,} in each of {len(pictures):,} pictures are more"
     expect(len(cells) * len(pictures) <= MOST, "regions", spec, wanted)
-    out = []
-    for picture, frame in zip(pictures, frames, strict=True):
+    for picture, _, frame in pictures:
         left, top, right, bottom = (min(1.0, max(0.0, v)) for v in frame)  # beyond it is no picture
         w, h = right - left, bottom - top
         boxes = tuple((left + a * w, top + b * h, left + c * w, top + d * h) for a, b, c, d in cells)
-        out.append(Regions(picture, boxes, frame))
-    return out, []
+        yield Regions(picture, boxes, frame)
 
 
-def mask_regions(spec, pictures, sizes, frames):
-    out, masks = [], find_masks([getattr(p, "path", "") for p in pictures], spec.removeprefix("masks:"))
-    for picture, path, f in zip(pictures, masks, frames, strict=True):
+def mask_regions(spec, pictures, notes):
+    masks = find_masks([getattr(p, "path", "") for p, *_ in pictures], spec.removeprefix("masks:"))
+    for (picture, _, f), path in zip(pictures, masks, strict=True):
         mask, boxes = open_image(path).convert("L") if path else Image.new("L", (0, 0)), {}
         values = np.unique(mask).tolist()
         if len(values) > 32:
@@ -2577,14 +2514,13 @@ def mask_regions(spec, pictures, sizes, frames):
             span = mask.point([v == value for v in range(256)]).getbbox()
             box = tuple(v / n for v, n in zip(span, mask.size * 2, strict=True))
             boxes |= {value: box} if overlap(box, f) > 0 else {}
-        out.append(Regions(picture, tuple(boxes.values()), f, path and Photo(path), tuple(boxes)))
-    return out, []
+        yield Regions(picture, tuple(boxes.values()), f, path and Photo(path), tuple(boxes))
 
 
-def box_regions(spec, pictures, sizes, frames):
+def box_regions(spec, pictures, notes):
     kind, _, where = spec.partition(":")
-    rows, out, owner, said = (coco_boxes if kind == "coco" else csv_boxes)(where), [], {}, Counter()
-    for picture, (W, H), f in zip(pictures, sizes, frames, strict=True):
+    rows, owner, said = (coco_boxes if kind == "coco" else csv_boxes)(where), {}, Counter()
+    for picture, (W, H), f in pictures:
         path, boxes = getattr(picture, "path", ""), []
         end = path
         while end and end not in rows:  # or what is left of it without its first folder
@@ -2604,17 +2540,18 @@ def box_regions(spec, pictures, sizes, frames):
             inside = not flat and overlap(box, f) > 0
             boxes += [box] if inside else []
             said["flat" if flat else "unseen"] += not inside
-        out.append(Regions(picture, tuple(boxes), f))
-    if pictures and not any(r.boxes for r in out):
-        one = getattr(pictures[0], "path", "drawn")
-        raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures, as {one}; has {min(rows)}")
+        said["good"] += len(boxes)
+        yield Regions(picture, tuple(boxes), f)
+    if pictures and not said["good"]:
+        has = f"it has {', '.join([*rows][:2])}, but a picture is {path or 'drawn'}"
+        raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; {has}")
     lines = dict(
         unseen="boxes lie in a margin that the model does not see, and are left out",
         flat="boxes have no width or no height, and are left out",
         unlisted=f"of {len(pictures)} pictures are not in it, and count as without",
         turned="pictures are turned by their EXIF data; boxes count in the turned picture (WARNING)",
     )
-    return out, [f"{where}: {said[k]} {line}" for k, line in lines.items() if said[k]]
+    notes += [f"{where}: {said[k]} {line}" for k, line in lines.items() if said[k]]
 
 
 def overlap(a, b):
@@ -2652,6 +2589,7 @@ def coco_boxes(path):
     return found
 
 
+# of each kind what generates the Regions of pictures, (picture, its size, the frame that the model sees)
 READERS = {"grid": grid_regions, "masks": mask_regions, "boxes": box_regions, "coco": box_regions}
 
 
@@ -2804,8 +2742,7 @@ def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links
     """A self-contained HTML page. All text but Html is escaped.
 
     kicker: a line above the title; numbers: (figure, what it is), shown large; links: (text, path);
-    sections: (heading, *parts); config, git and notes are folded away at its end.
-    """
+    sections: (heading, *parts); config, git and notes are folded away at its end."""
     folders = re.compile(r"(?<![\w.])/(?:[^/\s]+/)*(?=\S)")  # headlines name files without them
     kicker, title, *heads = [folders.sub("", words) for words in (kicker, title, *[s[0] for s in sections])]
     body = [tag("p", kicker, class_="dim"), tag("h1", title), tag("p", lead)]
@@ -2823,7 +2760,6 @@ def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links
 
 
 def linked(words, made, name, out_dir):
-    """The links of a page in out_dir to the page of a name beside a file of another run, or in its folder:
-    [(words, path)], or none."""
+    """The link, [(words, path)] or none, of a page in out_dir to one beside a file of another run."""
     path = Path(made if os.path.isdir(made) else os.path.dirname(made)) / name
     return [(words, os.path.relpath(path, out_dir))] if made and path.is_file() else []

@@ -1261,7 +1261,7 @@ def test_predictions_of_another_program_are_measured_like_any_model(tmp_path, ca
     assert m["ece"] == pytest.approx(gaps / 8, abs=1e-6)
     assert found["classes"]["1"]["taken_for"] == {"2": 1, "0": 1}
     said = capsys.readouterr().out
-    assert "background" in said and "2 of 10 rows have no y or no predicted" in said
+    assert "background" in said and "2 of 10 rows lack y or predicted; left out" in said
     assert table_of(tmp_path / "groups.csv")[1]["n"] == "2"
 
 

@@ -26,7 +26,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
 import zipfile
 import zlib
 from collections import Counter, namedtuple
@@ -40,7 +39,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # --max_pixels is the limit
+Image.MAX_IMAGE_PIXELS, PIXELS = None, dict(most=89478485)  # --max_pixels, as flags() read it last
 ASSETS = Path(__file__).parent / "assets"
 SLIMMEST = 100  # sides of a picture
 GREY = (124, 116, 104)  # the mean colour of ImageNet
@@ -52,7 +51,6 @@ SKIP = "replace it, or leave such files out with --skip_bad"
 HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]  # in the names of temporary files
 MOST = 10_000_000  # pictures or regions in memory
 MOST_FIGURES = 2000  # of photos with masks or outlines so many are drawn
-LEAST_SIDE = 48  # pixels of an outlined object's box
 COLUMNS = {  # of tables: what we call them, and what people do, the likeliest first
     "path": "path file_name filename img_filename filepath file_path image_path img_path image_file image "
     "file img image_name img_name image_id",
@@ -86,7 +84,12 @@ def run(main, again="the same command with --resume"):
         try:
             return main()
         finally:
-            unlock(LOCKS.keys() - held)
+            for path in LOCKS.keys() - held:  # lets others in; a new folder into which nothing came goes
+                file, new = LOCKS.pop(path)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    new and path.parent.rmdir()
+                file.close()
             sys.stdout.flush()
     except Complaint as problem:
         line, code = str(problem), 2
@@ -127,16 +130,6 @@ def lock(out_dir):
         free = not isinstance(problem, (BlockingIOError, FileNotFoundError))
     expect(free, "out_dir", out_dir, "a folder that no other run writes into now: wait, or take another")
     LOCKS[path] = file, new
-
-
-def unlock(paths):
-    """Lets others in again; a new folder into which nothing came goes."""
-    for path in paths:
-        file, new = LOCKS.pop(path)
-        with contextlib.suppress(OSError):
-            path.unlink()
-            new and path.parent.rmdir()
-        file.close()
 
 
 def as_ctrl_c(*_):
@@ -215,7 +208,7 @@ def flags(script, argv=None):
     batch = config.get("batch_size", "auto")
     expect(re.fullmatch("auto|[1-9][0-9]{,8}", batch), "batch_size", batch, "auto, or a whole number from 1")
     if "max_pixels" in config:
-        Image.MAX_IMAGE_PIXELS = config["max_pixels"]
+        PIXELS["most"] = config["max_pixels"]
     if "out_dir" in config:  # complains now, not after the work
         path = Path(config["out_dir"]).absolute()
         there = next(p for p in (path, *path.parents) if p.exists())
@@ -254,7 +247,6 @@ def near(word, known):
 
 
 def expect(holds, flag, found, wanted):
-    """Raises Complaint for a flag outside its range."""
     if not holds:
         raise Complaint(f"--{flag}: found {repr(found)[:200]}, expected {wanted}")
 
@@ -369,8 +361,8 @@ def sweep(folder):
             if made and made[1] == HOST:
                 try:
                     os.kill(int(made[2]), 0)
-                except ProcessLookupError:  # its process has ended
-                    left = True
+                except OSError as problem:  # its process has ended, or is another user's
+                    left = left or isinstance(problem, ProcessLookupError)
             if left:
                 path.unlink()
 
@@ -460,11 +452,8 @@ def read_table(path):
         mark = max(",;\t|", key=head.count)
         mark = mark if mark in head else " "
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=mark == " ")
-        rows, lines = [], []
-        for row in reader:
-            if row:
-                rows.append(row)
-                lines.append(reader.line_num)
+        pairs = [(row, reader.line_num) for row in reader if row]
+    rows, lines = [row for row, _ in pairs], [line for _, line in pairs]
     if mark == " " and len(rows) > 2:
         # as CelebA's: the number of rows, the names of all columns but the first, blanks at the ends
         rows = [row[:-1] if not row[-1] else row for row in rows]
@@ -557,7 +546,6 @@ def inside(root):
 
 
 def needs(holds, root, what, name):
-    """Raises Complaint for a folder that is not as --data=name wants it."""
     if not holds:
         raise Complaint(f"{root}: no {what} in it (found {inside(root)}); see --data={name}:help")
 
@@ -634,18 +622,14 @@ def open_image(path):
 @contextlib.contextmanager
 def opened(path):
     """An image file, not yet decoded. Whatever is wrong with it, inside, too, becomes one Complaint."""
-    with reading(path, "a picture", SKIP):
-        try:
-            with Image.open(path, formats=formats()) as image:
-                if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                    raise Image.DecompressionBombError
-                w, h = image.size
-                if max(w, h) > SLIMMEST * min(w, h):  # its shorter side becomes some 224 pixels
-                    raise Complaint(f"{path}: {w}x{h} pixels, one side more than 100 times the other; crop")
-                yield image
-        except Image.DecompressionBombError:
-            most = f"--max_pixels={Image.MAX_IMAGE_PIXELS}"
-            raise Complaint(f"{path}: more than {most}; raise it if you trust it, or shrink it") from None
+    with reading(path, "a picture", SKIP), Image.open(path, formats=formats()) as image:
+        w, h = image.size
+        if w * h > PIXELS["most"]:
+            most = f"--max_pixels={PIXELS['most']}"
+            raise Complaint(f"{path}: more than {most}; raise it if you trust the file, or shrink it")
+        if max(w, h) > SLIMMEST * min(w, h):  # its shorter side becomes some 224 pixels
+            raise Complaint(f"{path}: {w}x{h} pixels, one side more than 100 times the other; crop it")
+        yield image
 
 
 def opaque(image):
@@ -713,8 +697,6 @@ class Stored(Picture):
 
 @dataclass(frozen=True)
 class Ground(Photo):
-    """A photo as a background."""
-
     def image(self):
         return layer(self.path)
 
@@ -1007,17 +989,15 @@ def coco_figures(words, notes):
     wanted = [name.strip() for name in words[1].split(",")] if words[1:] else list(categories)
     for name in wanted:
         expect(name in categories, "foregrounds", name, f"a category of COCO; {near(name, categories)}")
-    figures, left = [], 0
-    for photo in photos:
+    figures, objects = [], [(p, *o[1:]) for p in photos for o in p.outlines if o[0] in wanted]
+    for photo, (x1, y1, x2, y2), outline in objects:
         w, h = photo.size[:2]
-        for _, (x1, y1, x2, y2), outline in (o for o in photo.outlines if o[0] in wanted):
-            large = min((x2 - x1) * w, (y2 - y1) * h) >= LEAST_SIDE
-            if outline and large and min(x1 * w, y1 * h, (1 - x2) * w, (1 - y2) * h) >= 1:
-                whole = Masked(Photo(photo.path), Outline(photo.path, outline, (w, h)))
-                figures.append(Cutout(photo.path, whole))
-            else:
-                left += 1
-    notes.append(f"{words[0]}: {left} objects are small, cut by the edge or without an outline; left out")
+        large = min((x2 - x1) * w, (y2 - y1) * h) >= 48  # pixels
+        if outline and large and min(x1 * w, y1 * h, (1 - x2) * w, (1 - y2) * h) >= 1:
+            whole = Masked(Photo(photo.path), Outline(photo.path, outline, (w, h)))
+            figures.append(Cutout(photo.path, whole))
+    left = f"{len(objects) - len(figures)} objects are small, cut by the edge or without an outline"
+    notes.append(f"{words[0]}: {left}; left out")
     return figures
 
 
@@ -1057,8 +1037,7 @@ class Row(NamedTuple):
     split: int | None = None  # 0 train, 1 val, 2 test; None: splits are made here, for all rows
     caption: str = ""  # "": the usual one
     cut: Composite | None = None  # the foreground, without a ground, where there is a mask
-    # of controlled settings: boxes of the class object, and of the planted feature or SCENE, in shares
-    shows: tuple | None = None
+    shows: tuple | None = None  # boxes of the class object, and of the planted feature or SCENE, in shares
 
 
 @dataclass
@@ -1176,8 +1155,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if os.path.isfile(classes):
         chosen, renamed = [], chosen
     facts = Facts(chosen, renamed, names_in(places, "places", 1), seed, **planted_by)
-    tabular = name in ("csv", "waterbirds") or not facts.columns
-    expect(tabular, "columns", facts.columns, f"none, as --data={name} is no table")
+    expect(not facts.columns or name in ("csv", "waterbirds"), "columns", facts.columns, "none: no table")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:
         samples = samples_of(spec, SETS[name].rows(Path(root) if root else None, facts), facts)
@@ -1283,10 +1261,10 @@ def present(pictures, where, notes):
                 there[at] = set(os.listdir(at or "/")) if os.path.isdir(at or "/") else ()
             if name not in there[at]:
                 here[k] = False
-    if not here.all():
-        lost, first = int((~here).sum()), pictures[int(here.int().argmin())]
-        line = f"{where}: {lost} of its {len(pictures)} images do not exist, the first is {first}"
-        if lost == len(pictures):
+    lost = [path for path, found in zip(pictures, here.tolist(), strict=True) if not found]
+    if lost:
+        line = f"{where}: {len(lost)} of its {len(pictures)} images do not exist, the first is {lost[0]}"
+        if not here.any():
             raise Complaint(f"{line}; complete the folder")
         notes.append(f"WARNING: {line}; they are left out")
     return here
@@ -1398,9 +1376,8 @@ def check(samples, splits=True):
 
 
 def read_prompts(path, labels, notes):
-    """--prompts=FILE -> for each label a list of texts, {} for its name; openai: CLIP's 80. FILE:
-    templates, one a line, or lines class<TAB>prompt; or in JSON or as a list in Python templates, or a list
-    of descriptions for each class, as CuPL has them."""
+    """--prompts=FILE -> for each label a list of texts, {} for its name; openai: CLIP's 80. FILE: templates,
+    or lines class<TAB>prompt; in JSON or Python templates, or descriptions of each class, as CuPL's."""
     if path == "openai":
         import open_clip
 
@@ -1522,7 +1499,7 @@ def waterbirds(root, facts):
     Any folder of this layout will do, with any number of classes and places:
     DIR/metadata.csv     img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
     DIR/001.Black_footed_Albatross/....jpg     as img_filename says
-    Land- and waterbirds are known by their species and counts, land and water by place_filename.
+    Land- and waterbirds are known by their species, land and water by place_filename.
     To make one: CUB's photos and segmentations (data.caltech.edu/records/65de6-vp158 and w9d68-gec53), photos
     of two places, and for each bird Pillow's Image.composite(photo, place, mask), all three of one size."""
     table = folder(root, "data waterbirds") / "metadata.csv"
@@ -1612,8 +1589,7 @@ def counteranimal(root, facts):
         else:
             skipped.add("/".join(parts[:2]))
     if skipped:
-        odd = f"WARNING: {root}: {len(skipped)} files or folders are neither common nor counter"
-        facts.notes.append(f"{odd}, as {min(skipped)}; left out")
+        facts.notes.append(f"WARNING: {root}: {len(skipped)} files or folders left out, as {min(skipped)}")
     needs(rows, root, "photos in common-... and counter-... folders", "counteranimal")
     number = {name: number for number, name, *_ in sorted(rows)}
     named, spelled = imagenet_names((root, outer), facts.notes), {plain(name): name for name in number}
@@ -1930,9 +1906,7 @@ def csv_table(path, facts):
     Usual names will do, as file_name, label, partition, background, a, group; else --columns=place=weather,
     path=photo says which they are, and --columns=place= that there is none.
     --classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR."""
-    table = read_table(path)
-    for row in zip(*table_rows(table, facts, ("path", "y")), strict=True):
-        yield Row(*row)
+    return map(Row, *table_rows(read_table(path), facts, ("path", "y")))
 
 
 def table_rows(table, facts, needed):
@@ -1976,8 +1950,7 @@ def split_numbers(values, name, complaint):
 
 def load_predictions(path, columns="", classes=""):
     """What another program predicted, a table of y, predicted and, if it has them, place, confidence, split,
-    path (see COLUMNS) -> Samples, what each is taken for [n], and how surely [n], NaN where it is not said.
-    columns: ours=theirs,...; classes: a file of names. Rows without y or predicted are left out."""
+    path (see COLUMNS) -> Samples, what each is taken for [n], and how surely [n], NaN if it is not said."""
     t = read_table(path)
     at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
     n, facts = t.count, Facts()
@@ -2109,7 +2082,6 @@ def stored_composites(path):
 
 LEAST = 50  # images of each group of val and test; of fewer the worst group would be noise
 DIGITS = "zero one two three four five six seven eight nine".split()
-RECTANGLE = ["plain", "red rectangle"]
 CAPTIONS = ("the image shows a {}", "a photo of a {}.", "a picture of a {}")
 QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)
 
@@ -2185,8 +2157,6 @@ def draw_digit(digit, seed):
 
 @dataclass(frozen=True)
 class Rectangle(Picture):
-    """A red rectangle somewhere in 28x28 pixels."""
-
     seed: tuple
 
     def image(self):
@@ -2203,20 +2173,15 @@ def digits(root, facts):
     --strength is Cramer's V of that class and the rectangle in the training split (0: none), --spurious the
     class, by number or name; val and test are balanced. The digits are drawn; or DIR holds MNIST's four files
     in IDX format, whole or .gz: train-images-idx3-ubyte, ..."""
-    facts.classes, facts.places = DIGITS, RECTANGLE
+    facts.classes, facts.places = DIGITS, ["plain", "red rectangle"]
     train = planted(facts, 1000)
     source = mnist(root, facts.seed) if root else None
     for split, y, on, k, n in cells(train, 100):
-        yield digit_row(facts.seed, split, y, on, k, source[split][y][n].tobytes() if source else b"")
-
-
-@functools.lru_cache(1 << 15)  # settings share most of them
-def digit_row(seed, split, y, on, k, pixels):
-    """The Row of the k-th image of a digit y with (on) or without the rectangle; pixels as of Digit."""
-    g, of = rng(seed, "quadrants", split, y, on, k), (seed, split, on, k)
-    at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
-    item = Quadrants(Digit(y, () if pixels else of, pixels), Rectangle((*of, y)) if on else None, at, mark_at)
-    return planted_row(item, y, on, split, Facts(classes=DIGITS, places=RECTANGLE), g, (at,), (mark_at,))
+        g, of = rng(facts.seed, "quadrants", split, y, on, k), (facts.seed, split, on, k)
+        at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
+        digit = Digit(y, pixels=source[split][y][n].tobytes()) if source else Digit(y, of)
+        item = Quadrants(digit, Rectangle((*of, y)) if on else None, at, mark_at)
+        yield planted_row(item, y, on, split, facts, g, (at,), (mark_at,))
 
 
 def planted(facts, each, most=None):
@@ -2389,9 +2354,7 @@ def smooth(p, n):
 
 
 DataSet = namedtuple("DataSet", "rows template alone", defaults=("a photo of a {}.", False))
-DataSet.__doc__ = "rows: generator. template: of prompts, published or CLIP's. alone: needs no folder."
-
-SETS = {
+SETS = {  # rows: generator; template: of prompts, published or CLIP's; alone: needs no folder
     "scenes": DataSet(scenes, "This is a picture of a {}.", True),
     "waterbirds": DataSet(waterbirds, "This is a picture of a {}."),  # as debias_vl has it
     "celeba": DataSet(celeba, "A photo of a celebrity with {}."),  # as debias_vl has it
@@ -2533,21 +2496,19 @@ def box_regions(spec, pictures, notes):
                 said["turned"] += image.getexif().get(274, 1) in range(2, 9)
         for line, x1, y1, x2, y2 in rows.get(end, ()):
             box = (max(0.0, x1 / W), max(0.0, y1 / H), min(1.0, x2 / W), min(1.0, y2 / H))
-            flat = x1 == x2 or y1 == y2
-            if not flat and (box[2] <= box[0] or box[3] <= box[1]):
+            if x1 != x2 and y1 != y2 and (box[2] <= box[0] or box[3] <= box[1]):
                 wrong = "has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H}"
                 raise Complaint(f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} {wrong}; mend it")
-            inside = not flat and overlap(box, f) > 0
+            inside = overlap(box, f) > 0
             boxes += [box] if inside else []
-            said["flat" if flat else "unseen"] += not inside
+            said["unseen"] += not inside
         said["good"] += len(boxes)
         yield Regions(picture, tuple(boxes), f)
     if pictures and not said["good"]:
         has = f"it has {', '.join([*rows][:2])}, but a picture is {path or 'drawn'}"
         raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; {has}")
     lines = dict(
-        unseen="boxes lie in a margin that the model does not see, and are left out",
-        flat="boxes have no width or no height, and are left out",
+        unseen="boxes lie in a margin that the model does not see, or have no area, and are left out",
         unlisted=f"of {len(pictures)} pictures are not in it, and count as without",
         turned="pictures are turned by their EXIF data; boxes count in the turned picture (WARNING)",
     )
@@ -2622,9 +2583,8 @@ def shown(value, missing="-"):
 
 
 def table(header, rows, most=100):
-    """Rows of strings and numbers as aligned columns: words to the left, numbers to the right. Where they are
-    wider than `most`, heads and words are wrapped, the last column of words first, and what still has no room
-    stands below, behind the leading words again."""
+    """Rows of strings and numbers as aligned columns. Where they are wider than `most`, heads and words are
+    wrapped, and what still has no room stands below, behind the leading words again."""
     cells, spans = [[shown(v) for v in row] for row in [header, *rows]], range(len(header))
     words = [c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows) for c in spans]
     width = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -400,8 +400,10 @@ def reading(path, what, cure="mend it, or fetch it again"):
 
 
 def one_line(problem):
-    """What an exception says, in one line of at most 300 characters."""
-    return textwrap.shorten(str(problem), 300, placeholder=" ...") or type(problem).__name__
+    """The first line of what an exception says, at most 300 characters."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [type(problem).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if len(text) <= 300 else text[:295] + " ..."
 
 
 def read_json(path, what):

@@ -1786,6 +1786,8 @@ def test_foregrounds_of_photos_and_masks_of_the_same_names(tmp_path):
     paths = sorted(figure.source.path for figure in figures)
     assert [Path(path).name for path in paths] == [f"{k}.jpg" for k in range(9)]
     assert all(figure.image().size == (20, 20) and figure.image().mode == "RGBA" for figure in figures)
+    other = replace(figures[0], source=figures[1].source), replace(figures[0], source=None)
+    assert len({figure.key() for figure in (figures[0], *other)}) == 3
     items, *_ = data.composites(figures, [data.Ground(photo(tmp_path / "g.png"))], 9, 2, 0)
     assert items[0].image().size == (256, 256) and len({item.key() for item in items}) == 18
     Image.new("L", (9, 9), 255).save(tmp_path / "m/s/3.png")

@@ -9,7 +9,6 @@ import base64
 import contextlib
 import csv
 import difflib
-import errno
 import fcntl
 import functools
 import gc
@@ -21,19 +20,18 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-import warnings
 import zipfile
 import zlib
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -41,14 +39,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # --max_pixels is the limit
+Image.MAX_IMAGE_PIXELS, PIXELS = None, dict(most=89478485)  # --max_pixels, as flags() read it last
 ASSETS = Path(__file__).parent / "assets"
 SLIMMEST = 100  # sides of a picture
 GREY = (124, 116, 104)  # the mean colour of ImageNet
+SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place
 SPLITS = ("train", "val", "test")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 SKIP = "replace it, or leave such files out with --skip_bad"
+HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]  # in the names of temporary files
+MOST = 10_000_000  # pictures or regions in memory
+MOST_FIGURES = 2000  # of photos with masks or outlines so many are drawn
 COLUMNS = {  # of tables: what we call them, and what people do, the likeliest first
     "path": "path file_name filename img_filename filepath file_path image_path img_path image_file image "
     "file img image_name img_name image_id",
@@ -70,18 +72,23 @@ class Complaint(Exception):
 def run(main, again="the same command with --resume"):
     """main(); what the user can mend is one line and exit code 2, Ctrl-C and SIGTERM 130, a closed pipe 0.
     again: what goes on then."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "w"))
-        if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")  # file names need not be valid text
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the caller
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
     listen()
     held = set(LOCKS)
     try:
         try:
             return main()
         finally:
-            unlock(LOCKS.keys() - held)
+            for path in LOCKS.keys() - held:  # lets others in; a new folder into which nothing came goes
+                file, new = LOCKS.pop(path)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    new and path.parent.rmdir()
+                file.close()
             sys.stdout.flush()
     except Complaint as problem:
         line, code = str(problem), 2
@@ -134,30 +141,14 @@ def sweep(folder):
     with contextlib.suppress(OSError):  # another run is faster, or may not
         for path in folder.glob(".*.tmp"):
             made = re.search(r"\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp$", path.name)
-            gone = made and made[1] == HOST and not alive(int(made[2]))
-            if gone or made and time.time() - path.stat().st_mtime > 86400:
+            left = made and time.time() - path.stat().st_mtime > 86400
+            if made and made[1] == HOST:
+                try:
+                    os.kill(int(made[2]), 0)
+                except OSError as problem:  # its process has ended, or is another user's
+                    left = left or isinstance(problem, ProcessLookupError)
+            if left:
                 path.unlink()
-
-
-def alive(pid):
-    """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
-    return True
-
-
-def unlock(paths):
-    """Lets others in again; a new folder into which nothing came goes."""
-    for path in paths:
-        file, new = LOCKS.pop(path)
-        with contextlib.suppress(OSError):
-            path.unlink()
-            new and path.parent.rmdir()
-        file.close()
 
 
 def listen():
@@ -191,14 +182,7 @@ def say(text, result=False):
         print(harmless(text), flush=True)
 
 
-WARNED = set()
-
-
-def warn_once(path, what):
-    """Warns of what a file has, of the first of all such."""
-    if what not in WARNED:
-        WARNED.add(what)
-        say(f"WARNING: {path} and perhaps others: {what}")
+say_once = functools.cache(say)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -216,16 +200,13 @@ LIMITS = {  # of flags that several scripts have; those of one stand below its f
 }
 
 
-def flags(script, argv=None, **limits):
+def flags(script, argv=None):
     """Overrides the defaults on a script's first screen by --key=value, in place, and returns them all.
 
-    script: the script's globals(); its lower-case bool, int, float and str are the flags and their defaults.
-    argv: list of words, sys.argv[1:] if None. limits: more of the script's LIMITS: of a flag the words it may
-    be, where one in capitals stands for the keys of that table of the script, or an interval "[0, 1)".
-    A bool may stand without a value; --help prints the first screen, --list=WHAT the names there are, and
-    both exit. Returns dict flag -> value.
-    Raises Complaint for an unknown flag, a wrong value, an --out_dir that cannot be written or is in use.
-    """
+    script: the script's globals(); its lower-case bool, int, float and str are the flags and their defaults,
+    its LIMITS say of a flag the words it may be, where one in capitals stands for the keys of that table of
+    the script, or an interval "[0, 1)". argv: list of words, sys.argv[1:] if None. --help and --list=WHAT
+    print, and exit. Raises Complaint for what cannot be."""
     config = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
     for word in sys.argv[1:] if argv is None else argv:
         if word in ("--help", "-h"):
@@ -242,7 +223,7 @@ def flags(script, argv=None, **limits):
         if key not in config:
             raise Complaint(f"--{key}: no such flag; {near(key, config)}")
         config[key] = read_flag(key, value if equals else None, type(config[key]))
-    for key, limit in {**LIMITS, **script.get("LIMITS", {}), **limits}.items():
+    for key, limit in {**LIMITS, **script.get("LIMITS", {})}.items():
         if key in config and isinstance(limit, str):
             low, high = map(float, limit[1:-1].split(","))
             inside = low < config[key] < high or config[key] == low and limit[0] == "["
@@ -254,7 +235,7 @@ def flags(script, argv=None, **limits):
     batch = config.get("batch_size", "auto")
     expect(re.fullmatch("auto|[1-9][0-9]{,8}", batch), "batch_size", batch, "auto, or a whole number from 1")
     if "max_pixels" in config:
-        Image.MAX_IMAGE_PIXELS = config["max_pixels"]
+        PIXELS["most"] = config["max_pixels"]
     if "out_dir" in config:  # complains now, not after the work
         path = Path(config["out_dir"]).absolute()
         there = next(p for p in (path, *path.parents) if p.exists())
@@ -293,7 +274,6 @@ def near(word, known):
 
 
 def expect(holds, flag, found, wanted):
-    """Raises Complaint for a flag outside its range."""
     if not holds:
         raise Complaint(f"--{flag}: found {repr(found)[:200]}, expected {wanted}")
 
@@ -316,28 +296,22 @@ def unrun(path):
     return script
 
 
-LISTS = {  # of --list: a file, or "" for the script itself, and its tables
-    "data": ("data.py", "SETS"),
-    "methods": ("", "METHODS", "CRITERIA", "BASELINES"),
-    "protocols": ("", "PROTOCOLS"),
-    "models": (),
-}
+# of --list: tables, of which a script has some
+LISTS = {"data": ["SETS"], "methods": ["METHODS", "CRITERIA", "BASELINES"], "protocols": ["PROTOCOLS"]}
 
 
 def listing(what, path):
-    """What --list=WHAT prints: names, and the first line that the source says of each. path: the script's.
-    Raises Complaint where the script has no such list."""
+    """What --list=WHAT prints: names, and the first line that the source says of each. path: the script's."""
     if what == "models":
         comment = re.search("\nmodel = .*?# (.*(?:\n  +# .*)*)", Path(path).read_text(encoding="utf-8"))[1]
         lines = [re.sub("\\s*\n +# ", " ", comment), "open_clip's names, with --pretrained=TAG|FILE|FOLDER:"]
         folder = Path(find_spec("open_clip").origin).parent / "model_configs"
         return "\n".join(lines + sorted(file.stem for file in folder.glob("*.json")))
-    file, *tables = LISTS.get(what) or ("",)
-    body = ast.parse((ASSETS.parent / (file or path)).read_text(encoding="utf-8")).body
+    body = ast.parse(Path(__file__ if what == "data" else path).read_text(encoding="utf-8")).body
     docs = {node.name: ast.get_docstring(node) or "" for node in body if isinstance(node, ast.FunctionDef)}
     rows = {"bap": docs["bap"].partition(".")[0]} if what == "methods" and "bap" in docs else {}
     for node in body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in tables:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in LISTS.get(what, ()):
             for key, row in zip(node.value.keys, node.value.values, strict=True):
                 names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
                 texts = [docs[name] for name in names if docs.get(name)]
@@ -345,7 +319,7 @@ def listing(what, path):
                     texts = [row.args[0].value]
                 firsts = [re.split("\\.?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
                 rows[key.value] = "; ".join(firsts)
-    expect(rows, "list", what, ", ".join(LISTS) + " (of what this script has)")
+    expect(rows, "list", what, ", ".join(LISTS) + " or models (of what this script has)")
     return "\n".join(re.sub("  +", "  ", f"{name}  {text}".rstrip()) for name, text in rows.items())
 
 
@@ -365,16 +339,13 @@ except ModuleNotFoundError as problem:
 def revision():
     """The git revision of this checkout, with + if files differ from it; None outside one."""
     words = "describe --always --abbrev=40 --exclude=* --dirty=+".split()
-    try:
+    with contextlib.suppress(OSError):  # there is no git
         git = subprocess.run(["git", "-C", str(ASSETS.parent), *words], capture_output=True, text=True)
-    except OSError:
-        return None
-    return git.stdout.strip() or None
+        return git.stdout.strip() or None
 
 
 @functools.cache
 def asset(name):
-    """The text of a file of assets/."""
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
@@ -402,8 +373,7 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as problem:
-        full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
-        cure = "free some space on that disk" if full else "choose another folder, or allow writing there"
+        cure = "free some space, allow writing there, or choose another folder"
         raise Complaint(f"{path}: cannot be written ({problem.strerror}); {cure}") from None
     finally:
         with contextlib.suppress(OSError):
@@ -425,10 +395,8 @@ def write_table(path, header, rows):
 
 @contextlib.contextmanager
 def reading(path, what, cure="mend it, or fetch it again"):
-    """Whatever a missing, damaged or hand-edited file makes of itself in here becomes one Complaint.
-
-    what: what the file should be. cure: what the user can do. A Complaint from inside passes as it is.
-    """
+    """Whatever a missing, damaged or hand-edited file makes of itself in here becomes one Complaint, which
+    says what the file should be and what the user can do."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise Complaint(f"{path}: a named pipe, device or socket, expected {what}")  # opening it may hang
     try:
@@ -452,7 +420,6 @@ def one_line(problem):
 
 
 def read_json(path, what):
-    """The tree of a JSON file. what: as of reading."""
     with reading(path, what):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -478,68 +445,50 @@ def read_lines(path, flag):
 
 
 class Table(dict):
-    """The columns of a table: name -> tuple of strings, one for each row."""
+    """The columns of a table: name -> tuple of strings, one for each row. lines: where each ends in the file,
+    in which lines may be empty, and fields run over several."""
 
-    def __init__(self, path, names, rows):
-        super().__init__(zip(names, zip(*rows, strict=False), strict=False))  # cut to the shortest row
-        self.path, self.count = path, len(rows)
-
-    def lines(self):
-        """Where the rows end in the file, in which lines may be empty, and fields run over several."""
-        reader = csv_reader(self.path)
-        return [reader.line_num for row in reader if row][-self.count :]
+    def __init__(self, path, columns, lines):
+        super().__init__(columns)
+        self.path, self.lines, self.count = path, lines, len(lines)
 
     def complaint(self, k, problem):
-        return Complaint(f"{self.path}:{self.lines()[k % self.count]}: {problem}")
+        return Complaint(f"{self.path}:{self.lines[k % self.count]}: {problem}")
 
 
-def csv_reader(path):
-    """A reader of a table's rows: UTF-8, or UTF-16 as Excel writes it; NULs are nothing."""
-    raw = Path(path).read_bytes()
-    text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig").replace("\0", "")
-    head = text[:10_000].lstrip().partition("\n")[0]
-    delimiter = max(",;\t|", key=head.count)
-    delimiter = delimiter if delimiter in head else " "
-    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=delimiter == " ")
-
-
-def read_table(path, needed=(), header=()):
-    """The Table in a file with a header, its fields between commas, semicolons, tabs, bars or blanks.
-
-    needed: columns that must be there. header: of a file that may have none. Fast enough for a million rows.
-    """
+def read_table(path):
+    """The Table in a file with a header, its fields between commas, semicolons, tabs, bars or blanks; UTF-8,
+    or UTF-16 as Excel writes it. Fast enough for a million rows."""
     with reading(path, "a table in UTF-8"):
-        reader = csv_reader(path)
-        rows = [row for row in reader if row]
-    if reader.dialect.delimiter == " " and len(rows) > 2:
+        raw = Path(path).read_bytes()
+        utf = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        text = raw.decode(utf).replace("\0", "")
+        head = text[:10_000].lstrip().partition("\n")[0]
+        mark = max(",;\t|", key=head.count)
+        mark = mark if mark in head else " "
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=mark == " ")
+        pairs = [(row, reader.line_num) for row in reader if row]
+    rows, lines = [row for row, _ in pairs], [line for _, line in pairs]
+    if mark == " " and len(rows) > 2:
         # as CelebA's: the number of rows, the names of all columns but the first, blanks at the ends
         rows = [row[:-1] if not row[-1] else row for row in rows]
         rows = rows[1:] if len(rows[0]) == 1 < len(rows[1]) else rows
         rows[0] = [""] * (len(rows[1]) - len(rows[0]) == 1) + rows[0]
-    if header and rows and rows[0][0] not in header:
-        rows.insert(0, list(header))
     names, rows = ([name.strip() for name in rows[0]], rows[1:]) if len(rows) > 1 else ([], [])
-    for column in needed:
-        if column not in names:
-            there = ", ".join(names) or "no rows"
-            raise Complaint(f"{path}: no column {column!r} (found: {there}); expected {','.join(needed)}")
-    table = Table(path, names, rows)
-    odd = next((k for k, row in enumerate(rows) if len(row) != len(names)), None)
-    if odd is not None:
-        there = reader.dialect.delimiter.join(rows[odd])[:60]
-        raise table.complaint(odd, f"{len(rows[odd])} fields ({there!r}), expected {len(names)}")
+    lines = lines[len(lines) - len(rows) :]
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(names):
+            there = f"{len(row)} fields ({mark.join(row)[:60]!r})"
+            raise Complaint(f"{path}:{line}: {there}, expected {len(names)}")
     twice = [name for name in names if name and names.count(name) > 1]
     if twice:
         raise Complaint(f"{path}: two columns {twice[0]!r}; rename one")
-    return table
+    return Table(path, zip(names, zip(*rows, strict=True), strict=True), lines)
 
 
 def columns_of(table, chosen, ours, needed=()):
-    """Which column of a table is what: {name of ours: theirs, or None}, and a line that says so.
-
-    chosen: --columns, ours=theirs,...; nothing behind = for none. ours: of COLUMNS or BOXES; needed: must be
-    there.
-    """
+    """Which column of a table is what: {name of ours, of COLUMNS or BOXES: theirs, or None}, and a line that
+    says so. chosen: --columns, ours=theirs,...; nothing behind = for none."""
     usual = {name: (COLUMNS | BOXES)[name].split() for name in ours}
     spelled = {plain(c): c for c in table if c}
     for pair in chosen.split(",") if chosen else ():
@@ -551,9 +500,9 @@ def columns_of(table, chosen, ours, needed=()):
     at = {name: next((spelled[plain(c)] for c in usual[name] if plain(c) in spelled), None) for name in ours}
     for name in needed:
         if at[name] is None:
-            found = f"no column {name!r} (found: {', '.join(table) or 'no rows'})"
             cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(ours)}"
-            raise Complaint(f"{table.path}: {found}; {cure}")
+            there = ", ".join(table) or "no rows"
+            raise Complaint(f"{table.path}: no column {name!r} (found: {there}); {cure}")
     rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
     return at, f"{table.path}: {used}; columns not used: {rest}" + " (see --columns)" * (rest != "none")
@@ -561,9 +510,7 @@ def columns_of(table, chosen, ours, needed=()):
 
 def named(table, column, names=()):
     """A column of classes or places -> for each row its name, None where it is empty; all names in order; and
-    a line about them, or none. Whole numbers, also as 1.0, are those that occur. names: theirs, or their own
-    in order, where the file --classes gives some.
-    """
+    notes. Whole numbers, also as 1.0, are those that occur. names: of --classes=FILE, in order."""
     values, where = table[column], f"{table.path}: {column}"
     text = {v: v.strip() for v in set(values)}
     text = {v: t for v, t in text.items() if t.casefold() not in EMPTY}
@@ -572,34 +519,30 @@ def named(table, column, names=()):
         words = [v for v, n in number.items() if not n]
         if len(words) < len(number) / 2:
             k = next(k for k, v in enumerate(values) if v in words)
-            odd = f"{column}={values[k][:60]!r}"
-            raise table.complaint(k, f"{odd}, expected a whole number, as in other rows")
-        mixed = f"{where} has words and numbers, as {words[0][:60]!r}; all are read as words"
-        notes = [f"WARNING: {mixed}"] if any(number.values()) else []
+            raise table.complaint(k, f"{column}={values[k][:60]!r}, not a whole number as in other rows")
+        mixed = f"WARNING: {where} has words and numbers, as {words[0][:60]!r}; all are read as words"
+        notes = [mixed] if any(number.values()) else []
         return [text.get(v) for v in values], list(names) or sorted(set(text.values())), notes
     number = {v: int(n[1]) for v, n in number.items()}
     if -1 in number.values() and set(number.values()) != {-1, 1}:  # it says that the class is not known
         number = {v: n for v, n in number.items() if n != -1}
     distinct, notes = sorted(set(number.values())), []
-    listed, many = ", ".join(map(str, distinct[:20])), len(distinct)
-    if many and distinct != list(range(many)):
-        notes = [f"{where} has the numbers {listed}{', ...' * (many > 20)}: {many}, those that occur"]
-    spoken = dict(zip(distinct, map(str, distinct), strict=True))
-    if names and len(names) == many:
-        spoken = dict(zip(distinct, names, strict=True))
-        notes = [f"{line}, named {', '.join(names[:20])}" for line in notes]
-    elif names:
-        wanted = f"0 to {len(names) - 1}, as --classes has names"
-        k = next((k for k, v in enumerate(values) if not 0 <= number.get(v, 0) < len(names)), None)
-        if k is not None:
-            raise table.complaint(k, f"{column}={values[k]!r}, expected {wanted}")
-        spoken = dict(enumerate(names))
+    spoken = dict(enumerate(names))
+    if len(names) in (0, len(distinct)):
+        spoken = dict(zip(distinct, names or map(str, distinct), strict=True))
+        if distinct != list(range(len(distinct))):
+            said = ", ".join(map(str, distinct[:20])) + ", ..." * (len(distinct) > 20)
+            said = f"{where} has the numbers {said}: {len(distinct)}, those that occur"
+            notes = [said + f", named {', '.join(names[:20])}" * bool(names)]
+    odd = {v for v, n in number.items() if n not in spoken}
+    for k, v in enumerate(values if odd else ()):
+        if v in odd:
+            raise table.complaint(k, f"{column}={v!r}, expected 0 to {len(names) - 1}, as there are names")
     name = {v: spoken[n] for v, n in number.items()}
     return list(map(name.get, values)), list(names) or list(spoken.values()), notes
 
 
 def folder(path, flag):
-    """The directory that a flag names."""
     if not Path(path).is_dir():
         raise Complaint(f"--{flag}: {path}: " + ("not a folder" if Path(path).exists() else "no such folder"))
     return Path(path)
@@ -617,9 +560,9 @@ def inside(root):
     return f"{', '.join(packed[:3])}: unpack it first" if packed else ", ".join(names[:5]) or "nothing"
 
 
-def lacking(root, what, name):
-    """The Complaint of a folder that is not as --data=name wants it."""
-    return Complaint(f"{root}: no {what} in it (found {inside(root)}); see --data={name}:help")
+def needs(holds, root, what, name):
+    if not holds:
+        raise Complaint(f"{root}: no {what} in it (found {inside(root)}); see --data={name}:help")
 
 
 @functools.cache
@@ -634,12 +577,9 @@ def formats():
 
 
 def scan(root, flag="data", notes=None):
-    """Sorted image files below a folder, each a tuple of its parts; Complaint if there are none.
-
-    Hidden ones are passed over, links to folders followed unless they lead back to where they come from or,
-    within a linked folder, to what was met before: folders that all link to each other have too many paths.
-    notes: a list that a line on other files is added to.
-    """
+    """Sorted image files below a folder, not hidden ones, each a tuple of its parts; Complaint if there are
+    none. Links to folders are followed unless they lead back to where they come from or, within a linked
+    folder, to what was met before: folders that all link to each other have too many paths."""
     found, other, folders, met = [], [], [((), (os.path.realpath(folder(root, flag)),), False)], set()
     opens, endings = formats(), Image.registered_extensions()
     while folders:
@@ -662,8 +602,7 @@ def scan(root, flag="data", notes=None):
             else:
                 gone = os.readlink(entry.path)
                 raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
-    heif = any(kind in (".heic", ".heif") for _, kind in other)
-    cure = "; for .heic: pip install pillow-heif" * heif
+    cure = "; for .heic: pip install pillow-heif" * any(kind in (".heic", ".heif") for _, kind in other)
     if not found:
         raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)}){cure}")
     if other and notes is not None:
@@ -676,10 +615,8 @@ def scan(root, flag="data", notes=None):
 
 
 def open_image(path):
-    """An image file -> PIL image, 8-bit RGB, or RGBA if it has transparency, turned as its EXIF data says.
-
-    Of an animation the first frame counts. Complaint if it is missing, damaged, no image, or below 8x8.
-    """
+    """An image file -> PIL image, 8-bit RGB, or RGBA if it has transparency, turned as its EXIF data says; of
+    an animation the first frame."""
     with opened(path) as image:
         if min(image.size) < 8:
             raise Complaint(f"{path}: {image.width}x{image.height} pixels, expected 8x8 or more; {SKIP}")
@@ -690,38 +627,24 @@ def open_image(path):
             grey, top = np.asarray(image, np.float32), 65535  # of 8, 12 or 16 bits, or floats from 0 to 1
             top = next((t for t in (1, 255, 4095) if grey.max() <= t and (t > 1 or image.mode == "F")), top)
             if top == 4095:
-                warn_once(path, "no value above 4095 in 16 bits; read as 12 bits")
+                say_once("WARNING: pictures of 16 bits without a value above 4095 are read as 12 bits")
             image = Image.fromarray((grey * (255 / top)).clip(0, 255).astype(np.uint8))
         elif deep and max(high for _, high in image.convert("RGB").getextrema()) < 16:
-            warn_once(path, "12-bit values in 16 bits of each colour come out dark; scale them")
-        clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-        return image.convert("RGBA" if clear else "RGB")
+            say_once("WARNING: colours of 12 bits in 16 come out dark; scale such pictures")
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 @contextlib.contextmanager
 def opened(path):
     """An image file, not yet decoded. Whatever is wrong with it, inside, too, becomes one Complaint."""
-    with reading(path, "a picture", SKIP):
-        try:
-            with Image.open(path, formats=formats()) as image:
-                if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                    raise Image.DecompressionBombError
-                if max(image.size) > SLIMMEST * min(image.size):  # its shorter side becomes some 224 pixels
-                    slim = f"one side more than {SLIMMEST} times the other"
-                    raise Complaint(f"{path}: {image.width}x{image.height} pixels, {slim}; crop it")
-                yield image
-        except Image.DecompressionBombError:
-            line = f"more than --max_pixels={Image.MAX_IMAGE_PIXELS}"
-            raise Complaint(f"{path}: {line}; raise it if you trust the file, or shrink it") from None
-
-
-def open_mask(path):
-    """A foreground mask -> PIL image, "L", 255 on the foreground. Complaint where nothing is white."""
-    mask = open_image(path).convert("L")
-    brightest = mask.getextrema()[1]
-    if 0 < brightest < 128:
-        raise Complaint(f"{path}: its largest value is {brightest}, expected 255 on the foreground; scale it")
-    return mask
+    with reading(path, "a picture", SKIP), Image.open(path, formats=formats()) as image:
+        w, h = image.size
+        if w * h > PIXELS["most"]:
+            most = f"--max_pixels={PIXELS['most']}"
+            raise Complaint(f"{path}: more than {most}; raise it if you trust the file, or shrink it")
+        if max(w, h) > SLIMMEST * min(w, h):  # its shorter side becomes some 224 pixels
+            raise Complaint(f"{path}: {w}x{h} pixels, one side more than 100 times the other; crop it")
+        yield image
 
 
 def opaque(image):
@@ -747,7 +670,7 @@ class Picture:
 @functools.cache
 def drawn_by(kind):
     """Hash of the source of a kind of Picture and of what opens and composes them, which people fork."""
-    parts = [open_image, opened, open_mask, opaque, layer, posed, seen, rle_counts, draw_digit, smooth]
+    parts = [open_image, opened, opaque, layer, posed, seen, rle_counts, draw_digit, smooth]
     with contextlib.suppress(OSError, TypeError):  # of a kind that was typed in there is none
         inspect.getsource(kind)
         parts.append(kind)
@@ -789,99 +712,91 @@ class Stored(Picture):
 
 @dataclass(frozen=True)
 class Ground(Photo):
-    """A photo as a background."""
-
     def image(self):
-        return layer(self.path, cut=False)
+        return layer(self.path)
 
 
 @dataclass(frozen=True)
 class Cutout(Photo):
-    """A foreground with its alpha, cropped to what is visible."""
+    """A foreground with its alpha, cropped to what is visible: a file, or a Picture in its photo's frame."""
+
+    source: Picture | None = None
 
     def image(self):
-        return layer(self.path, cut=True)
+        return layer(self.path, self.source, cut=True)
 
-
-@dataclass(frozen=True)
-class Trimmed(Picture):
-    """A foreground with its alpha, in the frame of its photo, cropped to what is visible."""
-
-    source: Picture
-
-    def image(self):
-        return layer(self.source, cut=True)
+    def key(self):
+        return f"{super().key()} {self.source and self.source.key()}"
 
 
 @functools.lru_cache(2048)
-def layer(source, cut):
-    """The picture of a background or foreground, by its path or by a Picture in the frame of its photo, kept
-    at 512 pixels at most: thousands of composites share it."""
-    image, path = (open_image(source), source) if isinstance(source, str) else (source.image(), source.path)
+def layer(path, source=None, cut=False):
+    """A background or foreground, kept at 512 pixels at most: thousands of composites share it."""
+    image = source.image() if source else open_image(path)
     image = image if cut else opaque(image)
     if cut:
-        cure = "cut it out, move it away, or use --skip_bad"
         if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255:
-            raise Complaint(f"{path}: no transparency, expected alpha 0 around the foreground; {cure}")
+            raise Complaint(f"{path}: no transparency around the foreground; cut it out, or use --skip_bad")
         box = image.getchannel("A").point([0] * 9 + [255] * 247).getbbox() or (0, 0, 0, 0)
         if min(box[2] - box[0], box[3] - box[1]) < 8:
-            raise Complaint(f"{path}: nothing visible in it, expected 8x8 pixels or more; {cure}")
+            raise Complaint(f"{path}: nothing visible in it, or not 8x8 pixels; move it away, or --skip_bad")
         image = image.crop(box)
     image.thumbnail((512, 512), Image.BICUBIC, reducing_gap=2)
     return image
 
 
 @dataclass(frozen=True)
-class Masked(Picture):
-    """The foreground of a photo, by its mask, in the photo's own frame: RGBA."""
-
-    photo: Photo
-    mask: Photo
-
-    @property
-    def path(self):
-        return self.photo.path
+class Mask(Photo):
+    """Where a foreground is: "L", 255 on it."""
 
     def image(self):
-        image, mask = self.photo.image(), open_mask(self.mask.path)
-        if mask.size != image.size:
-            (w, h), (W, H) = mask.size, image.size
-            raise Complaint(f"{self.mask.path}: {w}x{h} pixels, the photo {self.photo.path} has {W}x{H}")
-        image.putalpha(mask)
-        return image
+        mask = open_image(self.path).convert("L")
+        brightest = mask.getextrema()[1]
+        if 0 < brightest < 128:
+            raise Complaint(f"{self.path}: its largest value is {brightest}, expected 255 on the foreground")
+        return mask
 
 
 @dataclass(frozen=True)
-class Outlined(Picture):
-    """An object of a photo by its outline, as MS COCO has it, in the photo's own frame: RGBA.
+class Outline(Picture):
+    """The same by an outline in a photo, as MS COCO has it: polygons, each floats x1, y1, x2, y2, ... in
+    pixels; or (counts,) of an RLE, a string or ints."""
 
-    outline: polygons, each floats x1, y1, x2, y2, ... in pixels; or (counts,) of an RLE, a string or ints.
-    size: (width, height).
-    """
-
-    photo: Photo
+    path: str  # of the photo
     outline: tuple
     size: tuple
 
-    @property
-    def path(self):
-        return self.photo.path
-
     def image(self):
-        image, (w, h) = self.photo.image(), self.size  # the size first: it may be anything
-        if image.size != self.size:
-            raise Complaint(f"{self.path}: {image.width}x{image.height} pixels, its annotation has {w}x{h}")
+        w, h = self.size
         if isinstance(self.outline[0], str) or isinstance(self.outline[0][0], int):
             counts = rle_counts(self.outline[0])  # of zeros, ones, zeros, ..., down the columns
             if sum(counts) != w * h or min(counts) < 0:
                 raise Complaint(f"{self.path}: the counts of its annotation's RLE do not add up to {w}x{h}")
             on = np.repeat(np.arange(len(counts)) % 2, counts).reshape(w, h).T
-            mask = Image.fromarray(255 * on.astype(np.uint8))
-        else:
-            mask = Image.new("L", self.size)
-            for polygon in self.outline:
-                ImageDraw.Draw(mask).polygon(polygon, 255)
-        image.putalpha(mask)
+            return Image.fromarray(255 * on.astype(np.uint8))
+        mask = Image.new("L", self.size)
+        for polygon in self.outline:
+            ImageDraw.Draw(mask).polygon(polygon, 255)
+        return mask
+
+
+@dataclass(frozen=True)
+class Masked(Picture):
+    """The foreground of a photo, by its Mask or Outline, in the photo's own frame: RGBA."""
+
+    photo: Photo
+    mask: Picture
+
+    @property
+    def path(self):
+        return self.photo.path
+
+    def image(self):
+        image, (w, h) = self.photo.image(), picture_size(self.mask)  # before it is drawn: it may be anything
+        if image.size != (w, h):
+            sizes = f"a mask of {w}x{h} pixels, the photo {self.path} has {image.width}x{image.height}"
+            raise Complaint(f"{self.mask.path}: {sizes}")
+        image.putalpha(self.mask.image())
         return image
 
 
@@ -914,9 +829,8 @@ class Pose:
     light: float = 1.0  # value times this
 
 
-def draw_pose(g, recolour=True, area=(0.06, 0.4)):
-    """A random Pose from the numpy generator g."""
-    pose = Pose(g.uniform(*area), g.random(), g.random(), bool(g.random() < 0.5))
+def draw_pose(g, recolour=True):
+    pose = Pose(g.uniform(0.06, 0.4), g.random(), g.random(), bool(g.random() < 0.5))
     if not recolour:
         return pose
     stretch, hue = math.exp(g.uniform(-0.2, 0.2)), g.uniform(-0.15, 0.15)
@@ -927,10 +841,7 @@ def draw_pose(g, recolour=True, area=(0.06, 0.4)):
 class View:
     """What of a background is seen, and in which light."""
 
-    x: float = 0.0  # left, top, width, height of a box, in shares
-    y: float = 0.0
-    w: float = 1.0
-    h: float = 1.0
+    box: tuple = (0.0, 0.0, 1.0, 1.0)  # x1, y1, x2, y2, in shares
     flip: bool = False
     light: float = 1.0  # brightness, saturation and contrast times these
     colour: float = 1.0
@@ -943,7 +854,7 @@ def draw_view(g, crop=0.5, light=0.3):
     w, h = (min(1.0, side * math.exp(g.uniform(-0.25, 0.25))) for _ in range(2))
     x, y = g.uniform(0, 1 - w), g.uniform(0, 1 - h)
     bright, colour = g.uniform(1 - light, 1 + light), g.uniform(1 - 1.5 * light, 1 + 1.5 * light)
-    return View(x, y, w, h, flip, bright, colour, g.uniform(1 - light, 1 + light))
+    return View((x, y, x + w, y + h), flip, bright, colour, g.uniform(1 - light, 1 + light))
 
 
 @dataclass(frozen=True)
@@ -998,16 +909,13 @@ def posed(figure, pose, size):
 
 def seen(ground, view, frame):
     """RGB background -> its view, frame = (width, height) in size."""
-    W, H = ground.size
-    box = (view.x * W, view.y * H, (view.x + view.w) * W, (view.y + view.h) * H)
+    box = [v * n for v, n in zip(view.box, ground.size * 2, strict=True)]
     ground = ground.resize(frame, Image.BICUBIC, box)
     if view.flip:
         ground = ground.transpose(Image.FLIP_LEFT_RIGHT)
-    changes = (ImageEnhance.Brightness, view.light), (ImageEnhance.Color, view.colour)
-    for enhance, k in (*changes, (ImageEnhance.Contrast, view.contrast)):
-        if k != 1:
-            ground = enhance(ground).enhance(k)
-    return ground
+    ground = ImageEnhance.Brightness(ground).enhance(view.light)
+    ground = ImageEnhance.Color(ground).enhance(view.colour)
+    return ImageEnhance.Contrast(ground).enhance(view.contrast)
 
 
 @dataclass(frozen=True)
@@ -1032,8 +940,7 @@ def decoded(picture):
 
 
 def layers(paths, kind, flag, skip_bad=False):
-    """The raw material of composites from a folder: list of kind (Cutout or Ground), and notes of what was
-    left out. Raises Complaint for a picture that cannot be used, unless skip_bad, and for fewer than 8."""
+    """The raw material of composites from a folder: list of kind (Cutout, Ground), and notes."""
     notes, own = [], ASSETS.parent / paths  # the defaults are found from any folder
     paths = own if not os.path.isdir(paths) and ASSETS in own.parents else paths
     items = [kind(os.path.join(paths, *parts)) for parts in scan(paths, flag, notes)]
@@ -1053,10 +960,6 @@ def usable(items, where, flag, skip_bad, notes):
             notes.append(f"skipped {problem}")
     expect(len(good) >= 8, flag, str(where), f"at least 8 usable images in it, there are {len(good)}")
     return good
-
-
-MOST_FIGURES = 2000  # of photos with masks or outlines so many are drawn
-LEAST_SIDE = 48  # pixels of an outlined object's box
 
 
 def load_foregrounds(spec, skip_bad=False):
@@ -1091,54 +994,44 @@ def masked_figures(folders, notes):
     paths = [os.path.join(photos, *parts) for parts in scan(photos, "foregrounds", notes)]
     pairs = [(path, mask) for path, mask in zip(paths, find_masks(paths, masks), strict=True) if mask]
     if len(pairs) < len(paths):
-        bare = f"{len(paths) - len(pairs)} of {len(paths)} photos have no mask"
-        notes.append(f"{photos}: {bare}, and are left out")
-    return [Trimmed(Masked(Photo(path), Photo(mask))) for path, mask in pairs]
+        notes.append(f"{photos}: {len(paths) - len(pairs)} of {len(paths)} photos have no mask; left out")
+    return [Cutout(path, Masked(Photo(path), Mask(mask))) for path, mask in pairs]
 
 
 def coco_figures(words, notes):
     expect(len(words) < 3 and words[0], "foregrounds", ":".join(words), "coco:DIR or coco:DIR:cat,dog")
     photos, categories = coco_photos(words[0], notes, outlines=True)
     wanted = [name.strip() for name in words[1].split(",")] if words[1:] else list(categories)
-    odd = next((name for name in wanted if name not in categories), None)
-    expect(odd is None, "foregrounds", odd, f"a category of instances_*.json; {near(str(odd), categories)}")
-    figures, left, there = [], 0, exists([photo.path for photo in photos]).tolist()
-    for photo, here in zip(photos, there, strict=True):
-        for _, (x1, y1, x2, y2), outline in (o for o in photo.outlines if o[0] in wanted):
-            w, h = photo.size[:2]
-            large = min((x2 - x1) * w, (y2 - y1) * h) >= LEAST_SIDE
-            if here and outline and large and min(x1 * w, y1 * h, (1 - x2) * w, (1 - y2) * h) >= 1:
-                figures.append(Trimmed(Outlined(Photo(photo.path), outline, (w, h))))
-            else:
-                left += 1
-    said = f"{left} objects are small, cut by the edge, without an outline or a photo; {len(figures)} left"
-    notes.append(f"{words[0]}: {said}")
+    for name in wanted:
+        expect(name in categories, "foregrounds", name, f"a category of COCO; {near(name, categories)}")
+    figures, objects = [], [(p, *o[1:]) for p in photos for o in p.outlines if o[0] in wanted]
+    for photo, (x1, y1, x2, y2), outline in objects:
+        w, h = photo.size[:2]
+        large = min((x2 - x1) * w, (y2 - y1) * h) >= 48  # pixels
+        if outline and large and min(x1 * w, y1 * h, (1 - x2) * w, (1 - y2) * h) >= 1:
+            whole = Masked(Photo(photo.path), Outline(photo.path, outline, (w, h)))
+            figures.append(Cutout(photo.path, whole))
+    left = f"{len(objects) - len(figures)} objects are small, cut by the edge or without an outline"
+    notes.append(f"{words[0]}: {left}; left out")
     return figures
 
 
 FOREGROUNDS = {"masked": masked_figures, "coco": coco_figures}
 
 
-MOST = 10_000_000  # pictures or regions in memory
-
-
-def composites(figures, grounds, instances, per, seed, recolour=True):
-    """An incomplete grid of composites: foreground instances (a figure in a pose of its own) x backgrounds.
-
-    instances: how many, spread evenly over the figures. per: backgrounds for each. Returns (list of Composite
-    [N], instance i [N], background j [N]) with i in [0, instances), j an index into grounds.
-    """
+def composites(figures, grounds, instances, per, seed):
+    """An incomplete grid of composites: so many foreground instances, a figure in a pose of its own, each on
+    `per` backgrounds. Returns (list of Composite [N], instance i [N], background j [N], an index)."""
     wanted = f"at most {MOST:,} composites; {instances:,} instances with {per:,} backgrounds each are more"
     expect(instances * per <= MOST, "instances", instances, wanted)
-    items, i, j = [], [], []
+    items, j = [], []
     for a in range(instances):
         g = rng(seed, "pose", a)
-        figure, pose = figures[a % len(figures)], draw_pose(g, recolour)
+        figure, pose = figures[a % len(figures)], draw_pose(g)
         for b in g.choice(len(grounds), per, replace=len(grounds) < per):
             items.append(Composite(figure, grounds[b], pose, draw_view(g)))
-            i.append(a)
             j.append(int(b))
-    return items, torch.tensor(i), torch.tensor(j)
+    return items, torch.arange(instances).repeat_interleave(per), torch.tensor(j)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1159,9 +1052,7 @@ class Row(NamedTuple):
     split: int | None = None  # 0 train, 1 val, 2 test; None: splits are made here, for all rows
     caption: str = ""  # "": the usual one
     cut: Composite | None = None  # the foreground, without a ground, where there is a mask
-    # of controlled settings: boxes of the class object and of the planted feature, in shares of the image;
-    # each is a box, a tuple of them, None or SCENE
-    shows: tuple | None = None
+    shows: tuple | None = None  # boxes of the class object, and of the planted feature or SCENE, in shares
 
 
 @dataclass
@@ -1172,8 +1063,8 @@ class Facts:
     renamed: list = field(default_factory=list)  # --classes=FILE
     wanted: list = field(default_factory=list)  # --places=p,q
     seed: int = 0
-    confounder: float = 1.0
-    strength: float = 0.0
+    confounder: float = 1.0  # the share of training images on their class's own place
+    strength: float = 0.0  # of controlled settings, as the next two
     spurious: str = "0"
     feature: str = ""
     columns: str = ""  # --columns=ours=theirs,...
@@ -1232,7 +1123,6 @@ class Samples:
         return self.classes[y] + (f" on {self.places[place]}" if named else "")
 
     def prompt_line(self):
-        """One of the prompts, as an example."""
         (text, *rest), label = self.prompts[0], self.labels[0]
         more = f" and {len(rest)} more, averaged" * bool(rest)
         return f"prompts: {text!r}{more} for {label!r}, so of {len(self.labels)} labels"
@@ -1267,23 +1157,20 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     """The data set that --data names, as Samples; NAME:help prints how it must look, and exits.
 
     classes: a file of names, one a line, or a,b: only these of the set's. places: p,q, only these; where as
-    many are named as classes, the k-th is the k-th class's own. prompts: openai, or a file of templates or
-    class<TAB>prompt lines. masks: a folder of foreground masks. splits: whether the set is to be trained on,
-    and needs labels and images of every class in each split. planted_by: confounder, the share of training
-    images on their class's own place; strength, spurious, feature of controlled settings; columns, which of a
-    table are what, ours=theirs,... Raises Complaint.
-    """
+    many are named as classes, the k-th is the k-th class's own. masks: a folder of foreground masks. splits:
+    whether the set is to be trained on, and needs labels and images of every class in each. planted_by: more
+    of Facts."""
     name, _, root = spec.partition(":")
     if name not in SETS or not (root or SETS[name].alone):
         raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {', '.join(SETS)}; see NAME:help")
     if root == "help":
         say(inspect.getdoc(SETS[name].rows) or f"{name}: its function in data.py has no docstring", True)
         sys.exit(0)
-    renamed = read_classes(classes) if os.path.isfile(classes) else []
-    chosen = [] if renamed else names_in(classes, "classes", 2)
+    chosen, renamed = names_in(classes, "classes", 2), []
+    if os.path.isfile(classes):
+        chosen, renamed = [], chosen
     facts = Facts(chosen, renamed, names_in(places, "places", 1), seed, **planted_by)
-    tabular = name in ("csv", "waterbirds")
-    expect(tabular or not facts.columns, "columns", facts.columns, f"nothing with --data={name}, no table")
+    expect(not facts.columns or name in ("csv", "waterbirds"), "columns", facts.columns, "none: no table")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:
         samples = samples_of(spec, SETS[name].rows(Path(root) if root else None, facts), facts)
@@ -1300,25 +1187,28 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if masks:
         files = find_masks([getattr(item, "path", "") for item in samples.items], masks)
         pairs = zip(samples.items, files, strict=True)
-        samples.cut = [m and Composite(Masked(item, Photo(m)), None, None) for item, m in pairs]
+        samples.cut = [m and Composite(Masked(item, Mask(m)), None, None) for item, m in pairs]
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[SETS[name].template]] * len(labels)
-    own = not prompts or name != "embeddings"
-    expect(own, "prompts", prompts, "none: texts of embeddings are in their file")
-    samples.prompts = [[t.replace("{}", c) for t in own] for c, own in zip(labels, texts, strict=True)]
-    said = [c for c, own in zip(labels, texts, strict=True) if any("{}" in text for text in own)]
-    codes = [label for label in said if not renamed and re.fullmatch(CODE, label.strip().lower())]
-    if codes and name != "embeddings":
+    expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
+    pairs = list(zip(labels, texts, strict=True))
+    samples.prompts = [[text.replace("{}", c) for text in own] for c, own in pairs]
+    codes = [c for c, own in pairs if re.fullmatch(CODE, c.strip().lower()) and "{}" in "\n".join(own)]
+    if codes and not renamed and name != "embeddings":
         found = f"{len(codes)} of its {len(labels)} class names are numbers or codes, as {codes[0]!r}"
-        cure = "no text says what they are; name them, --classes=FILE, one a line"
-        samples.nameless = f"{samples.name}: {found}: {cure}"
+        samples.nameless = f"{samples.name}: {found}: say what they are, --classes=FILE, one a line"
     return check(samples, splits)
 
 
 def names_in(text, flag, least):
-    """a,b -> ["a", "b"]; Complaint where they are not at least so many, and different."""
-    names = [name.strip() for name in text.split(",") if text]
-    good = not text or least <= len(names) == len({plain(name) for name in names} - {""})
-    expect(good, flag, text, "a file, or different names, a,b")
+    """The names in a,b or, one a line, in a file; Complaint where they are not so many, and different."""
+    if os.path.isfile(text):
+        names, least = [name for _, name in read_lines(text, flag)], 1
+    else:
+        names = [name.strip() for name in text.split(",") if text]
+    twice = [name for name, n in Counter(map(plain, names)).items() if n > 1]
+    good = not text or least <= len(names) and not twice and "" not in names
+    found = f"{text} (twice: {', '.join(twice[:5])})" if twice else text
+    expect(good, flag, found, "a file, or different names, a,b")
     return names
 
 
@@ -1339,29 +1229,21 @@ def samples_of(name, rows, facts):
     place, places = place if places else torch.zeros_like(place), places or ["anywhere"]
     P, official = len(places), facts.official and None not in split
     group = (y * P + place).where(place >= 0, len(classes) * P + y)  # without a place: of each class one more
-    if not all(captions):
-        usual = [f"a {c} on {p}" if P > 1 else f"a {c}" for c in classes for p in places]
-        usual += [f"a {c}" for c in classes] + [""] * P  # the last where y is -1
-        captions = [usual[g] for g in group.tolist()]
     group = group.clamp(min=-1)  # the unlabelled are one
     split = make_splits(group) if None in split else completed(torch.tensor(split), group, facts.notes)
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
-    unplaced = int((place < 0).sum())
-    bare = f"{name}: no places to compare: no worst group, groups are the classes"
-    facts.notes += [bare] * bool(P < 2 and (y >= 0).any())
-    if unplaced:
-        line = f"{unplaced} of {len(rows)} images have no place, and are in no group"
-        facts.notes.append(f"WARNING: {name}: {line}: figures of groups are without them")
+    if not all(captions):
+        called, pairs = functools.cache(samples.group_name), zip(y.tolist(), place.tolist(), strict=True)
+        samples.captions = [f"a {called(*pair)}" if pair[0] >= 0 else "" for pair in pairs]
+    if P < 2 and (y >= 0).any():
+        facts.notes.append(f"{name}: no places to compare: no worst group, groups are the classes")
+    if (place < 0).any():
+        bare = f"{int((place < 0).sum())} of {len(rows)} images have no place"
+        facts.notes.append(f"WARNING: {name}: {bare}, and are in no group nor in the figures of groups")
     samples.labels, samples.imagenet, samples.official = facts.labels or classes, facts.imagenet, official
-    there = exists(picture)
-    if not there.all():
-        lost, first = int((~there).sum()), picture[int(there.int().argmin())]
-        line = f"{name}: {lost} of its {len(rows)} images do not exist, the first is {first}"
-        if lost == len(rows):
-            raise Complaint(f"{line}; complete the folder")
-        facts.notes.append(f"WARNING: {line}; they are left out")
-        samples = samples.keep(there)
+    here = present(picture, name, facts.notes)
+    samples = samples if here.all() else samples.keep(here)
     if facts.published:
         compare(samples, facts.published)
     if len(facts.wanted) == len(classes):
@@ -1384,17 +1266,23 @@ def only(rows, column, names, flag):
     return [row for row in rows if getattr(row, column) in names], names
 
 
-def exists(pictures):
-    """Which pictures exist, bool [n]; folders are listed once, as a million questions take long."""
-    there, out = {}, np.ones(len(pictures), bool)
+def present(pictures, where, notes):
+    """Which pictures exist, bool [n], and a note on those that do not; or Complaint, if none does."""
+    there, here = {}, torch.ones(len(pictures), dtype=torch.bool)
     for k, path in enumerate(pictures):
         if isinstance(path, str):
             at, _, name = path.rpartition("/")
-            if at not in there:
+            if at not in there:  # folders are listed once, as a million questions take long
                 there[at] = set(os.listdir(at or "/")) if os.path.isdir(at or "/") else ()
             if name not in there[at]:
-                out[k] = False
-    return torch.from_numpy(out)
+                here[k] = False
+    lost = [path for path, found in zip(pictures, here.tolist(), strict=True) if not found]
+    if lost:
+        line = f"{where}: {len(lost)} of its {len(pictures)} images do not exist, the first is {lost[0]}"
+        if not here.any():
+            raise Complaint(f"{line}; complete the folder")
+        notes.append(f"WARNING: {line}; they are left out")
+    return here
 
 
 def numbered(names, known, what):
@@ -1441,10 +1329,8 @@ def completed(split, group, notes):
 
 
 def correlate(samples, own, confounder):
-    """The samples with a biased training split: of each class the share confounder stands on its own place.
-
-    own: {class: place}. Further training images on other places go to test where splits are ours, else out.
-    """
+    """The samples with a biased training split: of each class the share confounder on own, {class: place}.
+    Further training images on other places go to test where splits are ours, else out."""
     extra, said, short = torch.zeros(len(samples.y), dtype=torch.bool), [], False
     for y, name in enumerate(samples.classes):
         expect(own[name] in samples.places, "places", samples.places, f"{own[name]}, of {name}, too")
@@ -1464,18 +1350,17 @@ def correlate(samples, own, confounder):
 
 def compare(samples, published):
     """Notes whether counts are as published: classes, images, images of each place, groups of each split."""
-    counts = dict(classes=len(samples.classes), images=len(samples.items))
+    groups = [samples.counts(s).tolist() for s in range(3)]
+    counts = dict(classes=len(samples.classes), images=len(samples.items), groups=groups, val_test=groups[1:])
     counts["places"] = tally(samples.place, samples.split, len(samples.places)).sum(0).tolist()
-    counts["groups"] = [samples.counts(s).tolist() for s in range(3)]
-    counts, line = {k: counts[k] for k in published}, f"{samples.name}: the published counts"
+    counts, line = {k: counts[k] for k in published}, f"{samples.name}: the published counts, {published}"
     if counts != published:
         line = f"WARNING: {samples.name}: found {counts}, published {published}: incomplete or another making"
     samples.notes.append(line)
 
 
 def check(samples, splits=True):
-    """Samples with two labels or more; with splits, images of every class in every split; or Complaint.
-    Says which classes and places have no image, and which groups occur in other splits than train only."""
+    """Samples with two labels or more; with splits, images of every class in every split; or Complaint."""
     name, n, y = samples.name, len(samples.classes), samples.y
     if (n if splits else max(n, len(samples.labels))) < 2:
         raise Complaint(f"{name}: one class only, {', '.join(samples.classes)!r}; expected at least two")
@@ -1484,8 +1369,8 @@ def check(samples, splits=True):
     of_class, of_place = tally(y, samples.split, n), tally(samples.place, samples.split, len(samples.places))
     for s, split in enumerate(SPLITS) if splits else ():
         if not of_class[s].all():
-            what = f" of class {samples.classes[int(of_class[s].argmin())]}" if of_class[s].any() else ""
-            raise Complaint(f"{name}: split {s} ({split}) has no images{what}; train, val and test need them")
+            lacks = f"no images of class {samples.classes[int(of_class[s].argmin())]}"
+            raise Complaint(f"{name}: split {s} ({split}) has {lacks}; train, val and test need them")
     for what, names, k in (("class", samples.classes, of_class), ("place", samples.places, of_place)):
         bare = [names[at] for at in (k.sum(0) == 0).nonzero()[:, 0].tolist()]
         if splits and bare:
@@ -1494,39 +1379,26 @@ def check(samples, splits=True):
             samples.notes.append(f"{name}: no image of {len(bare)} {what} names: {', '.join(bare[:5])}")
     if not splits:
         return samples
-    train, *other = grouped = tally(samples.group(), samples.split, n * len(samples.places)) > 0
-    if not grouped.any(1).all():
-        bare = SPLITS[int(grouped.any(1).int().argmin())]
-        raise Complaint(f"{name}: no image of {bare} has a place; --columns=place= reads it without places")
-    empty = ((other[0] | other[1]) & ~train).nonzero()[:4, 0].tolist()
+    train, val, test = grouped = tally(samples.group(), samples.split, n * len(samples.places)) > 0
+    for split, there in zip(SPLITS, grouped.any(1), strict=True):
+        if not there:
+            raise Complaint(f"{name}: no image of {split} has a place; --columns=place= reads it without")
+    empty = ((val | test) & ~train).nonzero()[:4, 0].tolist()
     empty = " or ".join(samples.group_name(*divmod(g, len(samples.places))) for g in empty)
     correlated = ": 100 % correlated" * bool((train.view(n, -1).sum(1) == 1).all())
     samples.notes += [f"training set without {empty}{correlated}"] * bool(empty)
     return samples
 
 
-def read_classes(path):
-    """--classes=FILE -> names in order."""
-    lines = {}
-    for number, name in read_lines(path, "classes"):
-        if lines.setdefault(plain(name), (number, name))[0] < number:
-            raise Complaint(f"--classes={path}:{number}: two classes with the same name, {name!r}")
-    return [name for _, name in lines.values()]
-
-
 def read_prompts(path, labels, notes):
-    """--prompts=FILE -> for each label a list of texts, {} for its name. openai: CLIP's 80 for ImageNet.
-
-    FILE: templates, one a line, or lines class<TAB>prompt; or in JSON or as a list in Python templates, or a
-    list of descriptions for each class, as CuPL has them.
-    """
+    """--prompts=FILE -> for each label a list of texts, {} for its name; openai: CLIP's 80. FILE: templates,
+    or lines class<TAB>prompt; in JSON or Python templates, or descriptions of each class, as CuPL's."""
     if path == "openai":
         import open_clip
 
         return [[t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]] * len(labels)
-    templates, own, lines = [], {}, read_lines(path, "prompts")
-    tree = literal("\n".join(line for _, line in lines))
-    known, others = {plain(label) for label in labels}, {}
+    own, others, lines = {"": []}, {}, read_lines(path, "prompts")  # "": templates
+    tree, known = literal("\n".join(line for _, line in lines)), {plain(label) for label in labels}
     if isinstance(tree, dict) and len(tree) == 1 and plain(next(iter(tree))) not in known:
         tree = next(iter(tree.values()))  # templates under a name
     with reading(path, "templates, or a dict of class: descriptions"):
@@ -1535,17 +1407,17 @@ def read_prompts(path, labels, notes):
         elif tree is not None:
             lines = list(enumerate(listed(tree), 1))
     for number, line in lines:
-        name, tab, prompt = line.partition("\t")
-        text = re.sub(r"\{[a-z_]*\}", "{}", prompt.strip() if tab else line)
+        name, tab, prompt = line.partition("\t") if "\t" in line else ("", "", line)
+        text = re.sub(r"\{[a-z_]*\}", "{}", prompt.strip())
         if tab and plain(name) not in known:
             others.setdefault(name, number)
         elif not tab and "{}" not in text:
             raise Complaint(f"--prompts={path}:{number}: {line!r}, expected a {{}}, or class<TAB>prompt")
-        (own.setdefault(plain(name), []) if tab else templates).append(text)
+        own.setdefault(plain(name), []).append(text)
     if others and (not isinstance(tree, dict) or len(others) == len(tree)):
         name, number = next(iter(others.items()))
         raise Complaint(f"--prompts={path}:{number}: no class {name!r}; {near(name, labels)}")
-    texts = [own.get(plain(label), templates) for label in labels]
+    texts = [own.get(plain(label), own[""]) for label in labels]
     if not all(texts):
         bare = labels[texts.index([])]
         raise Complaint(f"--prompts={path}: no prompt for class {bare!r}; add one, or a template with {{}}")
@@ -1579,28 +1451,20 @@ def listed(texts):
 
 def inside_root(root, table, names):
     """Paths of a table's images; Complaint for a name that leads out of root, or that is listed twice."""
-    root, text, first = os.path.join(root, ""), "\n".join(names), {}
-    if "\\" in text or " " in text:
-        names = [name.strip().replace("\\", "/") for name in names]
-    if "./" in text or "//" in text:
-        names = [name and os.path.normpath(name) for name in names]  # ./a.png is a.png
-    starts = {name[:3] for name in names}  # quick to look at, of a million names
-    out = {start for start in starts if start[:1] in ("", "/") or start in ("..", "../")}
-    if out or len(set(names)) < len(names):
-        for k, name in enumerate(names):
-            if name[:3] in out:
-                raise table.complaint(k, f"image {name!r}, expected a path inside {root}")
-            if first.setdefault(name, k) < k:
-                line = table.lines()[first[name]]
-                raise table.complaint(k, f"image {name!r} is listed already in line {line}")
-    return [root + name for name in names]
+    lines = {}
+    for k, name in enumerate(names):
+        path = os.path.normpath(name.strip().replace("\\", "/"))  # ./a.png is a.png
+        if path in (".", "..") or path.startswith(("/", "../")):
+            raise table.complaint(k, f"image {name!r}, expected a path inside {root}")
+        line = lines.setdefault(path, table.lines[k])
+        if line < table.lines[k]:
+            raise table.complaint(k, f"image {path!r} is listed already in line {line}")
+    return [os.path.join(root, path) for path in lines]
 
 
 def find_masks(paths, masks):
-    """For each image the mask NAME.png below the folder masks, or None.
-
-    NAME: the end of the image's path, as long as possible, or that up to its last '_'. A photo is no mask.
-    """
+    """For each image the mask NAME.png below the folder masks, or None. NAME: the end of the image's path, as
+    long as possible, or that up to its last '_'. A photo is no mask."""
     masks, photos, found = folder(masks, "masks"), {os.path.realpath(path) for path in paths}, []
     expect(any(paths), "masks", str(masks), "images in files: those of this data set are drawn")
     for path in paths:
@@ -1616,8 +1480,7 @@ def find_masks(paths, masks):
     for path, file in zip(paths, found, strict=True):
         other = owner.setdefault(file, path) if file else path
         if other != path and os.path.basename(other) == os.path.basename(path):
-            cure = "put masks into folders as the photos are"
-            raise Complaint(f"--masks: {file}: the mask of two photos, {other} and {path}; {cure}")
+            raise Complaint(f"--masks: {file}: the mask of two photos, {other} and {path}; use folders, too")
     return found
 
 
@@ -1651,23 +1514,19 @@ def waterbirds(root, facts):
     Any folder of this layout will do, with any number of classes and places:
     DIR/metadata.csv     img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
     DIR/001.Black_footed_Albatross/....jpg     as img_filename says
-    Land- and waterbirds are known by their species and counts, land and water by place_filename.
+    Land- and waterbirds are known by their species, land and water by place_filename.
     To make one: CUB's photos and segmentations (data.caltech.edu/records/65de6-vp158 and w9d68-gec53), photos
     of two places, and for each bird Pillow's Image.composite(photo, place, mask), all three of one size."""
     table = folder(root, "data waterbirds") / "metadata.csv"
-    if not table.is_file():
-        raise lacking(root, "metadata.csv", "waterbirds")
+    needs(table.is_file(), root, "metadata.csv", "waterbirds")
     table = read_table(table)
     paths, y, place, split = table_rows(table, facts, ("path", "y", "split", "place"))
     some = slice(None, None, max(1, len(y) // 5000))
     species = [os.path.basename(os.path.dirname(path)) for path in paths[some]]
-    what = told_by(y[some], species, {"waterbird": WATERBIRDS, "landbird": None})
-    where = told_by(place[some], table.get("place_filename", ())[some], {"water": WATER, "land": LAND})
-    if len(facts.classes) == len(facts.places) == 2:
-        y0, place0 = facts.classes[0], facts.places[0]
-        groups = [-1 if p is None else 2 * (c != y0) + (p != place0) for c, p in zip(y, place, strict=True)]
-        if official_waterbirds(root.name, np.array(groups), np.array(split), facts.notes):
-            what, where = {"0": "landbird", "1": "waterbird"}, {"0": "land", "1": "water"}
+    what = told_by(y[some], species, dict(waterbird=WATERBIRDS), "landbird")
+    where = told_by(place[some], table.get("place_filename", ())[some], dict(water=WATER, land=LAND))
+    if len(y) == 11788 or "waterbird_complete" in root.name or "forest2water2" in root.name:
+        facts.published = dict(val_test=[[467, 466, 133, 133], [2255, 2255, 642, 642]])  # of all makings
     facts.classes = [what.get(name, name) for name in facts.classes]
     facts.places = [where.get(name, name) for name in facts.places]
     for path, a, b, s in zip(paths, y, place, split, strict=True):
@@ -1681,14 +1540,10 @@ WATERBIRDS = (  # words of their species' names
 WATER, LAND = "water ocean sea lake beach", "land forest bamboo broadleaf"
 
 
-def told_by(values, keys, words):
-    """What numbered classes or places are called by their images' species or backgrounds: {value: name}.
-
-    words: {name: words, of which a key has one; None: of the others' it has none}. A value has the name that
-    four fifths of its keys have. Nothing, where fewer than two have one, or two the same.
-    """
-    hits, words = {}, {name: set((listed or "").split()) for name, listed in words.items()}
-    rest = next((name for name, listed in words.items() if not listed), None)
+def told_by(values, keys, words, rest=None):
+    """What numbered classes or places are called by their images' species or backgrounds: {value: name} that
+    four fifths of its keys have. words: {name: words, of which a key has one}; rest: what others are."""
+    hits, words = {}, {name: set(listed.split()) for name, listed in words.items()}
     for value, key in zip(values, keys, strict=False):
         inside = set(re.split("[^a-z]+", key.lower()))
         name = next((name for name, listed in words.items() if listed & inside), rest)
@@ -1696,23 +1551,6 @@ def told_by(values, keys, words):
     called = {value: n.most_common(1)[0] for value, n in hits.items() if str(value).isdecimal()}
     called = {value: name for value, (name, k) in called.items() if name and k >= 0.8 * hits[value].total()}
     return called if 1 < len(called) == len(set(called.values())) else {}
-
-
-def official_waterbirds(name, group, split, notes):
-    """Whether val and test have the counts of the official sets (PROTOCOLS 1), which notes then say. group:
-    [n], 2 y + place, -1: not known; split: [n]."""
-    counts = [np.bincount(group[(split == s) & (group >= 0)], minlength=4).tolist() for s in range(3)]
-    official = counts[1:] == [[467, 466, 133, 133], [2255, 2255, 642, 642]]
-    if official and counts[0] == [3498, 184, 56, 1057]:
-        notes.append(f"{name}: the counts of the official Waterbirds, 95 %")
-    elif official:
-        makings = {4795: "generated at 100 %", 4555: "the 95 % set without its minority groups"}
-        making = makings.get(sum(counts[0]), "of another making")
-        notes.append(f"{name}: official val and test; train {sum(counts[0])} images: {making}")
-    elif len(group) == 11788 or "waterbird_complete" in name or "forest2water2" in name:
-        line = f"{name}: {len(group)} images, groups {counts}, not the official counts"
-        notes.append(f"WARNING: {line}: incomplete or generated anew; published figures do not hold for it")
-    return official
 
 
 def celeba(root, facts):
@@ -1724,23 +1562,22 @@ def celeba(root, facts):
     root, tables = folder(root, "data celeba"), []
     for name in ("list_attr_celeba", "list_eval_partition"):
         found = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
-        path = next((p for p in found if p.is_file()), None)
-        if path is None:
-            raise lacking(root, f"{name}.txt or .csv", "celeba")
-        tables.append(path)
-    faces = read_table(tables[0], ("Blond_Hair", "Male"))
-    parts = read_table(tables[1], header=("image_id", "partition"))
+        tables.append(next((path for path in found if path.is_file()), None))
+        needs(tables[-1], root, f"{name}.txt or .csv", "celeba")
     facts.classes, facts.places = ["dark hair", "blond hair"], ["female", "male"]
     train, val = [71629, 66874, 22880, 1387], [8535, 8276, 2874, 182]
     facts.published = dict(groups=[train, val, [9767, 7535, 2480, 180]])
-    names = next(iter(faces.values()))  # the official file has no name for the first column
+    faces = read_table(tables[0])
+    with reading(tables[0], "CelebA's table of attributes, with Blond_Hair and Male"):
+        hair, gender = faces["Blond_Hair"], faces["Male"]
+        names = next(iter(faces.values()))  # the official file has no name for the first column
     with reading(tables[1], "CelebA's table of splits, 0, 1 or 2, for the same images"):
-        pairs = zip(*list(parts.values())[:2], strict=True)
+        pairs = [line.replace(",", " ").split() for _, line in read_lines(tables[1], "data")]
         split = {name: int(s) for name, s in pairs if s in ("0", "1", "2")}
         split = [split[name] for name in names]
     images = first_folder(root, *(f"{sub}img_align_celeba" for sub in ("img_align_celeba/", "", "Img/")))
     paths = inside_root(images, faces, names)
-    for path, blond, male, s in zip(paths, faces["Blond_Hair"], faces["Male"], split, strict=True):
+    for path, blond, male, s in zip(paths, hair, gender, split, strict=True):
         y, place = facts.classes[blond == "1"], facts.places[male == "1"]
         yield Row(path, y, place, s, f"a photo of a {place} celebrity with {y}")
 
@@ -1756,22 +1593,19 @@ def counteranimal(root, facts):
     outer, rows, skipped = folder(root, "data counteranimal"), [], set()
     inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
     root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
-    if root is None:
-        raise lacking(outer, "folders such as '9 ostrich'", "counteranimal")
+    needs(root, outer, "folders such as '9 ostrich'", "counteranimal")
+    layout = re.compile(r"(\d{1,3}) ([^/]+)/[^/-]*(common|easy|counter|hard)[^/-]*-?([^/]*)/", re.I)
     for parts in scan(root):
-        number, _, name = parts[0].partition(" ")
-        kind = parts[1].lower() if len(parts) > 2 else ""
-        head, _, place = kind.partition("-")
-        common, counter = "common" in head or "easy" in head, "counter" in head or "hard" in head
-        if (common or counter) and number.isdecimal() and int(number) < 1000:
-            rows.append((int(number), name, common, place or kind, os.path.join(root, *parts)))
+        found = layout.match("/".join(parts))
+        if found:
+            number, name, kind, place = found.groups()
+            common, place = kind.lower() in ("common", "easy"), (place or kind).lower()
+            rows.append((int(number), name, common, place, os.path.join(root, *parts)))
         else:
             skipped.add("/".join(parts[:2]))
     if skipped:
-        odd = f"{len(skipped)} files or folders are neither common nor counter, as {min(skipped)}; left out"
-        facts.notes.append(f"WARNING: {root}: {odd}")
-    if not rows:
-        raise lacking(root, "photos in common-... and counter-... folders", "counteranimal")
+        facts.notes.append(f"WARNING: {root}: {len(skipped)} files or folders left out, as {min(skipped)}")
+    needs(rows, root, "photos in common-... and counter-... folders", "counteranimal")
     number = {name: number for number, name, *_ in sorted(rows)}
     named, spelled = imagenet_names((root, outer), facts.notes), {plain(name): name for name in number}
     pair = [spelled.get(plain(name), name) for name in facts.chosen]
@@ -1848,11 +1682,9 @@ def nico(root, facts):
     at = next((w for w in inner if any(p[: len(w)] == w and len(p) > len(w) + 2 for p in outer)), ())
     root = Path(root, *at)
     paths = [p[len(at) :] for p in outer if p[: len(at)] == at and len(p) > len(at) + 2]
-    if not paths:
-        raise lacking(root, "context/class/ folders of images", "nico")
+    needs(paths, root, "context/class/ folders of images", "nico")
     if len(paths) < len(outer):
-        beside = f"{len(outer) - len(paths)} images beside its context/class folders"
-        facts.notes.append(f"{root}: {beside} are not used")
+        facts.notes.append(f"{root}: {len(outer) - len(paths)} images beside context/class folders; not used")
     first, second = ({plain(p[k]) for p in paths} for k in (0, 1))
     known = {"autumn", "dim", "grass", "outdoor", "rock", "water", *map(plain, facts.wanted)}
     swapped = known & second and not known & first or {*map(plain, facts.chosen)} & (first - second)
@@ -1871,13 +1703,11 @@ def nico(root, facts):
         yield Row(os.path.join(root, *p), p[y], p[place])
 
 
-MEN = set(
+GENDERS = (  # words of captions
     "man men boy boys male males gentleman gentlemen guy guys father fathers dad son sons brother brothers "
-    "husband groom he him his himself".split()
-)
-WOMEN = set(
+    "husband groom he him his himself",
     "woman women girl girls female females lady ladies mother mothers mom daughter daughters sister sisters "
-    "wife bride she her hers herself".split()
+    "wife bride she her hers herself",
 )
 
 
@@ -1894,7 +1724,7 @@ def cocogender(root, facts):
     expect(len(facts.places) == 2, "places", ",".join(facts.places), "two kinds of objects")
     facts.own, people, left = dict(zip(facts.classes, facts.places, strict=True)), {}, 0
     photos, categories = coco_photos(root, facts.notes)
-    kinds = [set(place.split("+")) for place in facts.places]
+    kinds, genders = [set(place.split("+")) for place in facts.places], [set(g.split()) for g in GENDERS]
     odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
     expect(not odd, "places", odd, f"categories of COCO or supercategories; {near(odd, categories)}")
     at, parts = first_folder(root, "annotations"), {photo.part for photo in photos}
@@ -1903,8 +1733,8 @@ def cocogender(root, facts):
         with reading(captions, f"COCO's captions, with instances_{part}.json"):
             (at / f"instances_{part}.json").stat()
             for a in read_json(captions, "JSON")["annotations"]:
-                words = set("".join(c if c.isalpha() else " " for c in a["caption"].lower()).split())
-                who = {y for y, gender in enumerate((MEN, WOMEN)) if words & gender}
+                words = set(re.findall(r"[^\W\d_]+", a["caption"].lower()))
+                who = {y for y, gender in enumerate(genders) if words & gender}
                 people.setdefault(a["image_id"], set()).update(who)
     for photo in photos:
         who, what = people.get(photo.id, ()), [k for k, kind in enumerate(kinds) if photo.kinds & kind]
@@ -1918,13 +1748,11 @@ def cocogender(root, facts):
 
 
 def coco_photos(root, notes, outlines=False):
-    """The photos of COCO's instances_*.json, by part and id: part (train2017), id, path, objects
-    {category: boxes in shares}, crowds (categories), kinds (categories and supercategories); and a dict
-    {category: supercategory}."""
+    """The photos of COCO's instances_*.json, by part (train2017) and id, with objects {category: boxes in
+    shares}, and kinds (categories and supercategories); and a dict {category: supercategory}."""
     at, flat = first_folder(folder(root, "data coco"), "annotations"), 0
     files, everything, categories = sorted(at.glob("instances_*.json")), {}, {}
-    if not files:
-        raise lacking(at, "instances_*.json", "coco")
+    needs(files, at, "instances_*.json", "coco")
     for file in files:
         part, photos = file.stem.removeprefix("instances_"), {}
         images = first_folder(root, part, f"images/{part}", "images")
@@ -1952,11 +1780,13 @@ def coco_photos(root, notes, outlines=False):
             categories.update(names.values())
             everything.update(sorted(photos.items()))
     notes += [f"{at}: {flat} boxes without area are left out"] * (flat > 0)
-    return list(everything.values()), categories
+    photos = list(everything.values())
+    here = present([photo.path for photo in photos], root, notes)
+    return [photos[k] for k in here.nonzero()[:, 0].tolist()], categories
 
 
 def outline_of(annotation):
-    """The segmentation of one of COCO's annotations, as Outlined has it; () for none."""
+    """The segmentation of one of COCO's annotations, as Outline has it; () for none."""
     found = annotation.get("segmentation") or ()
     if isinstance(found, dict):
         counts = found["counts"]
@@ -1983,14 +1813,12 @@ def in9(root, facts):
     root, names = first_folder(outer, "bg_challenge"), {}
     kinds = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b only_bg_t".split()
     facts.places, facts.official = [kind for kind in kinds if (root / kind).is_dir()], False
-    if not facts.places:
-        raise lacking(root, "original, mixed_same ...", "in9")
+    needs(facts.places, root, "original, mixed_same ...", "in9")
     facts.published = dict(classes=9, places=[4050] * len(facts.places))
     for kind in facts.places:
         at = first_folder(root / kind, "val")
         for name, file in (parts for parts in scan(at) if len(parts) == 2):
-            numbered = name[:2].isdecimal() and name[2:3] == "_"  # 00_dog
-            names[name] = name[3:].replace("_", " ") if numbered else name
+            names[name] = re.sub(r"^\d\d_", "", name).replace("_", " ")  # 00_dog
             photo = "_".join(file.rsplit(".", 1)[0].split("_")[:2])  # n02085936_10130, the foreground's
             share = zlib.crc32(os.fsencode(photo)) % 1000 / 1000
             split = int(share >= 0.6) + int(share >= 0.8)  # all variations of a photo lie in one split
@@ -2011,23 +1839,21 @@ def imagenet(root, facts):
     root = first_folder(folder(root, "data imagenet"), "val")
     paths, (ids, _, short) = scan(root), synsets()
     label = [p[0] if len(p) > 1 else p[0].split("_")[0].split(".")[0] for p in paths]
-    number = {w: k for k, w in enumerate(ids)}
-    if not set(label) <= set(number):
-        label = [p[0] for p in paths]
-        number = {name: k for k, name in enumerate(sorted(set(label)))}
-        if len(number) != 1000 or len({len(p) > 1 for p in paths}) > 1:
+    if not set(label) <= set(ids):
+        order = sorted({p[0] for p in paths})
+        if len(order) != 1000 or len({len(p) > 1 for p in paths}) > 1:
             what = f"{len(paths)} images, the first is {'/'.join(paths[0])}"
             raise Complaint(f"{root}: {what}; expected n01440764 ... or 1000 folders in order of classes")
-    there = sorted({number[name] for name in label})
-    if len(there) < 1000:
+        number = dict(zip(order, ids, strict=True))
+        label = [number[p[0]] for p in paths]
+    names = spoken(set(label), Facts(notes=facts.notes))
+    facts.classes, facts.imagenet = [*names.values()], [[ids.index(w)] for w in names]
+    if len(names) < 1000:
         among = "all 1000 (--labels=all)" if facts.all_labels else "these only; --labels=all: among 1000"
-        facts.notes.append(f"{root}: {len(there)} of 1000 classes; models choose among {among}")
-    twice = Counter(short[k] for k in there)
-    names = [f"{n} ({w})" if twice[n] > 1 else n for n, w in zip(short, ids, strict=True)]
-    facts.classes, facts.imagenet = [names[k] for k in there], [[k] for k in there]
-    facts.labels = short if facts.all_labels or len(there) == 1000 else []
-    for p, name in zip(paths, label, strict=True):
-        yield Row(os.path.join(root, *p), names[number[name]])
+        facts.notes.append(f"{root}: {len(names)} of 1000 classes; models choose among {among}")
+    facts.labels = short if facts.all_labels or len(names) == 1000 else []
+    for p, w in zip(paths, label, strict=True):
+        yield Row(os.path.join(root, *p), names[w])
 
 
 def image_folder(root, facts):
@@ -2048,8 +1874,7 @@ def image_folder(root, facts):
     splits = {t for t in top if t.lower() in SPLIT_NAMES}
     official = bool(splits) and splits == top
     if len(splits) > 1 and not official:
-        names = ", ".join(sorted(splits))
-        raise Complaint(f"{where}: {names} are splits, {min(top - splits)!r} beside them is not")
+        raise Complaint(f"{where}: {max(splits)} is a split, {min(top - splits)!r} beside it is not")
     rest = [p[1:] if official and len(p) > 1 else p for p in moved]
     classes, stray = {r[0] for r in rest if len(r) > 1}, sum(len(r) == 1 for r in rest)
     if stray == len(paths):
@@ -2080,10 +1905,9 @@ def folder_notes(root, rest):
         lines.append(f"{depth[2]} images lie beside the place folders; their place is 'elsewhere'")
     if depth[4]:
         deep = "/".join(next(r for r in rest if len(r) > 3))
-        line = f"{depth[4]} images lie below class/place, as {deep}"
-        lines.append(f"{line}; folders below the place do not count")
+        lines.append(f"{depth[4]} images lie below class/place, as {deep}; such folders do not count")
     if 1 < len(pairs) == len({place for _, place in pairs}):
-        one = f"each place lies in one class only, as {'/'.join(min(pairs))}; no place compares two classes"
+        one = f"each place lies in one class only, as {'/'.join(min(pairs))}"
         lines.append(f"{one}. If the second folders are the classes, move them up")
     return [f"WARNING: {root}: {line}" for line in lines]
 
@@ -2097,9 +1921,7 @@ def csv_table(path, facts):
     Usual names will do, as file_name, label, partition, background, a, group; else --columns=place=weather,
     path=photo says which they are, and --columns=place= that there is none.
     --classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR."""
-    table = read_table(path)
-    for row in zip(*table_rows(table, facts, ("path", "y")), strict=True):
-        yield Row(*row)
+    return map(Row, *table_rows(read_table(path), facts, ("path", "y")))
 
 
 def table_rows(table, facts, needed):
@@ -2143,19 +1965,16 @@ def split_numbers(values, name, complaint):
 
 def load_predictions(path, columns="", classes=""):
     """What another program predicted, a table of y, predicted and, if it has them, place, confidence, split,
-    path (see COLUMNS) -> Samples, what each is taken for [n], and how surely [n], NaN where it is not said.
-
-    columns: ours=theirs,...; classes: a file of names. Rows without y or predicted are left out, and counted.
-    """
+    path (see COLUMNS) -> Samples, what each is taken for [n], and how surely [n], NaN if it is not said."""
     t = read_table(path)
     at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
     n, facts = t.count, Facts()
     t["y and predicted"] = t[at["y"]] + t[at["predicted"]]  # numbered together
-    words, facts.classes, notes = named(t, "y and predicted")
+    renamed = names_in(classes, "classes", 2) if os.path.isfile(classes) else []
+    words, facts.classes, notes = named(t, "y and predicted", renamed)
     y, taken = words[:n], words[n:]
     if not set(y) & set(taken) - {None}:
-        found = f"y as {t[at['y']][0]!r}, predicted as {t[at['predicted']][0]!r}"
-        raise Complaint(f"{path}: {found}, no value in both; expected the same names or numbers")
+        raise Complaint(f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names")
     facts.notes = [note, *notes]
     place, split = places_and_splits(t, at, facts)
     sure = []  # from 0 to 1
@@ -2168,15 +1987,10 @@ def load_predictions(path, columns="", classes=""):
     pictures = [Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in enumerate(names, 2)]
     keep = torch.tensor([a is not None and b is not None for a, b in zip(y, taken, strict=True)])
     if not keep.all():
-        line = f"{int((~keep).sum())} of {n} rows have no y or no predicted, and are left out"
-        facts.notes.append(f"WARNING: {path}: {line}")
+        facts.notes.append(f"WARNING: {path}: {int((~keep).sum())} of {n} rows lack y or predicted; left out")
     samples = samples_of(f"predictions:{path}", map(Row, pictures, y, place, [2] * n), facts)
     samples.split = torch.tensor(split) if at["split"] else samples.split
     taken = numbered(taken, facts.classes, "class")[0]
-    if os.path.isfile(classes):
-        samples.classes = samples.labels = read_classes(classes)
-        named_by = f"{len(facts.classes)} names, one for each value of y and predicted"
-        expect(len(samples.classes) == len(facts.classes), "classes", classes, named_by)
     samples.prompts = [[name] for name in samples.classes]
     return check(samples.keep(keep), False), taken[keep], torch.tensor(sure)[keep]
 
@@ -2198,12 +2012,10 @@ STORED = {  # arrays of --data=embeddings:FILE, and what others call them
 @functools.lru_cache(4)
 def stored_arrays(path):
     """The arrays of an .npz, of a folder of .npy files (not read whole), or one .npy -> dict by the names in
-    STORED, and the note that says which were taken. Complaint where shapes do not fit."""
-    cure = "save plain arrays, of names np.array(names, dtype=str)"
-    with reading(path, "an .npz file, or a folder of .npy files", cure):
+    STORED, and the note that says which were taken."""
+    with reading(path, "an .npz file, or .npy files", "save plain arrays, np.array(names, dtype=str)"):
         if os.path.isdir(path):
             there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
-            expect(there, "data", path, f"an .npz file, or .npy files in it (found {inside(path)})")
         else:
             there = np.load(bounded(path), mmap_mode="r")
             there = dict(embedding=there) if isinstance(there, np.ndarray) else there
@@ -2211,8 +2023,8 @@ def stored_arrays(path):
         a = {ours: there[names[0]] for ours, names in taken.items() if names}
     z = a.get("embedding")
     if z is None:
-        found = f"no array 'embedding' (found: {', '.join(there)})"
-        raise Complaint(f"{path}: {found}; see --data=embeddings:help")
+        have = ", ".join(there) or inside(path)
+        raise Complaint(f"{path}: no array 'embedding' (found: {have}); see --data=embeddings:help")
     n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
     good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
     text = a.get("text", z)
@@ -2223,8 +2035,7 @@ def stored_arrays(path):
             a[key] = a[key][:, 0] if a[key].shape == (n, 1) else a[key]
             good = good and a[key].shape == (n,)
     if not good:
-        wanted = "embedding [n, D] of numbers, y, place, split [n], text [C, D]"
-        raise Complaint(f"{path}: {shapes}; expected {wanted}")
+        raise Complaint(f"{path}: {shapes}; expected embedding [n, D], y, place, split [n], text [C, D]")
     used = [names[0] + f" as {ours}" * (names[0] != ours) for ours, names in taken.items() if names]
     rest = sorted(set(there) - {names[0] for names in taken.values() if names})
     return a, f"{path}: {', '.join(used)}" + f"; not used: {', '.join(rest)}" * bool(rest)
@@ -2258,8 +2069,7 @@ def stored(path, facts):
 
 
 def labels_in(path, key, values, names):
-    """An array [n] of names or numbers -> list of names, None where there is none, and all names in order:
-    those given, or else those that occur."""
+    """An array [n] of names or numbers -> list of names, or None, and all in order: given, or that occur."""
     if values.dtype.kind in "SU":
         words = [word.strip() for word in values.astype(str).tolist()]
         return [word if word.lower() not in ("", "nan") else None for word in words], names
@@ -2278,8 +2088,7 @@ def stored_composites(path):
     a = stored_arrays(path)[0]
     numbers = [a.get(key, np.empty(0)) for key in ("foreground", "background")]
     if any(v.dtype.kind not in "iu" for v in numbers):
-        found = f"found {', '.join(a)}"
-        raise Complaint(f"{path}: expected foreground and background, whole numbers [N] ({found})")
+        raise Complaint(f"{path}: found {', '.join(a)}, expected whole numbers foreground, background [N]")
     i, j = (torch.from_numpy(v.astype(np.int64)) for v in numbers)
     return [Stored(path, k) for k in range(len(i))], i, j
 
@@ -2289,12 +2098,8 @@ def stored_composites(path):
 
 LEAST = 50  # images of each group of val and test; of fewer the worst group would be noise
 DIGITS = "zero one two three four five six seven eight nine".split()
-RECTANGLE = ["plain", "red rectangle"]
 CAPTIONS = ("the image shows a {}", "a photo of a {}.", "a picture of a {}")
 QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)
-
-
-DRAWN, DRAWN_ROOM = {}, 1 << 29  # pictures of controlled settings, which share most of them, and bytes
 
 
 @dataclass(frozen=True)
@@ -2312,14 +2117,6 @@ class Quadrants(Picture):
     flips: tuple = (False, False)
 
     def image(self):
-        image = DRAWN.get(self)
-        if image is None:
-            image = self.drawn()
-            if len(DRAWN) * image.width * image.height * 4 < DRAWN_ROOM:
-                DRAWN[self] = image
-        return image.copy()  # whoever asked may change what it got
-
-    def drawn(self):
         canvas, things = Image.new("RGB", (self.size, self.size)), (self.figure, self.mark)
         if self.ground:
             canvas = seen(self.ground.image(), self.view, canvas.size)
@@ -2335,7 +2132,7 @@ class Quadrants(Picture):
 
 @dataclass(frozen=True)
 class Digit(Picture):
-    """A digit as if written by hand, 28x28: see draw_digit; or one of MNIST's, by its 784 bytes."""
+    """A digit as if written by hand, 28x28; or one of MNIST's, by its 784 bytes."""
 
     digit: int
     seed: tuple = ()
@@ -2346,10 +2143,36 @@ class Digit(Picture):
         return (mnist or draw_digit(self.digit, self.seed)).convert("RGB")
 
 
+@functools.lru_cache(1 << 15)  # settings share most of them
+def draw_digit(digit, seed):
+    """PIL L (28, 28), white on black: one of its ways, points moved, slanted, turned, bent."""
+    g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * 28
+    # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
+    strokes = draw_one(asset("digits.txt").splitlines()[digit].split("|"), g).split(",")
+    turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
+    wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
+    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    A, curves = np.array([[wide, slant], [0, high]]) @ turned, []
+    bend, phase, pen = g.normal(0, 0.05, 2), g.uniform(0, 6.28, 2), g.uniform(0.055, 0.14) * n
+    for stroke in strokes:
+        p = np.array(stroke.split(), float).reshape(-1, 2) / 100
+        p = p + g.normal(0, 0.035, p.shape)
+        p = ((smooth(p, 6 * len(p)) if len(p) > 2 else p) - 0.5) @ A.T
+        curves.append(p + bend * np.sin(5 * p[:, ::-1] + phase))
+    low, high = np.concatenate(curves).min(0), np.concatenate(curves).max(0)
+    scale, shift = g.uniform(0.58, 0.72) * n / (high - low).max(), g.uniform(-0.07, 0.07, 2) * n + n / 2
+    image = Image.new("L", (n, n))
+    pencil = ImageDraw.Draw(image)
+    for p in curves:
+        p = (p - (low + high) / 2) * scale + shift
+        pencil.line(p.ravel().tolist(), 255, round(pen), joint="curve")
+        for x, y in (p[0], p[-1]):
+            pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
+    return image.resize((28, 28), Image.BOX)
+
+
 @dataclass(frozen=True)
 class Rectangle(Picture):
-    """A red rectangle somewhere in 28x28 pixels."""
-
     seed: tuple
 
     def image(self):
@@ -2366,35 +2189,26 @@ def digits(root, facts):
     --strength is Cramer's V of that class and the rectangle in the training split (0: none), --spurious the
     class, by number or name; val and test are balanced. The digits are drawn; or DIR holds MNIST's four files
     in IDX format, whole or .gz: train-images-idx3-ubyte, ..."""
-    facts.classes, facts.places = DIGITS, RECTANGLE
+    facts.classes, facts.places = DIGITS, ["plain", "red rectangle"]
     train = planted(facts, 1000)
     source = mnist(root, facts.seed) if root else None
     for split, y, on, k, n in cells(train, 100):
-        yield digit_row(facts.seed, split, y, on, k, source[split][y][n].tobytes() if source else b"")
-
-
-@functools.lru_cache(1 << 15)  # settings share most of them
-def digit_row(seed, split, y, on, k, pixels):
-    """The Row of the k-th image of a digit y with (on) or without the rectangle; pixels as of Digit."""
-    g, of = rng(seed, "quadrants", split, y, on, k), (seed, split, on, k)
-    at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
-    item = Quadrants(Digit(y, () if pixels else of, pixels), Rectangle((*of, y)) if on else None, at, mark_at)
-    facts = Facts(classes=DIGITS, places=RECTANGLE)
-    return planted_row(item, y, on, split, facts, g, at, mark_at if on else None)
+        g, of = rng(facts.seed, "quadrants", split, y, on, k), (facts.seed, split, on, k)
+        at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
+        digit = Digit(y, pixels=source[split][y][n].tobytes()) if source else Digit(y, of)
+        item = Quadrants(digit, Rectangle((*of, y)) if on else None, at, mark_at)
+        yield planted_row(item, y, on, split, facts, g, (at,), (mark_at,))
 
 
 def planted(facts, each, most=None):
-    """How many training images without and with the planted feature of each class: LongTensor [C, 2].
-
-    each: images a class, or as many as `most`, the images that there are [C, 2], allow. The feature is as
-    frequent as the class, 1/C; then Cramer's V of (class, feature) is V where P(feature | class) = 1/C +
-    V (1 - 1/C), P(feature | another class) = (1 - V) / C. At strength 0: the feature in half of each class.
-    """
+    """How many training images without and with the planted feature of each class: LongTensor [C, 2]. each:
+    images a class, or as many as `most`, the images that there are [C, 2], allow. The feature is as frequent
+    as the class, 1/C; then Cramer's V of (class, feature) is V where P(feature | class) = 1/C + V (1 - 1/C),
+    P(feature | another class) = (1 - V) / C. At strength 0: the feature in half of each class."""
     C, V, names = len(facts.classes), facts.strength, [plain(c) for c in facts.classes]
-    word, numbers = plain(str(facts.spurious)), [str(k) for k in range(C)]
-    known = f"a class from 0 to {C - 1}: {', '.join(facts.classes)}"
-    expect(word in names + numbers, "spurious", facts.spurious, known)
-    spurious = names.index(word) if word in names else int(word)
+    known, word = [*names, *map(str, range(C))], plain(str(facts.spurious))
+    expect(word in known, "spurious", facts.spurious, f"a number or class of {', '.join(names)}")
+    spurious = known.index(word) % C
     share = torch.full((C,), (1 - V) / C if V else 0.5)
     if V:
         share[spurious] = 1 / C + V * (1 - 1 / C)
@@ -2410,21 +2224,20 @@ def planted(facts, each, most=None):
 
 
 def cells(train, held):
-    """All (split, class, feature, k-th of these, n-th of the class) of `train` [C, 2] images and, of val and
-    test, `held` a group."""
+    """(split, class, feature, k-th of these, n-th of the class) of images; held: a group of val and test."""
     for split, counts in enumerate((train, torch.full_like(train, held), torch.full_like(train, held))):
         for y, on in np.ndindex(*counts.shape):
             for k in range(int(counts[y, on])):
                 yield split, y, on, k, k + on * int(counts[y, 0])
 
 
-def planted_row(picture, y, on, split, facts, g, *shows):
-    """A Row of a controlled setting; on: whether it has the planted feature."""
+def planted_row(picture, y, on, split, facts, g, boxes, mark):
+    """A Row of a controlled setting; boxes and mark: as of Row.shows; on: whether it has the mark."""
     caption = draw_one(CAPTIONS, g).format(facts.classes[y])
-    return Row(picture, facts.classes[y], facts.places[on], split, caption, None, shows)
+    return Row(picture, facts.classes[y], facts.places[on], split, caption, None, (boxes, mark if on else ()))
 
 
-def cutouts(root, facts, most=6, few=4):
+def cutouts(root, facts):
     """cutouts[:DIR]       a controlled setting: cut-outs on places, 224 pixels
     --strength and --spurious as in digits. --feature goes with that class: object (the default; or
     object=KIND), another cut-out in another quadrant; or scene (or scene=KIND), a kind of background.
@@ -2434,16 +2247,16 @@ def cutouts(root, facts, most=6, few=4):
     background the scene. Our reading: no individual and no background of one split is in another."""
     root, (what, _, wanted) = root or ASSETS, (facts.feature or "object").partition("=")
     expect(what in ("object", SCENE), "feature", facts.feature, "object, object=KIND, scene or scene=KIND")
-    figures = kinds_of(root / "foregrounds", Cutout, few, facts)
-    grounds = kinds_of(root / "backgrounds", Ground, few, facts)
+    figures = kinds_of(root / "foregrounds", Cutout, facts.notes)
+    grounds = kinds_of(root / "backgrounds", Ground, facts.notes)
     known = {plain(kind): kind for kind in (sorted(grounds) if what == SCENE else figures)}
     if len(known) < 2 or not grounds or len(figures) < 2 + (what == "object"):
-        there = f"{len(figures)} kinds of cut-outs, {len(grounds)} of backgrounds with {few} images or more"
+        there = f"{len(figures)} kinds of cut-outs, {len(grounds)} of backgrounds with 4 images or more"
         raise Complaint(f"--data=cutouts:{root}: {there}; expected two classes and a second object or scene")
     if wanted and plain(wanted) not in known:
         raise Complaint(f"--feature={facts.feature}: no kind {wanted!r}; {near(wanted, known)}")
     mark = known[plain(wanted)] if wanted else list(known.values())[-1 if what == "object" else 0]
-    classes = [kind for kind in figures if what == SCENE or kind != mark][:most]
+    classes = [kind for kind in figures if what == SCENE or kind != mark][:6]
     others = [kind for kind in grounds if what == "object" or kind != mark]
     facts.classes = [plain(c) for c in classes]
     facts.places = ["other scenes" if what == SCENE else "plain", plain(mark)]
@@ -2455,8 +2268,7 @@ def cutouts(root, facts, most=6, few=4):
         thing = draw_one(figures[mark][split], g) if what == "object" and on else None
         flips = tuple((g.random(2) < 0.5).tolist())
         item = Quadrants(figure, thing, at, mark_at, ground, 224, draw_view(g, 0.3, 0.15), flips)
-        shown = SCENE if what == SCENE else mark_at
-        yield planted_row(item, y, on, split, facts, g, at, shown if on else None)
+        yield planted_row(item, y, on, split, facts, g, (at,), SCENE if what == SCENE else (mark_at,))
 
 
 def box_in(quadrant, g):
@@ -2466,16 +2278,16 @@ def box_in(quadrant, g):
     return left, top, left + side, top + side
 
 
-def kinds_of(where, kind, few, facts):
+def kinds_of(where, kind, notes):
     """Pictures of a folder by kind, {name: 3 lists, of train, val, test}, largest first; no small ones."""
     found, out = {}, {}
     for parts in scan(where):
         name, mark, _ = Path(parts[-1]).stem.partition("__")
         name = parts[0] if len(parts) > 1 else name if mark else "all"
         found.setdefault(name, []).append(kind(os.path.join(where, *parts)))
-    small = sorted(name for name in found if len(found[name]) < few)
+    small = sorted(name for name in found if len(found[name]) < 4)
     if small:
-        facts.notes.append(f"{where}: fewer than {few} images of {', '.join(small)}; left out")
+        notes.append(f"{where}: fewer than 4 images of {', '.join(small)}; left out")
     for name in sorted({*found} - {*small}, key=lambda name: (-len(found[name]), name)):
         split = make_splits([0] * len(found[name])).tolist()
         out[name] = [[p for p, s in zip(found[name], split, strict=True) if s == k] for k in range(3)]
@@ -2492,11 +2304,7 @@ def coco(root, facts):
     are ours, the same for all strengths and seeds: val and test have a third of the smallest group, at most
     100 images; training images are drawn from the rest, as many as Cramer's V allows: a note says so."""
     (photos, categories), classes, feature = coco_photos(root, facts.notes), facts.chosen, facts.feature
-    there, names = exists([photo.path for photo in photos]).tolist(), list(categories)
-    if not all(there):
-        lost = f"{there.count(False)} of {len(photos)} images do not exist; they are left out"
-        facts.notes.append(f"WARNING: {root}: {lost}")
-    photos = [photo for photo, here in zip(photos, there, strict=True) if here]
+    names = list(categories)
     expect(classes, "classes", "", "two categories of COCO or more, as in cat,dog")
     for flag, word in [("feature", feature), *[("classes", name) for name in classes]]:
         expect(word in names, flag, word, f"a category of instances_*.json; {near(word, names)}")
@@ -2518,7 +2326,7 @@ def coco(root, facts):
         val, test, rest = np.split(g.permutation(group), [held, 2 * held])
         some = rng(facts.seed, "coco train", y, on).permutation(rest)[: int(train[y, on])]
         for split, k in ((s, k) for s, part in enumerate((some, val, test)) for k in part.tolist()):
-            boxes = tuple(photos[k].objects[classes[y]]), tuple(photos[k].objects[feature]) if on else None
+            boxes = [tuple(photos[k].objects.get(name, ())) for name in (classes[y], feature)]
             yield planted_row(photos[k].path, y, on, split, facts, rng(facts.seed, "caption", k), *boxes)
 
 
@@ -2545,37 +2353,10 @@ def mnist(root, seed):
             for split, part in enumerate(parts, 2 if name == "t10k" else 0):
                 y, need = len(out[split]), 200 if split else 1000
                 if len(part) < need:
-                    there = f"{len(part)} images of {DIGITS[y]} for {SPLITS[split]}"
-                    raise Complaint(f"{root}: {there}, expected at least {need}")
+                    few = f"{len(part)} images of {DIGITS[y]} for {SPLITS[split]}"
+                    raise Complaint(f"{root}: {few}, expected at least {need}")
                 out[split].append(part[rng(seed, "mnist", split, y).permutation(len(part))])
     return out
-
-
-def draw_digit(digit, seed, side=28):
-    """PIL L (side, side), white on black: one of its ways, points moved, slanted, turned, bent."""
-    g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * side
-    # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
-    strokes = draw_one(asset("digits.txt").splitlines()[digit].split("|"), g).split(",")
-    turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
-    wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
-    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    A, curves = np.array([[wide, slant], [0, high]]) @ turned, []
-    bend, phase, pen = g.normal(0, 0.05, 2), g.uniform(0, 6.28, 2), g.uniform(0.055, 0.14) * n
-    for stroke in strokes:
-        p = np.array(stroke.split(), float).reshape(-1, 2) / 100
-        p = p + g.normal(0, 0.035, p.shape)
-        p = ((smooth(p, 6 * len(p)) if len(p) > 2 else p) - 0.5) @ A.T
-        curves.append(p + bend * np.sin(5 * p[:, ::-1] + phase))
-    low, high = np.concatenate(curves).min(0), np.concatenate(curves).max(0)
-    scale, shift = g.uniform(0.58, 0.72) * n / (high - low).max(), g.uniform(-0.07, 0.07, 2) * n + n / 2
-    image = Image.new("L", (n, n))
-    pencil = ImageDraw.Draw(image)
-    for p in curves:
-        p = (p - (low + high) / 2) * scale + shift
-        pencil.line(p.ravel().tolist(), 255, round(pen), joint="curve")
-        for x, y in (p[0], p[-1]):
-            pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
-    return image.resize((side, side), Image.BOX)
 
 
 def smooth(p, n):
@@ -2589,9 +2370,7 @@ def smooth(p, n):
 
 
 DataSet = namedtuple("DataSet", "rows template alone", defaults=("a photo of a {}.", False))
-DataSet.__doc__ = "rows: generator. template: of prompts, published or CLIP's. alone: needs no folder."
-
-SETS = {
+SETS = {  # rows: generator; template: of prompts, published or CLIP's; alone: needs no folder
     "scenes": DataSet(scenes, "This is a picture of a {}.", True),
     "waterbirds": DataSet(waterbirds, "This is a picture of a {}."),  # as debias_vl has it
     "celeba": DataSet(celeba, "A photo of a celebrity with {}."),  # as debias_vl has it
@@ -2649,15 +2428,16 @@ def cell_shares(mask, frame, h, w):
     """How much of each of h x w cells a mask (PIL, L) covers, by area: [h, w]. frame: the box that the
     cells fill, in shares of the mask; beyond the mask nothing is covered."""
     left, top, right, bottom = (v * n for v, n in zip(frame, mask.size * 2, strict=True))
-    x, y = min(0, math.floor(left)), min(0, math.floor(top))
-    room = x, y, max(mask.width, math.ceil(right)), max(mask.height, math.ceil(bottom))
-    mask = mask if room == (0, 0, *mask.size) else mask.crop(room)  # with black around it
+    x, y = math.floor(left), math.floor(top)
+    mask = mask.crop((x, y, math.ceil(right), math.ceil(bottom)))  # beyond it black
     cells = mask.resize((w, h), Image.BOX, (left - x, top - y, right - x, bottom - y))
     return torch.from_numpy(np.array(cells, np.float32)) / 255
 
 
 def picture_size(picture):
     """(width, height) of a picture; of a file from its head."""
+    if isinstance(picture, Outline):
+        return picture.size
     if getattr(picture, "pose", None) or isinstance(picture, Quadrants):
         return picture.size, picture.size
     if not isinstance(picture, Photo):
@@ -2667,58 +2447,44 @@ def picture_size(picture):
         return (h, w) if image.getexif().get(274) in (5, 6, 7, 8) else (w, h)
 
 
-def grid(spec):
-    """Boxes x1, y1, x2, y2 of "grid:3" or, in several scales, "grid:1,2,3": shares of what the model sees,
-    float [R, 4], row by row."""
-    sides = [int(n) if n.isdecimal() and len(n) < 3 else 0 for n in spec.removeprefix("grid:").split(",")]
-    good = spec.startswith("grid:") and all(0 < n <= 64 for n in sides) and sum(n * n for n in sides) <= 8192
-    expect(good, "regions", spec, "grid:N or grid:N,N,... with N from 1 to 64, and at most 8192 regions")
-    boxes = [(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)]
-    return torch.tensor(boxes)
-
-
 def load_regions(spec, pictures, frame, skip_bad=False):
-    """Regions in each picture, list of Regions, and notes.
-
-    spec: grid:N,N,...: of what the model sees; boxes:FILE.csv with columns path,x1,y1,x2,y2 in pixels of the
-    photo turned as its EXIF data says; coco:FILE.json; masks:DIR, where each grey value in NAME.png is a
-    region of NAME.jpg. frame: (width, height) -> the box that the model sees. skip_bad: a picture that cannot
-    be read has no regions, instead of a Complaint, which comes for a box outside its picture, too.
-    """
+    """Regions in each picture, list of Regions, and notes. spec: grid:N,N,...: of what the model sees;
+    boxes:FILE.csv with columns path,x1,y1,x2,y2 in pixels of the photo turned as its EXIF data says;
+    coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg. frame: (width,
+    height) -> the box that the model sees. skip_bad: a picture that cannot be read has no regions."""
     kind, _, where = spec.partition(":")
     expect(kind in READERS and where, "regions", spec, "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
-    out = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures]
-    readable, sizes = [], []
+    out, seen, notes = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures], {}, []
     for k, picture in enumerate(pictures):
         try:
-            sizes.append(picture_size(picture))
-            readable.append(k)
+            size = picture_size(picture)
+            seen[k] = picture, size, frame(*size)
         except Complaint:
             if not skip_bad:
                 raise
-    frame_of = {size: frame(*size) for size in set(sizes)}
-    frames = [frame_of[size] for size in sizes]
-    regions, notes = READERS[kind](spec, [pictures[k] for k in readable], sizes, frames)
-    for k, region in zip(readable, regions, strict=True):
-        out[k] = region
+    for k, regions in zip(seen, READERS[kind](spec, [*seen.values()], notes), strict=True):
+        out[k] = regions
     return out, notes
 
 
-def grid_regions(spec, pictures, sizes, frames):
-    out, cells = [], grid(spec).tolist()
+def grid_regions(spec, pictures, notes):
+    """Of "grid:3" or, in several scales, "grid:1,2,3": squares of what the model sees, row by row."""
+    sides = [int(n) if n.isdecimal() and len(n) < 3 else 0 for n in spec.removeprefix("grid:").split(",")]
+    good = all(0 < n <= 64 for n in sides) and sum(n * n for n in sides) <= 8192
+    expect(good, "regions", spec, "grid:N or grid:N,N,... with N from 1 to 64, and at most 8192 regions")
+    cells = [(c / n, r / n, (c + 1) / n, (r + 1) / n) for n in sides for r in range(n) for c in range(n)]
     wanted = f"at most {MOST:,} regions; {len(cells):,} in each of {len(pictures):,} pictures are more"
     expect(len(cells) * len(pictures) <= MOST, "regions", spec, wanted)
-    for picture, frame in zip(pictures, frames, strict=True):
+    for picture, _, frame in pictures:
         left, top, right, bottom = (min(1.0, max(0.0, v)) for v in frame)  # beyond it is no picture
         w, h = right - left, bottom - top
         boxes = tuple((left + a * w, top + b * h, left + c * w, top + d * h) for a, b, c, d in cells)
-        out.append(Regions(picture, boxes, frame))
-    return out, []
+        yield Regions(picture, boxes, frame)
 
 
-def mask_regions(spec, pictures, sizes, frames):
-    out, masks = [], find_masks([getattr(p, "path", "") for p in pictures], spec.removeprefix("masks:"))
-    for picture, path, f in zip(pictures, masks, frames, strict=True):
+def mask_regions(spec, pictures, notes):
+    masks = find_masks([getattr(p, "path", "") for p, *_ in pictures], spec.removeprefix("masks:"))
+    for (picture, _, f), path in zip(pictures, masks, strict=True):
         mask, boxes = open_image(path).convert("L") if path else Image.new("L", (0, 0)), {}
         values = np.unique(mask).tolist()
         if len(values) > 32:
@@ -2727,45 +2493,42 @@ def mask_regions(spec, pictures, sizes, frames):
             span = mask.point([v == value for v in range(256)]).getbbox()
             box = tuple(v / n for v, n in zip(span, mask.size * 2, strict=True))
             boxes |= {value: box} if overlap(box, f) > 0 else {}
-        out.append(Regions(picture, tuple(boxes.values()), f, path and Photo(path), tuple(boxes)))
-    return out, []
+        yield Regions(picture, tuple(boxes.values()), f, path and Photo(path), tuple(boxes))
 
 
-def box_regions(spec, pictures, sizes, frames):
+def box_regions(spec, pictures, notes):
     kind, _, where = spec.partition(":")
-    rows, out, owner, said = (coco_boxes if kind == "coco" else csv_boxes)(where), [], {}, Counter()
-    for picture, (W, H), f in zip(pictures, sizes, frames, strict=True):
+    rows, owner, said = (coco_boxes if kind == "coco" else csv_boxes)(where), {}, Counter()
+    for picture, (W, H), f in pictures:
         path, boxes = getattr(picture, "path", ""), []
-        parts = Path(path).parts
-        ends = (Path(*parts[-depth:]).as_posix() for depth in range(len(parts), 0, -1))
-        end = next((end for end in ends if end in rows), None)
-        said["unlisted"] += end is None
+        end = path
+        while end and end not in rows:  # or what is left of it without its first folder
+            end = end.partition("/")[2]
+        said["unlisted"] += not end
         if end and owner.setdefault(end, path) != path:
-            two = f"{end} is the end of two paths, {owner[end]} and {path}"
-            raise Complaint(f"{where}: {two}; give the folders in the file")
-        if end is not None and isinstance(picture, Photo):
+            raise Complaint(f"{where}: {end} is the end of two paths, {owner[end]} and {path}; add folders")
+        if end and isinstance(picture, Photo):
             with opened(path) as image:
                 said["turned"] += image.getexif().get(274, 1) in range(2, 9)
         for line, x1, y1, x2, y2 in rows.get(end, ()):
             box = (max(0.0, x1 / W), max(0.0, y1 / H), min(1.0, x2 / W), min(1.0, y2 / H))
-            flat = x1 == x2 or y1 == y2
-            if not flat and (box[2] <= box[0] or box[3] <= box[1]):
+            if x1 != x2 and y1 != y2 and (box[2] <= box[0] or box[3] <= box[1]):
                 wrong = "has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H}"
                 raise Complaint(f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} {wrong}; mend it")
-            inside = not flat and overlap(box, f) > 0
+            inside = overlap(box, f) > 0
             boxes += [box] if inside else []
-            said["flat" if flat else "unseen"] += not inside
-        out.append(Regions(picture, tuple(boxes), f))
-    if pictures and not any(r.boxes for r in out):
-        there = f"it has {', '.join(list(rows)[:2])}; a picture is {getattr(pictures[0], 'path', 'drawn')}"
-        raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures ({there})")
+            said["unseen"] += not inside
+        said["good"] += len(boxes)
+        yield Regions(picture, tuple(boxes), f)
+    if pictures and not said["good"]:
+        has = f"it has {', '.join([*rows][:2])}, but a picture is {path or 'drawn'}"
+        raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; {has}")
     lines = dict(
-        unseen="boxes lie in a margin that the model does not see, and are left out",
-        flat="boxes have no width or no height, and are left out",
+        unseen="boxes lie in a margin that the model does not see, or have no area, and are left out",
         unlisted=f"of {len(pictures)} pictures are not in it, and count as without",
         turned="pictures are turned by their EXIF data; boxes count in the turned picture (WARNING)",
     )
-    return out, [f"{where}: {said[k]} {line}" for k, line in lines.items() if said[k]]
+    notes += [f"{where}: {said[k]} {line}" for k, line in lines.items() if said[k]]
 
 
 def overlap(a, b):
@@ -2778,7 +2541,7 @@ def csv_boxes(path):
     """{picture: [(line, x1, y1, x2, y2)]} of a CSV with columns path,x1,y1,x2,y2."""
     table, found, columns = read_table(path), {}, ("path", *BOXES)
     rows = zip(*[table[c] for c in columns_of(table, "", columns, columns)[0].values()], strict=True)
-    for line, (name, *box) in zip(table.lines(), rows, strict=True):
+    for line, (name, *box) in zip(table.lines, rows, strict=True):
         with reading(f"{path}: line {line}", "four numbers x1,y1,x2,y2"):
             box = [float(v) for v in box]
             if not all(map(math.isfinite, box)):
@@ -2803,27 +2566,24 @@ def coco_boxes(path):
     return found
 
 
+# of each kind what generates the Regions of pictures, (picture, its size, the frame that the model sees)
 READERS = {"grid": grid_regions, "masks": mask_regions, "boxes": box_regions, "coco": box_regions}
 
 
-def region_truth(pictures, shows, share=0.5, outside=0.9):
-    """Which regions of n pictures (Regions) show the class object, which the planted feature: bool [sum R].
-
-    shows: as Row.shows. A region does if what it shares with a box of the thing is at least `share` of the
-    smaller of the two; a planted scene if at least `outside` of it is not the class object (our reading).
-    """
+def region_truth(pictures, shows):
+    """Which regions of pictures (Regions) show the class object, which the planted feature: bool [sum R].
+    A region does if what it shares with a box of the thing is at least half of the smaller of the two; a
+    planted scene if at least nine tenths of it are not the class object (our reading). shows: as of Row."""
     objects, features = [], []
 
     def hits(box, others):
-        return any(overlap(box, b) >= share * min(overlap(box, box), overlap(b, b)) > 0 for b in others)
+        return any(overlap(box, b) >= 0.5 * min(overlap(box, box), overlap(b, b)) > 0 for b in others)
 
-    for picture, things in zip(pictures, shows, strict=True):
-        # tuples of boxes, or SCENE
-        thing, mark = (v if v == SCENE or not v or isinstance(v[0], tuple) else (v,) for v in things)
+    for picture, (thing, mark) in zip(pictures, shows, strict=True):
         for box in picture.boxes:
-            objects.append(hits(box, thing or ()))
-            behind = [overlap(box, b) <= (1 - outside) * overlap(box, box) for b in thing or ()]
-            features.append(all(behind) if mark == SCENE else hits(box, mark or ()))
+            objects.append(hits(box, thing))
+            behind = [overlap(box, b) <= 0.1 * overlap(box, box) for b in thing]
+            features.append(all(behind) if mark == SCENE else hits(box, mark))
     return torch.tensor(objects, dtype=torch.bool), torch.tensor(features, dtype=torch.bool)
 
 
@@ -2839,27 +2599,28 @@ def shown(value, missing="-"):
 
 
 def table(header, rows, most=100):
-    """Rows of strings and numbers as aligned columns: words to the left, numbers to the right. Where they are
-    wider than `most`, heads and words are wrapped, the last column of words first, and what still has no room
-    stands below, behind the leading words again."""
+    """Rows of strings and numbers as aligned columns. Where they are wider than `most`, heads and words are
+    wrapped, and what still has no room stands below, behind the leading words again."""
     cells, spans = [[shown(v) for v in row] for row in [header, *rows]], range(len(header))
     words = [c == 0 or bool(rows) and all(isinstance(row[c], str) for row in rows) for c in spans]
     width = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    if sum(width) + 2 * len(width) - 2 > most:
+
+    def surplus(columns):
+        return sum(width[c] + 2 for c in columns) - 2 - most
+
+    if surplus(spans) > 0:
         cells[0] = [head.replace("_", " ") for head in cells[0]]
         parts = [[*head.split(), *below] for head, *below in zip(*cells, strict=True)]
         width = [max(map(len, column)) for column in parts]
     for c in [c for c in spans if words[c]][::-1]:
-        width[c] -= max(0, min(sum(width) + 2 * len(width) - 2 - most, width[c] - 24))
+        width[c] -= max(0, min(surplus(spans), width[c] - 24))
     keys = 1 if all(words) else words.index(False)
-    tables, room = [], 0
+    tables = [[*range(keys)]]
     for c in spans[keys:]:
-        room -= width[c] + 2
-        if room < 0 or not tables:
+        if surplus([*tables[-1], c]) > 0 and len(tables[-1]) > keys:
             tables.append([*range(keys)])
-            room = most - sum(width[:keys]) - 2 * (keys - 1) - width[c] - 2
         tables[-1].append(c)
-    return "\n\n".join(aligned(cells, width, words, columns) for columns in tables or [[0]])
+    return "\n\n".join(aligned(cells, width, words, columns) for columns in tables)
 
 
 def aligned(cells, width, words, columns):
@@ -2867,9 +2628,8 @@ def aligned(cells, width, words, columns):
     lines = []
     for row in cells:
         each = [textwrap.wrap(row[c], width[c]) or [""] for c in columns]
-        for k in range(max(map(len, each))):
-            texts = [(*part, *[""] * (k + 1))[k] for part in each]
-            pairs = zip(texts, columns, strict=True)
+        for parts in zip_longest(*each, fillvalue=""):
+            pairs = zip(parts, columns, strict=True)
             texts = [t.ljust(width[c]) if words[c] else t.rjust(width[c]) for t, c in pairs]
             lines.append("  ".join(texts).rstrip())
         if row is cells[0]:
@@ -2913,10 +2673,8 @@ def drawing(name, height, *parts):
 
 
 def dots(name, rows, series=("",)):
-    """Shares in [0, 1] with their intervals as an SVG, a line for each row.
-
-    rows: (label, note, values), a value for each of the series: (share, (low, high) or None), or None.
-    """
+    """Shares in [0, 1] with their intervals as an SVG, a line for each row: (label, note, values), one for
+    each of the series: (share, (low, high) or None), or None."""
     parts, x, y = [], 8, 4 if series == ("",) else 20
     for k, label in enumerate(series if y > 4 else ()):
         width = 24 + 6.6 * len(label)
@@ -2960,10 +2718,8 @@ def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links
     """A self-contained HTML page. All text but Html is escaped.
 
     kicker: a line above the title; numbers: (figure, what it is), shown large; links: (text, path);
-    sections: (heading, *parts); config, git and notes are folded away at its end. Kicker, title and headings
-    name files without their folders.
-    """
-    folders = re.compile(r"(?<![\w.])/(?:[^/\s]+/)*(?=\S)")
+    sections: (heading, *parts); config, git and notes are folded away at its end."""
+    folders = re.compile(r"(?<![\w.])/(?:[^/\s]+/)*(?=\S)")  # headlines name files without them
     kicker, title, *heads = [folders.sub("", words) for words in (kicker, title, *[s[0] for s in sections])]
     body = [tag("p", kicker, class_="dim"), tag("h1", title), tag("p", lead)]
     large = [tag("div", tag("b", figure), tag("span", what)) for figure, what in numbers]
@@ -2980,10 +2736,6 @@ def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links
 
 
 def linked(words, made, name, out_dir):
-    """The links of a page in out_dir to the page of a name beside a file of another run, or in its folder:
-    [(words, path)], or none."""
+    """The link, [(words, path)] or none, of a page in out_dir to one beside a file of another run."""
     path = Path(made if os.path.isdir(made) else os.path.dirname(made)) / name
     return [(words, os.path.relpath(path, out_dir))] if made and path.is_file() else []
-
-
-SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place

@@ -38,7 +38,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import ASSETS, Complaint, Crop, Ground, Photo, Regions, Stored, expect, inside, near, one_line
-from data import SPEECH, bounded, open_mask, read_json, reading, say, scan, stored_arrays, write
+from data import SPEECH, Mask, bounded, read_json, reading, say, scan, stored_arrays, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -1358,7 +1358,7 @@ def mask_shares(picture, path):
     """Share of each region of a picture (data.Regions) that a mask covers, [R]; NaN where there is none."""
     if path is None:
         return torch.full((len(picture.boxes),), torch.nan)
-    mask = torch.from_numpy(np.array(open_mask(path)) > 127).float()
+    mask = torch.from_numpy(np.array(Mask(path).image()) > 127).float()
     boxes = torch.tensor(picture.boxes).view(-1, 4) * torch.tensor(mask.shape[::-1]).repeat(2)
     zeros = torch.zeros(len(boxes), dtype=torch.long)
     return region_pool(rearrange(mask, "h w -> 1 h w 1"), boxes, zeros)[:, 0]

@@ -36,7 +36,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # first, as it checks the flags before torch is imported
-from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, Trimmed, View, bounded
+from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, bounded
 from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
 from data import load_data, load_foregrounds, load_regions, one_line, page, picture_size, read_json, reading
 from data import revision, rng, run, say, stored_composites, synsets, table, tag, thumb, write, write_json
@@ -841,7 +841,7 @@ def figures_of(where, grounds, encoder, skip_bad, out):
     wanted = f"photos that the cutter can be trusted with ({line}); see {out / 'cuts.html'}, or bring masks"
     expect(trusted and len(cuts) >= 8, "foregrounds", where, wanted)
     rough = f"WARNING: photos are cut more roughly than composites: look at {out / 'cuts.html'}"
-    return [Trimmed(cut) for cut in cuts], [*notes, line, rough]
+    return [Cutout(cut.path, cut) for cut in cuts], [*notes, line, rough]
 
 
 def grounds_of(where, skip_bad, most=100):

@@ -1261,7 +1261,7 @@ def test_predictions_of_another_program_are_measured_like_any_model(tmp_path, ca
     assert m["ece"] == pytest.approx(gaps / 8, abs=1e-6)
     assert found["classes"]["1"]["taken_for"] == {"2": 1, "0": 1}
     said = capsys.readouterr().out
-    assert "background" in said and "2 of 10 rows have no y or no predicted" in said
+    assert "background" in said and "2 of 10 rows lack y or predicted; left out" in said
     assert table_of(tmp_path / "groups.csv")[1]["n"] == "2"
 
 
@@ -1287,7 +1287,7 @@ def test_predictions_by_name_without_confidence_and_with_splits(tmp_path, capsys
     [
         (("y,guess", "0,0"), (), "predicted"),
         (("y,predicted,confidence", "0,0,.5", "1,1,87.5"), (), "confidence='87.5'"),
-        (("y,predicted", "cat,0", "dog,1"), (), "no value in both"),
+        (("y,predicted", "cat,0", "dog,1"), (), "no value in both y and predicted"),
         (("y,predicted,split", "0,0,test", "1,1,tset"), (), "'tset'"),
         (("y,predicted", "0,0", "1,1"), ("--model=tiny",), "--model"),
         (("y,predicted", "0,0", "1,1"), ("--data=scenes",), "--data"),

@@ -430,7 +430,7 @@ def read_pictures(root):
     for parts in data.scan(root):
         path = os.path.join(root, *parts)
         photo = data.Photo(path)
-        for look in (photo.image, photo.key, data.Cutout(path).image, lambda p=path: data.open_mask(p)):
+        for look in (photo.image, photo.key, data.Cutout(path).image, data.Mask(path).image):
             with contextlib.suppress(Complaint):
                 look()
         data.picture_size(photo)

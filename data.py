@@ -132,9 +132,6 @@ def lock(out_dir):
     sweep(path.parent)
 
 
-HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # in the names of temporary files
-
-
 @functools.cache  # once for each folder
 def sweep(folder):
     """Removes the temporary files of killed runs: of this machine, of others' after a day."""

@@ -4,11 +4,22 @@ import functools
 import io
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import model
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ahead(request):
+    """What tests only wait for runs on the other core from the beginning, one after the other: name ->
+    future."""
+    functions = {item.name: item.function for item in request.session.items}
+    with ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(f.ahead) for name, f in functions.items() if hasattr(f, "ahead")}
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

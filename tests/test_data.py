@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,17 +251,21 @@ def test_what_the_readme_says_of_forking_runs_as_it_stands_there(tmp_path):
         pixels[..., k % 2] //= 2
         Image.fromarray(pixels).save(tmp_path / "birds" / f"{['cat', 'dog'][k % 2]}{k}.png")
     small = "--own=0 --instances=8 --per_instance=2"
-    for words, said in {
+    commands = {
         "train.py --method=mine --model=tiny --steps=2 --pairs=4": "(mine ",
         f"train.py --model=mine {small}": "\nmine ",
         "discover.py --model=mine --region_encoder=crop --method=mine --k=2:3": "discovery.json",
         "eval.py --model=mine --protocol=mine": "\nmine   mine ",
-    }.items():
-        name, *words = words.split()
-        words += ["--data=mine:birds", "--device=cpu"]
-        run = subprocess.run([sys.executable, name, *words], cwd=tmp_path, capture_output=True, text=True)
-        assert not run.returncode and said in run.stdout, (words, run.stderr, run.stdout)
-    assert "ranked list of mine" in (tmp_path / "out/discovery.json").read_text()
+    }
+
+    def start(words, out):
+        words = [*words.split(), "--data=mine:birds", "--device=cpu", f"--out_dir={out}"]
+        return subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for run, said in zip(pool.map(start, commands, "abcd"), commands.values(), strict=True):
+            assert not run.returncode and said in run.stdout, (run.args, run.stderr, run.stdout)
+    assert "ranked list of mine" in (tmp_path / "c/discovery.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -629,18 +630,15 @@ print(peak() - before)
 
 @outside
 @needs_triton
-def test_interpreter():
-    env = {"TRITON_INTERPRET": "1", "FLOCK_KERNELS": "triton", "FLOCK_TEST_SEED": str(SEED)}
-    assert "passed" in python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, **env)
+def test_interpreter(ahead):
+    assert "passed" in ahead["test_interpreter"].result()
 
 
 @outside
 @needs_triton
-def test_every_kernel_compiles_within_the_limits_of_each_gpu(tmp_path):
-    cases = "float32:512 float32:77 bfloat16:512 float16:77".split()
-    out = python("-m", "tests.resources", *cases, TRITON_CACHE_DIR=str(tmp_path))
+def test_every_kernel_compiles_within_the_limits_of_each_gpu(ahead):
     kernels = set()
-    for line in out.splitlines()[1:]:
+    for line in ahead["test_every_kernel_compiles_within_the_limits_of_each_gpu"].result().splitlines()[1:]:
         arch, kernel, flags, dtype, D, *numbers = line.split()
         registers, stack, shared, wide, tensor, barriers = map(int, numbers)
         kernels.add((arch, kernel, flags, dtype))
@@ -652,3 +650,19 @@ def test_every_kernel_compiles_within_the_limits_of_each_gpu(tmp_path):
         assert barriers == 0 or not alone, line  # no warp waits for another
     archs = {"80", "89", "90"} if os.environ.get("FLOCK_LARGE") else {"90"}
     assert {arch for arch, *_ in kernels} == archs and len(kernels) == len(archs) * 13 * 3
+
+
+def interpreted():
+    env = {"TRITON_INTERPRET": "1", "FLOCK_KERNELS": "triton", "FLOCK_TEST_SEED": str(SEED)}
+    return python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, **env)
+
+
+def compiled():
+    cases = "float32:512 float32:77 bfloat16:512 float16:77".split()
+    with tempfile.TemporaryDirectory() as folder:
+        return python("-m", "tests.resources", *cases, TRITON_CACHE_DIR=folder)
+
+
+if not launch.INTERPRET and launch.triton is not None:  # what begins with the session: see conftest.py
+    test_interpreter.ahead = interpreted
+    test_every_kernel_compiles_within_the_limits_of_each_gpu.ahead = compiled

@@ -325,8 +325,10 @@ class Encoder:
     def onto_device(self, images):
         """A list of n pixels() -> one tensor [n, ...] on the device; nobody waits for the copy."""
         shape, dtype = (len(images), *images[0].shape), images[0].dtype
-        x = torch.stack(images, out=torch.empty(shape, dtype=dtype, pin_memory=self.on_gpu))
-        return x.to(self.device, non_blocking=True)
+        room = None
+        with contextlib.suppress(RuntimeError):  # where no more memory can be pinned
+            room = torch.empty(shape, dtype=dtype, pin_memory=self.on_gpu)
+        return torch.stack(images, out=room).to(self.device, non_blocking=True)
 
     def normalised(self, x):
         """pixels() of n pictures, on the device -> what the network takes, [n, 3, H, W], channels last."""

@@ -701,7 +701,7 @@ def on_published_distance(x, label, k, mean, seed):
     others, some, s = order[:STEP].sort().values, given(x[pick], mean), x.new_zeros(k, len(pick))
     for rows in bar("silhouette", tiles(len(others), 1024)):
         near = (given(x[others[rows]], mean) @ some.T).clamp(min=0)  # [rows, pick]
-        s += F.one_hot(label[others[rows]], k).float().T @ near
+        s += (label[others[rows]] == torch.arange(k, device=x.device)[:, None]).float() @ near
     size = torch.bincount(label[others], minlength=k).float()
     value = silhouettes(s, size, label[pick]).double().mean()
     some = given(x[order[: len(x) if len(x) <= 4000 else 2000]], mean)
@@ -938,7 +938,8 @@ def mixture(v, y, scores, slices, seed, steps=100):
     v: [n, d]; y: [n]; scores: [n, C]. Returns responsibilities [n, slices], max(p(predicted) - p(label)).
     """
     C = scores.shape[1]
-    hot, soft, cells = F.one_hot(y, C).double(), scores.double(), torch.arange(C * C, device=v.device)
+    soft, cells = scores.double(), torch.arange(C * C, device=v.device)
+    hot = (y[:, None] == cells[:C]).double()
     if C * C > slices:
         cells = torch.bincount(y * C + soft.argmax(1), minlength=C * C).topk(slices).indices
     cells = cells.repeat(slices)[:slices]

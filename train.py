@@ -1591,7 +1591,7 @@ def gdro_cost(e, ids, task):
     """Group DRO over label x feature: q <- q exp(0.01 loss), kept in the task."""
     y, has = task.y[ids], task.feature[ids]
     ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, y, reduction="none")
-    one_hot = F.one_hot(2 * y + has.long(), 2 * task.C).to(ce)  # [B, G], G = 2 C
+    one_hot = (2 * y[:, None] + has[:, None] == torch.arange(2 * task.C, device=y.device)).to(ce)  # [B, G]
     losses = one_hot.T @ ce / one_hot.sum(0).clamp(min=1)  # zero of a group that is not there
     q = task.q * torch.exp(0.01 * losses.detach())
     task.q = torch.where(losses.isfinite().all(), q / q.sum(), task.q)

@@ -1517,11 +1517,12 @@ def waterbirds(root, facts):
     table = folder(root, "data waterbirds") / "metadata.csv"
     needs(table.is_file(), root, "metadata.csv", "waterbirds")
     table = read_table(table)
+    shown = table.pop("place_filename", ())  # what the place's name is read off
     paths, y, place, split = table_rows(table, facts, ("path", "y", "split", "place"))
     some = slice(None, None, max(1, len(y) // 5000))
     species = [os.path.basename(os.path.dirname(path)) for path in paths[some]]
     what = told_by(y[some], species, dict(waterbird=WATERBIRDS), "landbird")
-    where = told_by(place[some], table.get("place_filename", ())[some], dict(water=WATER, land=LAND))
+    where = told_by(place[some], shown[some], dict(water=WATER, land=LAND))
     if len(y) == 11788 or "waterbird_complete" in root.name or "forest2water2" in root.name:
         facts.published = dict(val_test=[[467, 466, 133, 133], [2255, 2255, 642, 642]])  # of all makings
     facts.classes = [what.get(name, name) for name in facts.classes]

@@ -1010,7 +1010,10 @@ def clear(kept):
     return [c for c in kept if c["chance"] is not None and (c["score"] or 0) > 2 * c["chance"]]
 
 
-def gains(cluster, sign, most=2, line="{name} {gap:+.2f} ({acc_in:.2f} with, {acc_out:.2f} without)"):
+GAIN = "{name} {gap:+.2f} ({acc_in:.2f} of {n_in} with, {acc_out:.2f} of {n_out} without)"
+
+
+def gains(cluster, sign, most=2, line=GAIN):
     """The classes that gain (1) or lose (-1) most by a cluster, with their accuracies; or nothing."""
     gaps = sorted(cluster["gaps"].items(), key=lambda gap: -sign * gap[1]["gap"])[:most]
     return ", ".join(line.format(name=name, **g) for name, g in gaps if sign * g["gap"] > 0)
@@ -1079,7 +1082,9 @@ def report(summary, e, similarity, M):
     if config["method"] in BASELINES:
         title = f"Regions as {config['method']} ranks them."
     elif above:
-        title = f"The model goes by {len(above)} spurious feature{'s' * (len(above) > 1)}."
+        sure = min(g["q"] for c in above for g in c["gaps"].values()) <= FALSE_DISCOVERIES
+        title = f"The model {'goes' if sure else 'may go'} by {len(above)} spurious feature"
+        title += "s." if len(above) > 1 else "."
         name, g = min(above[0]["gaps"].items(), key=lambda gap: gap[1]["gap"])
         numbers = [(f"{g['acc_out']:.0%}", f"of {name} are right without cluster {above[0]['id']}")]
         numbers.append((f"{g['acc_in']:.0%}", "with it"))

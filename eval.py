@@ -203,7 +203,9 @@ def report(results, samples, blocks, config, git):
     name, head = next(iter(results.items()))
     m, models = head["metrics"], f"{len(results)} model{'s' * (len(results) > 1)}"
     kicker = f"flock, eval.py: {Path(samples.name).name}, {models}"
-    title, shown = f"{name} is right on {m.get('average', m.get('confidence')):.0%} of the photos.", []
+    bare, shown = m.get("average") is None, []
+    title = f"{name} is {m['confidence']:.0%} sure of photos without labels, on average." if bare else ""
+    title = title or f"{name} is right on {m['average']:.0%} of the photos."
     if is_counteranimal(samples) and m["drop"] is not None:
         title = f"{name} loses {100 * m['drop']:.0f} points from common to counter backgrounds."
         shown = "common", "counter", "drop"
@@ -787,7 +789,7 @@ def blocks_of(results, outcomes, samples, failed):
     title = f"What each class is taken for, {name} {head['protocol']}"
     rows = sorted(rows, key=lambda row: row[1])[:45]
     blocks.append(Block(title, ("class", "accuracy", "n", "taken for"), rows))
-    for name, r in list(results.items())[:3]:
+    for name, r in list(results.items())[:3] if rows else ():
         figures = worst(outcomes[name][r["protocol"]], samples) or [tag("p", "none")]
         blocks.append(Block(f"Worst confusions: wrong and sure, {name} {r['protocol']}", parts=figures))
     rows = []

@@ -318,7 +318,10 @@ class Encoder:
     def transform_parts(self):
         """The transform's part on PIL pictures, and the mean and deviation [3, 1, 1] of its end: timm's and
         open_clip's all end in ToTensor and Normalize."""
-        *parts, _, end = self.transform.transforms
+        *parts, _, end = getattr(self.transform, "transforms", (None, None))
+        wanted = f"--model={self.name}: its transform should be a Compose that ends in ToTensor and Normalize"
+        if not hasattr(end, "mean"):
+            raise Complaint(wanted)
         ends = [torch.as_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (end.mean, end.std)]
         return type(self.transform)(parts), ends
 
@@ -1824,6 +1827,7 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path, encoder=None):
     """What save_checkpoint wrote. Complaint if it is missing, damaged, or of another encoder."""
+    path = Path(path) / "ckpt.pt" if Path(path).is_dir() else path
     with reading(path, "a checkpoint of flock", "train anew"):
         state = unpickled(path)
         made, config = state["fingerprint"], dict(state["config"])

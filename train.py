@@ -133,7 +133,7 @@ LIMITS = {  # the words that a flag may be, those of a table by its name; or its
 
 ROWS = {  # of the table, in this order
     "erm": "probe on the raw embedding",
-    "group_weighted": "the same, groups weighted by the inverse of their size",
+    "group_weighted": "erm, groups weighted by the inverse of their size",
     "nullspace": "32 leading background directions projected out",
     "leace": "LEACE on the same 32 background coordinates",
     "copy_paste": "training foregrounds also on random backgrounds (needs masks)",
@@ -143,8 +143,8 @@ ROWS = {  # of the table, in this order
     "bap_both": "the map on the pre-trained encoder",
     "bap": "BAP: the recommended map, or the pre-trained encoder",
     "dfr": "last-layer retraining on validation groups, as its authors run it",
-    "dfr_val_scaled": "the same, standardised by the validation set, the bias free",
-    "val_probe": "probe on the balanced validation set",
+    "dfr_val_scaled": "dfr, standardised by the validation set, the bias free",
+    "val_probe": "probe trained on the validation set",
     "val_probe_bap": "the same through the map",
     "balanced_train": "training foregrounds on every place (needs masks and places)",
 }
@@ -851,7 +851,8 @@ def grounds_of(where, skip_bad, most=100):
         return layers(where, Ground, "backgrounds", skip_bad)
     found = load_discovery(where.removeprefix("discovery:"))
     regions = [k for c in found.clusters if c["kept"] for k in c.get("regions", [])[:most]]
-    expect(regions, "backgrounds", where, "a discovery that kept a cluster")
+    cure = "a discovery that kept a cluster; without one leave --backgrounds out, or look at more photos"
+    expect(regions, "backgrounds", where, cure)
     paths = [found.paths[int(found.image[k])] for k in regions]
     expect(all(paths), "backgrounds", where, "a discovery on photos, not on images that lie in no file")
     boxes = [tuple(found.box[k].tolist()) for k in regions]
@@ -994,9 +995,13 @@ def report(results, last):
     mended = test & last.right[best] & ~last.right["erm"]
     erm, ours = methods["erm"], methods[best]
     (low, high), kind = ours["over_erm"], samples.worst.replace("_", " ")
-    title = f"BAP made the {kind} worse." if high < 0 else "BAP made no clear difference."
-    title = "The probe went by the background. With BAP it goes by the foreground." if low > 0 else title
-    title = title if best == "bap" else "A plain probe, as there are no composites for BAP."
+    if best != "bap":
+        title = "A plain probe, as there are no composites for BAP."
+    elif low > 0 and len(samples.places) > 1:
+        title = "The probe went by the background. With BAP it goes by the foreground."
+    else:
+        change = "better" if low > 0 else "worse" if high < 0 else "neither clearly better nor worse"
+        title = f"BAP made the {kind} {change}."
     worst = min(erm["groups"], key=lambda g: g["accuracy"])
     worst = samples.group_name(worst["y"], worst["place"])
     gain, ends = ours[samples.worst] - erm[samples.worst], f"95 %: {100 * low:+.0f} to {100 * high:+.0f}"
@@ -1018,9 +1023,10 @@ def report(results, last):
     shown += [thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in last.cuts[:6]]
     keys = (samples.worst, "avg_group_mean", "avg_train_weighted")
     heads = [key.replace("_", " ") for key in keys]
-    table_rows = [(name, *[m[k] for k in keys], ROWS[name]) for name, m in methods.items()]
-    for name, reason in results["reasons"].items():
-        table_rows.append((name, *[None] * len(keys), f"{ROWS[name]}: {reason}"))
+    table_rows = []
+    for name in [name for name in ROWS if name in methods or name in results["reasons"]]:
+        m = methods.get(name, {})
+        table_rows.append((name, *[m.get(k) for k in keys], results["reasons"].get(name, ROWS[name])))
     sums, invariant = sentences(results)
     fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map."
     additive = tag("p", fit), html_table(*additivity_rows(results)), tag("p", sums)
@@ -1028,7 +1034,7 @@ def report(results, last):
         ("Accuracy of each group, with 95 % intervals", dots("groups", rows, compared)),
         ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
         ("What is still wrong", *examples(samples, test & ~last.right[best], taken)),
-        ("The biased training data", *examples(samples, samples.split == 0, names)),
+        ("The training data", *examples(samples, samples.split == 0, names)),
         ("Composites to pre-train on", *(shown or ["none"])),
         ("Methods", html_table(("method", *heads, "what"), table_rows)),
         ("Additivity", *(additive if results["additivity"] else ["of composites: none"])),

@@ -820,7 +820,7 @@ def test_waterbirds_missing_column_is_named(tmp_path, column):
 
 def test_waterbirds_extra_column_is_noted(tmp_path):
     samples = load_data(birds(tmp_path, [[*r, "7"] for r in table()], [*COLUMNS, "weather"]))
-    assert noted(samples, "not used: img_id, place_filename, weather")
+    assert noted(samples, "not used: img_id, weather")
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "s/../../secret.jpg", "/etc/passwd", "", "\\x.jpg", ".."])

@@ -428,7 +428,9 @@ def test_where_a_class_is_never_wrong_only_the_rule_of_loss_keeps_a_cluster():
     assert not w.kept.any() and discover.why(w, 0) == "no loss beyond chance (q 0.21)"
     clusters = discover.described(judged(label, 2, e), torch.arange(2), [torch.arange(3)] * 2, {}, e.classes)
     said = discover.dropped(clusters)
-    assert "Cluster 0, score 0.20 (by chance" in said and "b -0.20 (0.80 with, 1.00 without)" in said
+    assert (
+        "Cluster 0, score 0.20 (by chance" in said and "b -0.20 (0.80 of 20 with, 1.00 of 20 without)" in said
+    )
     assert (
         "no class does better with it" in said
         and "--method=loss" in said

@@ -389,6 +389,8 @@ def test_unlabelled_photos_are_classified(files, tmp_path):
     assert run(words(files, tmp_path / "out", *more)) == 0
     rows = table_of(tmp_path / "out/predictions.csv")
     assert len(rows) == 3 and {row["tiny zeroshot"] for row in rows} <= {"cat", "dog"}
+    page = (tmp_path / "out/eval.html").read_text()
+    assert "sure of photos without labels" in page and "Worst confusions" not in page
     assert sum(c["predicted"] for c in entry(tmp_path / "out")["classes"].values()) == 3
 
 

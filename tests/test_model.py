@@ -461,6 +461,13 @@ def test_rows_of_a_network_with_more_behind_its_embedding_are_no_classifier():
         encoder.classifier()
 
 
+def test_a_transform_that_does_not_end_in_to_tensor_and_normalize_is_said():
+    net = timm.create_model("test_resnet", num_classes=0)
+    encoder = model.Encoder("mine", "timm", lambda: net, lambda picture: picture, "", "").embeds_with("cpu")
+    with complaint("--model=mine", "ends in ToTensor and Normalize"):
+        encoder.facts  # noqa: B018
+
+
 def trained_norms(module):
     for k, m in enumerate(module.modules()):
         if isinstance(m, nn.BatchNorm2d):

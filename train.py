@@ -179,9 +179,10 @@ def main():
     expect(alone, "method", method, "another under torchrun, as bap runs in one process")
     join(device)
     stored = data.startswith("embeddings:")
-    for flag, able in (("method", "bap"), ("model", "lite0"), ("train", ("auto", "map"))) if stored else ():
+    networkless = dict(method=["bap"], model=["lite0"], train=["auto", "map"])
+    for flag in networkless if stored else ():
         wanted = "its default with --data=embeddings: there is no network"
-        expect(config[flag] in able, flag, config[flag], wanted)
+        expect(config[flag] in networkless[flag], flag, config[flag], wanted)
     config["model"] = data if stored else model
     samples = dataset(seed=seed)
     encoder = load_encoder(config["model"], pretrained, quick_gelu, test_size, **how)
@@ -429,16 +430,16 @@ def probe_all(maps, x, x_bap, samples, extra, l2, s):
 def scatter(z, i):
     """Mean [D], and the scatters of z [N, D] between and within foregrounds i [N], double [D, D]: S_f, S_w.
 
-    S_w: within-foreground scatter around the anchors; S_f: covariance of the anchors less S_w times
-    the mean of 1 / (composites of a foreground), not yet clipped to positive semi-definite. A foreground's
-    anchor is here the mean of its composites: mu + a_f and the mean of a few c_b, which S_f is freed of.
+    S_w: scatter around the mean of each foreground's composites; S_f: covariance of these means less S_w
+    times the mean of 1 / (composites of a foreground), not yet clipped to positive semi-definite. A mean is
+    the anchor mu + a_f and the mean of a few c_b, which S_f is so freed of.
     """
     z, i = z.double(), renumber(i)
     count = torch.bincount(i).double()
-    anchors = sums(z, i, len(count)) / count[:, None]  # [n, D]
-    mu, residual = z.mean(0), z - anchors[i]
+    means = sums(z, i, len(count)) / count[:, None]  # [n, D]
+    mu, residual = z.mean(0), z - means[i]
     S_w = residual.T @ residual / max(1, len(z) - len(count))
-    return mu, (anchors - mu).T @ (anchors - mu) / len(count) - S_w * (1 / count).mean(), S_w
+    return mu, (means - mu).T @ (means - mu) / len(count) - S_w * (1 / count).mean(), S_w
 
 
 def wiener(grids, lam=1.0, power=1.0, drift=None, least=0.0):

@@ -179,7 +179,14 @@ def say(text, result=False):
         print(harmless(text), flush=True)
 
 
-say_once = functools.cache(say)
+WARNED = set()
+
+
+def warn_once(path, what):
+    """Warns of what a file has, of the first of all such."""
+    if what not in WARNED:
+        WARNED.add(what)
+        say(f"WARNING: {path} and perhaps others: {what}")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -624,10 +631,10 @@ def open_image(path):
             grey, top = np.asarray(image, np.float32), 65535  # of 8, 12 or 16 bits, or floats from 0 to 1
             top = next((t for t in (1, 255, 4095) if grey.max() <= t and (t > 1 or image.mode == "F")), top)
             if top == 4095:
-                say_once("WARNING: pictures of 16 bits without a value above 4095 are read as 12 bits")
+                warn_once(path, "no value above 4095 in 16 bits; read as 12 bits")
             image = Image.fromarray((grey * (255 / top)).clip(0, 255).astype(np.uint8))
         elif deep and max(high for _, high in image.convert("RGB").getextrema()) < 16:
-            say_once("WARNING: colours of 12 bits in 16 come out dark; scale such pictures")
+            warn_once(path, "12-bit values in 16 bits of each colour come out dark; scale them")
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
@@ -1154,9 +1161,9 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     """The data set that --data names, as Samples; NAME:help prints how it must look, and exits.
 
     classes: a file of names, one a line, or a,b: only these of the set's. places: p,q, only these; where as
-    many are named as classes, the k-th is the k-th class's own. masks: a folder of foreground masks. splits:
-    whether the set is to be trained on, and needs labels and images of every class in each. planted_by: more
-    of Facts."""
+    many are named as classes, the k-th is the k-th class's own. prompts: see read_prompts. masks: a folder of
+    foreground masks. splits: whether the set is to be trained on, and needs labels and images of every class
+    in each. planted_by: more of Facts."""
     name, _, root = spec.partition(":")
     if name not in SETS or not (root or SETS[name].alone):
         raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {', '.join(SETS)}; see NAME:help")
@@ -1511,7 +1518,7 @@ def waterbirds(root, facts):
     Any folder of this layout will do, with any number of classes and places:
     DIR/metadata.csv     img_filename,y,split,place,place_filename; split 0 train, 1 val, 2 test
     DIR/001.Black_footed_Albatross/....jpg     as img_filename says
-    Land- and waterbirds are known by their species, land and water by place_filename.
+    Land- and waterbirds are known by their species, land and water by place_filename; all by their counts.
     To make one: CUB's photos and segmentations (data.caltech.edu/records/65de6-vp158 and w9d68-gec53), photos
     of two places, and for each bird Pillow's Image.composite(photo, place, mask), all three of one size."""
     table = folder(root, "data waterbirds") / "metadata.csv"
@@ -1523,8 +1530,11 @@ def waterbirds(root, facts):
     species = [os.path.basename(os.path.dirname(path)) for path in paths[some]]
     what = told_by(y[some], species, dict(waterbird=WATERBIRDS), "landbird")
     where = told_by(place[some], shown[some], dict(water=WATER, land=LAND))
+    groups = Counter(zip(split, y, place, strict=True))
+    if [[groups[s, a, b] for a in "01" for b in "01"] for s in (1, 2)] == OFFICIAL:
+        what, where = {"0": "landbird", "1": "waterbird"}, {"0": "land", "1": "water"}
     if len(y) == 11788 or "waterbird_complete" in root.name or "forest2water2" in root.name:
-        facts.published = dict(val_test=[[467, 466, 133, 133], [2255, 2255, 642, 642]])  # of all makings
+        facts.published = dict(val_test=OFFICIAL)
     facts.classes = [what.get(name, name) for name in facts.classes]
     facts.places = [where.get(name, name) for name in facts.places]
     for path, a, b, s in zip(paths, y, place, split, strict=True):
@@ -1536,6 +1546,7 @@ WATERBIRDS = (  # words of their species' names
     "mallard merganser guillemot loon"
 )
 WATER, LAND = "water ocean sea lake beach", "land forest bamboo broadleaf"
+OFFICIAL = [[467, 466, 133, 133], [2255, 2255, 642, 642]]  # groups of val and test, of all makings
 
 
 def told_by(values, keys, words, rest=None):

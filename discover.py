@@ -1082,7 +1082,7 @@ def report(summary, e, similarity, M):
     if config["method"] in BASELINES:
         title = f"Regions as {config['method']} ranks them."
     elif above:
-        sure = min(g["q"] for c in above for g in c["gaps"].values()) <= FALSE_DISCOVERIES
+        sure = all(min(g["q"] for g in c["gaps"].values()) <= FALSE_DISCOVERIES for c in above)
         title = f"The model {'goes' if sure else 'may go'} by {len(above)} spurious feature"
         title += "s." if len(above) > 1 else "."
         name, g = min(above[0]["gaps"].items(), key=lambda gap: gap[1]["gap"])

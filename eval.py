@@ -137,7 +137,9 @@ def main():
     names = names_of(config)
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
     planted = {k: config[k] for k in ("confounder", "strength", "spurious", "feature", "columns")}
-    planted.update(all_labels=labels == "all", names=load_checkpoint(ckpt).get("classes") if ckpt else [])
+    state = load_checkpoint(ckpt) if ckpt else {}
+    planted.update(all_labels=labels == "all", names=state.get("classes", []))
+    through = dict(ckpt=ckpt, through="bap" if "bap" in state.get("probes", ()) else "erm") if ckpt else {}
     if predictions:
         samples, given = predicted_elsewhere()
     else:
@@ -151,7 +153,7 @@ def main():
             outcomes[name], additive = given if predictions else evaluate(name, samples, asked)
             if rank == 0:
                 results[name] = measured(outcomes[name], additive, samples, seed)
-                results[name].update(dict(ckpt=ckpt) if ckpt else {})
+                results[name].update(through)
         except Exception as problem:
             full = isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError)
             if len(names) == 1 or full or world > 1:  # a full disk is no fault of the model, and of several
@@ -203,10 +205,10 @@ def report(results, samples, blocks, config, git):
     name, head = next(iter(results.items()))
     m, models = head["metrics"], f"{len(results)} model{'s' * (len(results) > 1)}"
     kicker = f"flock, eval.py: {Path(samples.name).name}, {models}"
-    bare, shown = m.get("average") is None, []
-    title = f"{name} is {m['confidence']:.0%} sure of photos without labels, on average." if bare else ""
-    title = title or f"{name} is right on {m['average']:.0%} of the photos."
-    if is_counteranimal(samples) and m["drop"] is not None:
+    title, shown = f"{name} is right on {m.get('average') or 0:.0%} of the photos.", []
+    if "average" not in m:
+        title = f"{name} is {m['confidence']:.0%} sure of photos without labels, on average."
+    elif is_counteranimal(samples) and m["drop"] is not None:
         title = f"{name} loses {100 * m['drop']:.0f} points from common to counter backgrounds."
         shown = "common", "counter", "drop"
     elif len(samples.places) > 1 and head["groups"]:
@@ -453,15 +455,12 @@ def ckpt_heads(e):
 
 def rows_of(p, e, shots):
     """The rows of a protocol, (name, Protocol, heads): one; of fewshot one for each number of shots; of ckpt
-    for each probe, which has learned from a split if the checkpoint was made with the same --data. Others
-    name the map that they see embeddings through, "probe, bap"; erm where the checkpoint has none of BAP."""
-    row, through = PROTOCOLS[p], ""
-    if e.state:
-        through = ", bap" if "bap" in e.state.get("probes", ()) else ", erm"
+    for each probe, which has learned from a split if the checkpoint was made with the same --data."""
+    row = PROTOCOLS[p]
     if p == "fewshot":
-        return [(f"{p}_{k}{through}", row, row.heads(e, int(k))) for k in shots.split(",")]
+        return [(f"{p}_{k}", row, row.heads(e, int(k))) for k in shots.split(",")]
     if p != "ckpt":
-        return [(p + through, row, row.heads(e))]
+        return [(p, row, row.heads(e))]
     rows, same = [], e.state["config"].get("data") == e.samples.name.partition(" V ")[0]
     for name, head in row.heads(e).items():
         learned = "validation" if name.startswith("val_probe") else "training"
@@ -485,8 +484,7 @@ PROTOCOLS = {
 
 def protocol_of(row):
     """The Protocol of a row of the tables, by its name; None of a checkpoint's probes and of predictions."""
-    name = row.partition(",")[0]
-    return PROTOCOLS.get(name) or PROTOCOLS.get(name.partition("_")[0])
+    return PROTOCOLS.get(row) or PROTOCOLS.get(row.partition("_")[0])
 
 
 def offered(encoder, samples, asked, state=None):
@@ -517,10 +515,8 @@ def lacking(encoder, samples, state=None):
         kinds = ", ".join(samples.classes[:6])
         lacks["ckpt"] = f"--ckpt: made for {', '.join(made[:6])}, {samples.name} has {kinds}; take the same"
     if encoder.tokenizer is None:
-        cure = (
-            "an array text [C, D] in the file"
-            if encoder.kind == "stored"
-            else "a CLIP, --protocol=classifier"
+        cure = dict(stored="an array text [C, D] in the file").get(
+            encoder.kind, "a CLIP, --protocol=classifier"
         )
         lacks["texts"] = f"{name}: it has no text tower, zero-shot needs one; take {cure} or --protocol=probe"
     elif samples.nameless:
@@ -762,6 +758,11 @@ def each_outcome(results):
     return [(name, p, m) for name, r in results.items() for p, m in r["protocols"].items()]
 
 
+def mapped(r, p):
+    """A protocol as it is shown: with the method of the checkpoint whose map embeddings went through."""
+    return f"{p}, {r['through']}" if "through" in r and protocol_of(p) else p
+
+
 def metric_columns(results, samples):
     """The metrics to show: those that some row has; n where it differs, as probes see the test split."""
     wanted = ["bg_gap", *samples.places, "worst_group", "avg_group_mean", "avg_train_weighted", "average"]
@@ -818,10 +819,10 @@ def results_block(results, samples, failed):
     notes = ["groups: " + ", ".join(f"{k} {name}" for k, name in enumerate(named, 1))] if few else []
     for model, p, m in each_outcome(results):
         values = [m["metrics"].get(k) for k in keys] + [g["accuracy"] for g in m["groups"][: len(few)]]
-        rows.append((model, p, *values))
+        rows.append((model, mapped(results[model], p), *values))
     if any(p.startswith("fewshot") for _, p, *_ in rows):
         notes.append(f"fewshot: means over the draws; {samples.worst}, too, is the mean of each draw's own")
-    if any(p.endswith("bap") for p in head["protocols"]):
+    if head.get("through") == "bap":
         notes.append(f"bap: through the map of {Path(head['ckpt']).name}")
     for k in [k for k in ("drop", samples.worst, "bg_gap") if best.get(k + "_interval")][:1]:
         low, high = best[k + "_interval"]
@@ -891,7 +892,7 @@ def groups_block(results, samples, head):
         same = [m["groups"][k] if k < len(m["groups"]) else None for _, _, m in each]
         values = [s and (s["accuracy"], s["interval"]) for s in same]
         rows.append((samples.group_name(g["y"], g["place"])[:44], f"n = {g['n']}", values))
-    series = tuple(f"{name} {p}" for name, p, _ in each)
+    series = tuple(f"{name} {mapped(results[name], p)}" for name, p, _ in each)
     chart = rows and dots("groups", rows, series if len(series) > 1 else ("",))
     few = f": the first {len(each)} of {len(every)} rows" if len(every) > len(each) else ""
     return Block(f"Accuracy of each group, with 95 % intervals{few}", parts=[chart] if rows else [])
@@ -1005,8 +1006,9 @@ def of_family(config):
 
 def check_resumed(path, config):
     """Complaint where a protocol.json was made with other flags."""
-    with reading(path, "a protocol.json of eval.py", "move it away"):
-        made = json.loads(path.read_text())["config"] if path.is_file() else config
+    what = "a protocol.json of eval.py"
+    with reading(path, what, "move it away"):
+        made = read_json(path, what)["config"] if path.is_file() else config
         differ = [f"--{k}={made.get(k)}" for k in config if k not in FREE and made.get(k) != config[k]]
     if differ:
         raise Complaint(f"{path}: made with {', '.join(differ)}; give the same flags, or another --out_dir")

@@ -318,12 +318,12 @@ class Encoder:
     def transform_parts(self):
         """The transform's part on PIL pictures, and the mean and deviation [3, 1, 1] of its end: timm's and
         open_clip's all end in ToTensor and Normalize."""
-        *parts, _, end = getattr(self.transform, "transforms", (None, None))
-        wanted = f"--model={self.name}: its transform should be a Compose that ends in ToTensor and Normalize"
-        if not hasattr(end, "mean"):
-            raise Complaint(wanted)
+        *parts, before, end = [None, None, *getattr(self.transform, "transforms", ())]
+        if "ToTensor" not in type(before).__name__ or type(end).__name__ != "Normalize":
+            wanted = "its transform should be a Compose that ends in ToTensor and Normalize"
+            raise Complaint(f"--model={self.name}: {wanted}")
         ends = [torch.as_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (end.mean, end.std)]
-        return type(self.transform)(parts), ends
+        return type(self.transform)(parts[2:]), ends
 
     def onto_device(self, images):
         """A list of n pixels() -> one tensor [n, ...] on the device; nobody waits for the copy."""
@@ -398,7 +398,7 @@ class Encoder:
 
     def say_cut(self, pairs):
         """Says which of pairs (text, label) are cut by the tokenizer; Complaint where the label is lost."""
-        pairs = [pair for pair in pairs if len(repr(pair[0]).encode()) > 62]  # a token is a byte or more
+        pairs = [pair for pair in pairs if len(pair[0].encode("utf-8", "replace")) > 60]  # a token: a byte
         if not pairs or self.tokenizer is None:
             return
         tokenize, cut = self.tokenizer(), []
@@ -603,8 +603,9 @@ def write_cache(path, z):
 def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how):
     """The encoder that --model and --pretrained name; Complaint if there is none.
 
-    pretrained: a tag, a local file or folder, or "none" for random weights; "" means what the model has by
-    default. test_size: see timm_model. how: of embedding: device, dtype (float32, bfloat16, or auto: see
+    model: a name in FAMILIES, one of open_clip, or behind one of SCHEMES. pretrained: a tag, a local file or
+    folder, or "none" for random weights; "" means what the model has by default. quick_gelu: auto, on, off.
+    test_size: see timm_model. how: of embedding: device, dtype (float32, bfloat16, or auto: see
     Encoder.facts), batch (a number, or auto: 256 on a GPU, 8 on a CPU, where small ones are faster), threads
     (that decode and, on a CPU, run the network; 0 for one per core), cache (a folder, "" for none), skip_bad,
     resize_once (see Encoder.pixels).
@@ -1277,7 +1278,8 @@ WITH_MAP = "a network with a feature map that flock can read: a ResNet or a ViT"
 def with_map(module, kind, x):
     """Images [N, 3, H, W] -> embeddings [N, D] and feature map [N, h, w, D], in one forward pass. A cell is
     what the network's own head (pooling, norm, projection) makes of that cell alone, without extra tokens;
-    attention over one cell is its value. So regions, means of cells, lie in the space of the embeddings."""
+    attention over one cell is its value. So regions, means of cells, lie in the space of the embeddings. Our
+    reading. kind: as Encoder.kind."""
     if kind == "timm":
         return trunk_with_map(module, x, lambda cells: module.forward_head(cells, pre_logits=True))
     visual = getattr(module, "visual", module)
@@ -1759,7 +1761,8 @@ def wilson(k, n, confidence=0.95):
 def group_metrics(correct, samples, index):
     """Accuracies of samples at index [N], and over the groups, class x place, present among them. correct:
     bool [N], or shares of draws. Returns worst_group (see Samples.worst), avg_group_mean, avg_train_weighted
-    (by images per group in train, as WILDS and group_DRO have it), overall, groups (intervals: Wilson)."""
+    (by images per group in train, as WILDS and group_DRO have it), overall, and groups, a list of y, place,
+    n, accuracy, interval (Wilson, 95 %)."""
     correct, index = correct.double().cpu(), index.cpu()
     P, group, train = len(samples.places), samples.group()[index], samples.counts(0).tolist()
     groups = []

@@ -476,16 +476,16 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, s):
     cuts = cut_own(encoder, samples.keep(samples.split == 0).items, cells, s)
     if not cuts:
         return None
-    made, i, j = own_composites(list(cuts.values()), grounds, s)
-    turn = torch.arange(len(made)) % OWN_PER
-    made, z, i, j, turn = embedded(encoder, made, "own foregrounds", i, j, turn)
+    own_cells, i, j = own_composites(list(cuts.values()), grounds, s)
+    turn = torch.arange(len(own_cells)) % OWN_PER
+    own_cells, z, i, j, turn = embedded(encoder, own_cells, "own foregrounds", i, j, turn)
     photos, y = (part[samples.split.to(part.device) == 0][list(cuts)] for part in (x, samples.y))
     views = features(photos, power), features(z, power)
     drift, foretold = own_backgrounds(*views, i, turn, y.to(x.device), s)
     line = f"of what {len(drift)} photos have beside their foregrounds these foretell {foretold:.3f}: "
     say(line + ("independent" if foretold < FORETOLD else "they are left out of S_f"))
-    made = dict(cuts=list(cuts.values()), cells=made, z=z, i=i, j=j, drift=drift, foretold=foretold)
-    return SimpleNamespace(**made)
+    found = dict(cuts=list(cuts.values()), cells=own_cells, z=z, i=i, j=j, drift=drift, foretold=foretold)
+    return SimpleNamespace(**found)
 
 
 def own_backgrounds(photos, v, i, turn, y, s):

@@ -579,9 +579,9 @@ def test_checkpoint_of_train_is_applied_first_and_others_are_refused(files, tmp_
     assert run(applied("ckpt.pt", "out", "--protocol=zeroshot,probe")) == 0
     train = samples.split == 0
     fit = model.fit_probe(g(z)[train], samples.y[train], 0.8)
-    same_as(tmp_path / "out", "probe, bap", fit.predict(g(z)), samples)
+    same_as(tmp_path / "out", "probe", fit.predict(g(z)), samples)
     repaired = unit(script.repaired(g, z))
-    same_as(tmp_path / "out", "zeroshot, bap", (repaired @ cats_and_dogs(tiny).T).argmax(1), samples)
+    same_as(tmp_path / "out", "zeroshot", (repaired @ cats_and_dogs(tiny).T).argmax(1), samples)
     told = capsys.readouterr().out, (tmp_path / "out/eval.html").read_text()
     assert all("probe, bap" in text and "bap: through the map of ckpt.pt" in text for text in told)
     assert "a photo of a cat." in told[1]

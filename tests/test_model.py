@@ -461,9 +461,14 @@ def test_rows_of_a_network_with_more_behind_its_embedding_are_no_classifier():
         encoder.classifier()
 
 
-def test_a_transform_that_does_not_end_in_to_tensor_and_normalize_is_said():
-    net = timm.create_model("test_resnet", num_classes=0)
-    encoder = model.Encoder("mine", "timm", lambda: net, lambda picture: picture, "", "").embeds_with("cpu")
+STEPS = transforms.ToTensor(), transforms.Resize(64), transforms.Normalize([0.5] * 3, [0.5] * 3)
+
+
+@pytest.mark.parametrize("steps", [None, STEPS[:1], STEPS[:2], STEPS[2:], STEPS])
+def test_a_transform_that_does_not_end_in_to_tensor_and_normalize_is_said(steps):
+    net, mine = timm.create_model("test_resnet", num_classes=0), lambda picture: picture
+    mine = transforms.Compose(steps) if steps else mine
+    encoder = model.Encoder("mine", "timm", lambda: net, mine, "", "").embeds_with("cpu")
     with complaint("--model=mine", "ends in ToTensor and Normalize"):
         encoder.facts  # noqa: B018
 

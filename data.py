@@ -26,6 +26,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, namedtuple
@@ -1304,8 +1305,8 @@ def numbered(names, known, what):
 
 
 def plain(name):
-    """A name as it is compared: without case, underscores as spaces."""
-    return " ".join(name.replace("_", " ").casefold().split())
+    """A name as it is compared: without case, underscores as spaces, accents as one letter or two."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())
 
 
 def make_splits(group, shares=(0.6, 0.2, 0.2)):
@@ -1978,13 +1979,16 @@ def load_predictions(path, columns="", classes=""):
     t = read_table(path)
     at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
     n, facts = t.count, Facts()
-    t["y and predicted"] = t[at["y"]] + t[at["predicted"]]  # numbered together
+    both = t[at["y"]] + t[at["predicted"]]
+    kind = {v: plain(v) for v in dict.fromkeys(both)}
+    spelled = {kind[v]: v for v in reversed(kind)}  # as it comes first
+    t["y and predicted"] = tuple(spelled[kind[v]] for v in both)  # numbered together
     renamed = names_in(classes, "classes", 2) if os.path.isfile(classes) else []
     words, facts.classes, notes = named(t, "y and predicted", renamed)
     y, taken = words[:n], words[n:]
     if not set(y) & set(taken) - {None}:
         raise Complaint(f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names")
-    facts.notes = [note, *notes]
+    facts.notes = [note, *notes, *numbered_alike(t, at)]
     place, split = places_and_splits(t, at, facts)
     sure = []  # from 0 to 1
     for k, text in enumerate(t[at["confidence"]] if at["confidence"] else [""] * n):
@@ -2001,7 +2005,36 @@ def load_predictions(path, columns="", classes=""):
     samples.split = torch.tensor(split) if at["split"] else samples.split
     taken = numbered(taken, facts.classes, "class")[0]
     samples.prompts = [[name] for name in samples.classes]
-    return check(samples.keep(keep), False), taken[keep], torch.tensor(sure)[keep]
+    sure = of_predicted(torch.tensor(sure), taken, samples)
+    return check(samples.keep(keep), False), taken[keep], sure[keep]
+
+
+def numbered_alike(t, at):
+    """A warning, [line] or [], where one of y and predicted seems to count from 1 and the other from 0;
+    Complaint where only one has -1 and 1."""
+    kinds = [{v.strip().removesuffix(".0") for v in t[at[k]]} - EMPTY for k in ("y", "predicted")]
+    said = f"{t.path}: {at['y']} has {', '.join(sorted(kinds[0])[:5])}, {at['predicted']} "
+    said += f"{', '.join(sorted(kinds[1])[:5])}"
+    if {"-1", "1"} in kinds and "0" in kinds[0] | kinds[1]:
+        raise Complaint(f"{said}; give both the same numbers")
+    if not all(v.isdecimal() for v in kinds[0] | kinds[1]) or not all(kinds):
+        return []
+    (low, high), (first, last) = ((min(map(int, kind)), max(map(int, kind))) for kind in kinds)
+    moved = low - first == high - last and abs(low - first) == 1
+    return [f"WARNING: {said}: if one counts from 0 and the other from 1, mend that"] * moved
+
+
+def of_predicted(sure, taken, samples):
+    """Confidences [n] of what is predicted [n]: of two classes none is below 1/2. Where those of a table are,
+    they are the second's, as people store them, or NaN; a note says so."""
+    if len(samples.classes) != 2 or not (sure < 0.5).any():
+        return sure
+    other, second = sure.where(taken == 1, 1 - sure), samples.classes[1]
+    if (other < 0.5).any():
+        samples.notes.append("WARNING: confidences below 1/2 of two classes are not of the predicted: no ece")
+        return torch.full_like(sure, torch.nan)
+    samples.notes.append(f"WARNING: confidences are read as those of {second!r}, as some are below 1/2")
+    return other
 
 
 STORED = {  # arrays of --data=embeddings:FILE, and what others call them

@@ -1298,3 +1298,30 @@ def test_predictions_by_name_without_confidence_and_with_splits(tmp_path, capsys
 )
 def test_predictions_that_cannot_be_read_are_one_line(tmp_path, capsys, lines, more, expected):
     refused(capsys, [*predictions(tmp_path / "p.csv", *lines), *more], expected)
+
+
+def test_a_probability_of_the_second_class_is_no_confidence_of_the_first(tmp_path, capsys):
+    lines = ["label,pred,prob", "0,0,.1", "0,0,.2", "1,1,.9", "1,0,.4", "0,1,.7"]
+    assert run(predictions(tmp_path / "p.csv", *lines)) == 0
+    m = entry(tmp_path, str(tmp_path / "p.csv"))["metrics"]
+    assert m["ece"] == pytest.approx((0.1 + 0.2 + 0.1 + 0.6 + 0.7) / 5, abs=1e-6)
+    assert "read as those of '1'" in capsys.readouterr().out
+    assert run(predictions(tmp_path / "p.csv", *lines, "0,0,.9")) == 0  # of neither
+    assert entry(tmp_path, str(tmp_path / "p.csv"))["metrics"]["ece"] is None
+
+
+def test_labels_spelled_otherwise_or_counted_from_elsewhere(tmp_path, capsys):
+    lines = [
+        "y,place,predicted",
+        "indigo_bunting,sea,Indigo Bunting",
+        "jay,sea ,jay",
+        "jay,land,indigo bunting",
+    ]
+    assert run(predictions(tmp_path / "p.csv", *lines)) == 0
+    found = entry(tmp_path, str(tmp_path / "p.csv"))
+    assert [(g["n"], g["accuracy"]) for g in found["groups"]] == [(1, 1.0), (1, 0.0), (1, 1.0)]
+    refused(
+        capsys, predictions(tmp_path / "p.csv", "y,pred", "-1,0", "1,1", "1,0"), "-1, 1", "the same numbers"
+    )
+    assert run(predictions(tmp_path / "p.csv", "y,pred", "1,0", "2,1", "3,2")) == 0
+    assert "counts from 0" in capsys.readouterr().out

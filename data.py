@@ -464,14 +464,16 @@ class Table(dict):
 def read_table(path):
     """The Table in a file with a header, its fields between commas, semicolons, tabs, bars or blanks; UTF-8,
     or UTF-16 as Excel writes it. Fast enough for a million rows."""
-    with reading(path, "a table in UTF-8"):
+    with reading(path, "a table in UTF-8", "save it as .csv in UTF-8"):
         raw = Path(path).read_bytes()
         utf = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         text = raw.decode(utf).replace("\0", "")
+        if text.lstrip()[:1] in ("{", "["):
+            return records(path, text)
         head = text[:10_000].lstrip().partition("\n")[0]
         mark = max(",;\t|", key=head.count)
         mark = mark if mark in head else " "
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=mark == " ")
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=mark != "\t")
         pairs = [(row, reader.line_num) for row in reader if row]
     rows, lines = [row for row, _ in pairs], [line for _, line in pairs]
     if mark == " " and len(rows) > 2:
@@ -491,6 +493,17 @@ def read_table(path):
     return Table(path, zip(names, zip(*rows, strict=True), strict=True), lines)
 
 
+def records(path, text):
+    """The Table in JSON: a list of objects, or one a line, as Hugging Face's metadata.jsonl."""
+    lines = [(k, line) for k, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if text.lstrip()[0] == "[":
+        lines = list(enumerate(map(json.dumps, json.loads(text)), 1))
+    trees = [json.loads(line) for _, line in lines]
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    columns = {n: tuple("" if (v := tree.get(n)) is None else str(v) for tree in trees) for n in names}
+    return Table(path, columns, [k for k, _ in lines])
+
+
 def columns_of(table, chosen, ours, needed=()):
     """Which column of a table is what: {name of ours, of COLUMNS or BOXES: theirs, or None}, and a line that
     says so. chosen: --columns, ours=theirs,...; nothing behind = for none."""
@@ -502,6 +515,8 @@ def columns_of(table, chosen, ours, needed=()):
         there = not theirs or plain(theirs) in spelled
         expect(there, "columns", theirs, f"a column of {table.path}; {near(theirs, spelled.values())}")
         usual[name] = [theirs] if theirs else []
+    if {"x", "y"} <= spelled.keys() and set(map(plain, usual.get("y", [])[1:])) & spelled.keys():
+        usual["y"].remove("y")  # beside x and a label it is a coordinate
     at = {name: next((spelled[plain(c)] for c in usual[name] if plain(c) in spelled), None) for name in ours}
     for name in needed:
         if at[name] is None:
@@ -510,7 +525,12 @@ def columns_of(table, chosen, ours, needed=()):
             raise Complaint(f"{table.path}: no column {name!r} (found: {there}); {cure}")
     rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
-    return at, f"{table.path}: {used}; columns not used: {rest}" + " (see --columns)" * (rest != "none")
+    long = sum("\n" in value for column in table.values() for value in column)
+    long = (
+        f"; WARNING: {long} fields run over several lines, if a quote opens there by mistake: rows are lost"
+    )
+    more = " (see --columns)" * (rest != "none") + long * (not long.startswith("; WARNING: 0 "))
+    return at, f"{table.path}: {used}; columns not used: {rest}{more}"
 
 
 def named(table, column, names=()):
@@ -1525,7 +1545,8 @@ def waterbirds(root, facts):
     table = folder(root, "data waterbirds") / "metadata.csv"
     needs(table.is_file(), root, "metadata.csv", "waterbirds")
     table = read_table(table)
-    shown = table.pop("place_filename", ())  # what the place's name is read off
+    shown = next((c for c in table if plain(c) == "place filename"), "")  # what the place's name is read off
+    shown = table.pop(shown, ())
     paths, y, place, split = table_rows(table, facts, ("path", "y", "split", "place"))
     some = slice(None, None, max(1, len(y) // 5000))
     species = [os.path.basename(os.path.dirname(path)) for path in paths[some]]
@@ -1964,19 +1985,25 @@ def places_and_splits(table, at, facts):
 
 def split_numbers(values, name, complaint):
     """0, 1, 2 of values such as 0, 1.0, train, val; else raises complaint(k, what is wrong)."""
+    if re.fullmatch("(is |in )?(train|training|val|test|testing)( image| set)?", plain(name)):
+        raise complaint(0, f"{name} says whether, not which; expected a column of train, val, test")
     known = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
     number = {v: known.get(str(v).strip().lower().removesuffix(".0")) for v in set(values)}
     split = [number[v] for v in values]
     if None in split:
         k = split.index(None)
-        raise complaint(k, f"{name}={str(values[k])[:60]!r}, expected 0, 1, 2 or train, val, test")
+        n, cure = split.count(None), "leave such rows out, or read it without: --columns=split="
+        found = f"{name}={str(values[k])[:60]!r}, so {n} of {len(split)}"
+        raise complaint(k, f"{found}, expected 0, 1, 2 or train, val, test; {cure}")
     return split
 
 
 def load_predictions(path, columns="", classes=""):
     """What another program predicted, a table of y, predicted and, if it has them, place, confidence, split,
     path (see COLUMNS) -> Samples, what each is taken for [n], and how surely [n], NaN if it is not said."""
-    t = read_table(path)
+    t, notes = read_table(path), []
+    if "predicted" not in columns and not {*map(plain, t)} & {*map(plain, COLUMNS["predicted"].split())}:
+        columns = ",".join(filter(None, (columns, predicted_by(t, notes))))
     at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
     n, facts = t.count, Facts()
     both = t[at["y"]] + t[at["predicted"]]
@@ -1984,11 +2011,13 @@ def load_predictions(path, columns="", classes=""):
     spelled = {kind[v]: v for v in reversed(kind)}  # as it comes first
     t["y and predicted"] = tuple(spelled[kind[v]] for v in both)  # numbered together
     renamed = names_in(classes, "classes", 2) if os.path.isfile(classes) else []
-    words, facts.classes, notes = named(t, "y and predicted", renamed)
+    words, facts.classes, more = named(t, "y and predicted", renamed)
     y, taken = words[:n], words[n:]
     if not set(y) & set(taken) - {None}:
         raise Complaint(f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names")
-    facts.notes = [note, *notes, *numbered_alike(t, at)]
+    facts.notes = [*notes, note, *more, *numbered_alike(t, at)]
+    twice = len(t[at["path"]]) - len(set(t[at["path"]])) if at["path"] else 0
+    facts.notes += [f"WARNING: {path}: {twice} rows are of an image that stands above, too"] * bool(twice)
     place, split = places_and_splits(t, at, facts)
     sure = []  # from 0 to 1
     for k, text in enumerate(t[at["confidence"]] if at["confidence"] else [""] * n):
@@ -2007,6 +2036,37 @@ def load_predictions(path, columns="", classes=""):
     samples.prompts = [[name] for name in samples.classes]
     sure = of_predicted(torch.tensor(sure), taken, samples)
     return check(samples.keep(keep), False), taken[keep], sure[keep]
+
+
+SCORES = "(logits?|probs?|probability|softmax|scores?|p)(?: (?:class )?(.+)|([0-9]+))"
+
+
+def predicted_by(t, notes):
+    """--columns for a table without a column of predictions: of eval.py's own predictions.csv, NAME and NAME
+    confidence, if there is one model; or, with scores of each class, logit_0, logit_1, ..., the largest."""
+    ours, kinds = [c for c in t if f"{c} confidence" in t], {}
+    if len(ours) == 1:
+        return f"predicted={ours[0]},confidence={ours[0]} confidence"
+    if ours:
+        cure = f"say whose, --columns=predicted={ours[0]},confidence={ours[0]} confidence"
+        raise Complaint(f"{t.path}: predictions of {', '.join(ours)}; {cure}")
+    for column in t:
+        if found := re.fullmatch(SCORES, plain(column)):
+            kinds.setdefault(found[1], {})[found[2] or found[3]] = column
+    said = {plain(v).removesuffix(".0") for c in t if plain(c) in COLUMNS["y"].split() for v in t[c]}
+    for of in kinds.values():
+        if len(of) > 1 and ({*of} >= said - EMPTY or all(name.isdecimal() for name in of)):
+            with reading(t.path, f"a table with numbers in {', '.join(of.values())}"):
+                x = np.array([t[column] for column in of.values()], float).T  # [n, C]
+            shares = torch.from_numpy(x)
+            if (x < 0).any() or np.abs(x.sum(1) - 1).max() > 0.02:
+                shares = shares.softmax(1)
+            names = [*of]
+            t["largest score"] = tuple(names[k] for k in x.argmax(1))
+            t["its share"] = tuple(map(str, shares.amax(1).clamp(0, 1).tolist()))
+            notes.append(f"{t.path}: predicted is the largest of {', '.join(of.values())}")
+            return "predicted=largest score,confidence=its share"
+    return ""
 
 
 def numbered_alike(t, at):

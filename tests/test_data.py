@@ -2841,3 +2841,33 @@ def test_an_npz_that_unpacks_to_much_is_not_unpacked(tmp_path):
     (tmp_path / "e.npz").write_bytes(raw)
     with complaint("e.npz", "unpacks to 2,147,"):
         load_data(f"embeddings:{tmp_path / 'e.npz'}", splits=False)
+
+
+def test_tables_in_json_are_read(tmp_path):
+    touch(tmp_path, "0.png", "1.png", "2.png", "3.png")
+    rows = [dict(file_name=f"{k}.png", label="cat" if k % 2 else "dog", background=k // 2) for k in range(4)]
+    for name, content in (("a.jsonl", "\n".join(map(json.dumps, rows))), ("b.json", json.dumps(rows))):
+        samples = loaded(f"csv:{text(tmp_path / name, content)}")
+        assert samples.classes == ["cat", "dog"] and samples.y.tolist() == [1, 0, 1, 0]
+        assert samples.place.tolist() == [0, 0, 1, 1]
+
+
+def test_a_table_is_not_read_as_what_it_does_not_say(tmp_path):
+    touch(tmp_path, "0.png", "1.png")
+    path = text(tmp_path / "a.csv", "path,label,x,y,is_train", "0.png,cat,5,6,1", "1.png,dog,7,8,0")
+    assert loaded(f"csv:{path}").classes == ["cat", "dog"]  # y is a coordinate
+    with complaint("a.csv:2", "is_train says whether"):
+        loaded(f"csv:{path}", columns="split=is_train")
+    path = text(tmp_path / "a.tsv", "path\ty\tcaption", '0.png\ta\t"hi', '1.png\tb\t"x"', "1.png\tc\tno")
+    assert noted(loaded(f"csv:{path}", classes="a,c"), "WARNING: 1 fields run over several lines")
+    path = text(tmp_path / "b.csv", 'path, y, "place"', '0.png, "cat", sea', '1.png, "dog", sea')
+    assert loaded(f"csv:{path}").classes == ["cat", "dog"]
+    with complaint("c.csv", "save it as .csv in UTF-8"):
+        (tmp_path / "c.csv").write_bytes("path,y\n0.png,caf\u00e9".encode("latin-1"))
+        loaded(f"csv:{tmp_path / 'c.csv'}")
+
+
+def test_names_with_accents_in_two_parts_are_the_same_name(tmp_path):
+    touch(tmp_path, "train/caf\u00e9/0.png", "test/cafe\u0301/0.png", "train/dog/0.png", "test/dog/0.png")
+    with complaint("two class names that are the same", "caf"):
+        loaded(f"folder:{tmp_path}")

@@ -1325,3 +1325,27 @@ def test_labels_spelled_otherwise_or_counted_from_elsewhere(tmp_path, capsys):
     )
     assert run(predictions(tmp_path / "p.csv", "y,pred", "1,0", "2,1", "3,2")) == 0
     assert "counts from 0" in capsys.readouterr().out
+
+
+def test_scores_of_each_class_and_our_own_table_are_predictions(tmp_path, capsys):
+    g = np.random.default_rng(0)
+    z, y, place = g.normal(size=(60, 3)), g.integers(3, size=60), g.integers(2, size=60)
+    z[range(60), y] += 1
+    lines = ["img,y,place,logit_0,logit_1,logit_2"]
+    lines += [f"{k}.jpg,{y[k]},{place[k]},{z[k, 0]},{z[k, 1]},{z[k, 2]}" for k in range(60)]
+    assert run(predictions(tmp_path / "p.csv", *lines)) == 0
+    found, right = entry(tmp_path, str(tmp_path / "p.csv")), z.argmax(1) == y
+    of = [right[(y == c) & (place == p)].mean() for c in range(3) for p in range(2)]
+    assert [m["accuracy"] for m in found["groups"]] == pytest.approx(of)
+    shutil.copy(tmp_path / "predictions.csv", tmp_path / "ours.csv")
+    assert run([f"--predictions={tmp_path / 'ours.csv'}", f"--out_dir={tmp_path}"]) == 0
+    again = entry(tmp_path, str(tmp_path / "ours.csv"))
+    assert again["groups"] == found["groups"]
+    assert again["metrics"]["ece"] == pytest.approx(found["metrics"]["ece"], abs=1e-3)
+    two = ["class,a,a confidence,b,b confidence", "x,x,.9,y,.8", "y,x,.9,y,.8"]
+    refused(capsys, predictions(tmp_path / "q.csv", *two), "predictions of a, b", "--columns=predicted=a")
+
+
+def test_an_image_that_is_listed_twice_in_predictions_is_said(tmp_path, capsys):
+    assert run(predictions(tmp_path / "p.csv", "path,y,pred", "a,0,0", "a,0,1", "b,1,1")) == 0
+    assert "1 rows are of an image that stands above" in capsys.readouterr().out

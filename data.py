@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -47,6 +48,7 @@ GREY = (124, 116, 104)  # the mean colour of ImageNet
 SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place
 SPLITS = ("train", "val", "test")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
+HIDDEN = (".", "__MACOSX")  # how names begin of what no one wants
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 SKIP = "replace it, or leave such files out with --skip_bad"
 HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]  # in the names of temporary files
@@ -606,13 +608,14 @@ def scan(root, flag="data", notes=None):
     none. Links to folders are followed unless they lead back to where they come from or, within a linked
     folder, to what was met before: folders that all link to each other have too many paths."""
     found, other, folders, met = [], [], [((), (os.path.realpath(folder(root, flag)),), False)], set()
+    empty = []
     opens, endings = formats(), Image.registered_extensions()
     while folders:
         parts, above, linked = folders.pop()
-        for entry in sorted(os.scandir(os.path.join(root, *parts)), key=lambda entry: entry.name):
+        entries = [e for e in os.scandir(os.path.join(root, *parts)) if not e.name.startswith(HIDDEN)]
+        empty += [] if entries else ["/".join(parts)]
+        for entry in sorted(entries, key=lambda entry: entry.name):
             kind = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith("."):
-                continue
             if entry.is_dir():
                 real, link = os.path.realpath(entry.path), entry.is_symlink()
                 if real not in (met | {*above} if linked and link else above):
@@ -635,7 +638,11 @@ def scan(root, flag="data", notes=None):
         full = {p[:k] for p in found for k in range(len(p))}
         bare = sorted({"/".join(parts) for parts, _ in other if parts not in full})
         lost = f"; WARNING: nothing else in {len(bare)} folders, {', '.join(bare[:5])}" if bare else ""
-        notes.append(f"{root}: {len(other)} files passed over, no pictures: {kinds}{cure}{lost}")
+        files = f"{len(other)} file{'s' * (len(other) > 1)}"
+        notes.append(f"{root}: {files} passed over, no pictures: {kinds}{cure}{lost}")
+    if empty and notes is not None:
+        some = ", ".join(sorted(empty)[:5])
+        notes.append(f"WARNING: {root}: nothing in {len(empty)} of its folders, {some}; no class for these")
     return sorted(found)
 
 
@@ -650,6 +657,9 @@ def open_image(path):
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             grey, top = np.asarray(image, np.float32), 65535  # of 8, 12 or 16 bits, or floats from 0 to 1
+            if not np.isfinite(grey).all() or grey.min() < 0:
+                warn_once(path, "values below 0 or not finite come out black; scale them")
+                grey = np.nan_to_num(grey, nan=0.0, posinf=0.0, neginf=0.0)
             top = next((t for t in (1, 255, 4095) if grey.max() <= t and (t > 1 or image.mode == "F")), top)
             if top == 4095:
                 warn_once(path, "no value above 4095 in 16 bits; read as 12 bits")
@@ -775,7 +785,14 @@ class Mask(Photo):
     """Where a foreground is: "L", 255 on it."""
 
     def image(self):
-        mask = open_image(self.path).convert("L")
+        image = open_image(self.path)
+        if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
+            return image.getchannel("A")  # a cut-out, or a mask by its transparency
+        if np.ptp(np.asarray(image.convert("RGB"), np.int16), axis=2).max() > 64:
+            raise Complaint(
+                f"{self.path}: colours, expected a mask in grey, 255 on the foreground, 0 elsewhere"
+            )
+        mask = image.convert("L")
         brightest = mask.getextrema()[1]
         if 0 < brightest < 128:
             raise Complaint(f"{self.path}: its largest value is {brightest}, expected 255 on the foreground")
@@ -1018,6 +1035,7 @@ def masked_figures(folders, notes):
     photos, masks = folders
     paths = [os.path.join(photos, *parts) for parts in scan(photos, "foregrounds", notes)]
     pairs = [(path, mask) for path, mask in zip(paths, find_masks(paths, masks), strict=True) if mask]
+    notes += inverted(masks, [mask for _, mask in pairs])
     if len(pairs) < len(paths):
         notes.append(f"{photos}: {len(paths) - len(pairs)} of {len(paths)} photos have no mask; left out")
     return [Cutout(path, Masked(Photo(path), Mask(mask))) for path, mask in pairs]
@@ -1211,6 +1229,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         samples.labels = labels = renamed
     if masks:
         files = find_masks([getattr(item, "path", "") for item in samples.items], masks)
+        samples.notes += inverted(masks, files)
         pairs = zip(samples.items, files, strict=True)
         samples.cut = [m and Composite(Masked(item, Mask(m)), None, None) for item, m in pairs]
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[SETS[name].template]] * len(labels)
@@ -1271,7 +1290,7 @@ def samples_of(name, rows, facts):
     samples = samples if here.all() else samples.keep(here)
     if facts.published:
         compare(samples, facts.published)
-    if len(facts.wanted) == len(classes):
+    if facts.wanted and len(facts.wanted) == len(classes):
         facts.own = dict(zip(classes, places, strict=True))
     if facts.own:
         samples = correlate(samples, facts.own, facts.confounder)
@@ -1507,6 +1526,18 @@ def find_masks(paths, masks):
         if other != path and os.path.basename(other) == os.path.basename(path):
             raise Complaint(f"--masks: {file}: the mask of two photos, {other} and {path}; use folders, too")
     return found
+
+
+def inverted(where, files, most=24):
+    """A warning, [line] or [], where most of some masks are white along most of their edge: there it is the
+    foreground, in photos of objects seldom at the edge, that should be white."""
+    files, edges = [f for f in files if f], []
+    for file in files[:: max(1, len(files) // most)]:
+        with contextlib.suppress(Complaint):  # said when it is used
+            a = np.asarray(Mask(file).image()) > 127
+            edges.append(np.concatenate([a[0], a[-1], a[:, 0], a[:, -1]]).mean() > 0.75)
+    line = f"{where}: {sum(edges)} of {len(edges)} masks are white along their edge: white is the foreground"
+    return [f"WARNING: {line}; invert them if it is not"] if 2 * sum(edges) > len(edges) else []
 
 
 def scenes(root, facts):
@@ -1919,6 +1950,11 @@ def image_folder(root, facts):
         only = min(classes)
         raise Complaint(f"{where}: one class folder, {only!r}; if the classes are in it, name it: .../{only}")
     facts.notes += folder_notes(root, rest)
+    words = {*SPLIT_NAMES, "eval", "fold", "split", "trainset", "testset"}
+    like = sorted(c for c in classes if words & {*re.split(r"[\W\d_]+", c.lower())})
+    if like and not facts.renamed:
+        line = f"read as classes: {', '.join(sorted(classes)[:6])}; if {like[0]!r} is a split, name splits"
+        facts.notes.append(f"WARNING: {root}: {line} train, val and test, and move what else lies there")
     deep, names = any(len(r) > 2 for r in rest), spoken(classes, facts)
     for (p, path), r in zip(moved.items(), rest, strict=True):
         if len(r) > 1:
@@ -2098,9 +2134,9 @@ def of_predicted(sure, taken, samples):
 
 
 STORED = {  # arrays of --data=embeddings:FILE, and what others call them
-    "embedding": "embeddings features image_features image_embeddings",
-    "y": "label labels target targets",
-    "place": "group attribute",
+    "embedding": "embeddings features feats image_features image_embeddings image_embeds z x",
+    "y": "label labels target targets y_true",
+    "place": "group groups attribute attributes a env confounder spurious",
     "split": "splits",
     "text": "text_features text_embeddings",
     "classes": "class_names",
@@ -2111,22 +2147,56 @@ STORED = {  # arrays of --data=embeddings:FILE, and what others call them
 }
 
 
+def numpy_wrote(path):
+    """Whether a file is .npy, or .npz and none of torch.save."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            return not any(name.endswith("data.pkl") for name in file.namelist())
+    with open(path, "rb") as file:
+        return file.read(6) == b"\x93NUMPY"
+
+
+def torch_arrays(path):
+    """The arrays in a file of torch.save, a tensor or a dict of them, or .safetensors: dict."""
+    from safetensors.torch import load_file
+
+    tree = load_file(path) if str(path).endswith(".safetensors") else None
+    if tree is None and not zipfile.is_zipfile(path):
+        raise ValueError("neither of numpy nor of torch.save")
+    with contextlib.suppress(pickle.UnpicklingError):  # PyTorch's words would advise to run it
+        tree = tree or torch.load(bounded(path), map_location="cpu", weights_only=True)
+    if tree is None:
+        raise ValueError("it holds more than tensors, which could run code")
+    tree = tree if isinstance(tree, dict) else dict(embedding=tree)
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tree.items() if torch.is_tensor(v)}
+    lists = {k: np.array(v) for k, v in tree.items() if isinstance(v, list) and v}
+    return {str(k): v.numpy() for k, v in tensors.items()} | lists
+
+
 @functools.lru_cache(4)
 def stored_arrays(path):
-    """The arrays of an .npz, of a folder of .npy files (not read whole), or one .npy -> dict by the names in
-    STORED, and the note that says which were taken."""
+    """The arrays of an .npz, of a folder of .npy files (not read whole), one .npy, or what torch saved: dict
+    by the names in STORED, and the note that says which were taken."""
     with reading(path, "an .npz file, or .npy files", "save plain arrays, np.array(names, dtype=str)"):
         if os.path.isdir(path):
             there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
         else:
-            there = np.load(bounded(path), mmap_mode="r")
+            there = np.load(path, mmap_mode="r") if numpy_wrote(bounded(path)) else torch_arrays(path)
             there = dict(embedding=there) if isinstance(there, np.ndarray) else there
-        taken = {ours: [n for n in (ours, *theirs.split()) if n in there] for ours, theirs in STORED.items()}
+        spelled = {name.lower(): name for name in there}
+        taken = {
+            ours: [spelled[n] for n in (ours, *theirs.split()) if n in spelled]
+            for ours, theirs in STORED.items()
+        }
         a = {ours: there[names[0]] for ours, names in taken.items() if names}
     z = a.get("embedding")
     if z is None:
         have = ", ".join(there) or inside(path)
         raise Complaint(f"{path}: no array 'embedding' (found: {have}); see --data=embeddings:help")
+    if "place" not in a and "background" in a and "foreground" not in a:
+        a["place"], taken["place"], taken["background"] = a.pop("background"), taken["background"], []
+    if "place" not in a and "places" in a and len(z) == len(a["places"]) > len(np.unique(a["places"])):
+        a["place"], taken["place"], taken["places"] = a.pop("places"), taken["places"], []
     n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
     good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
     text = a.get("text", z)
@@ -2155,7 +2225,11 @@ def stored(path, facts):
     a, note = stored_arrays(str(path))
     facts.notes.append(note)
     n, C = len(a["embedding"]), len(a["text"]) if "text" in a else 0
-    names = facts.renamed or list(map(str, a.get("classes", ())))
+    names = facts.renamed or list(map(str, a.get("classes", [] if "y" in a else facts.names)))
+    if "y" not in a and not names and not C:
+        raise Complaint(
+            f"{path}: {note.partition(': ')[2]}, expected y, or text or --classes=FILE to choose from"
+        )
     if C and names and len(names) != C or C and not names and a.get("y", np.empty(0)).dtype.kind in "SUO":
         have = f"{len(names)} names" if names else "names in y, in no order"
         raise Complaint(f"{path}: {C} rows of text and {have} of classes; give classes, {C} names in order")
@@ -2165,7 +2239,8 @@ def stored(path, facts):
     split = [None] * n
     if "split" in a:
         where = functools.partial("{}: row {}: {}".format, path)
-        split = split_numbers(a["split"].tolist(), "split", lambda *what: Complaint(where(*what)))
+        values = a["split"].astype(str) if a["split"].dtype.kind == "S" else a["split"]
+        split = split_numbers(values.tolist(), "split", lambda *what: Complaint(where(*what)))
     for k, row in enumerate(zip(y, place, split, strict=True)):
         yield Row(Stored(str(path), k), *row)
 

@@ -2814,8 +2814,8 @@ def test_embeddings_that_do_not_fit_are_one_line(tmp_path, arrays, expected):
 
 
 def test_embeddings_without_any_and_of_objects_say_what_to_do(tmp_path):
-    np.savez(tmp_path / "e.npz", feats=np.ones((2, 2)))
-    with complaint("no array 'embedding'", "found: feats", "embeddings:help"):
+    np.savez(tmp_path / "e.npz", things=np.ones((2, 2)))
+    with complaint("no array 'embedding'", "found: things", "embeddings:help"):
         load_data(f"embeddings:{tmp_path / 'e.npz'}")
     np.savez(tmp_path / "o.npz", embedding=np.ones((2, 2)), y=np.array(["a", "b"], object))
     with complaint("o.npz", "np.array(names, dtype=str)"):
@@ -2871,3 +2871,71 @@ def test_names_with_accents_in_two_parts_are_the_same_name(tmp_path):
     touch(tmp_path, "train/caf\u00e9/0.png", "test/cafe\u0301/0.png", "train/dog/0.png", "test/dog/0.png")
     with complaint("two class names that are the same", "caf"):
         loaded(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "names", ["z y a", "X Labels background", "feats targets places", "Features y confounder"]
+)
+def test_embeddings_are_known_by_usual_names_and_read_as_torch_saves_them(tmp_path, names):
+    arrays = dict(zip(names.split(), (np.eye(5, 3), [0, 1, 1, 0, 1], [0, 1, 0, 1, 0]), strict=True))
+    np.savez(tmp_path / "e.npz", **arrays)
+    tensors = {k: torch.tensor(v) for k, v in arrays.items()}
+    torch.save({k: v.bfloat16() if v.ndim == 2 else v for k, v in tensors.items()}, tmp_path / "e.pt")
+    for file in ("e.npz", "e.pt"):
+        samples = loaded(f"embeddings:{tmp_path / file}")
+        assert samples.y.tolist() == [0, 1, 1, 0, 1] and samples.place.tolist() == [0, 1, 0, 1, 0]
+        assert np.array_equal(data.stored_arrays(str(tmp_path / file))[0]["embedding"], np.eye(5, 3))
+
+
+def test_embeddings_of_other_files_and_without_labels_are_one_line(tmp_path):
+    torch.save(dict(embedding=torch.eye(5, 3), y=np.arange(5)), tmp_path / "e.pt")
+    with complaint("e.pt", "more than tensors"):
+        loaded(f"embeddings:{tmp_path / 'e.pt'}")
+    with complaint("e.csv", "neither of numpy nor of torch.save"):
+        loaded(f"embeddings:{text(tmp_path / 'e.csv', '1,2')}")
+    np.save(tmp_path / "e.npy", np.eye(5, 3))
+    with complaint("e.npy", "expected y"):
+        loaded(f"embeddings:{tmp_path / 'e.npy'}")
+    words = dict(y=np.array([b"a", b"b", b"b", b"a", b"b"]), split=np.array([b"train"] * 4 + [b"test"]))
+    assert sizes(loaded(vectors(tmp_path / "b.npz", **words))) == [4, 0, 1]
+
+
+def test_folders_that_hold_nothing_or_look_like_splits_are_said(tmp_path):
+    touch(tmp_path / "a", "cat/0.png", "dog/0.png", "__MACOSX/cat/0.png")
+    (tmp_path / "a/owl").mkdir()
+    text(tmp_path / "a/cat/notes.txt", "x")
+    samples = loaded(f"folder:{tmp_path / 'a'}")
+    assert samples.classes == ["cat", "dog"] and noted(samples, "nothing in 1 of its folders, owl")
+    assert noted(samples, "1 file passed over")
+    touch(tmp_path / "b", "train/cat/0.png", "train/dog/0.png", "extra/x/0.png")
+    assert noted(loaded(f"folder:{tmp_path / 'b'}"), "read as classes: extra, train", "split")
+    touch(tmp_path / "c", "train_set/cat/0.png", "train_set/dog/0.png", "eval/cat/0.png", "eval/dog/0.png")
+    assert noted(loaded(f"folder:{tmp_path / 'c'}"), "read as classes: eval, train_set")
+
+
+def test_masks_by_transparency_in_colours_or_the_other_way_round(tmp_path):
+    on = np.zeros((24, 24), "uint8")
+    on[6:18, 6:12] = 255
+    mask, white, path = Image.fromarray(on), Image.new("L", (24, 24), 255), tmp_path / "m.png"
+    for image in (Image.merge("LA", (white, mask)), Image.merge("RGBA", (white, white, white, mask))):
+        image.save(path)
+        assert np.array_equal(data.Mask(str(path)).image(), on)
+    indexed = Image.fromarray((on > 0).astype("uint8"), "P")
+    indexed.putpalette([0, 0, 0, 128, 0, 0] + [0] * 759 + [224, 224, 192])
+    indexed.save(path)
+    with complaint("m.png", "colours, expected a mask in grey"):
+        data.Mask(str(path)).image()
+    for k in range(4):
+        photo(tmp_path / f"set/{'cat' if k % 2 else 'dog'}/{k}.png", k, (24, 24))
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(255 - on if k else on).save(tmp_path / f"masks/{k}.png")
+    samples = loaded(f"folder:{tmp_path / 'set'}", masks=str(tmp_path / "masks"))
+    assert noted(samples, "WARNING", "3 of 4 masks are white along their edge", "invert them")
+
+
+def test_a_picture_of_numbers_that_are_none_is_not_black(tmp_path):
+    grey = np.linspace(0, 1, 144, dtype="float32").reshape(12, 12)
+    grey[0, 0] = np.nan
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    image = np.asarray(data.open_image(str(tmp_path / "a.tif")))[..., 0]
+    assert image[0, 0] == 0 and image[-1, -1] == 255 and abs(image.mean() - 127.5) < 1

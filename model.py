@@ -739,6 +739,9 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     name = model.removeprefix("timm:")
     if not timm.is_model(name.split(".")[0]):
         raise Complaint(f"--model={model}: timm has no such model; {near(name, timm.list_models())}")
+    tags = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{name.split('.')[0]}.*")]
+    tag = name.partition(".")[2]
+    expect(not tag or tag in tags, "model", model, f"a tag of timm's; {near(tag, tags)}")
     record, more = timm.get_pretrained_cfg(name), {}
     made = record.to_dict() if record else {}
     said = pretrained and os.path.isfile(os.path.join(pretrained, "config.json"))
@@ -965,6 +968,12 @@ USUAL = re.compile(  # before names: dicts of a file that hold others, and what 
     "^((weights|params|module|base_model|network|net|teacher|student|model_state_dict|(model|state_dict)(_ema)?)[.])+"
 )
 SHELLS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # of torch, anywhere
+NUMBERS = [np.dtype]  # numpy's numbers, as of accuracies beside weights: no code
+NUMBERS += [(np.float64(0).__reduce__()[0], f"numpy.{at}.multiarray.scalar") for at in ("core", "_core")]
+NUMBERS += [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
+AVERAGED = re.compile(
+    r"(\b|_)(ema|averaged)(\b|_)", re.I
+)  # in the names of dicts and modules of averaged weights
 FOREIGN = re.compile(  # what training leaves in files, and no embedding needs
     "decoder|mask_token|(.*_)?head|fc\\b|classifier|proj|predict|queue|loss|criterion|cent|prototypes|n_averaged|"
     ".*position_ids|input_resolution|context_length|vocab_size|logit_bias"
@@ -1023,7 +1032,7 @@ def without_prefix(state, has, path):
         behind.update(["".join(f"{part}." for part in parts[: ends[0]])] if ends else [])
         usual.update([found[0]] if (found := USUAL.match(name)) else [])
     counts = behind if max(behind.values(), default=0) >= len(has) / 2 else usual
-    prefix = max(counts, key=lambda p: (counts[p], "_ema." in p, p), default="")
+    prefix = max(counts, key=lambda p: (counts[p], bool(AVERAGED.search(p)), p), default="")
     if not prefix or counts[prefix] < len(has) / 2:
         return state
     within = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -1130,6 +1139,9 @@ def from_transformers(state, module):
 def weights_files(path):
     """The files of weights that a path stands for: itself; of a folder (a hub's snapshot) the usual one, or
     all its parts; of peft's adapter those of its base, then its own."""
+    if str(path).endswith(".index.json"):
+        names = read_json(path, "an index of the parts of weights")["weight_map"].values()
+        return [Path(path).with_name(name) for name in sorted(set(names))]
     if not os.path.isdir(path):
         return [Path(path)]
     folder, adapter = Path(path), Path(path) / "adapter_config.json"
@@ -1143,8 +1155,7 @@ def weights_files(path):
             raise Complaint(f"--pretrained={path}: a LoRA adapter of {base}, which is not here; {cure}")
         return [*(beside[:1] or weights_files(base)), own[0]]
     if parts and not any(f.stem in WEIGHTS for f in there):
-        names = read_json(parts[0], "an index of the parts of weights")["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
+        return weights_files(parts[0])
     if not usual and len(there) != 1:
         found = ", ".join(f.name for f in there[:4]) or f"no weights (found {inside(path)})"
         raise Complaint(f"--pretrained={path}: {found} in it, expected one file of weights; name the file")
@@ -1171,11 +1182,17 @@ def state_of(path):
 
 def unpickled(path, cure=""):
     """torch.load of tensors. Of what is more our own words: PyTorch's would advise to run it."""
-    if zipfile.is_zipfile(path) and "constants.pkl" in " ".join(zipfile.ZipFile(path).namelist()):
-        cure = "use --pretrained=openai, or save torch.jit.load(FILE).state_dict() with safetensors"
-        raise Complaint(f"{path}: a TorchScript archive, which holds code (OpenAI's original format); {cure}")
+    names = " ".join(zipfile.ZipFile(path).namelist()) if zipfile.is_zipfile(path) else ""
+    if "constants.pkl" in names:
+        jit = "use --pretrained=openai, or save torch.jit.load(FILE).state_dict() with safetensors"
+        found = "a TorchScript archive, which holds code" + " (OpenAI's original format)" * bool(cure)
+        raise Complaint(f"{path}: {found}; {jit if cure else 'give the ckpt.pt of train.py'}")
+    if ".npy" in names:
+        map_npz = "" if cure else ": for numpy alone, as map.npz; give the ckpt.pt beside it"
+        raise Complaint(f"{path}: arrays of numpy, no file of torch.save{map_npz}")
     try:
-        return torch.load(bounded(path), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            return torch.load(bounded(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         code = re.search(r"GLOBAL (\S+)", str(problem))
     found = f"it holds {code[1]}, and opening that could run code{cure}" if code else "no file of torch.save"

@@ -2002,3 +2002,30 @@ def test_stored_embeddings_of_one_width_have_one_fingerprint_and_a_checkpoint_is
     for encoder in encoders[:2]:
         model.load_checkpoint(tmp_path / "k.pt", encoder)
         assert ("does not say which encoder made it" in capsys.readouterr().out) == (encoder is b)
+
+
+@pytest.mark.parametrize(
+    "names", ["model ema", "state_dict.model state_dict.ema_model", "net ema_net.module"]
+)
+def test_averaged_weights_go_before_others(tmp_path, capsys, names):
+    module, state = resnet()
+    other = {k: v + 1 if v.is_floating_point() else v for k, v in state.items()}
+    tree = {}
+    for name, tensors in zip(names.split(), (other, state), strict=True):
+        tree |= {f"{name}.{k}": v for k, v in tensors.items()}
+    torch.save(dict(tree, best=np.float64(0.5)), tmp_path / "w.pt")  # numpy's numbers hold no code
+    model.load_file(module, str(tmp_path / "w.pt"))
+    assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+    assert "ema" in capsys.readouterr().out
+
+
+def test_files_that_are_no_checkpoint_or_tag_say_what_they_are(tmp_path):
+    np.savez(tmp_path / "map.npz", mu=np.zeros(3))
+    with complaint("map.npz", "arrays of numpy", "ckpt.pt beside it"):
+        model.load_checkpoint(tmp_path / "map.npz")
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "s.pt"))
+    with pytest.raises(Complaint, match="TorchScript.*ckpt.pt of train.py") as said:
+        model.load_checkpoint(tmp_path / "s.pt")
+    assert "--pretrained" not in str(said.value)
+    with complaint("--model", "a tag of timm's", "r160_in1k"):
+        load_encoder("timm:test_resnet.nope", "none")

@@ -998,10 +998,22 @@ def usable(items, where, flag, skip_bad, notes):
             good.append(item)
         except Complaint as problem:
             if not skip_bad:
-                raise
+                raise Complaint(f"{problem}{and_more(items)}") from None
             notes.append(f"skipped {problem}")
     expect(len(good) >= 8, flag, str(where), f"at least 8 usable images in it, there are {len(good)}")
     return good
+
+
+def and_more(pictures):
+    """How many of the files of pictures are none by their heads, in words; "" for one alone."""
+    files, bad = dict.fromkeys(p.path for p in pictures if isinstance(p, Photo)), 0
+    for path in files:
+        try:
+            with opened(path) as image:
+                bad += min(image.size) < 8
+        except Complaint:
+            bad += 1
+    return f"; of {len(files)} files {bad} are no pictures" if bad > 1 else ""
 
 
 def load_foregrounds(spec, skip_bad=False):
@@ -1235,12 +1247,20 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[SETS[name].template]] * len(labels)
     expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
     pairs = list(zip(labels, texts, strict=True))
-    samples.prompts = [[text.replace("{}", c) for text in own] for c, own in pairs]
+    words = labels if name == "embeddings" else worded(labels)
+    samples.prompts = [[t.replace("{}", word) for t in own] for word, own in zip(words, texts, strict=True)]
     codes = [c for c, own in pairs if re.fullmatch(CODE, c.strip().lower()) and "{}" in "\n".join(own)]
     if codes and not renamed and name != "embeddings":
         found = f"{len(codes)} of its {len(labels)} class names are numbers or codes, as {codes[0]!r}"
         samples.nameless = f"{samples.name}: {found}: say what they are, --classes=FILE, one a line"
     return check(samples, splits)
+
+
+def worded(labels):
+    """Names as prompts say them: underscores as spaces, without numbers that all have, as 001.Blue_Jay."""
+    coded = all(re.match(r"\d+[._ ]+[^\W\d_]", name) for name in labels)
+    names = [re.sub(r"^\d+[._ ]+", "", name) if coded else name for name in labels]
+    return [n if re.fullmatch(CODE, n.strip().lower()) else n.replace("_", " ") for n in names]
 
 
 def names_in(text, flag, least):

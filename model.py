@@ -38,7 +38,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import ASSETS, Complaint, Crop, Ground, Photo, Regions, Stored, expect, inside, near, one_line
-from data import SPEECH, Mask, bounded, read_json, reading, say, scan, stored_arrays, write
+from data import SPEECH, Mask, and_more, bounded, read_json, reading, say, scan, stored_arrays, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -257,9 +257,9 @@ class Encoder:
         def decode(k):
             try:
                 return self.pixels(pictures[k])
-            except Complaint:
+            except Complaint as problem:
                 if not self.skip_bad:
-                    raise
+                    raise Complaint(f"{problem}{and_more(pictures)}") from None
 
         def forward(batch, images):
             there = [k for k, image in zip(batch, images, strict=True) if image is not None]

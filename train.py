@@ -850,7 +850,7 @@ def grounds_of(where, skip_bad, most=100):
     the medoid of each kept cluster, up to `most` of each."""
     if not where.startswith("discovery:"):
         return layers(where, Ground, "backgrounds", skip_bad)
-    found = load_discovery(where.removeprefix("discovery:"))
+    found = load_discovery(where.removeprefix("discovery:"), f"--backgrounds={where}")
     regions = [k for c in found.clusters if c["kept"] for k in c.get("regions", [])[:most]]
     cure = "a discovery that kept a cluster; without one leave --backgrounds out, or look at more photos"
     expect(regions, "backgrounds", where, cure)
@@ -1238,7 +1238,7 @@ def pairs_of(samples, captions, pairs):
     return SimpleNamespace(**task)
 
 
-def load_discovery(path):
+def load_discovery(path, flag="--discovery"):
     """What discover.py wrote: discovery.json, or its folder, with discovery.npz beside it.
 
     Returns a namespace: config; kept, ids of the kept clusters, ranked; clusters, the list in
@@ -1248,6 +1248,8 @@ def load_discovery(path):
     flags were; paths [n]; and for each region image [N] (row of paths), box [N, 4], label [N].
     """
     path = Path(path) / "discovery.json" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise Complaint(f"{flag}: {path}: no such file; expected what discover.py writes, or its folder")
     what = "discovery.json and discovery.npz as discover.py writes them"
     tree = read_json(path, what)
     with reading(path, what, "run discover.py again"):

@@ -2939,3 +2939,20 @@ def test_a_picture_of_numbers_that_are_none_is_not_black(tmp_path):
     Image.fromarray(grey).save(tmp_path / "a.tif")
     image = np.asarray(data.open_image(str(tmp_path / "a.tif")))[..., 0]
     assert image[0, 0] == 0 and image[-1, -1] == 255 and abs(image.mean() - 127.5) < 1
+
+
+def test_prompts_say_names_as_words(tmp_path):
+    touch(tmp_path, "001.Black_footed_Albatross/0.png", "002.Laysan_Albatross/0.png")
+    samples = loaded(f"folder:{tmp_path}")
+    assert samples.classes[1] == "002.Laysan_Albatross"
+    assert samples.prompts[1] == ["a photo of a Laysan Albatross."]
+    assert data.worded(["great_white", "7_up"]) == ["great white", "7 up"]
+
+
+def test_of_several_bad_files_it_is_said_how_many(tmp_path):
+    for k in range(10):
+        cutout(tmp_path / f"{k}.png")
+    for k in range(3):
+        text(tmp_path / f"{k}.png", "no picture")
+    with complaint("0.png", "not a picture", "of 10 files 3"):
+        data.layers(str(tmp_path), data.Cutout, "foregrounds")

@@ -1488,3 +1488,8 @@ def test_what_needs_a_network_is_refused_for_embeddings(tmp_path, capsys, word):
 def test_embeddings_of_composites_go_with_embeddings(files, tmp_path, capsys):
     argv = words(files, tmp_path / "out", "--foregrounds=embeddings:x.npz")
     refused(capsys, argv, "--foregrounds", "--data=embeddings:FILE")
+
+
+def test_backgrounds_of_a_discovery_that_is_not_there_name_their_flag(tmp_path):
+    with pytest.raises(Complaint, match=r"--backgrounds=discovery:nowhere: nowhere: no such file"):
+        train.grounds_of("discovery:nowhere", False)

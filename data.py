@@ -1651,7 +1651,7 @@ def celeba(root, facts):
     facts.published = dict(groups=[train, val, [9767, 7535, 2480, 180]])
     faces = read_table(tables[0])
     with reading(tables[0], "CelebA's table of attributes, with Blond_Hair and Male"):
-        hair, gender = faces["Blond_Hair"], faces["Male"]
+        hair, gender = (yes_or_no(faces, name) for name in ("Blond_Hair", "Male"))
         names = next(iter(faces.values()))  # the official file has no name for the first column
     with reading(tables[1], "CelebA's table of splits, 0, 1 or 2, for the same images"):
         pairs = [line.replace(",", " ").split() for _, line in read_lines(tables[1], "data")]
@@ -1660,8 +1660,18 @@ def celeba(root, facts):
     images = first_folder(root, *(f"{sub}img_align_celeba" for sub in ("img_align_celeba/", "", "Img/")))
     paths = inside_root(images, faces, names)
     for path, blond, male, s in zip(paths, hair, gender, split, strict=True):
-        y, place = facts.classes[blond == "1"], facts.places[male == "1"]
+        y, place = facts.classes[blond], facts.places[male]
         yield Row(path, y, place, s, f"a photo of a {place} celebrity with {y}")
+
+
+def yes_or_no(table, column):
+    """An attribute of CelebA's, 1 or -1 (or 0, 1.0, True) -> list of bool."""
+    known = {"1": True, "true": True, "-1": False, "0": False, "false": False}
+    values = [known.get(v.strip().lower().removesuffix(".0")) for v in table[column]]
+    if None in values:
+        k = values.index(None)
+        raise table.complaint(k, f"{column}={table[column][k][:60]!r}, expected 1 or -1")
+    return values
 
 
 def counteranimal(root, facts):
@@ -2745,6 +2755,8 @@ def csv_boxes(path):
                 raise ValueError(box)
         name = name.strip().replace("\\", "/").removeprefix("./")
         found.setdefault(name, []).append((f"line {line}", *box))
+    if found and max(v for boxes in found.values() for _, *box in boxes for v in box) <= 1:
+        raise Complaint(f"{path}: no number above 1: shares of the picture? expected pixels")
     return found
 
 

@@ -2956,3 +2956,22 @@ def test_of_several_bad_files_it_is_said_how_many(tmp_path):
         text(tmp_path / f"{k}.png", "no picture")
     with complaint("0.png", "not a picture", "of 10 files 3"):
         data.layers(str(tmp_path), data.Cutout, "foregrounds")
+
+
+def test_attributes_of_celeba_in_other_writing(tmp_path):
+    touch(tmp_path / "img_align_celeba", *[f"{k}.jpg" for k in range(4)])
+    text(tmp_path / "list_eval_partition.csv", "image_id,partition", *[f"{k}.jpg,2" for k in range(4)])
+    for yes, no in (("1.0", "-1.0"), ("True", "False"), (" 1", "0")):
+        lines = [f"{k}.jpg,{yes if k % 2 else no},{yes if k > 1 else no}" for k in range(4)]
+        text(tmp_path / "list_attr_celeba.csv", "image_id,Blond_Hair,Male", *lines)
+        samples = loaded(f"celeba:{tmp_path}")
+        assert samples.y.tolist() == [0, 1, 0, 1] and samples.place.tolist() == [0, 0, 1, 1]
+    text(tmp_path / "list_attr_celeba.csv", "image_id,Blond_Hair,Male", "0.jpg,1,yes")
+    with complaint("list_attr_celeba.csv:2", "Male='yes'"):
+        loaded(f"celeba:{tmp_path}")
+
+
+def test_boxes_in_shares_are_not_taken_for_pixels(tmp_path):
+    path = text(tmp_path / "b.csv", "path,x1,y1,x2,y2", "a.png,0.1,0.1,0.5,0.5", "b.png,0,0,1,1")
+    with complaint("b.csv", "no number above 1", "expected pixels"):
+        data.csv_boxes(path)

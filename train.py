@@ -149,10 +149,8 @@ ROWS = {  # of the table, in this order
     "balanced_train": "training foregrounds on every place (needs masks and places)",
 }
 MASKED = {"copy_paste": "needs --masks", "balanced_train": "needs --masks and --place_backgrounds"}
-TRAINS = {  # what --train may be
-    "bap": ("auto", "map", "last_blocks", "image"),
-    "finetune": ("auto", "all", "image", "text", "projection"),
-}
+BAP_TRAINS = "auto", "map", "last_blocks", "image"  # what --train may be
+TUNE_TRAINS = "auto", "all", "image", "text", "projection"
 OWN_MOST, OWN_PER = 1000, 5  # of the target's own foregrounds at most so many, on so many backgrounds each
 DRIFT, FORETOLD = 0.2, 0.1  # weight of its photos' own backgrounds; see own_backgrounds
 LEAST, FEWEST = 1 / 3, 16  # directions of the map: the foreground's share, and how many stay anyway
@@ -163,8 +161,6 @@ JTT_WEIGHT = 20.0  # of the images that a first quarter of the steps leaves wron
 AVERAGES = "avg_group_mean", "avg_train_weighted"  # shown beside the worst group
 NONE = -1e30  # the logit of what is not there; finite, so that its gradient is zero and not NaN
 ROOM, ROOM_GPU = 4 << 30, 2 << 30  # bytes of decoded training images in memory, and before that on the GPU
-
-
 # composites: their weight in the map, embeddings z [N, D], foreground and background i, j [N] of each
 Grid = namedtuple("Grid", "weight z i j cells")
 # what a seed's run leaves beside its numbers; the page and the checkpoint are of the last seed's
@@ -175,17 +171,17 @@ def main():
     config = flags(globals())
     if foregrounds == "help":
         load_foregrounds("help")
-    trains = TRAINS["bap" if method == "bap" else "finetune"]
+    trains = BAP_TRAINS if method == "bap" else TUNE_TRAINS
     expect(train in trains, "train", train, f"with --method={method} {', '.join(trains)}")
     alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1
     expect(alone, "method", method, "another under torchrun, as bap runs in one process")
     join(device)
     stored = data.startswith("embeddings:")
     if stored:
-        config["model"] = data
         wanted = "its default with --data=embeddings: there is no network"
         for flag, usable in dict(method=["bap"], model=["lite0"], train=["auto", "map"]).items():
-            expect(globals()[flag] in usable, flag, globals()[flag], wanted)
+            expect(config[flag] in usable, flag, config[flag], wanted)
+        config["model"] = data
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     dataset = functools.partial(load_data, data, classes, places, masks=masks, columns=columns, **planted)
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
@@ -386,11 +382,9 @@ def how_additive(encoder, cells, z, i, j, seed):
 
 def probe_all(maps, x, x_bap, samples, augmented, l2, seed):
     """The probe on every map, and what else could be done: probes, the metrics of ROWS on the test split, of
-    rows that cannot be computed the reasons, and which images are right [n].
-
-    maps: name -> g; x, x_bap: embeddings [n, D] of all images, by the encoder and by what BAP made of it;
-    augmented: name -> (embeddings, labels) of images that join the training split, see recomposed.
-    """
+    rows that cannot be computed the reasons, and which images are right [n]. maps: name -> g; x, x_bap:
+    embeddings [n, D] of all images, by the encoder and by what BAP made of it; augmented: name ->
+    (embeddings, labels) of images that join the training split, see recomposed."""
     y, group, split = (v.to(x.device) for v in (samples.y, samples.group(), samples.split))
     biased, val, test = (split == k for k in range(3))
     probes, correct, counts = {}, {}, samples.counts(0).to(x.device)
@@ -493,9 +487,8 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     photos, y = (v[train_split.to(v.device)][list(cut)] for v in (x, samples.y))
     views = features(photos, power), features(z, power)
     drift, foretold = own_backgrounds(*views, i, turn, y.to(x.device), seed)
-    verdict = "independent" if foretold < FORETOLD else "they are left out of S_f"
-    line = f"of what {len(drift)} photos have beside their foregrounds these foretell {foretold:.3f}"
-    say(f"{line}: {verdict}")
+    line = f"of what {len(drift)} photos have beside their foregrounds these foretell {foretold:.3f}: "
+    say(line + ("independent" if foretold < FORETOLD else "they are left out of S_f"))
     return SimpleNamespace(cuts=cuts, cells=cells, z=z, i=i, j=j, drift=drift, foretold=foretold)
 
 
@@ -661,15 +654,12 @@ def mlp(x, y, hidden=64):
 
 @dataclass(frozen=True)
 class Cut(Picture):
-    """The foreground of a picture by a soft mask that the cutter found, in the picture's own frame: RGBA.
-
-    alpha: h x w bytes over the box (left, top, right, bottom), in shares of the picture; nothing outside it.
-    """
+    """The foreground of a picture by a soft mask that the cutter found, in the picture's own frame: RGBA."""
 
     picture: Picture
-    alpha: bytes
-    shape: tuple
-    box: tuple = (0.0, 0.0, 1.0, 1.0)
+    alpha: bytes  # of h x w cells
+    shape: tuple  # h, w
+    box: tuple = (0.0, 0.0, 1.0, 1.0)  # that they cover, in shares of the picture; nothing outside it
 
     @property
     def path(self):
@@ -686,12 +676,9 @@ class Cut(Picture):
 
 
 class Cutter:
-    """Finds the foreground of any picture like those that composites imitate, on the grid of dense().
-
-    A logistic regression on each cell's features, trained on composites [n] with their alpha as the
-    target; iou: mean intersection over union on every tenth of them, held out. Kept in the cache. Ours,
-    not in the papers.
-    """
+    """Finds the foreground of pictures like those that composites imitate: a logistic regression on each cell
+    of dense(), trained on composites [n] with their alpha as the target; iou: mean intersection over union
+    on every tenth of them, held out. Kept in the cache. Ours, not in the papers."""
 
     def __init__(self, encoder, scenes, seed=0):
         self.encoder = encoder
@@ -771,12 +758,9 @@ def learn_cutter(encoder, scenes, seed, cells=60):
 
 def cut_out(encoder, pictures, cells, seed, what):
     """The foregrounds of pictures, {number: Cut}, by a cutter that learned from the composites cells; whether
-    it can be trusted; and a line on that.
-
-    It cannot if it misses the foregrounds of held-out composites (IoU below 0.6), nor if it finds one of
-    plausible size, 2 to 50 % of the picture, in less than two thirds of the target's: then what it learned
-    from composites does not carry over.
-    """
+    it can be trusted; and a line on that. It cannot if it misses the foregrounds of held-out composites (IoU
+    below 0.6), nor if it finds one of plausible size, 2 to 50 % of the picture, in less than two thirds of
+    the target's: then what it learned from composites does not carry over."""
     cutter = Cutter(encoder, [cells[k] for k in some_of(len(cells), 640, seed)], seed=seed)
     numbers = sorted(some_of(len(pictures), OWN_MOST, seed))
     alpha = encoder.embed([pictures[k] for k in numbers], "cut out", cutter.masks, cutter.name)
@@ -823,18 +807,17 @@ def recomposed(encoder, samples, grounds, by_place, seed):
 
 def place_grounds(samples, folders):
     """For each place a list of backgrounds to recompose on, from --place_backgrounds=DIR,DIR."""
-    if samples.name == "scenes" and not folders:
-        folders = ",".join(str(ASSETS / "scenes" / "train" / place) for place in samples.places)
     folders = folders.split(",") if folders else []
     wanted = f"one folder for each of the places {', '.join(samples.places)}"
     expect(len(folders) in (0, len(samples.places)), "place_backgrounds", ",".join(folders), wanted)
+    if samples.name == "scenes" and not folders:
+        folders = [str(ASSETS / "scenes" / "train" / place) for place in samples.places]
     return [layers(folder, Ground, "place_backgrounds")[0] for folder in folders]
 
 
 def figures_of(where, grounds, encoder, skip_bad, out):
-    """The foregrounds of --foregrounds, and notes. cut:DIR: those of photos of one object each, cut out by a
-    cutter that learned from composites of the default's cut-outs; out/cuts.html shows what it makes of them.
-    """
+    """The foregrounds of --foregrounds, and notes. cut:DIR: those of photos of one object each, by a cutter
+    that learned from composites of the default's cut-outs; out/cuts.html shows what it makes of them."""
     if not where.startswith("cut:"):
         return load_foregrounds(where, skip_bad)
     photos, notes = layers(where.removeprefix("cut:"), Photo, "foregrounds", skip_bad)
@@ -874,8 +857,7 @@ def pretrain(encoder, grids, samples, seed, out, head):
     (KL). Anchors, mu + a_f, are those of the encoder as it was: fixed, so nothing can collapse. Contrast
     among them was worse. Our reading.
 
-    Returns the Encoder, its weights as a file's bytes, and the grids with its embeddings.
-    """
+    Returns the Encoder, its weights as a file's bytes, and the grids with its embeddings."""
     config, head = head["config"], dict(head, seed=seed)
     z, j = (torch.cat(parts) for parts in zip(*[(grid.z, grid.j) for grid in grids], strict=True))
     # numbers of instances of one grid mean nothing in the other
@@ -891,8 +873,7 @@ def pretrain(encoder, grids, samples, seed, out, head):
     if state and state["seed"] != seed:
         state = None
     weights, _ = fit_and_keep(student, task, ANCHORS, head, path, state)
-    trained = student.with_module(student.module, sha256(weights))
-    trained.cache = encoder.cache
+    trained = encoder.with_module(student.module, sha256(weights))
     z = trained.embed(task.items, "composites, trained").split([len(grid.z) for grid in grids])
     return trained, weights, [grid._replace(z=v) for grid, v in zip(grids, z, strict=True)]
 
@@ -942,24 +923,19 @@ def average(runs, notes):
     return dict(rest, methods=methods, reasons=reasons)
 
 
-def additivity_rows(results):
-    fits = results["additivity"] or {}
-    return ("geometry", *SHARES), [(k, *[v[q] for q in SHARES]) for k, v in fits.items()]
-
-
-def sentences(results):
-    """What the console and the page say of additivity and invariance."""
-    if not results["additivity"]:
-        return "", ""
-    fit, v, sums, place = results["additivity"]["flat"], results["invariance"], "", ""
-    if "cos_sum" in fit:
+def geometry(results):
+    """What console and page say of the composites' embeddings: header and rows of the table of shares, a
+    line on sums, one on invariance."""
+    fits, v, sums, place = results["additivity"], results["invariance"], "", ""
+    shares = ("geometry", *SHARES), [(name, *[fit[share] for share in SHARES]) for name, fit in fits.items()]
+    if "cos_sum" in fits["flat"]:
         sums = "cos(z(f, b), z(f) + z(b)): raw {cos_sum:.3f} (shuffled {cos_sum_shuffled:.3f}), "
         sums += "means removed {cos_sum_centred:.3f} ({cos_sum_centred_shuffled:.3f})"
     if v["place_probe_raw"] is not None:
         place = "accuracy of a probe for the place: raw {place_probe_raw:.3f}, map {place_probe_map:.3f} "
         place += "(unpenalised {place_probe_map_free:.3f}, a small network {place_probe_map_mlp:.3f}); "
     cosines = "cosine within a foreground {cos_within:.3f}, between {cos_between:.3f}"
-    return sums.format(**fit), (place + cosines).format(**v)
+    return shares, sums.format(**fits["flat"]), (place + cosines).format(**v)
 
 
 def summary(results, samples):
@@ -975,14 +951,13 @@ def summary(results, samples):
             rows.append((name, *[m[k] for k in keys], *[g["accuracy"] for g in m["groups"]], over))
         elif name in results["reasons"]:
             rows.append((name, *[None] * (len(keys) + len(groups)), results["reasons"][name]))
-    sums, invariant = sentences(results)
     lines, spread = [], ""
     if results["zero_shot"]:
         lines.append("\n" + table(*zero_rows(results["zero_shot"], samples.worst)))
     if results["additivity"]:
+        shares, sums, invariant = geometry(results)
         lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
-        lines += [table(*additivity_rows(results)), *filter(None, [sums])]
-        lines += ["\nIs the map invariant?", invariant]
+        lines += [table(*shares), *filter(None, [sums]), "\nIs the map invariant?", invariant]
     if config["seeds"] > 1:
         best = "bap" if "bap" in methods else "erm"
         spread = f"; means of {config['seeds']} seeds, {best}'s {worst} +- {methods[best]['spread']:.3f}"
@@ -1049,13 +1024,11 @@ def report(results, fitted):
             m = methods.get(name, {})
             rows.append((name, *[m.get(k) for k in keys], reasons.get(name, ROWS[name])))
     header = ("method", *[key.replace("_", " ") for key in keys], "what")
-    sums, invariant = sentences(results)
-    additive = ["of composites: none"]
+    additive, invariant = ["of composites: none"], ""
     if results["additivity"]:
-        fit = (
-            "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map."
-        )
-        additive = tag("p", fit), html_table(*additivity_rows(results)), tag("p", sums)
+        shares, sums, invariant = geometry(results)
+        fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map"
+        additive = tag("p", f"{fit}."), html_table(*shares), tag("p", sums)
     sections = [
         ("Accuracy of each group, with 95 % intervals", dots("groups", bars, compared)),
         ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
@@ -1068,9 +1041,8 @@ def report(results, fitted):
     ]
     if results["zero_shot"]:
         sections.insert(1, ("Zero-shot", html_table(*zero_rows(results["zero_shot"], samples.worst))))
-    kind, _, folder = config["backgrounds"].partition(":")
-    folder = folder if kind == "discovery" else ""
-    links = linked("what it looks at", folder, "discovery.html", config["out_dir"])
+    kind, _, discovery = config["backgrounds"].partition(":")
+    links = linked("what it looks at", discovery * (kind == "discovery"), "discovery.html", config["out_dir"])
     kicker = f"flock, train.py: {Path(config['data']).name} by {config['model']}, seed {config['seed']}"
     lead = "Every group counts alike; no place label was used to train either."
     return page(kicker, title, lead, sections, config, results["git"], results["notes"], numbers, links)
@@ -1151,8 +1123,7 @@ def check_same(path, made, head, *free):
 
 @contextlib.contextmanager
 def until_asked():
-    """Ctrl-C waits for the end of a step: gives a list, not empty from then on. A second stops at once, as
-    does the first under torchrun: one process of several must not stop alone."""
+    """Ctrl-C waits for the end of a step: gives a list, not empty from then on. A second stops at once."""
     asked = []
 
     def ask(*_):
@@ -1161,9 +1132,6 @@ def until_asked():
         asked.append(True)
         say("stopping at the end of this step; Ctrl-C once more stops at once", True)
 
-    if ranks()[1] > 1:
-        yield asked
-        return
     before = signal.signal(signal.SIGINT, ask)
     try:
         yield asked
@@ -1185,7 +1153,8 @@ def finetune(config, encoder, samples):
     if skip_bad:
         z = encoder.embed(samples.items, "all images")  # None on ranks above 0
         good = from_first(None if z is None else z.isfinite().all(1).cpu())
-        samples = samples if good.all() else check(samples.keep(good))
+        if not good.all():
+            samples = check(samples.keep(good))
     task = pairs_of(samples, captions, pairs)
     task.seed, task.loss, task.tau, task.w = seed, loss, region_temperature, region_weight
     encoder.texts(task.prompts)  # complains if there is no text tower
@@ -1206,13 +1175,13 @@ def finetune(config, encoder, samples):
         with resuming(path, state):
             task.weight = state["weight"] if state else first_errors(student, task, config)
         checkpoint["weight"] = task.weight
-    weights, rows = fit_and_keep(student, task, row, checkpoint, path, state)
+    weights, speed = fit_and_keep(student, task, row, checkpoint, path, state)
     if rank:
         return
     after = zero_shot(student, samples)
     (out / "finetune.json").unlink(missing_ok=True)  # it would be of another run than what comes now
     write(out / "weights.safetensors", weights)
-    seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
+    seconds = dict(total=time.time() - started, images_per_s=speed)
     tree = dict(head, notes=notes, before=before, after=after, seconds=seconds)
     write_json(out / "finetune.json", tree)
     path.unlink(missing_ok=True)
@@ -1224,19 +1193,20 @@ def finetune(config, encoder, samples):
 
 def fit_and_keep(student, task, row, head, path, state):
     """fit(), from a state on if there is one, with checkpoints at path that say what head says. Returns the
-    trained module as weights.safetensors has it, bytes, None on ranks above 0; and the rows of the log."""
-    config, rank = head["config"], ranks()[0]
+    trained module as weights.safetensors has it, bytes, None on ranks above 0; and images per second."""
+    config, (rank, world) = head["config"], ranks()
+    waits = until_asked() if world == 1 else contextlib.nullcontext(())  # one of several must not stop alone
 
     def save(**reached):
         if rank == 0:
             save_checkpoint(path, head | reached)
 
-    with until_asked() as asked, resuming(path, state):
-        rows = fit(student, task, row, config, state, save, asked)
+    with waits as asked, resuming(path, state):
+        speed = fit(student, task, row, config, state, save, asked)[-1]["images_per_s"]
     if rank:
-        return None, rows
+        return None, speed
     config = config | dict(resume=False)  # the same bytes, whether it was interrupted or not
-    return weights_bytes(student.module, config=config, git=head["git"]), rows
+    return weights_bytes(student.module, config=config, git=head["git"]), speed
 
 
 def zero_shot(encoder, samples, x=None):
@@ -1255,31 +1225,33 @@ def zero_shot(encoder, samples, x=None):
 
 def pairs_of(samples, captions, pairs):
     """The task of fine-tuning: items, captions, y [n], C and prompts of the training split."""
-    mine = samples.keep(samples.split == 0)
-    prompts = [texts[0] for texts in samples.class_prompts()]
-    if len(mine.y.unique()) < 2:
+    biased = samples.keep(samples.split == 0)
+    prompts, y = [texts[0] for texts in samples.class_prompts()], biased.y
+    if len(y.unique()) < 2:
         raise Complaint(f"{samples.name}: its training images are of one class; contrast needs two")
-    texts = mine.captions if captions == "own" else [prompts[k] for k in mine.y.tolist()]
+    texts = [prompts[k] for k in y.tolist()]
+    if captions == "own":
+        texts = biased.captions
     if captions == "place":
-        where = ["" if k < 0 else f", {samples.places[k]}" for k in mine.place.tolist()]
-        texts = [text.rstrip(".") + place for text, place in zip(texts, where, strict=True)]
+        named = [*[f", {place}" for place in samples.places], ""]  # of place -1: none
+        texts = [text.rstrip(".") + named[k] for text, k in zip(texts, biased.place.tolist(), strict=True)]
     missing = [k for k, text in enumerate(texts) if not text.strip()]
     if missing:
         what = f"{len(missing)} of {len(texts)} images have no caption, the first is number {missing[0]}"
         raise Complaint(f"{samples.name}: {what}; add them, or use --captions=class")
     expect(len(texts) >= pairs, "pairs", pairs, f"at most {len(texts)}, the number of training images")
-    task = dict(items=mine.items, captions=texts, y=mine.y, C=len(samples.classes), prompts=prompts)
-    return SimpleNamespace(**task)
+    C = len(samples.classes)
+    return SimpleNamespace(items=biased.items, captions=texts, y=y, C=C, prompts=prompts)
 
 
 def load_discovery(path):
     """What discover.py wrote: discovery.json, or its folder, with discovery.npz beside it.
 
-    Returns a namespace: config; kept, ids of the kept clusters, ranked; clusters, the list in
-    discovery.json; medoids [K, D] unit-norm, one row for each cluster id; mean [D], taken from unit
-    region embeddings before they are compared with medoids (zeros: none was); clipped, whether cosines
-    below zero counted as zero; fingerprint, of the encoder; regions, region_encoder and data as the
-    flags were; paths [n]; and for each region image [N] (row of paths), box [N, 4], label [N].
+    Returns a namespace: config; kept, ids of the kept clusters, ranked; clusters, as in discovery.json;
+    medoids [K, D] unit-norm, one row for each cluster id; mean [D], taken from unit region embeddings
+    before they are compared with medoids (zeros: none was); clipped, whether cosines below zero counted as
+    zero; fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and
+    for each region image [N] (row of paths), box [N, 4], label [N].
     """
     path = Path(path) / "discovery.json" if Path(path).is_dir() else Path(path)
     what = "discovery.json and discovery.npz as discover.py writes them"
@@ -1318,24 +1290,23 @@ def refuse(when, path, problem):
 def stage_one(path, samples, encoder):
     """What --discovery holds, and the encoder that it was made with. Complaint for other data or another
     model, and where it has nothing to hold down."""
-    cure = "run it on the fine-tuned model first"
-    refuse(not path, path, f"this method needs what discover.py found; {cure}")
+    needs = "this method needs what discover.py found; run it on the fine-tuned model first"
+    refuse(not path, path, needs)
     d = load_discovery(path)
-    made, how = d.config, {k: getattr(encoder, k) for k in ("device", "dtype", "batch", "threads", "cache")}
-    cure = "run discover.py with --data and --model"
-    refuse(made.get("embeddings"), path, f"made from --embeddings; {cure}")
-    cure = "run discover.py with this --data"
-    refuse(d.data != samples.name, path, f"made on {d.data}, not on {samples.name}; {cure}")
-    cure = "nothing was found to hold down; try other --regions or --k"
-    refuse(not d.kept, path, f"no cluster was kept, {cure}")
-    ranked = any(c["kept"] and c.get("score", 0) is None for c in d.clusters)
-    cure = "which keeps no cluster; take --method=ravl"
-    refuse(ranked, path, f"made with --method={made.get('method')}, {cure}")
+    made = d.config
+    refuse(made.get("embeddings"), path, "made from --embeddings; run discover.py with --data and --model")
+    elsewhere = f"made on {d.data}, not on {samples.name}; run discover.py with this --data"
+    refuse(d.data != samples.name, path, elsewhere)
+    nothing = "no cluster was kept, nothing was found to hold down; try other --regions or --k"
+    refuse(not d.kept, path, nothing)
+    ranked = f"made with --method={made.get('method')}, which keeps no cluster; take --method=ravl"
+    refuse(any(c["kept"] and c.get("score", 0) is None for c in d.clusters), path, ranked)
+    how = {k: getattr(encoder, k) for k in ("device", "dtype", "batch", "threads", "cache")}
     how["test_size"] = made.get("test_size", False)
     finder = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], **how)
     named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
-    cure = "whose weights are others now; run discover.py again"
-    refuse(finder.fingerprint != d.fingerprint, path, f"made with {named}, {cure}")
+    changed = f"made with {named}, whose weights are others now; run discover.py again"
+    refuse(finder.fingerprint != d.fingerprint, path, changed)
     return d, finder
 
 
@@ -1370,8 +1341,7 @@ def assign_regions(r, discovery):
     """Region embeddings [N, D] of the stage-1 encoder -> for each the cluster with the nearest medoid [N]."""
     r = unit(unit(r.float()) - discovery.mean)
     least = 0 if discovery.clipped else -1
-    parts = [(part @ discovery.medoids.T).clamp(min=least).argmax(1) for part in r.split(1 << 16)]
-    return torch.cat(parts) if len(r) else torch.empty(0, dtype=torch.long)
+    return torch.cat([(part @ discovery.medoids.T).clamp(min=least).argmax(1) for part in r.split(1 << 16)])
 
 
 def clusters_used(discovery, most=0):
@@ -1408,7 +1378,7 @@ def first_errors(encoder, task, config):
 class Towers(torch.nn.Module):
     """Both towers in one forward pass, for DDP and torch.compile."""
 
-    def __init__(self, module, kind, raw=False, checkpointing=False):
+    def __init__(self, module, kind, raw, checkpointing):
         super().__init__()
         self.module, self.kind, self.raw = module, kind, raw
         if checkpointing:
@@ -1453,34 +1423,36 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     (rank, world), module, steps, pairs = ranks(), encoder.module, config["steps"], config["pairs"]
     parameters = choose_parameters(encoder, row, config)
     optimiser = adamw(parameters, config["learning_rate"])
-    forward = forward_of(towers_of(encoder, row, config), encoder, task, row)
+    forward = forward_of(encoder, task, row, config)
     feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
     task.q, start, rows = torch.full((2 * task.C,), 1 / (2 * task.C)), 0, []  # q: see gdro_cost
     if state:
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
         task.q, start, rows = state["q"], state["step"], state["rows"]
-    near = on_device(task, encoder.device)  # for what a batch costs; images are drawn on the CPU
+    # what a batch costs is computed on the device, images are drawn on the CPU
+    tensors = {k: v.to(encoder.device) for k, v in vars(task).items() if isinstance(v, torch.Tensor)}
+    near = SimpleNamespace(**vars(task) | tensors)
     amp = config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and encoder.on_gpu and encoder.bf16)
     clock, count, warned = time.time(), 0, row is ANCHORS
-    mine = slice(rank * pairs // world, (rank + 1) * pairs // world)  # of a batch, this process's images
+    share = slice(rank * pairs // world, (rank + 1) * pairs // world)  # of a batch, this process's images
 
     def keep(step):
         if save:
             states = dict(module=module.state_dict(), optimiser=optimiser.state_dict(), q=near.q)
             save(**states, step=step, rows=rows)
 
-    feed.ahead(draw(start)[mine])
+    feed.ahead(draw(start)[share])
     for step in range(start, steps):
         for group in optimiser.param_groups:
             group["lr"] = rate(step, steps, config["learning_rate"])
         ids, x = draw(step), feed.get()
-        feed.ahead(draw(step + 1)[mine])
+        feed.ahead(draw(step + 1)[share])
         if not warned and len(task.y[ids].unique()) == 1:
             warned = True
             say(f"step {step}: the batch has one class only and cannot tell classes apart; raise --pairs")
         with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
-            e = forward(x, ids[mine])
+            e = forward(x, ids[share])
         terms = row.cost(e, ids.to(encoder.device, non_blocking=True), near)
         loss, values = backward(terms, parameters)
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -1496,10 +1468,7 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             speed = count / (time.time() - clock)
             rows.append(dict(step=step + 1, loss=loss, **values, lr=group["lr"], images_per_s=speed))
-            listed = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-            say(f"step {step + 1}/{steps}: loss {loss:.4f} ({listed}), {speed:.0f} images/s")
-            if save and rank == 0:
-                log(rows, config)
+            log(rows, config, save and rank == 0)
             clock, count = time.time(), 0
         if (step + 1) % config["save_every"] == 0 or step + 1 == steps or asked:
             keep(step + 1)
@@ -1523,25 +1492,11 @@ def backward(terms, parameters):
     return loss, dict(zip((*terms, "gradient"), numbers, strict=True))
 
 
-def towers_of(encoder, row, config):
-    """The module as fit runs it: Towers, compiled and spread over processes if so asked."""
-    towers = Towers(encoder.module, encoder.kind, row is ANCHORS, config["checkpointing"])
-    if config["compile"]:
-        towers = torch.compile(towers)
-    return torch.nn.parallel.DistributedDataParallel(towers) if ranks()[1] > 1 else towers
-
-
 def adamw(parameters, learning_rate):
     """AdamW with CLIP's second beta; biases, gains and scales do not decay."""
     groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY)]
     groups.append(dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0))
     return torch.optim.AdamW(groups, learning_rate, (0.9, 0.98), fused=True)
-
-
-def on_device(task, device):
-    """The task with its tensors on a device."""
-    tensors = {k: v.to(device) for k, v in vars(task).items() if isinstance(v, torch.Tensor)}
-    return SimpleNamespace(**vars(task) | tensors)
 
 
 def rate(step, steps, peak):
@@ -1551,8 +1506,13 @@ def rate(step, steps, peak):
     return peak * min((step + 1) / max(1, rising), 0.5 + 0.5 * math.cos(falling))
 
 
-def forward_of(towers, encoder, task, row):
+def forward_of(encoder, task, row, config):
     """A function from images [N, 3, H, W] and their rows [N] to embeddings (see Towers) of all processes."""
+    towers = Towers(encoder.module, encoder.kind, row is ANCHORS, config["checkpointing"])
+    if config["compile"]:
+        towers = torch.compile(towers)
+    if ranks()[1] > 1:
+        towers = torch.nn.parallel.DistributedDataParallel(towers)
     if "texts" in row.uses:
         texts = list(dict.fromkeys(task.captions))
         number = {text: k for k, text in enumerate(texts)}
@@ -1686,7 +1646,9 @@ def sigmoid(z, t, scale, bias, together=None):
     """SigLIP's loss (Zhai et al. 2023): -log sigmoid of +-(scale z t^T + bias), summed over texts."""
     sign = 2 * torch.eye(len(z), device=z.device) - 1
     value = -F.logsigmoid(sign * (scale * z @ t.T + bias))
-    return (value if together is None else value * together).sum() / len(z)
+    if together is not None:
+        value = value * together
+    return value.sum() / len(z)
 
 
 def region_terms(cos, state, y, tau=0.07):
@@ -1704,11 +1666,11 @@ def region_terms(cos, state, y, tau=0.07):
     s = x.masked_fill((state != 0)[:, :, None], NONE).amax(1)  # [B, C], s_i(y) in row i
     h = x.masked_fill((state != 1)[:, :, None], NONE).flatten(0, 1)  # [B R, C], of R_B^s
     absent = (y[:, None] != torch.arange(x.shape[2], device=y.device)).all(0)  # [C], labels
-    own, largest = s.gather(1, y[:, None])[:, 0], h.masked_fill(absent, NONE).amax(1)  # [B], [B R]
-    L_R = torch.logaddexp(s.masked_fill(absent, NONE).logsumexp(1), largest.logsumexp(0)) - own
+    s_y, largest = s.gather(1, y[:, None])[:, 0], h.masked_fill(absent, NONE).amax(1)  # [B], [B R]
+    L_R = torch.logaddexp(s.masked_fill(absent, NONE).logsumexp(1), largest.logsumexp(0)) - s_y
     twins = (y[:, None] == y) & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
     images = s[:, y].T.masked_fill(twins, NONE)  # [B, B], s_j(y_i) in row i
-    L_A = torch.logaddexp(images.logsumexp(1), h.logsumexp(0)[y]) - own
+    L_A = torch.logaddexp(images.logsumexp(1), h.logsumexp(0)[y]) - s_y
     counted = (state == 0).any(1)
     return [v.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1) for v in (L_R, L_A)]
 
@@ -1734,11 +1696,12 @@ def every_image(task, pairs, pool=None):
 
 def by_weight(task, pairs, weight=None):
     """In proportion to task.weight [n]."""
-    weight = (task.weight if weight is None else weight).double()
+    if weight is None:
+        weight = task.weight
 
     def draw(step):
         generator = torch.Generator().manual_seed(int(rng(task.seed, "batch", step).integers(1 << 62)))
-        return torch.multinomial(weight, pairs, replacement=True, generator=generator)
+        return torch.multinomial(weight.double(), pairs, replacement=True, generator=generator)
 
     return draw
 
@@ -1817,14 +1780,17 @@ class Feed:
         self.pool.shutdown(cancel_futures=True)
 
 
-def log(rows, config):
-    """Writes log.csv whole and, with --wandb, logs the last row there."""
-    write_table(Path(config["out_dir"]) / "log.csv", list(rows[-1]), [list(row.values()) for row in rows])
-    if config["wandb"]:
+def log(rows, config, keep):
+    """Says the newest row; to keep it writes log.csv whole and, with --wandb, logs the row there."""
+    (_, step), (_, loss), *values, _, (_, speed) = rows[-1].items()
+    listed = ", ".join(f"{name} {value:.4f}" for name, value in values)
+    say(f"step {step}/{config['steps']}: loss {loss:.4f} ({listed}), {speed:.0f} images/s")
+    if keep:
+        write_table(Path(config["out_dir"]) / "log.csv", list(rows[-1]), [list(row.values()) for row in rows])
+    if keep and config["wandb"]:
         import wandb
 
-        run_ = wandb.run or wandb.init(project="flock", config=config)
-        run_.log(rows[-1])
+        (wandb.run or wandb.init(project="flock", config=config)).log(rows[-1])
 
 
 if __name__ == "__main__":

@@ -272,7 +272,7 @@ def material(config, encoder, out):
 
 
 def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
-    """The whole method for one seed: its result in plain numbers, and what it Fitted. figures, grounds: see
+    """The whole method for one seed: its result in plain numbers, and a Fitted. figures, grounds: see
     material; head: see head_of; by_place: see place_grounds."""
     lap = Laps()
 
@@ -312,7 +312,7 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
             grids = [Grid(1 - own, z, i, j, cells), Grid(own, mine.z, mine.i, mine.j, mine.cells)]
         maps["bap"] = wiener(grids, lam, power, drift, LEAST)
     # with --train=last_blocks|image the encoder itself learns what the map does, and needs none behind it
-    identity = Map(x.new_zeros(x.shape[1]), torch.eye(x.shape[1], device=x.device))
+    identity = Map(x.new_zeros(x.shape[1]), eye(x[0]))
     trained, x_bap, zero, weights = encoder, x, None, b""
     if train in ("last_blocks", "image"):
         trained, weights, grids = pretrain(encoder, grids, samples, seed, out, head)
@@ -445,10 +445,9 @@ def scatter(z, i):
 def wiener(grids, lam=1.0, power=1.0, drift=None, least=0.0):
     """The closed form, a Wiener filter for the foreground: W = (S_f + S_w + lam t I)^-1 S_f.
 
-    grids: list of Grid, or (weight, z [N, D], i [N]): embeddings of composites and the foreground instance
-    of each; the moments of several grids are averaged, and S_f then clipped to positive semi-definite. The
-    ridge is in units of the mean variance, t = trace(S_f + S_w) / D. For row vectors: (z - mu) W; the
-    transposed product is wrong. Our reading of BAP, claim 2. Returns a Map.
+    grids: list of Grid, or (weight, z [N, D], i [N]); the moments of several are averaged, and S_f then
+    clipped to positive semi-definite. The ridge is in units of the mean variance, t = trace(S_f + S_w) / D.
+    For row vectors: (z - mu) W; the transposed product is wrong. Our reading of BAP, claim 2. Returns a Map.
 
     Ours: drift [n, D], effects of the target's own backgrounds, whose scatter joins S_w with weight DRIFT;
     and least: directions in which the foreground has a smaller share of all that the filter divides by are
@@ -471,9 +470,8 @@ def wiener(grids, lam=1.0, power=1.0, drift=None, least=0.0):
 
 def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     """The target's own training foregrounds, as a cutter that learned from the composites cells finds them,
-    on other backgrounds: cuts; composites cells [N], their embeddings z [N, D], foregrounds i and backgrounds
-    j [N]; drift and foretold, see own_backgrounds. None if the cutter is not trusted. x: embeddings of all
-    samples [n, D]."""
+    on other backgrounds: cuts; cells, z, i, j as of Grid; drift and foretold, see own_backgrounds. None if
+    the cutter is not trusted. x: embeddings of all samples [n, D]."""
     train_split = samples.split == 0
     pictures = samples.keep(train_split).items
     cut, trusted, line = cut_out(encoder, pictures, cells, seed, "training images")
@@ -718,8 +716,8 @@ def soft(logits):
 
 
 def learn_cutter(encoder, scenes, seed, cells=60):
-    """What a Cutter is made of, as one tensor [3, D' + 2]: mean, h, w; scale; weight, bias, iou.
-    cells: how many of each scene are learned from; neighbours say much the same."""
+    """What a Cutter is made of, as one tensor [3, D' + 2]: mean, h, w; scale; weight, bias, iou. Learned from
+    so many cells of each scene, as neighbours say much the same."""
     generator, rows, target, held_out = torch.Generator().manual_seed(seed), [], [], []
     with ThreadPoolExecutor(encoder.threads) as pool:
         for start in bar("cutter", range(0, len(scenes), 16)):
@@ -768,7 +766,7 @@ def cut_out(encoder, pictures, cells, seed, what):
     share = float(plausible.double().mean())
     line = f"cutter: IoU {cutter.iou:.2f} on held-out composites"
     line += f", a plausible foreground in {share:.0%} of the {what}"
-    rows = zip(numbers, alpha, plausible.tolist(), strict=True)
+    rows = zip(numbers, alpha, plausible, strict=True)
     cuts = {k: cutter.cut(pictures[k], mask) for k, mask, good in rows if good}
     return cuts, cutter.iou >= 0.6 and share >= 2 / 3, line
 
@@ -843,10 +841,9 @@ def grounds_of(where, skip_bad, most=100):
     regions = [k for c in discovery.clusters if c["kept"] for k in c.get("regions", [])[:most]]
     cure = "a discovery that kept a cluster; without one leave --backgrounds out, or look at more photos"
     expect(regions, "backgrounds", where, cure)
-    paths = [discovery.paths[int(discovery.image[k])] for k in regions]
+    paths, boxes = [discovery.paths[k] for k in discovery.image[regions]], discovery.box[regions].tolist()
     expect(all(paths), "backgrounds", where, "a discovery on photos, not on images that lie in no file")
-    boxes = [tuple(discovery.box[k].tolist()) for k in regions]
-    grounds = [Crop(Photo(path), box) for path, box in zip(paths, boxes, strict=True)]
+    grounds = [Crop(Photo(path), tuple(box)) for path, box in zip(paths, boxes, strict=True)]
     return grounds, [f"backgrounds: {len(grounds)} regions that discover.py found the model to rely on"]
 
 
@@ -890,7 +887,6 @@ def readout(encoder, samples):
     if encoder.facts["rows"]:
         rows, bias = encoder.classifier()
         return lambda z: z @ rows.T + bias
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -993,16 +989,11 @@ def headline(methods, samples, best, other):
 
 def report(results, fitted):
     """The page: what BAP changed, group by group; what it now gets right, with pictures; how it was made."""
-    samples, methods, config, reasons = (
-        fitted.samples,
-        results["methods"],
-        results["config"],
-        results["reasons"],
-    )
+    samples, methods, config = fitted.samples, results["methods"], results["config"]
+    reasons, test = results["reasons"], samples.split == 2
     best = "bap" if "bap" in methods else "erm"  # without composites
     other = "balanced_train" if "balanced_train" in methods else "val_probe"
     title, numbers = headline(methods, samples, best, other)
-    test = samples.split == 2
     names = [samples.group_name(*pair) for pair in zip(samples.y, samples.place, strict=True)]
     predicted = fitted.probes[best].predict(fitted.map.to(fitted.x.device)(fitted.x)).tolist()
     taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
@@ -1015,9 +1006,8 @@ def report(results, fitted):
         bars.append((samples.group_name(y, place), note, [(m["accuracy"], m["interval"]) for m in each]))
     picked = torch.linspace(0, len(fitted.cells) - 1, 12 * bool(fitted.cells)).long().tolist()
     pictures = [thumb(fitted.cells[k].image(), f"composite {k}") for k in picked]
-    pictures += [
-        thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in fitted.cuts[:6]
-    ]
+    cuts = [Composite(cut, None, None).image() for cut in fitted.cuts[:6]]
+    pictures += [thumb(image, "cut out of the target") for image in cuts]
     keys, rows = (samples.worst, *AVERAGES), []
     for name in ROWS:
         if name in methods or name in reasons:
@@ -1182,13 +1172,12 @@ def finetune(config, encoder, samples):
     (out / "finetune.json").unlink(missing_ok=True)  # it would be of another run than what comes now
     write(out / "weights.safetensors", weights)
     seconds = dict(total=time.time() - started, images_per_s=speed)
-    tree = dict(head, notes=notes, before=before, after=after, seconds=seconds)
-    write_json(out / "finetune.json", tree)
+    write_json(out / "finetune.json", dict(head, notes=notes, before=before, after=after, seconds=seconds))
     path.unlink(missing_ok=True)
     say(table(*zero_rows(dict(before=before, after=after), samples.worst)), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
-    written = "weights.safetensors, finetune.json and log.csv written"
-    say(f"\n{out}: {written}, {time.time() - started:.0f} s", True)
+    total = f"{time.time() - started:.0f} s"
+    say(f"\n{out}: weights.safetensors, finetune.json and log.csv written, {total}", True)
 
 
 def fit_and_keep(student, task, row, head, path, state):
@@ -1225,13 +1214,13 @@ def zero_shot(encoder, samples, x=None):
 
 def pairs_of(samples, captions, pairs):
     """The task of fine-tuning: items, captions, y [n], C and prompts of the training split."""
-    biased = samples.keep(samples.split == 0)
+    biased, C = samples.keep(samples.split == 0), len(samples.classes)
     prompts, y = [texts[0] for texts in samples.class_prompts()], biased.y
     if len(y.unique()) < 2:
         raise Complaint(f"{samples.name}: its training images are of one class; contrast needs two")
-    texts = [prompts[k] for k in y.tolist()]
-    if captions == "own":
-        texts = biased.captions
+    texts = biased.captions
+    if captions != "own":
+        texts = [prompts[k] for k in y.tolist()]
     if captions == "place":
         named = [*[f", {place}" for place in samples.places], ""]  # of place -1: none
         texts = [text.rstrip(".") + named[k] for text, k in zip(texts, biased.place.tolist(), strict=True)]
@@ -1240,7 +1229,6 @@ def pairs_of(samples, captions, pairs):
         what = f"{len(missing)} of {len(texts)} images have no caption, the first is number {missing[0]}"
         raise Complaint(f"{samples.name}: {what}; add them, or use --captions=class")
     expect(len(texts) >= pairs, "pairs", pairs, f"at most {len(texts)}, the number of training images")
-    C = len(samples.classes)
     return SimpleNamespace(items=biased.items, captions=texts, y=y, C=C, prompts=prompts)
 
 
@@ -1323,10 +1311,8 @@ def discovered(samples, encoder, task, path, most):
     inside = from_first(None if r is None else torch.isin(assign_regions(r.cpu(), d), used).long())
     boxes = [replace(p, frame=encoder.frame(*picture_size(p.picture))).seen() for p in pictures]
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    task.boxes, task.state = (
-        pad(boxes),
-        pad(list(inside.split(counts)), padding_value=-1),
-    )  # [n, R, 4], [n, R]
+    task.boxes = pad(boxes)  # [n, R, 4]
+    task.state = pad(list(inside.split(counts)), padding_value=-1)  # [n, R]
     task.feature = (task.state == 1).any(1)
     n, having, without = len(pictures), int(task.feature.sum()), int((~(task.state == 0).any(1)).sum())
     what = f"{having} of {n} training images have a region in the {len(used)} clusters discovered"
@@ -1532,18 +1518,13 @@ def forward_of(encoder, task, row, config):
         e = towers(x, boxes, captions, prompts)
         if captions is not None:
             e["t"] = e["t"][back.to(encoder.device, non_blocking=True)]
-        return {k: gathered(v) if k in ("z", "cos", "t") else v for k, v in e.items()}
+        if dist.is_initialized():  # rows of all processes, in the order of ranks, with their gradients
+            from torch.distributed.nn.functional import all_gather
+
+            e.update({k: torch.cat(all_gather(e[k].contiguous())) for k in ("z", "cos", "t") if k in e})
+        return e
 
     return forward
-
-
-def gathered(x):
-    """Rows of all processes, in the order of ranks, with their gradients."""
-    if not dist.is_initialized():
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x.contiguous()))
 
 
 def choose_parameters(encoder, row, config):

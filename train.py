@@ -476,7 +476,8 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     pictures = samples.keep(train_split).items
     cut, trusted, line = cut_out(encoder, pictures, cells, seed, "training images")
     if not trusted:
-        return say(f"{line}: not trusted, the target's own foregrounds are not used")
+        say(f"{line}: not trusted, the target's own foregrounds are not used")
+        return None
     say(line)
     cuts = list(cut.values())
     cells, i, j = own_composites(cuts, grounds, seed)
@@ -725,8 +726,7 @@ def learn_cutter(encoder, scenes, seed, cells=60):
             x = encoder.normalised(encoder.onto_device(list(pool.map(encoder.pixels, batch))))
             f = encoder.run(x, encoder.precision, lambda x, _: dense(encoder, x))  # [N, h, w, D']
             alphas, grid = [scene.alpha() for scene in batch], f.shape[1:3]
-            a = torch.stack([cell_shares(v, encoder.frame(*v.size), *grid) for v in alphas])  # [N, h, w]
-            a = a.to(f.device)
+            a = torch.stack([cell_shares(v, encoder.frame(*v.size), *grid) for v in alphas]).to(f.device)
             test = torch.arange(start, start + len(batch), device=f.device) % 10 == 9
             held_out.append((f[test], a[test]))
             f, a = rearrange(f[~test], "n h w d -> n (h w) d"), rearrange(a[~test], "n h w -> n (h w)")
@@ -778,13 +778,12 @@ def some_of(n, most, seed):
 
 def own_composites(cuts, grounds, seed):
     """Each own foreground on OWN_PER backgrounds: composites, their foregrounds i and backgrounds j [N]."""
-    items, i, j = [], [], []
+    items, j = [], []
     for n, k in np.ndindex(len(cuts), OWN_PER):
         g = rng(seed, "own", n, k)
         j.append(int(g.integers(len(grounds))))
         items.append(Composite(cuts[n], grounds[j[-1]], None, draw_view(g)))
-        i.append(n)
-    return items, torch.tensor(i), torch.tensor(j)
+    return items, torch.arange(len(cuts)).repeat_interleave(OWN_PER), torch.tensor(j)
 
 
 def recomposed(encoder, samples, grounds, by_place, seed):
@@ -1440,6 +1439,7 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
         with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
             e = forward(x, ids[share])
         terms = row.cost(e, ids.to(encoder.device, non_blocking=True), near)
+        optimiser.zero_grad()
         loss, values = backward(terms, parameters)
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
@@ -1468,8 +1468,6 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
 def backward(terms, parameters):
     """Gradients of the sum of terms, {name: (weight, value)}, clipped. Returns numbers: the sum, and each
     value and the gradient's norm by name."""
-    for parameter in parameters:
-        parameter.grad = None
     total = sum(weight * value for weight, value in terms.values())
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)

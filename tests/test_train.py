@@ -657,7 +657,10 @@ def test_a_cutter_is_not_trusted_if_it_misses_foregrounds_or_finds_implausible_o
     monkeypatch.setattr(train, "Cutter", lambda encoder, scenes, seed: fake)
     encoder = SimpleNamespace(embed=lambda pictures, *_: torch.tensor([[shares[p]] * 9 for p in pictures]))
     cuts, yes, _ = train.cut_out(encoder, list(range(6)), [0], 0, "photos")
-    assert cuts == {k: k for k, share in enumerate(shares) if 0.02 < share < 0.5} and yes == trusted
+    assert cuts == {k: k for k in (1, 2, 3, 5)[: 3 + (last < 0.5)]} and yes == trusted
+    if not trusted:  # then the target's own foregrounds are not used
+        samples = SimpleNamespace(split=torch.zeros(6), keep=lambda _: SimpleNamespace(items=list(range(6))))
+        assert train.own_foregrounds(encoder, [0], [], samples, None, 1.0, 0) is None
 
 
 @pytest.mark.parametrize("limit", [0.1, -9.0])

@@ -302,14 +302,14 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
 
     # 4. the maps. The two grids are weighed, not pooled: the synthetic one knows many foregrounds, the
     # target's those that matter, and neither is to win by its number of composites
-    grids = [Grid(1.0, z, i, j, cells)]
-    maps, drift = {}, mine and mine.drift
+    synthetic = Grid(1.0, z, i, j, cells)
+    grids, maps, drift = [synthetic], {}, mine and mine.drift
     if cells:
         maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener(grids, lam))
         if mine:
             maps["bap_synthetic"] = wiener(grids, lam, power, None, LEAST)
         if mine and mine.foretold < FORETOLD:
-            grids = [Grid(1 - own, z, i, j, cells), Grid(own, mine.z, mine.i, mine.j, mine.cells)]
+            grids = [synthetic._replace(weight=1 - own), mine.grid._replace(weight=own)]
         maps["bap"] = wiener(grids, lam, power, drift, LEAST)
     # with --train=last_blocks|image the encoder itself learns what the map does, and needs none behind it
     identity = Map(x.new_zeros(x.shape[1]), eye(x[0]))
@@ -344,13 +344,12 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
 
 
 class Laps:
-    """Seconds since the last lap, by name."""
+    """Seconds since the last lap, by name; a call ends a lap, and says what is coming."""
 
     def __init__(self):
         self.seconds, self.clock = {}, time.time()
 
     def __call__(self, name, coming=""):
-        """Ends a lap, and says what is coming."""
         self.seconds[name], self.clock = time.time() - self.clock, time.time()
         if coming:
             say(f"{coming} ...")
@@ -360,8 +359,8 @@ def embedded(encoder, pictures, label, *numbers):
     """Of pictures, and numbers [N] of them, what can be embedded: list, embeddings [n, D], numbers [n]."""
     z = encoder.embed(pictures, label)
     good = z.isfinite().all(1)
-    keep = good.nonzero()[:, 0].tolist()
-    return [pictures[k] for k in keep], z[good], *[v.to(z.device)[good] for v in numbers]
+    pictures = list(itertools.compress(pictures, good.tolist()))
+    return pictures, z[good], *[v.to(z.device)[good] for v in numbers]
 
 
 def how_additive(encoder, cells, z, i, j, seed):
@@ -470,10 +469,10 @@ def wiener(grids, lam=1.0, power=1.0, drift=None, least=0.0):
 
 def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     """The target's own training foregrounds, as a cutter that learned from the composites cells finds them,
-    on other backgrounds: cuts; cells, z, i, j as of Grid; drift and foretold, see own_backgrounds. None if
-    the cutter is not trusted. x: embeddings of all samples [n, D]."""
-    train_split = samples.split == 0
-    pictures = samples.keep(train_split).items
+    on other backgrounds: cuts, a Grid, and drift and foretold, see own_backgrounds. None if the cutter is not
+    trusted. x: embeddings of all samples [n, D]."""
+    biased = samples.split == 0
+    pictures = samples.keep(biased).items
     cut, trusted, line = cut_out(encoder, pictures, cells, seed, "training images")
     if not trusted:
         say(f"{line}: not trusted, the target's own foregrounds are not used")
@@ -483,12 +482,12 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     cells, i, j = own_composites(cuts, grounds, seed)
     turn = torch.arange(len(cells)) % OWN_PER
     cells, z, i, j, turn = embedded(encoder, cells, "own foregrounds", i, j, turn)
-    photos, y = (v[train_split.to(v.device)][list(cut)] for v in (x, samples.y))
+    photos, y = (v[biased.to(v.device)][list(cut)] for v in (x, samples.y))
     views = features(photos, power), features(z, power)
     drift, foretold = own_backgrounds(*views, i, turn, y.to(x.device), seed)
     line = f"of what {len(drift)} photos have beside their foregrounds these foretell {foretold:.3f}: "
     say(line + ("independent" if foretold < FORETOLD else "they are left out of S_f"))
-    return SimpleNamespace(cuts=cuts, cells=cells, z=z, i=i, j=j, drift=drift, foretold=foretold)
+    return SimpleNamespace(cuts=cuts, grid=Grid(1.0, z, i, j, cells), drift=drift, foretold=foretold)
 
 
 def own_backgrounds(photos, v, i, turn, y, seed):
@@ -701,11 +700,10 @@ class Cutter:
 
 def dense(encoder, x):
     """Images [N, 3, H, W] -> the last three levels of features on the finest one's grid: [N, h, w, D']."""
-    if encoder.kind == "timm":
-        levels = encoder.fast.forward_intermediates(x, indices=3, intermediates_only=True)
-    else:
-        tower = encoder.fast.visual
-        levels = tower.forward_intermediates(x, indices=3, intermediates_only=True)["image_intermediates"]
+    tower = getattr(encoder.fast, "visual", encoder.fast)
+    levels = tower.forward_intermediates(x, indices=3, intermediates_only=True)
+    if isinstance(levels, dict):  # open_clip's, where timm has a list
+        levels = levels["image_intermediates"]
     grid = max(tuple(v.shape[2:]) for v in levels)
     same = torch.cat([F.interpolate(v.float(), size=grid, mode="bilinear") for v in levels], 1)
     return rearrange(same, "n d h w -> n h w d")
@@ -1012,7 +1010,7 @@ def report(results, fitted):
         if name in methods or name in reasons:
             m = methods.get(name, {})
             rows.append((name, *[m.get(k) for k in keys], reasons.get(name, ROWS[name])))
-    header = ("method", *[key.replace("_", " ") for key in keys], "what")
+    header = "method", *[key.replace("_", " ") for key in keys], "what"
     additive, invariant = ["of composites: none"], ""
     if results["additivity"]:
         shares, sums, invariant = geometry(results)
@@ -1175,8 +1173,7 @@ def finetune(config, encoder, samples):
     path.unlink(missing_ok=True)
     say(table(*zero_rows(dict(before=before, after=after), samples.worst)), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
-    total = f"{time.time() - started:.0f} s"
-    say(f"\n{out}: weights.safetensors, finetune.json and log.csv written, {total}", True)
+    say(f"\n{out}: weights.safetensors, finetune.json, log.csv written, {time.time() - started:.0f} s", True)
 
 
 def fit_and_keep(student, task, row, head, path, state):

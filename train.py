@@ -149,10 +149,8 @@ ROWS = {  # of the table, in this order
     "balanced_train": "training foregrounds on every place (needs masks and places)",
 }
 MASKED = {"copy_paste": "needs --masks", "balanced_train": "needs --masks and --place_backgrounds"}
-TRAINS = {  # what --train may be
-    "bap": ("auto", "map", "last_blocks", "image"),
-    "finetune": ("auto", "all", "image", "text", "projection"),
-}
+BAP_TRAINS = "auto", "map", "last_blocks", "image"  # what --train may be
+TUNE_TRAINS = "auto", "all", "image", "text", "projection"
 OWN_MOST, OWN_PER = 1000, 5  # of the target's own foregrounds at most so many, on so many backgrounds each
 DRIFT, FORETOLD = 0.2, 0.1  # weight of its photos' own backgrounds; see own_backgrounds
 LEAST, FEWEST = 1 / 3, 16  # directions of the map: the foreground's share, and how many stay anyway
@@ -160,95 +158,98 @@ LOG_EVERY, WARMUP = 20, 0.1  # steps between lines; share of the steps
 WEIGHT_DECAY, CLIP = 0.1, 1.0  # AdamW's; norm of the gradient
 PARTIAL = ("partial.pt", "training.pt")  # bap: what --resume goes on from: seeds, the encoder
 JTT_WEIGHT = 20.0  # of the images that a first quarter of the steps leaves wrong
+AVERAGES = "avg_group_mean", "avg_train_weighted"  # shown beside the worst group
 NONE = -1e30  # the logit of what is not there; finite, so that its gradient is zero and not NaN
 ROOM, ROOM_GPU = 4 << 30, 2 << 30  # bytes of decoded training images in memory, and before that on the GPU
+# composites: their weight in the map, embeddings z [N, D], foreground and background i, j [N] of each
+Grid = namedtuple("Grid", "weight z i j cells")
+# what a seed's run leaves beside its numbers; the page and the checkpoint are of the last seed's
+Fitted = namedtuple("Fitted", "encoder weights map probes correct samples x cells cuts")
 
 
 def main():
     config = flags(globals())
     if foregrounds == "help":
         load_foregrounds("help")
-    trains = TRAINS["bap" if method == "bap" else "finetune"]
+    trains = BAP_TRAINS if method == "bap" else TUNE_TRAINS
     expect(train in trains, "train", train, f"with --method={method} {', '.join(trains)}")
-    rows = dict(masks=masks, confounder=confounder, strength=strength, spurious=spurious, feature=feature)
-    rows["columns"] = columns
-    dataset = functools.partial(load_data, data, classes, places, **rows)
-    how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
-    how.update(skip_bad=skip_bad, resize_once=resize_once)
     alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1
     expect(alone, "method", method, "another under torchrun, as bap runs in one process")
     join(device)
     stored = data.startswith("embeddings:")
-    networkless = dict(method=["bap"], model=["lite0"], train=["auto", "map"])
-    for flag in networkless if stored else ():
+    if stored:
         wanted = "its default with --data=embeddings: there is no network"
-        expect(config[flag] in networkless[flag], flag, config[flag], wanted)
-    config["model"] = data if stored else model
+        for flag, usable in dict(method=["bap"], model=["lite0"], train=["auto", "map"]).items():
+            expect(config[flag] in usable, flag, config[flag], wanted)
+        config["model"] = data
+    planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
+    dataset = functools.partial(load_data, data, classes, places, masks=masks, columns=columns, **planted)
+    how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
+    how.update(skip_bad=skip_bad, resize_once=resize_once)
     samples = dataset(seed=seed)
     encoder = load_encoder(config["model"], pretrained, quick_gelu, test_size, **how)
     if method != "bap":
         return finetune(config, encoder, samples)
     out, started = Path(out_dir), time.time()
     figures, grounds, notes = material(config, encoder, out)
-    placed = place_grounds(samples, place_backgrounds)
-    parts = figures[0] if stored else sum(placed, figures + grounds)
+    by_place = place_grounds(samples, place_backgrounds)
+    parts = figures[0] if stored else sum(by_place, figures + grounds)
     head = head_of(config, encoder, samples, *[part.key() for part in parts])
     states = [unfinished(out / name, head, encoder) for name in PARTIAL]  # complains now, not in an hour
     if not any(states) and finished(out / "results.json", head):
         return
-    with left_over(out, any(states)):
+    with resuming(out, any(states)):
+        # of the last seed are the page and the checkpoint: it is run in any case
         runs = states[0]["runs"][: seeds - 1] if states[0] else []
-        for s in range(seed + len(runs), seed + seeds):
-            result, last = bap(s, encoder, figures, grounds, dataset(seed=s), out, head, placed)
+        for k in range(len(runs), seeds):
+            biased = dataset(seed=seed + k)
+            result, fitted = bap(seed + k, encoder, figures, grounds, biased, out, head, by_place)
             runs.append(result)
             save_checkpoint(out / PARTIAL[0], dict(head, runs=runs))
-        results = dict(head, notes=encoder.notes + notes + last.samples.notes)
+        results = dict(head, notes=encoder.notes + notes + fitted.samples.notes)
         results.update(average(runs, results["notes"]))
         results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
-        save_results(out, results, last)
+        save_results(out, results, fitted)
     say(f"\n{out}: results.json, report.html, ckpt.pt, map.npz written, {time.time() - started:.0f} s", True)
 
 
-def save_results(out, results, last):
+def save_results(out, results, fitted):
     """Writes what came out: ckpt.pt, report.html, results.json, trained weights.safetensors; and says it."""
-    old = ["finetune.json"] if last.weights else ["finetune.json", "weights.safetensors", "log.csv"]
     (out / "results.json").unlink(missing_ok=True)  # it would be of another run than what comes now
-    if last.weights:
-        write(out / "weights.safetensors", last.weights)
-        kept = dict(erm="bap", bap="bap", val_probe_bap="val_probe_bap")  # those of its embeddings
-        last.probes = {name: last.probes[of] for name, of in kept.items()}
-    state = dict(config=results["config"], git=results["git"], fingerprint=last.encoder.fingerprint)
-    state.update(map=last.map.state_dict(), power=last.map.power)
-    state.update(probes={name: vars(probe) for name, probe in last.probes.items()})
-    state.update(classes=last.samples.classes, places=last.samples.places)
+    names, other = ["ckpt.pt", "map.npz", "report.html"], ["finetune.json"]
+    if fitted.weights:
+        write(out / "weights.safetensors", fitted.weights)
+        names.append("weights.safetensors")
+        trained = dict(erm="bap", bap="bap", val_probe_bap="val_probe_bap")  # the probes on its embeddings
+        fitted = fitted._replace(probes={name: fitted.probes[of] for name, of in trained.items()})
+    else:
+        other += ["weights.safetensors", "log.csv"]
+    state = {k: results[k] for k in ("config", "git")} | dict(fingerprint=fitted.encoder.fingerprint)
+    state.update(map=fitted.map.state_dict(), power=fitted.map.power)
+    state.update(probes={name: vars(probe) for name, probe in fitted.probes.items()})
+    state.update(classes=fitted.samples.classes, places=fitted.samples.places)
     save_checkpoint(out / "ckpt.pt", state)
-    write(out / "map.npz", map_bytes(last))
-    write(out / "report.html", report(results, last))
-    names = ["ckpt.pt", "map.npz", "report.html"] + ["weights.safetensors"] * bool(last.weights)
+    write(out / "map.npz", map_bytes(fitted))
+    write(out / "report.html", report(results, fitted))
     results["files"] = {name: file_digest(out / name, "") for name in names}
-    write_json(out / "results.json", results)  # last: it is there only if all the rest is
+    write_json(out / "results.json", results)  # at the end: it is there only if all the rest is
     for name in PARTIAL:
         (out / name).unlink(missing_ok=True)
     for line in results["notes"]:
         say(line)
-    say(summary(results, last.samples), True)
-    others_here(out, old)
+    say(summary(results, fitted.samples), True)
+    others_here(out, other)
 
 
-def map_bytes(last):
-    """map.npz: the map and its probe (of bap, or without composites of erm) for those who have numpy only.
-    Of embeddings z [n, D] by the same encoder:
-
-        a = np.load("map.npz"); x = np.sign(z) * abs(z) ** a["power"]
-        g = (x / np.linalg.norm(x, axis=1, keepdims=True) - a["mu"]) @ a["W"]
-        label = a["classes"][(g @ a["weight"] + a["bias"]).argmax(1)]
-    """
-    probe, buffer = last.probes.get("bap", last.probes["erm"]), io.BytesIO()
+def map_bytes(fitted):
+    """map.npz: the map and its probe (of bap, or without composites of erm) for those who have numpy only;
+    the README shows how it is applied."""
+    probe, buffer = fitted.probes.get("bap", fitted.probes["erm"]), io.BytesIO()
     weight = probe.weight / torch.as_tensor(probe.scale).reshape(-1, 1)  # [D, C]
     bias = probe.bias - torch.as_tensor(probe.mean) @ weight
-    arrays = dict(weight=weight, bias=bias, **last.map.state_dict())
+    arrays = dict(weight=weight, bias=bias, **fitted.map.state_dict())
     arrays = {k: v.detach().cpu().numpy() for k, v in arrays.items()}
-    np.savez(buffer, power=last.map.power, classes=np.array(last.samples.classes, str), **arrays)
+    np.savez(buffer, power=fitted.map.power, classes=np.array(fitted.samples.classes, str), **arrays)
     return buffer.getvalue()
 
 
@@ -259,9 +260,9 @@ def material(config, encoder, out):
     if not config["data"].startswith("embeddings:"):
         wanted = "a folder; embeddings of composites go with --data=embeddings:FILE"
         expect(kind != "embeddings", "foregrounds", foregrounds, wanted)
-        grounds, notes = grounds_of(backgrounds, skip_bad)
-        figures, more = figures_of(foregrounds, grounds, encoder, skip_bad, out)
-        return figures, grounds, more + notes
+        grounds, ground_notes = grounds_of(backgrounds, skip_bad)
+        figures, notes = figures_of(foregrounds, grounds, encoder, skip_bad, out)
+        return figures, grounds, notes + ground_notes
     if kind == "embeddings":
         grid = stored_composites(file)
         return grid, [], [f"{file}: embeddings of {len(grid[0])} composites"]
@@ -270,19 +271,19 @@ def material(config, encoder, out):
     return ([], none, none), [], [note]
 
 
-def bap(s, encoder, figures, grounds, samples, out, head, placed=()):
-    """The whole method for one seed: its result in plain numbers, and what report and checkpoint need. head:
-    see head_of; placed: see place_grounds."""
+def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
+    """The whole method for one seed: its result in plain numbers, and a Fitted. figures, grounds: see
+    material; head: see head_of; by_place: see place_grounds."""
     lap = Laps()
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
     stored = isinstance(figures, tuple)  # composites themselves, as embeddings from elsewhere
-    cells, i, j = figures if stored else composites(figures, grounds, instances, per_instance, s)
+    cells, i, j = figures if stored else composites(figures, grounds, instances, per_instance, seed)
     cells, z, i, j = embedded(encoder, cells, "composites", i, j)
     lap("composites", "how additive they are")
 
     # 2. how additive are they?
-    additive = how_additive(encoder, cells, z, i, j, s) if cells else None
+    additive = how_additive(encoder, cells, z, i, j, seed) if cells else None
     lap("additivity")
 
     # 3. the biased data. Its training foregrounds are worth having among the composites, and need no labels:
@@ -292,29 +293,31 @@ def bap(s, encoder, figures, grounds, samples, out, head, placed=()):
     if not good.all():
         samples, x = check(samples.keep(good.cpu())), x[good]
     lap("target", "own foregrounds")
-    power = 1.0 if (z < 0).any() else 0.5  # after a ReLU a few large channels outshout the rest
-    mine = own_foregrounds(encoder, cells, grounds, samples, x, power, s) if own and not stored else None
-    grids, all_cells, all_j, drift = [(1.0, z, i)], cells, j, mine.drift if mine else None
-    if mine and mine.foretold < FORETOLD:
-        grids, all_cells = [(1 - own, z, i), (own, mine.z, mine.i)], cells + mine.cells
-        all_j = torch.cat([j, mine.j])
+    # after a ReLU no embedding is below zero, and a few large channels outshout the rest: roots even them out
+    power = 1.0 if (z < 0).any() else 0.5
+    mine = None
+    if own and not stored:
+        mine = own_foregrounds(encoder, cells, grounds, samples, x, power, seed)
     lap("own", "maps")
 
-    # 4. the maps, and with --train=last_blocks|image first the encoder
-    maps, D = {}, x.shape[1]
-    identity = Map(x.new_zeros(D), torch.eye(D, device=x.device))
+    # 4. the maps. The two grids are weighed, not pooled: the synthetic one knows many foregrounds, the
+    # target's those that matter, and neither is to win by its number of composites
+    synthetic = Grid(1.0, z, i, j, cells)
+    grids, maps, drift = [synthetic], {}, mine and mine.drift
     if cells:
-        maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener([(1.0, z, i)], lam))
+        maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener(grids, lam))
         if mine:
-            maps["bap_synthetic"] = wiener([(1.0, z, i)], lam, power, None, LEAST)
+            maps["bap_synthetic"] = wiener(grids, lam, power, None, LEAST)
+        if mine and mine.foretold < FORETOLD:
+            grids = [synthetic._replace(weight=1 - own), mine.grid._replace(weight=own)]
         maps["bap"] = wiener(grids, lam, power, drift, LEAST)
+    # with --train=last_blocks|image the encoder itself learns what the map does, and needs none behind it
+    identity = Map(x.new_zeros(x.shape[1]), eye(x[0]))
     trained, x_bap, zero, weights = encoder, x, None, b""
     if train in ("last_blocks", "image"):
-        trained, weights = pretrain(encoder, all_cells, grids, all_j, samples, s, out, head)
-        new = trained.embed(all_cells, "composites, trained").split([len(v) for _, v, _ in grids])
-        grids = [(weight, v, k) for v, (weight, _, k) in zip(new, grids, strict=True)]
+        trained, weights, grids = pretrain(encoder, grids, samples, seed, out, head)
         x_bap = trained.embed(samples.items, "target, trained")
-        both = wiener(grids, lam, power, None, LEAST)  # drift is of the encoder as it was
+        both = wiener(grids, lam, power, None, LEAST)  # no drift: it was measured on the encoder as it was
         maps.update(bap_map=maps["bap"], bap_both=both, bap=identity)
         if encoder.tokenizer:
             say(samples.nameless or samples.prompt_line())
@@ -322,32 +325,31 @@ def bap(s, encoder, figures, grounds, samples, out, head, placed=()):
             zero = dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
     if bap_map == "linear" and cells:
         name = "bap_both" if "bap_both" in maps else "bap"
-        maps[name] = contrast(maps[name], grids[0][1], i, j, s, steps, learning_rate)
+        maps[name] = contrast(maps[name], grids[0].z, i, j, seed, steps, learning_rate)
     lap("pretraining", "probes, dfr, and whether the map is invariant")
 
     # 5. probes, all with the same penalty, trained on the biased data, read on the test split
-    extra = recomposed(encoder, samples, grounds, placed, s)
-    probes, methods, reasons, right = probe_all(maps, x, x_bap, samples, extra, l2, s)
+    augmented = recomposed(encoder, samples, grounds, by_place, seed)
+    probes, methods, reasons, correct = probe_all(maps, x, x_bap, samples, augmented, l2, seed)
     lap("probes")
-    g = maps.get("bap", identity)
-    found = invariance(g, grids[0][1], i, x, x_bap, samples, l2, s) if cells else None
+    g, invariant = maps.get("bap", identity), None
+    if cells:
+        invariant = invariance(g, grids[0].z, i, x, x_bap, samples, l2, seed)
     if mine:
-        found["own_foretold"] = mine.foretold
-    result = dict(additivity=additive, invariance=found, methods=methods, reasons=reasons)
+        invariant["own_foretold"] = mine.foretold
+    result = dict(additivity=additive, invariance=invariant, methods=methods, reasons=reasons)
     result.update(seconds=lap.seconds, zero_shot=zero)
-    last = dict(map=g, probes=probes, right=right, samples=samples, x=x_bap, cells=cells)
-    last.update(cuts=mine.cuts if mine else [])
-    return result, SimpleNamespace(**last, encoder=trained, weights=weights)
+    cuts = mine.cuts if mine else []
+    return result, Fitted(trained, weights, g, probes, correct, samples, x_bap, cells, cuts)
 
 
 class Laps:
-    """Seconds since the last lap, by name."""
+    """Seconds since the last lap, by name; a call ends a lap, and says what is coming."""
 
     def __init__(self):
         self.seconds, self.clock = {}, time.time()
 
     def __call__(self, name, coming=""):
-        """Ends a lap, and says what is coming."""
         self.seconds[name], self.clock = time.time() - self.clock, time.time()
         if coming:
             say(f"{coming} ...")
@@ -357,42 +359,40 @@ def embedded(encoder, pictures, label, *numbers):
     """Of pictures, and numbers [N] of them, what can be embedded: list, embeddings [n, D], numbers [n]."""
     z = encoder.embed(pictures, label)
     good = z.isfinite().all(1)
-    keep = good.nonzero()[:, 0].tolist()
-    return [pictures[k] for k in keep], z[good], *[v.to(z.device)[good] for v in numbers]
+    pictures = list(itertools.compress(pictures, good.tolist()))
+    return pictures, z[good], *[v.to(z.device)[good] for v in numbers]
 
 
-def how_additive(encoder, cells, z, i, j, s):
+def how_additive(encoder, cells, z, i, j, seed):
     """The fit of z(f, b) = mu + a_f + c_b + e, and of 200 composites cos(z(f, b), z(f on grey) + z(b))."""
-    additive = additivity(unit(z), i, j, seed=s)
+    additive = additivity(unit(z), i, j, seed=seed)
     if encoder.kind == "stored":  # neither part alone can be embedded
         return additive
-    some = some_of(len(z), 200, s)
-    f = encoder.embed([replace(cells[k], ground=None) for k in some], "foregrounds on grey")
-    b = encoder.embed([replace(cells[k], figure=None) for k in some], "backgrounds alone")
-    parts = torch.stack([unit(v) for v in (z[some], f, b)])  # [3, N, D]
+    pick = some_of(len(z), 200, seed)
+    f = encoder.embed([replace(cells[k], ground=None) for k in pick], "foregrounds on grey")
+    b = encoder.embed([replace(cells[k], figure=None) for k in pick], "backgrounds alone")
+    parts = torch.stack([unit(v) for v in (z[pick], f, b)])  # [3, N, D]
     parts = parts[:, parts.isfinite().all(2).all(0)]
-    additive["flat"].update(cos_sum(*parts, seed=s))
+    additive["flat"].update(cos_sum(*parts, seed=seed))
     logs = sphere_log(rearrange(parts, "k n d -> (k n) d"))
-    additive["sphere"].update(cos_sum(*rearrange(logs, "(k n) d -> k n d", k=3), seed=s))
+    additive["sphere"].update(cos_sum(*rearrange(logs, "(k n) d -> k n d", k=3), seed=seed))
     return additive
 
 
-def probe_all(maps, x, x_bap, samples, extra, l2, s):
+def probe_all(maps, x, x_bap, samples, augmented, l2, seed):
     """The probe on every map, and what else could be done: probes, the metrics of ROWS on the test split, of
-    rows that cannot be computed the reasons, and which images are right [n].
-
-    maps: name -> g; x, x_bap: embeddings [n, D] of all images, by the encoder and by what BAP made of it;
-    extra: name -> more training images, (embeddings, labels).
-    """
+    rows that cannot be computed the reasons, and which images are right [n]. maps: name -> g; x, x_bap:
+    embeddings [n, D] of all images, by the encoder and by what BAP made of it; augmented: name ->
+    (embeddings, labels) of images that join the training split, see recomposed."""
     y, group, split = (v.to(x.device) for v in (samples.y, samples.group(), samples.split))
     biased, val, test = (split == k for k in range(3))
     probes, correct, counts = {}, {}, samples.counts(0).to(x.device)
 
-    def probe(name, g, mask=biased, more=None, weight=None):
+    def probe(name, g, mask=biased, joining=None, weight=None):
         inputs = x_bap if name in ("bap", "bap_both", "val_probe_bap") else x
         rows, labels = g(inputs[mask]), y[mask]
-        if more:
-            rows, labels = torch.cat([rows, g(more[0])]), torch.cat([labels, more[1]])
+        if joining:
+            rows, labels = torch.cat([rows, g(joining[0])]), torch.cat([labels, joining[1]])
         probes[name] = fit_probe(rows, labels, l2, weight, len(samples.classes))
         correct[name] = probes[name].predict(g(inputs)) == y
 
@@ -402,25 +402,24 @@ def probe_all(maps, x, x_bap, samples, extra, l2, s):
     probe("val_probe", unit, val)
     if "bap" in maps:
         probe("val_probe_bap", maps["bap"], val)
-    for name, more in extra.items():
-        probe(name, unit, more=more)
+    for name, joining in augmented.items():
+        probe(name, unit, joining=joining)
     reasons = dict(group_weighted=unbalanced(samples, 0), dfr=unbalanced(samples, 1, 2, 8))
     reasons["dfr_val_scaled"] = reasons["dfr"]
-    for name, needs in MASKED.items():
-        reasons[name] = "" if name in extra else needs
     if not reasons["group_weighted"]:
         placed = biased & (group >= 0)
         probe("group_weighted", unit, placed, weight=1 / counts[group[placed]].double())
     for name, scaler in (("dfr", standard(x[biased])), ("dfr_val_scaled", None)):
         if not reasons[name]:
-            correct[name] = dfr(x[val], y[val], group[val], s, scaler).predict(x) == y
+            correct[name] = dfr(x[val], y[val], group[val], seed, scaler).predict(x) == y
+    reasons = {name: reason for name, reason in (reasons | MASKED).items() if name not in correct}
     methods = {}
-    for name in [name for name in ROWS if name in correct]:
-        over = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=s)
-        metrics = group_metrics(correct[name][test], samples, test.nonzero()[:, 0])
-        methods[name] = dict(metrics, over_erm=list(over))
-    reasons = {name: reason for name, reason in reasons.items() if reason}
-    return probes, methods, reasons, {name: hit.cpu() for name, hit in correct.items()}
+    for name in ROWS:
+        if name in correct:
+            over = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=seed)
+            metrics = group_metrics(correct[name][test], samples, test.nonzero()[:, 0])
+            methods[name] = dict(metrics, over_erm=list(over))
+    return probes, methods, reasons, {name: right.cpu() for name, right in correct.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -445,50 +444,53 @@ def scatter(z, i):
 def wiener(grids, lam=1.0, power=1.0, drift=None, least=0.0):
     """The closed form, a Wiener filter for the foreground: W = (S_f + S_w + lam t I)^-1 S_f.
 
-    grids: list of (weight, z [N, D], i [N]): embeddings of composites and the foreground instance of each;
-    the moments of several grids are averaged, and S_f then clipped to positive semi-definite. The ridge is in
-    units of the mean variance, t = trace(S_f + S_w) / D. For row vectors: (z - mu) W; the transposed product
-    is wrong. Our reading of BAP, claim 2. Returns a Map.
+    grids: list of Grid, or (weight, z [N, D], i [N]); the moments of several are averaged, and S_f then
+    clipped to positive semi-definite. The ridge is in units of the mean variance, t = trace(S_f + S_w) / D.
+    For row vectors: (z - mu) W; the transposed product is wrong. Our reading of BAP, claim 2. Returns a Map.
 
     Ours: drift [n, D], effects of the target's own backgrounds, whose scatter joins S_w with weight DRIFT;
     and least: directions in which the foreground has a smaller share of all that the filter divides by are
     cut, as what is only weakened a probe makes strong again. The FEWEST with the largest shares stay.
     """
-    total = sum(weight for weight, _, _ in grids)
-    moments = [[weight / total * m for m in scatter(features(z, power), i)] for weight, z, i in grids]
+    total = sum(weight for weight, *_ in grids)
+    moments = [[weight / total * m for m in scatter(features(z, power), i)] for weight, z, i, *_ in grids]
     mu, S_f, S_w = (sum(parts) for parts in zip(*moments, strict=True))
     if drift is not None:
         S_w = S_w + DRIFT * drift.T @ drift / len(drift)
     value, vector = torch.linalg.eigh(S_f)
     S_f = (vector * value.clamp(min=0)) @ vector.T
     L = torch.linalg.cholesky(S_f + S_w + lam * (S_f + S_w).trace() / len(mu) * eye(mu))
+    # whitened, L^-1 S_f L^-T is symmetric, and its eigenvalues are the foreground's shares
     half = torch.linalg.solve_triangular(L, S_f, upper=False)
-    share, u = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.T, upper=False))  # in whitened space
-    share = share.where(share >= min(least, share[-FEWEST:][0]), 0)  # [D], from 0 to 1
+    share, u = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.T, upper=False))
+    share = share.where(share >= min(least, share[-FEWEST:][0]), 0)  # [D], from 0 to 1, ascending
     return Map(mu, torch.linalg.solve_triangular(L.T, u * share, upper=True) @ u.T @ L.T, power)
 
 
-def own_foregrounds(encoder, cells, grounds, samples, x, power, s):
+def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     """The target's own training foregrounds, as a cutter that learned from the composites cells finds them,
-    on other backgrounds: cuts; composites cells [N], their embeddings z [N, D], foregrounds i and backgrounds
-    j [N]; drift and foretold, see own_backgrounds. None if the cutter is not trusted. x: embeddings of all
-    samples [n, D]."""
-    cuts = cut_own(encoder, samples.keep(samples.split == 0).items, cells, s)
-    if not cuts:
+    on other backgrounds: cuts, a Grid, and drift and foretold, see own_backgrounds. None if the cutter is not
+    trusted. x: embeddings of all samples [n, D]."""
+    biased = samples.split == 0
+    pictures = samples.keep(biased).items
+    cut, trusted, line = cut_out(encoder, pictures, cells, seed, "training images")
+    if not trusted:
+        say(f"{line}: not trusted, the target's own foregrounds are not used")
         return None
-    own_cells, i, j = own_composites(list(cuts.values()), grounds, s)
-    turn = torch.arange(len(own_cells)) % OWN_PER
-    own_cells, z, i, j, turn = embedded(encoder, own_cells, "own foregrounds", i, j, turn)
-    photos, y = (part[samples.split.to(part.device) == 0][list(cuts)] for part in (x, samples.y))
+    say(line)
+    cuts = list(cut.values())
+    cells, i, j = own_composites(cuts, grounds, seed)
+    turn = torch.arange(len(cells)) % OWN_PER
+    cells, z, i, j, turn = embedded(encoder, cells, "own foregrounds", i, j, turn)
+    photos, y = (v[biased.to(v.device)][list(cut)] for v in (x, samples.y))
     views = features(photos, power), features(z, power)
-    drift, foretold = own_backgrounds(*views, i, turn, y.to(x.device), s)
+    drift, foretold = own_backgrounds(*views, i, turn, y.to(x.device), seed)
     line = f"of what {len(drift)} photos have beside their foregrounds these foretell {foretold:.3f}: "
     say(line + ("independent" if foretold < FORETOLD else "they are left out of S_f"))
-    found = dict(cuts=list(cuts.values()), cells=own_cells, z=z, i=i, j=j, drift=drift, foretold=foretold)
-    return SimpleNamespace(**found)
+    return SimpleNamespace(cuts=cuts, grid=Grid(1.0, z, i, j, cells), drift=drift, foretold=foretold)
 
 
-def own_backgrounds(photos, v, i, turn, y, s):
+def own_backgrounds(photos, v, i, turn, y, seed):
     """What the target's photos have beside their foregrounds, and whether it depends on these. Ours.
 
     photos: their features [n, D]; v: features [N, D] of composites of foreground i [N], the turn-th of each;
@@ -497,19 +499,18 @@ def own_backgrounds(photos, v, i, turn, y, s):
     is nothing: foreground and background were drawn apart. In photographs pose, waterline and light go
     together with the place, or cuts carry a rim of it along: S_f would keep what should go.
     """
-    n, parts = len(photos), []
-    for mine in (turn < 2, turn >= 2):  # apart, so that the two sides share no composite's noise
-        parts.append(sums(v[mine].double(), i[mine], n) / torch.bincount(i[mine], minlength=n)[:, None])
-    foreground, anchor = parts
-    good = (foreground + anchor).isfinite().all(1)
-    all_of = (2 * foreground + (OWN_PER - 2) * anchor)[good] / OWN_PER
-    drift, effect = photos[good].double() - all_of, (photos - anchor)[good]
-    pick = some_of(len(drift), 400, s)
-    share = foretold_share(foreground[good][pick], effect[pick], y[good][pick], s)
+    n, means = len(photos), []
+    for half in (turn < 2, turn >= 2):  # apart, so that the two sides share no composite's noise
+        means.append(sums(v[half].double(), i[half], n) / torch.bincount(i[half], minlength=n)[:, None])
+    good = sum(means).isfinite().all(1)  # NaN where no composite of a foreground could be embedded
+    (f, rest), photos, y = (m[good] for m in means), photos[good], y[good]
+    drift = photos.double() - (2 * f + (OWN_PER - 2) * rest) / OWN_PER
+    pick = some_of(len(drift), 400, seed)
+    share = foretold_share(f[pick], (photos - rest)[pick], y[pick], seed)
     return drift - drift.mean(0), share
 
 
-def foretold_share(a, d, y, s, leading=40):
+def foretold_share(a, d, y, seed, leading=40):
     """Share of the variance of d [n, D] that ridge regression on a [n, D] foretells, by five-fold
     cross-validation in the leading principal components of each, within classes y [n]; below 0: none."""
     if len(y) < 20:
@@ -520,11 +521,11 @@ def foretold_share(a, d, y, s, leading=40):
         u, size, _ = torch.linalg.svd(part - middle[y], full_matrices=False)
         columns.append(u[:, :leading] * size[:leading])
     (a, d), lost = columns, 0.0
-    fold = torch.tensor(some_of(len(y), len(y), s), device=y.device) % 5
+    fold = torch.tensor(some_of(len(y), len(y), seed), device=y.device) % 5
     for k in range(5):
-        seen, test = a[fold != k], fold == k
-        ridge = 0.1 * seen.square().sum() / leading * eye(a[0])
-        B = torch.linalg.solve(seen.T @ seen + ridge, seen.T @ d[fold != k])
+        rest, test = a[fold != k], fold == k
+        ridge = 0.1 * rest.square().sum() / leading * eye(a[0])
+        B = torch.linalg.solve(rest.T @ rest + ridge, rest.T @ d[fold != k])
         lost += (d[test] - a[test] @ B).square().sum()
     return float(1 - lost / d.square().sum())
 
@@ -537,9 +538,9 @@ def eye(mu):
 def background_effects(z, i, j, k):
     """mu [D], and the k leading directions [D, k] and coordinates [m, k] of the backgrounds' effects c_j."""
     mu, _, c = additive_solve(z, renumber(i), renumber(j))
-    u, s, v = torch.linalg.svd(c, full_matrices=False)
-    k = min(k, int((s > 1e-6 * s[0]).sum()))
-    return mu, v[:k].T, (u * s)[:, :k]
+    u, size, v = torch.linalg.svd(c, full_matrices=False)
+    k = min(k, int((size > 1e-6 * size[0]).sum()))
+    return mu, v[:k].T, (u * size)[:, :k]
 
 
 def nullspace(z, i, j, k=32):
@@ -563,7 +564,7 @@ def leace(z, i, j, k=32):
     return Map(mu, (eye(mu) - colour @ q @ q.T @ whiten).T)
 
 
-def contrast(g, z, i, j, s, steps, learning_rate):
+def contrast(g, z, i, j, seed, steps, learning_rate):
     """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor.
 
     A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that is
@@ -573,7 +574,7 @@ def contrast(g, z, i, j, s, steps, learning_rate):
     x, i = features(z, g.power), renumber(i)
     mu, a, _ = additive_solve(x, i, renumber(j))
     a, r = a.float(), (x - mu - a[i]).float()  # [n, D], [N, D]
-    generator, W = torch.Generator().manual_seed(s), g.W.requires_grad_(True)
+    generator, W = torch.Generator().manual_seed(seed), g.W.requires_grad_(True)
     start, gain = W.detach().clone(), 1 / (a @ W.detach()).norm(dim=1).mean()
     optimiser = torch.optim.AdamW([W], learning_rate * float(start.std()), weight_decay=0.0)
     slower = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
@@ -581,7 +582,7 @@ def contrast(g, z, i, j, s, steps, learning_rate):
         n, m = (torch.randperm(len(v), generator=generator)[:256].to(v.device) for v in (a, r))
         f, b, y = a[n] @ W, r[m] @ W, torch.arange(len(n), device=a.device)
         value = pairwise_loss(f, b, unit(f), y, 20.0)  # the inverse temperature
-        value = value + 100 * (gain * (W - start)).square().sum() / len(W)
+        value = value + 100 * (gain * (W - start)).square().sum() / len(W)  # it stays near the closed form
         optimiser.zero_grad()
         value.backward()
         if not value.isfinite():
@@ -594,45 +595,50 @@ def contrast(g, z, i, j, s, steps, learning_rate):
     return g
 
 
-def invariance(g, z, i, x, x_bap, samples, l2, s):
+def invariance(g, z, i, x, x_bap, samples, l2, seed):
     """Is the map's output invariant? Accuracy on test of a probe for the place, trained on val, raw and
     mapped, there also without penalty (free) and of a small network (mlp), as an adversary would; mean
     cosine of map outputs of one foreground on two backgrounds, and of two foregrounds."""
     place, split = samples.place.to(x.device), samples.split.to(x.device)
     val, test = (split == 1) & (place >= 0), (split == 2) & (place >= 0)
 
-    def accuracy(v, predictor):
+    def linear(v, y, penalty=l2):
+        return fit_probe(v, y, penalty).predict
+
+    def accuracy(v, fit_place=linear):
         if len(torch.unique(place[val])) < 2:
             return None  # no place to predict
-        return float((predictor(v[val], place[val])(v[test]) == place[test]).double().mean())
+        predict = fit_place(v[val], place[val])
+        return float((predict(v[test]) == place[test]).double().mean())
 
-    def linear(penalty):
-        return lambda v, y: fit_probe(v, y, penalty).predict
-
-    pick = some_of(len(z), 2000, s)
+    pick = some_of(len(z), 2000, seed)
     y, same = unit(g(z[pick])), i[pick][:, None] == i[pick]  # [n, D], [n, n]
     cosine, other = y @ y.T, ~torch.eye(len(pick), dtype=torch.bool, device=z.device)
-    within, between = float(cosine[same & other].mean()), float(cosine[~same].mean())
     mapped = g(x_bap)
-    probes = dict(map=linear(l2), map_free=linear(1e-6), map_mlp=mlp)
-    found = {f"place_probe_{name}": accuracy(mapped, predictor) for name, predictor in probes.items()}
-    raw = accuracy(unit(x), linear(l2))
-    return dict(found, place_probe_raw=raw, cos_within=within, cos_between=between)
+    return dict(
+        place_probe_map=accuracy(mapped),
+        place_probe_map_free=accuracy(mapped, functools.partial(linear, penalty=1e-6)),
+        place_probe_map_mlp=accuracy(mapped, mlp),
+        place_probe_raw=accuracy(unit(x)),
+        cos_within=float(cosine[same & other].mean()),
+        cos_between=float(cosine[~same].mean()),
+    )
 
 
 def mlp(x, y, hidden=64):
     """A network with one hidden layer, trained to predict y [n] from x [n, D], 300 steps of AdamW on all of
     them: the function that predicts. It starts from seed 0."""
     mean, scale, generator = x.mean(0), x.std().clamp(min=1e-12), torch.Generator().manual_seed(0)
-    sizes = itertools.pairwise((x.shape[1], hidden, int(y.max()) + 1))
-    weights = [torch.randn(m, n, generator=generator, dtype=x.dtype) * (2 / m) ** 0.5 for m, n in sizes]
-    first, second = (w.to(x.device).requires_grad_() for w in weights)
-    bias, shift = (x.new_zeros(w.shape[1]).requires_grad_() for w in weights)
+    parameters = []
+    for m, n in itertools.pairwise((x.shape[1], hidden, int(y.max()) + 1)):
+        W = torch.randn(m, n, generator=generator, dtype=x.dtype) * (2 / m) ** 0.5
+        parameters += [W.to(x.device).requires_grad_(), x.new_zeros(n).requires_grad_()]
+    W1, b1, W2, b2 = parameters
 
     def logits(v):
-        return ((v - mean) / scale @ first + bias).relu() @ second + shift
+        return ((v - mean) / scale @ W1 + b1).relu() @ W2 + b2
 
-    optimiser = torch.optim.AdamW([first, second, bias, shift], 1e-3, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.01)
     for _ in range(300):
         optimiser.zero_grad()
         F.cross_entropy(logits(x), y).backward()
@@ -646,15 +652,12 @@ def mlp(x, y, hidden=64):
 
 @dataclass(frozen=True)
 class Cut(Picture):
-    """The foreground of a picture by a soft mask that the cutter found, in the picture's own frame: RGBA.
-
-    alpha: h x w bytes over the box (left, top, right, bottom), in shares of the picture; nothing outside it.
-    """
+    """The foreground of a picture by a soft mask that the cutter found, in the picture's own frame: RGBA."""
 
     picture: Picture
-    alpha: bytes
-    shape: tuple
-    box: tuple = (0.0, 0.0, 1.0, 1.0)
+    alpha: bytes  # of h x w cells
+    shape: tuple  # h, w
+    box: tuple = (0.0, 0.0, 1.0, 1.0)  # that they cover, in shares of the picture; nothing outside it
 
     @property
     def path(self):
@@ -671,19 +674,17 @@ class Cut(Picture):
 
 
 class Cutter:
-    """Finds the foreground of any picture like those that composites imitate, on the grid of dense().
-
-    A logistic regression on each cell's features, trained on composites [n] with their alpha as the
-    target; iou: mean intersection over union on every tenth of them, held out. Kept in the cache. Ours,
-    not in the papers.
-    """
+    """Finds the foreground of pictures like those that composites imitate: a logistic regression on each cell
+    of dense(), trained on composites [n] with their alpha as the target; iou: mean intersection over union
+    on every tenth of them, held out. Kept in the cache. Ours, not in the papers."""
 
     def __init__(self, encoder, scenes, seed=0):
         self.encoder = encoder
         keys = [f"seed {seed}", *[scene.key() for scene in scenes]]
         learned = encoder.kept("cutter", keys, 3, lambda: learn_cutter(encoder, scenes, seed))  # [3, D' + 2]
-        (self.mean, self.scale, self.weight), rest = learned[:, :-2], learned[:, -2:].tolist()
-        self.grid, (self.bias, self.iou) = (int(rest[0][0]), int(rest[0][1])), rest[2]
+        self.mean, self.scale, self.weight = learned[:, :-2]
+        (h, w), _, (self.bias, self.iou) = learned[:, -2:].tolist()
+        self.grid = int(h), int(w)
         self.name = f"cutter {sha256(learned.cpu().numpy().tobytes())[:16]}"
 
     def masks(self, x, _=None):
@@ -699,9 +700,10 @@ class Cutter:
 
 def dense(encoder, x):
     """Images [N, 3, H, W] -> the last three levels of features on the finest one's grid: [N, h, w, D']."""
-    tower = encoder.fast if encoder.kind == "timm" else encoder.fast.visual
+    tower = getattr(encoder.fast, "visual", encoder.fast)
     levels = tower.forward_intermediates(x, indices=3, intermediates_only=True)
-    levels = levels if encoder.kind == "timm" else levels["image_intermediates"]
+    if isinstance(levels, dict):  # open_clip's, where timm has a list
+        levels = levels["image_intermediates"]
     grid = max(tuple(v.shape[2:]) for v in levels)
     same = torch.cat([F.interpolate(v.float(), size=grid, mode="bilinear") for v in levels], 1)
     return rearrange(same, "n d h w -> n h w d")
@@ -713,22 +715,22 @@ def soft(logits):
 
 
 def learn_cutter(encoder, scenes, seed, cells=60):
-    """What a Cutter is made of, as one tensor [3, D' + 2]: mean, h, w; scale; weight, bias, iou."""
-    generator, rows, target, held = torch.Generator().manual_seed(seed), [], [], []
+    """What a Cutter is made of, as one tensor [3, D' + 2]: mean, h, w; scale; weight, bias, iou. Learned from
+    so many cells of each scene, as neighbours say much the same."""
+    generator, rows, target, held_out = torch.Generator().manual_seed(seed), [], [], []
     with ThreadPoolExecutor(encoder.threads) as pool:
         for start in bar("cutter", range(0, len(scenes), 16)):
             batch = scenes[start : start + 16]
             x = encoder.normalised(encoder.onto_device(list(pool.map(encoder.pixels, batch))))
             f = encoder.run(x, encoder.precision, lambda x, _: dense(encoder, x))  # [N, h, w, D']
-            a = torch.stack([cell_alpha(encoder, scene, f.shape[1:3]) for scene in batch])  # [N, h, w]
-            a = a.to(f.device)
+            alphas, grid = [scene.alpha() for scene in batch], f.shape[1:3]
+            a = torch.stack([cell_shares(v, encoder.frame(*v.size), *grid) for v in alphas]).to(f.device)
             test = torch.arange(start, start + len(batch), device=f.device) % 10 == 9
-            held.append((f[test], a[test]))
+            held_out.append((f[test], a[test]))
             f, a = rearrange(f[~test], "n h w d -> n (h w) d"), rearrange(a[~test], "n h w -> n (h w)")
             pick = torch.randint(a.shape[1], (len(a), cells), generator=generator).to(f.device)
             rows.append(f.gather(1, repeat(pick, "n k -> n k d", d=f.shape[2])).flatten(0, 1))
             target.append(a.gather(1, pick).flatten())
-            grid = held[0][0].shape[1:3]
     x, y = torch.cat(rows), torch.cat(target)
     mean, scale = x.mean(0), x.std(0).clamp(min=1e-6)
     x, theta = (x - mean) / scale, x.new_zeros(x.shape[1] + 1).requires_grad_()
@@ -743,70 +745,53 @@ def learn_cutter(encoder, scenes, seed, cells=60):
 
     optimiser.step(step)
     theta, iou = theta.detach(), []
-    for f, a in held:
+    for f, a in held_out:
         on, true = soft((f - mean) / scale @ theta[:-1] + theta[-1]) > 0.5, a > 0.5
         iou.append((on & true).sum((1, 2)) / (on | true).sum((1, 2)).clamp(min=1))
     rest = theta.new_tensor([[*grid], [0, 0], [float(theta[-1]), float(torch.cat(iou).mean())]])
     return torch.cat([torch.stack([mean, scale, theta[:-1]]), rest], 1)
 
 
-def cell_alpha(encoder, scene, grid):
-    """The alpha of a composite over the cells of a grid (h, w) on what the encoder sees of it, [h, w]."""
-    alpha = scene.alpha()
-    return cell_shares(alpha, encoder.frame(*alpha.size), *grid)
-
-
-def cut_own(encoder, pictures, cells, s):
-    """The foregrounds of the target's training pictures, {number: Cut}; none if the cutter is not trusted."""
-    cuts, trusted, line = cut_out(encoder, pictures, cells, s, "training images")
-    say(line + ("" if trusted else ": not trusted, the target's own foregrounds are not used"))
-    return cuts if trusted else {}
-
-
-def cut_out(encoder, pictures, cells, s, what):
+def cut_out(encoder, pictures, cells, seed, what):
     """The foregrounds of pictures, {number: Cut}, by a cutter that learned from the composites cells; whether
-    it can be trusted; and a line on that.
-
-    It cannot if it misses the foregrounds of held-out composites (IoU below 0.6), nor if it finds one of
-    plausible size, 2 to 50 % of the picture, in less than two thirds of the target's: then what it learned
-    from composites does not carry over.
-    """
-    cutter = Cutter(encoder, [cells[k] for k in some_of(len(cells), 640, s)], seed=s)
-    numbers = sorted(some_of(len(pictures), OWN_MOST, s))
+    it can be trusted; and a line on that. It cannot if it misses the foregrounds of held-out composites (IoU
+    below 0.6), nor if it finds one of plausible size, 2 to 50 % of the picture, in less than two thirds of
+    the target's: then what it learned from composites does not carry over."""
+    cutter = Cutter(encoder, [cells[k] for k in some_of(len(cells), 640, seed)], seed=seed)
+    numbers = sorted(some_of(len(pictures), OWN_MOST, seed))
     alpha = encoder.embed([pictures[k] for k in numbers], "cut out", cutter.masks, cutter.name)
     plausible = (alpha.mean(1) > 0.02) & (alpha.mean(1) < 0.5)
     share = float(plausible.double().mean())
-    trusted = cutter.iou >= 0.6 and share >= 2 / 3
-    found = f"a plausible foreground in {share:.0%} of the {what}"
-    line = f"cutter: IoU {cutter.iou:.2f} on held-out composites, {found}"
-    rows = zip(numbers, alpha, plausible.tolist(), strict=True)
-    return {k: cutter.cut(pictures[k], mask) for k, mask, good in rows if good}, trusted, line
+    line = f"cutter: IoU {cutter.iou:.2f} on held-out composites"
+    line += f", a plausible foreground in {share:.0%} of the {what}"
+    rows = zip(numbers, alpha, plausible, strict=True)
+    cuts = {k: cutter.cut(pictures[k], mask) for k, mask, good in rows if good}
+    return cuts, cutter.iou >= 0.6 and share >= 2 / 3, line
 
 
-def some_of(n, most, s):
+def some_of(n, most, seed):
     """Up to `most` of the numbers 0 to n - 1, in random order: list."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(s))[:most].tolist()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].tolist()
 
 
-def own_composites(cuts, grounds, s):
+def own_composites(cuts, grounds, seed):
     """Each own foreground on OWN_PER backgrounds: composites, their foregrounds i and backgrounds j [N]."""
-    items, i, j = [], [], []
+    items, j = [], []
     for n, k in np.ndindex(len(cuts), OWN_PER):
-        g = rng(s, "own", n, k)
+        g = rng(seed, "own", n, k)
         j.append(int(g.integers(len(grounds))))
         items.append(Composite(cuts[n], grounds[j[-1]], None, draw_view(g)))
-        i.append(n)
-    return items, torch.tensor(i), torch.tensor(j)
+    return items, torch.arange(len(cuts)).repeat_interleave(OWN_PER), torch.tensor(j)
 
 
-def recomposed(encoder, samples, grounds, by_place, s):
+def recomposed(encoder, samples, grounds, by_place, seed):
     """The training foregrounds, by their masks, on other backgrounds: {"copy_paste": on two of the
     composites', "balanced_train": on one of each place}, each (embeddings [k, D], labels [k]), if any."""
     out, masked = {}, [k for k in (samples.split == 0).nonzero()[:, 0].tolist() if samples.cut[k]]
     for name, choices, copies in (("copy_paste", [grounds], 2), ("balanced_train", by_place, 1)):
         items, y = [], []
         for k, which, again in itertools.product(masked, range(len(choices)), range(copies)):
-            g = rng(s, "recompose", k, which, again)
+            g = rng(seed, "recompose", k, which, again)
             ground = choices[which][g.integers(len(choices[which]))]
             items.append(replace(samples.cut[k], ground=ground, view=View(flip=bool(g.random() < 0.5))))
             y.append(int(samples.y[k]))
@@ -817,18 +802,17 @@ def recomposed(encoder, samples, grounds, by_place, s):
 
 def place_grounds(samples, folders):
     """For each place a list of backgrounds to recompose on, from --place_backgrounds=DIR,DIR."""
-    if samples.name == "scenes" and not folders:
-        folders = ",".join(str(ASSETS / "scenes" / "train" / place) for place in samples.places)
     folders = folders.split(",") if folders else []
     wanted = f"one folder for each of the places {', '.join(samples.places)}"
     expect(len(folders) in (0, len(samples.places)), "place_backgrounds", ",".join(folders), wanted)
+    if samples.name == "scenes" and not folders:
+        folders = [str(ASSETS / "scenes" / "train" / place) for place in samples.places]
     return [layers(folder, Ground, "place_backgrounds")[0] for folder in folders]
 
 
 def figures_of(where, grounds, encoder, skip_bad, out):
-    """The foregrounds of --foregrounds, and notes. cut:DIR: those of photos of one object each, cut out by a
-    cutter that learned from composites of the default's cut-outs; out/cuts.html shows what it makes of them.
-    """
+    """The foregrounds of --foregrounds, and notes. cut:DIR: those of photos of one object each, by a cutter
+    that learned from composites of the default's cut-outs; out/cuts.html shows what it makes of them."""
     if not where.startswith("cut:"):
         return load_foregrounds(where, skip_bad)
     photos, notes = layers(where.removeprefix("cut:"), Photo, "foregrounds", skip_bad)
@@ -850,56 +834,56 @@ def grounds_of(where, skip_bad, most=100):
     the medoid of each kept cluster, up to `most` of each."""
     if not where.startswith("discovery:"):
         return layers(where, Ground, "backgrounds", skip_bad)
-    found = load_discovery(where.removeprefix("discovery:"), f"--backgrounds={where}")
-    regions = [k for c in found.clusters if c["kept"] for k in c.get("regions", [])[:most]]
+    discovery = load_discovery(where.removeprefix("discovery:"), f"--backgrounds={where}")
+    regions = [k for c in discovery.clusters if c["kept"] for k in c.get("regions", [])[:most]]
     cure = "a discovery that kept a cluster; without one leave --backgrounds out, or look at more photos"
     expect(regions, "backgrounds", where, cure)
-    paths = [found.paths[int(found.image[k])] for k in regions]
+    paths, boxes = [discovery.paths[k] for k in discovery.image[regions]], discovery.box[regions].tolist()
     expect(all(paths), "backgrounds", where, "a discovery on photos, not on images that lie in no file")
-    boxes = [tuple(found.box[k].tolist()) for k in regions]
-    grounds = [Crop(Photo(path), box) for path, box in zip(paths, boxes, strict=True)]
+    grounds = [Crop(Photo(path), tuple(box)) for path, box in zip(paths, boxes, strict=True)]
     return grounds, [f"backgrounds: {len(grounds)} regions that discover.py found the model to rely on"]
 
 
-def pretrain(encoder, cells, grids, j, samples, s, out, head):
+def pretrain(encoder, grids, samples, seed, out, head):
     """BAP on the encoder itself (--train=last_blocks|image): a copy of it is trained so that each composite
     lands on the anchor of its foreground (squared distance, in shares of the anchors' variance). What
     texts (or the rows of its classifier) say of an image is kept: it becomes what they say of the anchor
     (KL). Anchors, mu + a_f, are those of the encoder as it was: fixed, so nothing can collapse. Contrast
     among them was worse. Our reading.
 
-    cells: the composites [N]; grids: as of wiener; j: background of each. Returns the Encoder, its weights.
-    """
-    config, head = head["config"], dict(head, seed=s)
-    z = torch.cat([v for _, v, _ in grids])
-    i = renumber(torch.cat([k + n * config["instances"] for n, (_, _, k) in enumerate(grids)]))
+    Returns the Encoder, its weights as a file's bytes, and the grids with its embeddings."""
+    config, head = head["config"], dict(head, seed=seed)
+    z, j = (torch.cat(parts) for parts in zip(*[(grid.z, grid.j) for grid in grids], strict=True))
+    # numbers of instances of one grid mean nothing in the other
+    i = renumber(torch.cat([grid.i + n * config["instances"] for n, grid in enumerate(grids)]))
     mu, a, _ = additive_solve(z, i, renumber(j))
-    task = SimpleNamespace(items=cells, y=i.cpu(), C=len(a), mu=mu.float(), anchors=a.float(), seed=s)
-    task.weight = torch.cat([torch.full((len(v),), w / len(v)) for w, v, _ in grids])
+    a = a.float()
+    task = SimpleNamespace(items=sum((grid.cells for grid in grids), []), y=i.cpu(), C=len(a), seed=seed)
+    task.anchors, task.variance = mu.float() + a, a.square().sum(1).mean()
+    task.weight = torch.cat([torch.full((len(grid.z),), grid.weight / len(grid.z)) for grid in grids])
     task.read, task.text_weight = readout(encoder, samples), config["text_weight"]
-    student, path = encoder.with_module(copy.deepcopy(encoder.module)), out / "training.pt"
+    student, path = encoder.with_module(copy.deepcopy(encoder.module)), out / PARTIAL[1]
     state = unfinished(path, head, encoder)
-    with until_asked() as asked:
-        resumed = state if state and state["seed"] == s else None
-        fit(student, task, ANCHORS, config, resumed, lambda **more: save_checkpoint(path, head | more), asked)
-    weights = weights_bytes(student.module, config=config | dict(resume=False), git=head["git"])  # same bytes
-    trained = student.with_module(student.module, sha256(weights))
-    trained.cache = encoder.cache
-    return trained, weights
+    if state and state["seed"] != seed:
+        state = None
+    weights, _ = fit_and_keep(student, task, ANCHORS, head, path, state)
+    trained = encoder.with_module(student.module, sha256(weights))
+    z = trained.embed(task.items, "composites, trained").split([len(grid.z) for grid in grids])
+    return trained, weights, [grid._replace(z=v) for grid, v in zip(grids, z, strict=True)]
 
 
 def readout(encoder, samples):
     """A function from embeddings [N, D] to logits [N, V], of the target's and ImageNet's texts, or of a
     classifier's rows; None without either."""
     if encoder.tokenizer:
-        names = [[f"a photo of a {name}."] for name in synsets()[2]]
-        own = [] if samples.nameless else samples.class_prompts()
-        t, scale = encoder.prompts(own + names), encoder.facts["logit_scale"]
+        prompts = [[f"a photo of a {name}."] for name in synsets()[2]]
+        if not samples.nameless:
+            prompts = samples.class_prompts() + prompts
+        t, scale = encoder.prompts(prompts), encoder.facts["logit_scale"]
         return lambda z: scale * unit(z) @ t.T
     if encoder.facts["rows"]:
         rows, bias = encoder.classifier()
         return lambda z: z @ rows.T + bias
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -932,35 +916,26 @@ def average(runs, notes):
     return dict(rest, methods=methods, reasons=reasons)
 
 
-def additivity_rows(results):
-    fits = results["additivity"] or {}
-    return ("geometry", *SHARES), [(k, *[v[q] for q in SHARES]) for k, v in fits.items()]
-
-
-def sentences(results):
-    """What the console and the page say of additivity and invariance."""
-    if not results["additivity"]:
-        return "", ""
-    a, v, sums = results["additivity"]["flat"], results["invariance"], ""
-    if "cos_sum" in a:
-        sums = f"cos(z(f, b), z(f) + z(b)): raw {a['cos_sum']:.3f} (shuffled {a['cos_sum_shuffled']:.3f}), "
-        sums += f"means removed {a['cos_sum_centred']:.3f} ({a['cos_sum_centred_shuffled']:.3f})"
-    place = ""
+def geometry(results):
+    """What console and page say of the composites' embeddings: header and rows of the table of shares, a
+    line on sums, one on invariance."""
+    fits, v, sums, place = results["additivity"], results["invariance"], "", ""
+    shares = ("geometry", *SHARES), [(name, *[fit[share] for share in SHARES]) for name, fit in fits.items()]
+    if "cos_sum" in fits["flat"]:
+        sums = "cos(z(f, b), z(f) + z(b)): raw {cos_sum:.3f} (shuffled {cos_sum_shuffled:.3f}), "
+        sums += "means removed {cos_sum_centred:.3f} ({cos_sum_centred_shuffled:.3f})"
     if v["place_probe_raw"] is not None:
-        accuracies = f"raw {v['place_probe_raw']:.3f}, map {v['place_probe_map']:.3f} (unpenalised "
-        accuracies += f"{v['place_probe_map_free']:.3f}, a small network {v['place_probe_map_mlp']:.3f})"
-        place = f"accuracy of a probe for the place: {accuracies}; "
-    cosines = f"cosine within a foreground {v['cos_within']:.3f}, between {v['cos_between']:.3f}"
-    return sums, place + cosines
+        place = "accuracy of a probe for the place: raw {place_probe_raw:.3f}, map {place_probe_map:.3f} "
+        place += "(unpenalised {place_probe_map_free:.3f}, a small network {place_probe_map_mlp:.3f}); "
+    cosines = "cosine within a foreground {cos_within:.3f}, between {cos_between:.3f}"
+    return shares, sums.format(**fits["flat"]), (place + cosines).format(**v)
 
 
 def summary(results, samples):
     """The tables on the console."""
     methods, config = results["methods"], results["config"]
-    groups = methods["erm"]["groups"]
-    names = [samples.group_name(g["y"], g["place"]) for g in groups]
-    names = [f"{k} {name} (n={g['n']})" for k, (name, g) in enumerate(zip(names, groups, strict=True), 1)]
-    keys, worst = (samples.worst, "avg_group_mean", "avg_train_weighted"), samples.worst.replace("_", " ")
+    keys, worst = (samples.worst, *AVERAGES), samples.worst.replace("_", " ")
+    groups = [(samples.group_name(g["y"], g["place"]), g["n"]) for g in methods["erm"]["groups"]]
     rows = []
     for name in ROWS:
         if name in methods:
@@ -968,84 +943,93 @@ def summary(results, samples):
             over = "{:+.3f} to {:+.3f}".format(*m["over_erm"])
             rows.append((name, *[m[k] for k in keys], *[g["accuracy"] for g in m["groups"]], over))
         elif name in results["reasons"]:
-            rows.append((name, *[None] * (len(keys) + len(names)), results["reasons"][name]))
-    best = "bap" if "bap" in methods else "erm"
-    spread = f"; means of {config['seeds']} seeds, {best}'s {worst} +- {methods[best]['spread']:.3f}"
-    spread = spread if config["seeds"] > 1 else ""
-    sums, invariant = sentences(results)
-    lines = ["\n" + table(*zero_rows(results["zero_shot"], samples.worst))] if results["zero_shot"] else []
+            rows.append((name, *[None] * (len(keys) + len(groups)), results["reasons"][name]))
+    lines, spread = [], ""
+    if results["zero_shot"]:
+        lines.append("\n" + table(*zero_rows(results["zero_shot"], samples.worst)))
     if results["additivity"]:
+        shares, sums, invariant = geometry(results)
         lines += ["\nHow additive are embeddings of composites? Shares of their variance"]
-        lines += [table(*additivity_rows(results)), *filter(None, [sums])]
-        lines += ["\nIs the map invariant?", invariant]
+        lines += [table(*shares), *filter(None, [sums]), "\nIs the map invariant?", invariant]
+    if config["seeds"] > 1:
+        best = "bap" if "bap" in methods else "erm"
+        spread = f"; means of {config['seeds']} seeds, {best}'s {worst} +- {methods[best]['spread']:.3f}"
     lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: {worst}, 95 % interval")
-    header = ("method", "worst", "mean", "weighted", *range(1, len(names) + 1), "over erm")
-    return "\n".join([*lines, table(header, rows), "groups: " + ", ".join(names)])
+    header = ("method", "worst", "mean", "weighted", *range(1, len(groups) + 1), "over erm")
+    named = ", ".join(f"{k} {name} (n={n})" for k, (name, n) in enumerate(groups, 1))
+    return "\n".join([*lines, table(header, rows), "groups: " + named])
 
 
-def report(results, last):
-    """The page: what BAP changed, group by group; what it now gets right, with pictures; how it was made."""
-    samples, methods, config = last.samples, results["methods"], results["config"]
-    third = "balanced_train" if "balanced_train" in methods else "val_probe"
-    names = [samples.group_name(*pair) for pair in zip(samples.y, samples.place, strict=True)]
-    best = "bap" if "bap" in methods else "erm"  # without composites
-    compared = tuple(dict.fromkeys(("erm", best, third)))
-    predicted = last.probes[best].predict(last.map.to(last.x.device)(last.x)).tolist()
-    taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
-    test = samples.split == 2
-    mended = test & last.right[best] & ~last.right["erm"]
-    erm, ours = methods["erm"], methods[best]
-    (low, high), kind = ours["over_erm"], samples.worst.replace("_", " ")
-    if best != "bap":
+def headline(methods, samples, best, other):
+    """The page's title, and the numbers below it."""
+    erm, ours, kind = methods["erm"], methods[best], samples.worst.replace("_", " ")
+    low, high = ours["over_erm"]
+    if best == "erm":
         title = "A plain probe, as there are no composites for BAP."
     elif low > 0 and len(samples.places) > 1:
         title = "The probe went by the background. With BAP it goes by the foreground."
+    elif low > 0:
+        title = f"BAP made the {kind} better."
+    elif high < 0:
+        title = f"BAP made the {kind} worse."
     else:
-        change = "better" if low > 0 else "worse" if high < 0 else "neither clearly better nor worse"
-        title = f"BAP made the {kind} {change}."
+        title = f"BAP made the {kind} neither clearly better nor worse."
     worst = min(erm["groups"], key=lambda g: g["accuracy"])
     worst = samples.group_name(worst["y"], worst["place"])
-    gain, ends = ours[samples.worst] - erm[samples.worst], f"95 %: {100 * low:+.0f} to {100 * high:+.0f}"
-    numbers = [
-        (f"{erm[samples.worst]:.0%}", f"{kind} of a plain probe ({worst})"),
-        (f"{ours[samples.worst]:.0%}", f"{kind} with BAP: {100 * gain:+.0f} points ({ends})"),
-        (f"{methods[third][samples.worst]:.0%}", ROWS[third]),
-    ]
-    numbers = numbers if best == "bap" else numbers[::2]
-    rows = []
-    for k, g in enumerate(erm["groups"]):
-        n = int(samples.counts(0)[g["y"] * len(samples.places) + g["place"]])
-        values = [methods[name]["groups"][k] for name in compared]
-        note = f"{n or 'none'} in training, n = {g['n']}"
-        name = samples.group_name(g["y"], g["place"])
-        rows.append((name, note, [(m["accuracy"], m["interval"]) for m in values]))
-    picked = torch.linspace(0, len(last.cells) - 1, 12 * bool(last.cells)).long().tolist()
-    shown = [thumb(last.cells[k].image(), f"composite {k}") for k in picked]
-    shown += [thumb(Composite(cut, None, None).image(), "cut out of the target") for cut in last.cuts[:6]]
-    keys = (samples.worst, "avg_group_mean", "avg_train_weighted")
-    heads = [key.replace("_", " ") for key in keys]
-    table_rows = []
-    for name in [name for name in ROWS if name in methods or name in results["reasons"]]:
-        m = methods.get(name, {})
-        table_rows.append((name, *[m.get(k) for k in keys], results["reasons"].get(name, ROWS[name])))
-    sums, invariant = sentences(results)
-    fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map."
-    additive = tag("p", fit), html_table(*additivity_rows(results)), tag("p", sums)
+    numbers = [(f"{erm[samples.worst]:.0%}", f"{kind} of a plain probe ({worst})")]
+    if best == "bap":
+        gain = 100 * (ours[samples.worst] - erm[samples.worst])
+        what = f"{kind} with BAP: {gain:+.0f} points (95 %: {100 * low:+.0f} to {100 * high:+.0f})"
+        numbers.append((f"{ours[samples.worst]:.0%}", what))
+    return title, [*numbers, (f"{methods[other][samples.worst]:.0%}", ROWS[other])]
+
+
+def report(results, fitted):
+    """The page: what BAP changed, group by group; what it now gets right, with pictures; how it was made."""
+    samples, methods, config = fitted.samples, results["methods"], results["config"]
+    reasons, test = results["reasons"], samples.split == 2
+    best = "bap" if "bap" in methods else "erm"  # without composites
+    other = "balanced_train" if "balanced_train" in methods else "val_probe"
+    title, numbers = headline(methods, samples, best, other)
+    names = [samples.group_name(*pair) for pair in zip(samples.y, samples.place, strict=True)]
+    predicted = fitted.probes[best].predict(fitted.map.to(fitted.x.device)(fitted.x)).tolist()
+    taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
+    mended = test & fitted.correct[best] & ~fitted.correct["erm"]
+    compared, bars = tuple(dict.fromkeys(("erm", best, other))), []
+    for each in zip(*[methods[name]["groups"] for name in compared], strict=True):
+        y, place, n = (each[0][k] for k in ("y", "place", "n"))
+        count = int(samples.counts(0)[y * len(samples.places) + place])
+        note = f"{count or 'none'} in training, n = {n}"
+        bars.append((samples.group_name(y, place), note, [(m["accuracy"], m["interval"]) for m in each]))
+    picked = torch.linspace(0, len(fitted.cells) - 1, 12 * bool(fitted.cells)).long().tolist()
+    pictures = [thumb(fitted.cells[k].image(), f"composite {k}") for k in picked]
+    cuts = [Composite(cut, None, None).image() for cut in fitted.cuts[:6]]
+    pictures += [thumb(image, "cut out of the target") for image in cuts]
+    keys, rows = (samples.worst, *AVERAGES), []
+    for name in ROWS:
+        if name in methods or name in reasons:
+            m = methods.get(name, {})
+            rows.append((name, *[m.get(k) for k in keys], reasons.get(name, ROWS[name])))
+    header = "method", *[key.replace("_", " ") for key in keys], "what"
+    additive, invariant = ["of composites: none"], ""
+    if results["additivity"]:
+        shares, sums, invariant = geometry(results)
+        fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map"
+        additive = tag("p", f"{fit}."), html_table(*shares), tag("p", sums)
     sections = [
-        ("Accuracy of each group, with 95 % intervals", dots("groups", rows, compared)),
+        ("Accuracy of each group, with 95 % intervals", dots("groups", bars, compared)),
         ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
-        ("What is still wrong", *examples(samples, test & ~last.right[best], taken)),
+        ("What is still wrong", *examples(samples, test & ~fitted.correct[best], taken)),
         ("The training data", *examples(samples, samples.split == 0, names)),
-        ("Composites to pre-train on", *(shown or ["none"])),
-        ("Methods", html_table(("method", *heads, "what"), table_rows)),
-        ("Additivity", *(additive if results["additivity"] else ["of composites: none"])),
+        ("Composites to pre-train on", *(pictures or ["none"])),
+        ("Methods", html_table(header, rows)),
+        ("Additivity", *additive),
         ("Invariance", tag("p", invariant)),
     ]
     if results["zero_shot"]:
         sections.insert(1, ("Zero-shot", html_table(*zero_rows(results["zero_shot"], samples.worst))))
-    found = config["backgrounds"].removeprefix("discovery:")
-    found = found if found != config["backgrounds"] else ""
-    links = linked("what it looks at", found, "discovery.html", config["out_dir"])
+    kind, _, discovery = config["backgrounds"].partition(":")
+    links = linked("what it looks at", discovery * (kind == "discovery"), "discovery.html", config["out_dir"])
     kicker = f"flock, train.py: {Path(config['data']).name} by {config['model']}, seed {config['seed']}"
     lead = "Every group counts alike; no place label was used to train either."
     return page(kicker, title, lead, sections, config, results["git"], results["notes"], numbers, links)
@@ -1053,9 +1037,9 @@ def report(results, last):
 
 def examples(samples, mask, captions, most=6):
     """Figures of up to `most` images where the mask [n] is true, of each group alike."""
-    each = samples.group()[mask].unique()
-    groups = [(mask & (samples.group() == g)).nonzero()[:, 0] for g in each]
-    few = [k for index in groups for k in index[: max(1, most // len(groups))].tolist()]
+    group = samples.group()
+    indices = [(mask & (group == g)).nonzero()[:, 0].tolist() for g in group[mask].unique()]
+    few = [k for index in indices for k in index[: max(1, most // len(indices))]]
     return [thumb(samples.items[k].image(), captions[k]) for k in few[:most]] or ["none"]
 
 
@@ -1072,9 +1056,9 @@ def others_here(out, names):
         say(f"{out}: {', '.join(there)}: of another run, not of this one")
 
 
-def head_of(config, encoder, samples, *more):
+def head_of(config, encoder, samples, *parts):
     """What files of a run say of it: its flags, revision, encoder, and a hash of all that it learns from."""
-    inputs = sha256(" ".join([encoder.fingerprint, samples.digest, *more]))
+    inputs = sha256(" ".join([encoder.fingerprint, samples.digest, *parts]))
     return dict(config=config, git=revision(), fingerprint=encoder.fingerprint, inputs=inputs)
 
 
@@ -1082,8 +1066,7 @@ def finished(path, head):
     """Whether there are results already, with --resume; Complaint where they are not of the same run."""
     if not head["config"]["resume"] or not path.is_file():
         return False
-    with reading(path, "results of train.py", "run without --resume"):
-        check_same(path, read_json(path, "JSON"), head)
+    check_same(path, read_json(path, "JSON"), head)
     say(f"{path}: finished already; without --resume it runs anew", True)
     return True
 
@@ -1095,28 +1078,29 @@ def unfinished(path, head, encoder):
     if not path.is_file():
         return None
     state = load_checkpoint(path, encoder)
-    with left_over(path, state):
-        check_same(path, state, head, "seeds")
+    check_same(path, state, head, "seeds")
     return state
 
 
 @contextlib.contextmanager
-def left_over(path, state):
-    """Whatever a damaged file of an interrupted run, if there is a state, makes of itself is a Complaint."""
+def resuming(path, state):
+    """What a damaged file of an interrupted run, if there is a state, makes of itself while the run goes on
+    from it is a Complaint; not all that reading() takes for damage, as a full disk is none."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
         if not state or isinstance(problem, torch.OutOfMemoryError):
             raise
-        found = f"{type(problem).__name__}: {one_line(problem)}"
-        raise Complaint(f"{path}: not what an interrupted run left ({found}); run without --resume") from None
+        what = f"{type(problem).__name__}: {one_line(problem)}"
+        raise Complaint(f"{path}: not what an interrupted run left ({what}); run without --resume") from None
 
 
 def check_same(path, made, head, *free):
     """Complaint where the file of a run says that it was made of other flags, images, labels, discovery."""
     free += "resume", "threads", "save_every", "wandb", "quiet"  # change no result
-    flags = {k: made["config"].get(k) for k in head["config"]}
-    differ = [f"--{k}={v}" for k, v in flags.items() if k not in free and v != head["config"][k]]
+    with reading(path, "what a run of train.py left", "run without --resume"):
+        flags = {k: made["config"].get(k) for k in head["config"]}
+        differ = [f"--{k}={v}" for k, v in flags.items() if k not in free and v != head["config"][k]]
     if not differ and made.get("inputs") != head["inputs"]:
         differ = ["other images or labels, or of another discovery"]
     if differ:
@@ -1154,8 +1138,10 @@ def finetune(config, encoder, samples):
     expect(pairs % world == 0, "pairs", pairs, f"a multiple of {world} processes")
     out, started, row = Path(out_dir), time.time(), METHODS[method]
     if skip_bad:
-        good = from_first(readable(encoder.embed(samples.items, "all images")))
-        samples = samples if good.all() else check(samples.keep(good))
+        z = encoder.embed(samples.items, "all images")  # None on ranks above 0
+        good = from_first(None if z is None else z.isfinite().all(1).cpu())
+        if not good.all():
+            samples = check(samples.keep(good))
     task = pairs_of(samples, captions, pairs)
     task.seed, task.loss, task.tau, task.w = seed, loss, region_temperature, region_weight
     encoder.texts(task.prompts)  # complains if there is no text tower
@@ -1164,40 +1150,48 @@ def finetune(config, encoder, samples):
         notes += discovered(samples, encoder, task, discovery, clusters)
     for line in notes:
         say(line)
-    found = getattr(task, "state", torch.zeros(0)).numpy().tobytes()
-    path, head = out / "training.pt", head_of(config, encoder, samples, sha256(found))
+    regions = getattr(task, "state", torch.zeros(0)).numpy().tobytes()
+    path, head = out / PARTIAL[1], head_of(config, encoder, samples, sha256(regions))
     if not path.is_file() and finished(out / "finetune.json", head):
         return
     before, student = zero_shot(encoder, samples), encoder.with_module(copy.deepcopy(encoder.module))
     if loss == "sigmoid" and getattr(student.module, "logit_bias", None) is None:
         student.module.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device=encoder.device))
-    state = unfinished(path, head, encoder)
-    with left_over(path, state):
-        if method == "jtt":
-            head["weight"] = task.weight = state["weight"] if state else first_errors(student, task, config)
-
-    def save(**more):
-        if rank == 0:
-            save_checkpoint(path, head | more)
-
-    waits = until_asked() if world == 1 else contextlib.nullcontext(())  # one of several must not stop alone
-    with waits as asked, left_over(path, state):
-        rows = fit(student, task, row, config, state, save, asked)
+    state, checkpoint = unfinished(path, head, encoder), dict(head)
+    if method == "jtt":
+        with resuming(path, state):
+            task.weight = state["weight"] if state else first_errors(student, task, config)
+        checkpoint["weight"] = task.weight
+    weights, speed = fit_and_keep(student, task, row, checkpoint, path, state)
     if rank:
         return
     after = zero_shot(student, samples)
-    (out / "finetune.json").unlink(missing_ok=True)
-    weights = weights_bytes(student.module, config=config | dict(resume=False), git=head["git"])
+    (out / "finetune.json").unlink(missing_ok=True)  # it would be of another run than what comes now
     write(out / "weights.safetensors", weights)
-    seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"] if rows else None)
-    tree = {k: head[k] for k in ("config", "git", "fingerprint", "inputs")} | dict(notes=notes)
-    tree.update(before=before, after=after, seconds=seconds)
-    write_json(out / "finetune.json", tree)
+    seconds = dict(total=time.time() - started, images_per_s=speed)
+    write_json(out / "finetune.json", dict(head, notes=notes, before=before, after=after, seconds=seconds))
     path.unlink(missing_ok=True)
     say(table(*zero_rows(dict(before=before, after=after), samples.worst)), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
-    written = "weights.safetensors, finetune.json and log.csv written"
-    say(f"\n{out}: {written}, {time.time() - started:.0f} s", True)
+    say(f"\n{out}: weights.safetensors, finetune.json, log.csv written, {time.time() - started:.0f} s", True)
+
+
+def fit_and_keep(student, task, row, head, path, state):
+    """fit(), from a state on if there is one, with checkpoints at path that say what head says. Returns the
+    trained module as weights.safetensors has it, bytes, None on ranks above 0; and images per second."""
+    config, (rank, world) = head["config"], ranks()
+    waits = until_asked() if world == 1 else contextlib.nullcontext(())  # one of several must not stop alone
+
+    def save(**reached):
+        if rank == 0:
+            save_checkpoint(path, head | reached)
+
+    with waits as asked, resuming(path, state):
+        speed = fit(student, task, row, config, state, save, asked)[-1]["images_per_s"]
+    if rank:
+        return None, speed
+    config = config | dict(resume=False)  # the same bytes, whether it was interrupted or not
+    return weights_bytes(student.module, config=config, git=head["git"]), speed
 
 
 def zero_shot(encoder, samples, x=None):
@@ -1214,38 +1208,34 @@ def zero_shot(encoder, samples, x=None):
     return group_metrics(correct, samples, index)
 
 
-def readable(z):
-    """Which images have an embedding [n]; None on ranks above 0."""
-    return None if z is None else z.isfinite().all(1).cpu()
-
-
 def pairs_of(samples, captions, pairs):
     """The task of fine-tuning: items, captions, y [n], C and prompts of the training split."""
-    mine = samples.keep(samples.split == 0)
-    prompts = [texts[0] for texts in samples.class_prompts()]
-    if len(mine.y.unique()) < 2:
+    biased, C = samples.keep(samples.split == 0), len(samples.classes)
+    prompts, y = [texts[0] for texts in samples.class_prompts()], biased.y
+    if len(y.unique()) < 2:
         raise Complaint(f"{samples.name}: its training images are of one class; contrast needs two")
-    texts = mine.captions if captions == "own" else [prompts[k] for k in mine.y.tolist()]
+    texts = biased.captions
+    if captions != "own":
+        texts = [prompts[k] for k in y.tolist()]
     if captions == "place":
-        where = ["" if k < 0 else f", {samples.places[k]}" for k in mine.place.tolist()]
-        texts = [text.rstrip(".") + place for text, place in zip(texts, where, strict=True)]
+        named = [*[f", {place}" for place in samples.places], ""]  # of place -1: none
+        texts = [text.rstrip(".") + named[k] for text, k in zip(texts, biased.place.tolist(), strict=True)]
     missing = [k for k, text in enumerate(texts) if not text.strip()]
     if missing:
         what = f"{len(missing)} of {len(texts)} images have no caption, the first is number {missing[0]}"
         raise Complaint(f"{samples.name}: {what}; add them, or use --captions=class")
     expect(len(texts) >= pairs, "pairs", pairs, f"at most {len(texts)}, the number of training images")
-    task = dict(items=mine.items, captions=texts, y=mine.y, C=len(samples.classes), prompts=prompts)
-    return SimpleNamespace(**task)
+    return SimpleNamespace(items=biased.items, captions=texts, y=y, C=C, prompts=prompts)
 
 
 def load_discovery(path, flag="--discovery"):
     """What discover.py wrote: discovery.json, or its folder, with discovery.npz beside it.
 
-    Returns a namespace: config; kept, ids of the kept clusters, ranked; clusters, the list in
-    discovery.json; medoids [K, D] unit-norm, one row for each cluster id; mean [D], taken from unit
-    region embeddings before they are compared with medoids (zeros: none was); clipped, whether cosines
-    below zero counted as zero; fingerprint, of the encoder; regions, region_encoder and data as the
-    flags were; paths [n]; and for each region image [N] (row of paths), box [N, 4], label [N].
+    Returns a namespace: config; kept, ids of the kept clusters, ranked; clusters, as in discovery.json;
+    medoids [K, D] unit-norm, one row for each cluster id; mean [D], taken from unit region embeddings
+    before they are compared with medoids (zeros: none was); clipped, whether cosines below zero counted as
+    zero; fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and
+    for each region image [N] (row of paths), box [N, 4], label [N].
     """
     path = Path(path) / "discovery.json" if Path(path).is_dir() else Path(path)
     if not path.exists():
@@ -1258,81 +1248,87 @@ def load_discovery(path, flag="--discovery"):
             raise ValueError("discovery.npz beside it is of another run")
         kinds = dict(medoids="f4", mean="f4", box="f4", image="i8", label="i8")
         arrays = {k: torch.from_numpy(file[k].astype(kind, casting="same_kind")) for k, kind in kinds.items()}
-        words = {k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}
-        words["config"] = {k: v if isinstance(v, bool) else str(v) for k, v in tree["config"].items()}
-        kept = [int(c["id"]) for c in tree["clusters"] if c["kept"]]
-        if not 0 <= min(kept, default=0) <= max(kept, default=0) < len(arrays["medoids"]):
+        d = SimpleNamespace(**arrays, clusters=tree["clusters"], clipped=bool(file["clipped"]))
+        for key in ("fingerprint", "regions", "region_encoder", "data"):
+            setattr(d, key, str(file[key]))
+        d.paths = [str(name) for name in file["paths"]]
+        d.config = {k: v if isinstance(v, bool) else str(v) for k, v in tree["config"].items()}
+        d.kept = [int(c["id"]) for c in d.clusters if c["kept"]]
+        if not 0 <= min(d.kept, default=0) <= max(d.kept, default=0) < len(d.medoids):
             raise ValueError("it has a cluster without a medoid")
-        rest = dict(clipped=bool(file["clipped"]), paths=[str(name) for name in file["paths"]])
-        found = SimpleNamespace(kept=kept, clusters=tree["clusters"], **arrays, **words, **rest)
-        image, box, medoids = found.image, found.box, found.medoids
-        rows = [k for c in found.clusters if c["kept"] for k in c.get("regions", [])]
-        whole = (
-            0 <= image.min() <= image.max() < len(found.paths),
-            all(type(k) is int and 0 <= k < len(image) for k in rows),
-            box.shape == (len(image), 4) and ((box >= 0) & (box <= 1)).all(),
-            medoids.shape[1:] == found.mean.shape and (medoids - found.mean).isfinite().all(),
+        rows = [k for c in d.clusters if c["kept"] for k in c.get("regions", [])]
+        fitting = (
+            0 <= d.image.min() <= d.image.max() < len(d.paths),
+            all(type(k) is int and 0 <= k < len(d.image) for k in rows),
+            d.box.shape == (len(d.image), 4) and ((d.box >= 0) & (d.box <= 1)).all(),
+            d.medoids.shape[1:] == d.mean.shape and (d.medoids - d.mean).isfinite().all(),
         )
-        if not all(whole) or kept and not clusters_used(found):
+        if not all(fitting) or d.kept and not clusters_used(d):
             raise ValueError("its arrays do not fit each other")
-        return found
+        return d
+
+
+def refuse(when, path, problem):
+    if when:
+        raise Complaint(f"--discovery={path}: {problem}")
+
+
+def stage_one(path, samples, encoder):
+    """What --discovery holds, and the encoder that it was made with. Complaint for other data or another
+    model, and where it has nothing to hold down."""
+    needs = "this method needs what discover.py found; run it on the fine-tuned model first"
+    refuse(not path, path, needs)
+    d = load_discovery(path)
+    made = d.config
+    refuse(made.get("embeddings"), path, "made from --embeddings; run discover.py with --data and --model")
+    elsewhere = f"made on {d.data}, not on {samples.name}; run discover.py with this --data"
+    refuse(d.data != samples.name, path, elsewhere)
+    nothing = "no cluster was kept, nothing was found to hold down; try other --regions or --k"
+    refuse(not d.kept, path, nothing)
+    ranked = f"made with --method={made.get('method')}, which keeps no cluster; take --method=ravl"
+    refuse(any(c["kept"] and c.get("score", 0) is None for c in d.clusters), path, ranked)
+    how = {k: getattr(encoder, k) for k in ("device", "dtype", "batch", "threads", "cache")}
+    how["test_size"] = made.get("test_size", False)
+    finder = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], **how)
+    named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
+    changed = f"made with {named}, whose weights are others now; run discover.py again"
+    refuse(finder.fingerprint != d.fingerprint, path, changed)
+    return d, finder
 
 
 def discovered(samples, encoder, task, path, most):
     """Adds to the task what was discovered: boxes [n, R, 4] of each image's regions in shares of what the
     model sees; state [n, R], 1 in a discovered cluster, 0 not, -1 no region; feature [n], whether any is.
-    Regions are assigned once, by the fixed medoids and encoder of stage 1. Returns notes; Complaint for
-    other data or another model."""
-    flag = f"--discovery={path}"
-    if not path:
-        cure = "run it on the fine-tuned model first"
-        raise Complaint(f"{flag}: this method needs what discover.py found; {cure}")
-    found = load_discovery(path)
-    made, problem = found.config, ""
-    if made.get("embeddings"):
-        problem = "made from --embeddings; run discover.py with --data and --model"
-    elif found.data != samples.name:
-        problem = f"made on {found.data}, not on {samples.name}; run discover.py with this --data"
-    elif not found.kept:
-        problem = "no cluster was kept, nothing was found to hold down; try other --regions or --k"
-    elif any(c["kept"] and c.get("score", 0) is None for c in found.clusters):
-        problem = f"made with --method={made['method']}, which keeps no cluster; take --method=ravl"
-    if problem:
-        raise Complaint(f"{flag}: {problem}")
-    how = {k: getattr(encoder, k) for k in ("device", "dtype", "batch", "threads", "cache")}
-    how["test_size"] = made.get("test_size", False)
-    first = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], **how)
-    if first.fingerprint != found.fingerprint:
-        named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
-        raise Complaint(f"{flag}: made with {named}, whose weights are others now; run discover.py again")
-    pictures, notes = load_regions(found.regions, task.items, first.frame)
-    if any(p.mask for p in pictures):
-        raise Complaint(f"{flag}: its regions are masks; the region-aware loss takes boxes or a grid")
-    _, r = region_embeddings(first, pictures, found.region_encoder)
-    used, count = torch.tensor(clusters_used(found, most)), [len(p.boxes) for p in pictures]
-    inside = from_first(None if r is None else torch.isin(assign_regions(r.cpu(), found), used).long())
-    seen = [replace(p, frame=encoder.frame(*picture_size(p.picture))).seen() for p in pictures]
+    Regions are assigned once, by the fixed medoids and encoder of stage 1. Returns notes."""
+    d, finder = stage_one(path, samples, encoder)
+    pictures, notes = load_regions(d.regions, task.items, finder.frame)
+    masks = any(p.mask for p in pictures)
+    refuse(masks, path, "its regions are masks; the region-aware loss takes boxes or a grid")
+    _, r = region_embeddings(finder, pictures, d.region_encoder)  # None on ranks above 0
+    used, counts = torch.tensor(clusters_used(d, most)), [len(p.boxes) for p in pictures]
+    inside = from_first(None if r is None else torch.isin(assign_regions(r.cpu(), d), used).long())
+    boxes = [replace(p, frame=encoder.frame(*picture_size(p.picture))).seen() for p in pictures]
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    task.boxes, task.state = pad(seen), pad(list(inside.split(count)), padding_value=-1)  # [n, R, 4], [n, R]
+    task.boxes = pad(boxes)  # [n, R, 4]
+    task.state = pad(list(inside.split(counts)), padding_value=-1)  # [n, R]
     task.feature = (task.state == 1).any(1)
     n, having, without = len(pictures), int(task.feature.sum()), int((~(task.state == 0).any(1)).sum())
     what = f"{having} of {n} training images have a region in the {len(used)} clusters discovered"
-    if not having or without == n:
-        raise Complaint(f"{flag}: {what}, {without} have no other; nothing to learn from")
+    nothing = not having or without == n
+    refuse(nothing, path, f"{what}, {without} have no other; nothing to learn from")
     if without:
         what += f"; {without} have no region without it, and L_R and L_A skip them"
     return notes + [what]
 
 
-def assign_regions(r, found):
+def assign_regions(r, discovery):
     """Region embeddings [N, D] of the stage-1 encoder -> for each the cluster with the nearest medoid [N]."""
-    r = unit(unit(r.float()) - found.mean)
-    least = 0 if found.clipped else -1
-    parts = [(part @ found.medoids.T).clamp(min=least).argmax(1) for part in r.split(1 << 16)]
-    return torch.cat(parts) if len(r) else torch.empty(0, dtype=torch.long)
+    r = unit(unit(r.float()) - discovery.mean)
+    least = 0 if discovery.clipped else -1
+    return torch.cat([(part @ discovery.medoids.T).clamp(min=least).argmax(1) for part in r.split(1 << 16)])
 
 
-def clusters_used(found, most=0):
+def clusters_used(discovery, most=0):
     """Which kept clusters of a discovery count as the discovered feature, the best first: the first `most`,
     or, if 0, those that come to at least half of the best one's score x evenness. Evenness, our reading,
     not in the paper: 1 - (largest - smallest share of a class's images that have a region in the
@@ -1340,11 +1336,12 @@ def clusters_used(found, most=0):
     class as in another wherever it is not tied to the label, as in the balanced splits that discover.py
     looks at; the class's own object is not."""
     worth = {}
-    for c in found.clusters:
+    for c in discovery.clusters:
         if c["kept"]:
-            shares = [g["n_in"] / (g["n_in"] + g["n_out"]) for g in (c.get("gaps") or {}).values()] or [0.0]
+            gaps = (c.get("gaps") or {}).values()
+            shares = [g["n_in"] / (g["n_in"] + g["n_out"]) for g in gaps] or [0.0]
             worth[c["id"]] = (c.get("score") or 0.0) * (1 - max(shares) + min(shares))
-    ranked = sorted(found.kept, key=lambda c: -worth[c])
+    ranked = sorted(discovery.kept, key=lambda c: -worth[c])
     return ranked[:most] if most else [c for c in ranked if worth[c] >= 0.5 * worth[ranked[0]]]
 
 
@@ -1365,7 +1362,7 @@ def first_errors(encoder, task, config):
 class Towers(torch.nn.Module):
     """Both towers in one forward pass, for DDP and torch.compile."""
 
-    def __init__(self, module, kind, raw=False, checkpointing=False):
+    def __init__(self, module, kind, raw, checkpointing):
         super().__init__()
         self.module, self.kind, self.raw = module, kind, raw
         if checkpointing:
@@ -1382,11 +1379,11 @@ class Towers(torch.nn.Module):
             out["z"] = self.module.encode_image(x)
         else:
             out["z"], m = with_map(self.module, "open_clip", x)  # [N, D], [N, h, w, D]
-        tokens = {name: some for name, some in (("t", texts), ("g", prompts)) if some is not None}
+        tokens = {name: v for name, v in dict(t=texts, g=prompts).items() if v is not None}
         if tokens:
             # in one call, as the vocabulary's gradient is dense
             both = self.module.encode_text(torch.cat(list(tokens.values())))
-            out.update(zip(tokens, both.split([len(some) for some in tokens.values()]), strict=True))
+            out.update(zip(tokens, both.split([len(v) for v in tokens.values()]), strict=True))
         out = {k: unit(v.float()) for k, v in out.items()}
         if boxes is not None:
             h, w = m.shape[1:3]
@@ -1408,68 +1405,74 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     loss, with their gradients, so that their number does not change it. Batch norm keeps its statistics.
     """
     (rank, world), module, steps, pairs = ranks(), encoder.module, config["steps"], config["pairs"]
-    choose_parameters(encoder, row, config)
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = choose_parameters(encoder, row, config)
     optimiser = adamw(parameters, config["learning_rate"])
-    tower = Towers(module, encoder.kind, row is ANCHORS, config["checkpointing"])
-    tower = torch.compile(tower) if config["compile"] else tower
-    tower = torch.nn.parallel.DistributedDataParallel(tower) if world > 1 else tower
+    forward = forward_of(encoder, task, row, config)
     feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
-    forward = forward_of(tower, encoder, task, row)
-    task.q, first, rows = torch.full((2 * task.C,), 1 / (2 * task.C)), 0, []
+    task.q, start, rows = torch.full((2 * task.C,), 1 / (2 * task.C)), 0, []  # q: see gdro_cost
     if state:
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
-        task.q, first, rows = state["q"], state["step"], state["rows"]
-    near = beside(task, encoder.device)  # for what a batch costs; images are drawn on the CPU
+        task.q, start, rows = state["q"], state["step"], state["rows"]
+    # what a batch costs is computed on the device, images are drawn on the CPU
+    tensors = {k: v.to(encoder.device) for k, v in vars(task).items() if isinstance(v, torch.Tensor)}
+    near = SimpleNamespace(**vars(task) | tensors)
     amp = config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and encoder.on_gpu and encoder.bf16)
-    clock, count, share, warned = time.time(), 0, pairs // world, False
-    mine = slice(rank * share, (rank + 1) * share)  # of a batch, this process's images
-    feed.ahead(draw(first)[mine])
-    for step in range(first, steps):
+    clock, count, warned = time.time(), 0, row is ANCHORS
+    share = slice(rank * pairs // world, (rank + 1) * pairs // world)  # of a batch, this process's images
+
+    def keep(step):
+        if save:
+            states = dict(module=module.state_dict(), optimiser=optimiser.state_dict(), q=near.q)
+            save(**states, step=step, rows=rows)
+
+    feed.ahead(draw(start)[share])
+    for step in range(start, steps):
         for group in optimiser.param_groups:
             group["lr"] = rate(step, steps, config["learning_rate"])
         ids, x = draw(step), feed.get()
-        feed.ahead(draw(step + 1)[mine])
-        if row is not ANCHORS and len(task.y[ids].unique()) == 1 and not warned:
+        feed.ahead(draw(step + 1)[share])
+        if not warned and len(task.y[ids].unique()) == 1:
             warned = True
             say(f"step {step}: the batch has one class only and cannot tell classes apart; raise --pairs")
         with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
-            e = forward(x, ids[mine])
+            e = forward(x, ids[share])
         terms = row.cost(e, ids.to(encoder.device, non_blocking=True), near)
-        total = sum(weight * term for weight, term in terms.values())
         optimiser.zero_grad()
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        numbers = torch.stack([v.detach().float() for v in (total, *[v for _, v in terms.values()], norm)])
-        loss, *numbers = numbers.tolist()  # the one wait of a step
-        values = dict(zip((*terms, "gradient"), numbers, strict=True))
+        loss, values = backward(terms, parameters)
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            if save:
-                save(**training_state(step, module, optimiser, near, rows))
+            keep(step)
             kept = f"the state before it is in {config['out_dir']}/training.pt"
             cure = "start anew with a lower --learning_rate" + ", or with --dtype=float32" * amp
             raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}; {cure}")
         optimiser.step()
         if hasattr(module, "logit_scale"):
-            module.logit_scale.data.clamp_(0, math.log(100))
+            module.logit_scale.data.clamp_(0, math.log(100))  # as CLIP does
         count += pairs
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             speed = count / (time.time() - clock)
             rows.append(dict(step=step + 1, loss=loss, **values, lr=group["lr"], images_per_s=speed))
-            listed = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-            say(f"step {step + 1}/{steps}: loss {loss:.4f} ({listed}), {speed:.0f} images/s")
-            if save and rank == 0:
-                log(rows, config)
+            log(rows, config, save and rank == 0)
             clock, count = time.time(), 0
-        if save and ((step + 1) % config["save_every"] == 0 or step + 1 == steps or asked):
-            save(**training_state(step + 1, module, optimiser, near, rows))
+        if (step + 1) % config["save_every"] == 0 or step + 1 == steps or asked:
+            keep(step + 1)
         if asked:
             raise KeyboardInterrupt
     feed.close()
     module.requires_grad_(True)
     return rows
+
+
+def backward(terms, parameters):
+    """Gradients of the sum of terms, {name: (weight, value)}, clipped. Returns numbers: the sum, and each
+    value and the gradient's norm by name."""
+    total = sum(weight * value for weight, value in terms.values())
+    total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+    numbers = [v.detach().float() for v in (total, *[value for _, value in terms.values()], norm)]
+    loss, *numbers = torch.stack(numbers).tolist()  # the one wait of a step
+    return loss, dict(zip((*terms, "gradient"), numbers, strict=True))
 
 
 def adamw(parameters, learning_rate):
@@ -1479,17 +1482,6 @@ def adamw(parameters, learning_rate):
     return torch.optim.AdamW(groups, learning_rate, (0.9, 0.98), fused=True)
 
 
-def beside(task, device):
-    """The task with its tensors on a device."""
-    tensors = {k: v.to(device) for k, v in vars(task).items() if isinstance(v, torch.Tensor)}
-    return SimpleNamespace(**vars(task) | tensors)
-
-
-def training_state(step, module, optimiser, task, rows):
-    state = dict(module=module.state_dict(), optimiser=optimiser.state_dict(), q=task.q)
-    return dict(state, step=step, rows=rows)
-
-
 def rate(step, steps, peak):
     """The learning rate: linear warm-up, then a cosine to zero."""
     rising = WARMUP * steps
@@ -1497,51 +1489,53 @@ def rate(step, steps, peak):
     return peak * min((step + 1) / max(1, rising), 0.5 + 0.5 * math.cos(falling))
 
 
-def forward_of(tower, encoder, task, row):
+def forward_of(encoder, task, row, config):
     """A function from images [N, 3, H, W] and their rows [N] to embeddings (see Towers) of all processes."""
-    which = tokens = prompts = None
+    towers = Towers(encoder.module, encoder.kind, row is ANCHORS, config["checkpointing"])
+    if config["compile"]:
+        towers = torch.compile(towers)
+    if ranks()[1] > 1:
+        towers = torch.nn.parallel.DistributedDataParallel(towers)
     if "texts" in row.uses:
         texts = list(dict.fromkeys(task.captions))
         number = {text: k for k, text in enumerate(texts)}
         which = torch.tensor([number[caption] for caption in task.captions])
         tokens = encoder.tokenizer()(texts)
+    prompts = None
     if "prompts" in row.uses:
         prompts = encoder.tokenizer()(task.prompts).to(encoder.device)
 
     def forward(x, ids):
-        boxes = task.boxes[ids].to(encoder.device, non_blocking=True) if "regions" in row.uses else None
-        if which is None:
-            e = tower(x, boxes, None, prompts)
-        else:
+        boxes = captions = None
+        if "regions" in row.uses:
+            boxes = task.boxes[ids].to(encoder.device, non_blocking=True)
+        if "texts" in row.uses:  # a caption of several images is embedded once
             distinct, back = torch.unique(which[ids], return_inverse=True)
-            some, back = (v.to(encoder.device, non_blocking=True) for v in (tokens[distinct], back))
-            e = tower(x, boxes, some, prompts)
-            e["t"] = e["t"][back]
-        return {k: gathered(v) if k in ("z", "cos", "t") else v for k, v in e.items()}
+            captions = tokens[distinct].to(encoder.device, non_blocking=True)
+        e = towers(x, boxes, captions, prompts)
+        if captions is not None:
+            e["t"] = e["t"][back.to(encoder.device, non_blocking=True)]
+        if dist.is_initialized():  # rows of all processes, in the order of ranks, with their gradients
+            from torch.distributed.nn.functional import all_gather
+
+            e.update({k: torch.cat(all_gather(e[k].contiguous())) for k in ("z", "cos", "t") if k in e})
+        return e
 
     return forward
 
 
-def gathered(x):
-    """Rows of all processes, in the order of ranks, with their gradients."""
-    if not dist.is_initialized():
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x.contiguous()))
-
-
 def choose_parameters(encoder, row, config):
-    """requires_grad by --train; what the method has no use for is frozen, as DDP wants every gradient.
-    last_blocks: the last quarter of the image tower's blocks (layers, stages), and what comes after them."""
+    """The parameters to train, by --train; others, and what the method has no use for, are frozen, as DDP
+    wants every gradient. last_blocks: the last quarter of the image tower's blocks (layers, stages), and
+    what comes after them."""
     module, part = encoder.module, config["train"]
     names = [name for name, _ in module.named_parameters()]
     image = {name for name in names if name.startswith("visual.") or encoder.kind == "timm"}
     ends = "visual.proj visual.head visual.attnpool.c_proj text_projection text.proj text.text_proj".split()
-    last = {name for name in names if name.startswith(tuple(ends))}
-    chosen = {"image": image, "text": set(names) - image, "projection": last}.get(part, set(names))
+    projections = {name for name in names if name.startswith(tuple(ends))}
+    chosen = {"image": image, "text": set(names) - image, "projection": projections}.get(part, set(names))
     if part == "last_blocks":
-        chosen = last_quarter([name for name in names if name in image]) | (last & image)
+        chosen = last_quarter([name for name in names if name in image]) | (projections & image)
     chosen -= {"logit_scale", "logit_bias"}
     if row is not ANCHORS:
         chosen.add("logit_scale")
@@ -1556,6 +1550,7 @@ def choose_parameters(encoder, row, config):
     visual = getattr(module, "visual", None)
     if getattr(visual, "pool_type", "") == "avg" and not visual.positional_embedding.requires_grad:
         visual.class_embedding.requires_grad_(False)
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def last_quarter(names):
@@ -1609,11 +1604,10 @@ def gdro_cost(e, ids, task):
 
 def anchor_cost(e, ids, task):
     """BAP on the encoder: see pretrain."""
-    target = task.mu + task.anchors[task.y[ids]]
-    distance = (e["z"] - target).square().sum(1).mean() / task.anchors.square().sum(1).mean()
-    terms = dict(L_anchor=(1.0, distance))
+    anchor = task.anchors[task.y[ids]]
+    terms = dict(L_anchor=(1.0, (e["z"] - anchor).square().sum(1).mean() / task.variance))
     if task.text_weight and task.read:
-        said, wanted = task.read(e["z"]).log_softmax(1), task.read(target).log_softmax(1)
+        said, wanted = task.read(e["z"]).log_softmax(1), task.read(anchor).log_softmax(1)
         terms["L_text"] = task.text_weight, F.kl_div(said, wanted, reduction="batchmean", log_target=True)
     return terms
 
@@ -1630,7 +1624,9 @@ def sigmoid(z, t, scale, bias, together=None):
     """SigLIP's loss (Zhai et al. 2023): -log sigmoid of +-(scale z t^T + bias), summed over texts."""
     sign = 2 * torch.eye(len(z), device=z.device) - 1
     value = -F.logsigmoid(sign * (scale * z @ t.T + bias))
-    return (value if together is None else value * together).sum() / len(z)
+    if together is not None:
+        value = value * together
+    return value.sum() / len(z)
 
 
 def region_terms(cos, state, y, tau=0.07):
@@ -1648,11 +1644,11 @@ def region_terms(cos, state, y, tau=0.07):
     s = x.masked_fill((state != 0)[:, :, None], NONE).amax(1)  # [B, C], s_i(y) in row i
     h = x.masked_fill((state != 1)[:, :, None], NONE).flatten(0, 1)  # [B R, C], of R_B^s
     absent = (y[:, None] != torch.arange(x.shape[2], device=y.device)).all(0)  # [C], labels
-    own, largest = s.gather(1, y[:, None])[:, 0], h.masked_fill(absent, NONE).amax(1)  # [B], [B R]
-    L_R = torch.logaddexp(s.masked_fill(absent, NONE).logsumexp(1), largest.logsumexp(0)) - own
+    s_y, largest = s.gather(1, y[:, None])[:, 0], h.masked_fill(absent, NONE).amax(1)  # [B], [B R]
+    L_R = torch.logaddexp(s.masked_fill(absent, NONE).logsumexp(1), largest.logsumexp(0)) - s_y
     twins = (y[:, None] == y) & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
     images = s[:, y].T.masked_fill(twins, NONE)  # [B, B], s_j(y_i) in row i
-    L_A = torch.logaddexp(images.logsumexp(1), h.logsumexp(0)[y]) - own
+    L_A = torch.logaddexp(images.logsumexp(1), h.logsumexp(0)[y]) - s_y
     counted = (state == 0).any(1)
     return [v.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1) for v in (L_R, L_A)]
 
@@ -1662,7 +1658,8 @@ def region_terms(cos, state, y, tau=0.07):
 
 def every_image(task, pairs, pool=None):
     """Each image once an epoch. pool: of these rows only."""
-    pool = torch.arange(len(task.y)) if pool is None else pool
+    if pool is None:
+        pool = torch.arange(len(task.y))
 
     @functools.lru_cache(2)
     def epoch(e):
@@ -1677,11 +1674,12 @@ def every_image(task, pairs, pool=None):
 
 def by_weight(task, pairs, weight=None):
     """In proportion to task.weight [n]."""
-    weight = (task.weight if weight is None else weight).double()
+    if weight is None:
+        weight = task.weight
 
     def draw(step):
         generator = torch.Generator().manual_seed(int(rng(task.seed, "batch", step).integers(1 << 62)))
-        return torch.multinomial(weight, pairs, replacement=True, generator=generator)
+        return torch.multinomial(weight.double(), pairs, replacement=True, generator=generator)
 
     return draw
 
@@ -1732,21 +1730,22 @@ class Feed:
     def __init__(self, items, encoder):
         self.items, self.encoder, self.near, self.far = items, encoder, {}, {}
         self.room = dict(near=ROOM_GPU, far=ROOM) if encoder.on_gpu else dict(near=ROOM, far=0)
-        self.pool, self.front, self.coming = ThreadPoolExecutor(encoder.threads), ThreadPoolExecutor(1), None
+        self.pool = ThreadPoolExecutor(encoder.threads)
 
-    def one(self, k):
+    def decoded(self, k):
         return self.far[k] if k in self.far else self.encoder.pixels(self.items[k])
 
     def ahead(self, ids):
         """Starts on the rows ids [n] of the next step."""
         self.ids = ids.tolist()
         self.away = [k for k in dict.fromkeys(self.ids) if k not in self.near]
-        self.coming = self.front.submit(lambda rows: list(self.pool.map(self.one, rows)), self.away)
+        self.coming = self.pool.map(self.decoded, self.away)
 
     def get(self):
         """Images [n, 3, H, W] of the rows that ahead() was told of, on the encoder's device."""
-        images = self.coming.result()
-        here = dict(zip(self.away, self.encoder.onto_device(images), strict=True)) if images else {}
+        images, here = list(self.coming), {}
+        if images:
+            here = dict(zip(self.away, self.encoder.onto_device(images), strict=True))
         batch = torch.stack([here[k] if k in here else self.near[k] for k in self.ids])
         for k, image in zip(self.away, images, strict=True):
             for place, kept, v in (("near", self.near, here[k]), ("far", self.far, image)):
@@ -1756,18 +1755,20 @@ class Feed:
         return self.encoder.normalised(batch)
 
     def close(self):
-        self.front.shutdown(cancel_futures=True)
-        self.pool.shutdown()
+        self.pool.shutdown(cancel_futures=True)
 
 
-def log(rows, config):
-    """Writes log.csv whole and, with --wandb, logs the last row there."""
-    write_table(Path(config["out_dir"]) / "log.csv", list(rows[-1]), [list(row.values()) for row in rows])
-    if config["wandb"]:
+def log(rows, config, keep):
+    """Says the newest row; to keep it writes log.csv whole and, with --wandb, logs the row there."""
+    (_, step), (_, loss), *values, _, (_, speed) = rows[-1].items()
+    listed = ", ".join(f"{name} {value:.4f}" for name, value in values)
+    say(f"step {step}/{config['steps']}: loss {loss:.4f} ({listed}), {speed:.0f} images/s")
+    if keep:
+        write_table(Path(config["out_dir"]) / "log.csv", list(rows[-1]), [list(row.values()) for row in rows])
+    if keep and config["wandb"]:
         import wandb
 
-        run_ = wandb.run or wandb.init(project="flock", config=config)
-        run_.log(rows[-1])
+        (wandb.run or wandb.init(project="flock", config=config)).log(rows[-1])
 
 
 if __name__ == "__main__":

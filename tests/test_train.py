@@ -656,7 +656,11 @@ def test_a_cutter_is_not_trusted_if_it_misses_foregrounds_or_finds_implausible_o
     fake = SimpleNamespace(iou=iou, masks=None, name="", cut=lambda picture, mask: picture)
     monkeypatch.setattr(train, "Cutter", lambda encoder, scenes, seed: fake)
     encoder = SimpleNamespace(embed=lambda pictures, *_: torch.tensor([[shares[p]] * 9 for p in pictures]))
-    assert train.cut_own(encoder, list(range(6)), [0], 0) == ({k: k for k in (1, 2, 3, 5)} if trusted else {})
+    cuts, yes, _ = train.cut_out(encoder, list(range(6)), [0], 0, "photos")
+    assert cuts == {k: k for k in (1, 2, 3, 5)[: 3 + (last < 0.5)]} and yes == trusted
+    if not trusted:  # then the target's own foregrounds are not used
+        samples = SimpleNamespace(split=torch.zeros(6), keep=lambda _: SimpleNamespace(items=list(range(6))))
+        assert train.own_foregrounds(encoder, [0], [], samples, None, 1.0, 0) is None
 
 
 @pytest.mark.parametrize("limit", [0.1, -9.0])
@@ -665,9 +669,8 @@ def test_own_foregrounds_have_their_weight_in_the_map_if_they_do_not_foretell_th
 ):
     samples, encoder = samples_of(files, "all", str(files / "all/masks")), tiny(files)
     (figures, grounds, cells, i, _), cuts = composed(files), [c.figure for c in samples.cut[:6]]
-    changed = dict(
-        instances=16, per_instance=2, cut_own=lambda *_: dict(enumerate(cuts)), own=0.3, FORETOLD=limit
-    )
+    changed = dict(instances=16, per_instance=2, own=0.3, FORETOLD=limit)
+    changed["cut_out"] = lambda *_: (dict(enumerate(cuts)), True, "")
     for name, value in changed.items():
         monkeypatch.setattr(train, name, value)
     result, last = train.bap(0, encoder, figures, grounds, samples, tmp_path, dict(config={}))
@@ -821,9 +824,9 @@ def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
     (*_, cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")
     how = dict(train=part, steps=10, pairs=16, learning_rate=2e-3, out_dir=str(tmp_path))
     z, config = encoder.embed(cells), {**tree(plain)["config"], **how}
-    trained, _ = train.pretrain(
-        encoder, cells, [(1.0, z, i)], j, samples, 0, tmp_path, dict(config=config, git=None)
-    )
+    grids, head = [train.Grid(1.0, z, i, j, cells)], dict(config=config, git=None)
+    trained, _, (grid,) = train.pretrain(encoder, grids, samples, 0, tmp_path, head)
+    assert torch.equal(grid.z, trained.embed(cells)) and grid.i is i
     mu, a, _ = additive_solve(z, i, model.renumber(j))
     before, after = ((v - (mu + a)[i]).square().sum() for v in (z, trained.embed(cells)))
     assert after < 0.8 * before
@@ -835,9 +838,9 @@ def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
 
 
 def test_loss_of_the_encoder_by_hand():
-    anchors, mu = torch.tensor([[1.0, 0], [-1, 0]]), torch.tensor([1.0, 1])
+    effects, mu = torch.tensor([[1.0, 0], [-1, 0]]), torch.tensor([1.0, 1])
     z, y = torch.tensor([[2.0, 1], [1, 1], [0, 2]]), torch.tensor([0, 0, 1])
-    task = SimpleNamespace(y=y, mu=mu, anchors=anchors, read=lambda v: v, text_weight=0.1)
+    task = SimpleNamespace(y=y, anchors=mu + effects, variance=1.0, read=lambda v: v, text_weight=0.1)
     terms = train.anchor_cost(dict(z=z), torch.arange(3), task)
     assert terms["L_anchor"][0] == 1 and terms["L_anchor"][1].item() == pytest.approx((0 + 1 + 1) / 3)
     p, q = (v.double().softmax(1) for v in (z, torch.tensor([[2.0, 1], [2, 1], [0, 1]])))
@@ -1071,9 +1074,9 @@ def test_one_pass_gives_images_their_regions_and_their_texts(files):
     encoder, samples, ids = tiny(files), samples_of(files), torch.tensor([4, 0, 0, 5])
     pictures, _ = data.load_regions("grid:2", samples.items[:6], encoder.frame)
     z, r = (unit(v) for v in model.region_embeddings(encoder, pictures))
-    task, towers = train.pairs_of(samples, "place", 8), train.Towers(encoder.module, "open_clip")
+    task, bare = train.pairs_of(samples, "place", 8), dict(checkpointing=False, compile=False)
     task.boxes = torch.stack([p.seen() for p in pictures])
-    forward = train.forward_of(towers, encoder, task, train.METHODS["ravl"])
+    forward = train.forward_of(encoder, task, train.METHODS["ravl"], bare)
     with torch.no_grad():
         e = forward(torch.stack([encoder.transform(samples.items[k].image()) for k in ids]), ids)
     wanted = dict(z=z[ids], g=encoder.texts(task.prompts), t=encoder.texts([task.captions[k] for k in ids]))

@@ -180,20 +180,12 @@ def main():
         clusters = described(verdict, medoids, members, stable, e.classes)
     times.append(time.time())
 
-    # what is written: numbers, then arrays for train.py, then the page
-    summary = dict(config=config, git=revision(), notes=e.notes, k=best, classes=e.classes, clusters=clusters)
-    summary.update(on_published_distance(e.x, labels, best, mean, seed), mean_removed=bool(mean.any()))
-    summary.update(silhouettes={str(k): sweep[k].silhouette for k in sweep})
-    summary.update(accuracy=float((e.predicted == e.y).double().mean()))
-    summary.update(base_rate=precision(torch.arange(len(e.x)), e.target, len(e.x)))
-    methods = {}
-    for name, index in ranked.items():
-        methods[name] = dict(precision_at_10=precision(index, e.target), top=index[:100].tolist())
-    summary.update(precision_at_10=methods["ravl" if method == "all" else method]["precision_at_10"])
+    # what is written: numbers, arrays for train.py, the page
+    summary = summarised(config, e, sweep, best, mean, clusters, ranked)
     seconds = dict(zip(("cluster", "identify", "rank"), np.diff(times).tolist(), strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but for macOS
     peak = peak / 2 ** (20 if os.uname().sysname == "Linux" else 30)
-    summary.update(methods=methods, seconds=dict(seconds, total=time.time() - started), peak_gib=peak)
+    summary.update(seconds=dict(seconds, total=time.time() - started), peak_gib=peak)
     out = Path(out_dir)
     (out / "discovery.json").unlink(missing_ok=True)  # it would be of another run than what comes now
     summary["npz"] = write_arrays(out / "discovery.npz", e, labels, e.x[medoids], mean, clusters)
@@ -202,6 +194,20 @@ def main():
     say(console(summary, e), True)
     written = "discovery.json, discovery.npz and discovery.html written"
     say(f"\n{out}/{written}, {time.time() - started:.1f} s", True)
+
+
+def summarised(config, e, sweep, best, mean, clusters, ranked):
+    """The tree of discovery.json, without what it cost. ranked: {method: its regions}."""
+    summary = dict(config=config, git=revision(), notes=e.notes, k=best, classes=e.classes, clusters=clusters)
+    summary.update(on_published_distance(e.x, sweep[best].labels.long(), best, mean, config["seed"]))
+    summary.update(mean_removed=bool(mean.any()), silhouettes={str(k): sweep[k].silhouette for k in sweep})
+    summary.update(accuracy=float((e.predicted == e.y).double().mean()))
+    summary.update(base_rate=precision(torch.arange(len(e.x)), e.target, len(e.x)))
+    methods = {}
+    for name, index in ranked.items():
+        methods[name] = dict(precision_at_10=precision(index, e.target), top=index[:100].tolist())
+    name = "ravl" if config["method"] == "all" else config["method"]
+    return dict(summary, precision_at_10=methods[name]["precision_at_10"], methods=methods)
 
 
 def write_arrays(path, e, labels, medoids, mean, clusters):
@@ -227,8 +233,7 @@ def from_images(config):
     samples = load_data(data, classes, places, prompts, "", False, seed, **facts)
     if (samples.y < 0).any():
         raise Complaint(f"{samples.name}: no labels; discovery needs them: a folder for each class")
-    parts = [part.strip() for part in split.split(",")]
-    images = of_splits(samples, parts)
+    images, parts = of_splits(samples, split)
     pictures, notes = load_regions(regions, images.items, encoder.frame, skip_bad)
     if encoder.untrained:
         notes.append(f"{model}: its text tower is untrained: no nearest words")
@@ -256,14 +261,15 @@ def from_images(config):
     return evidence(x, z, logits, samples.name, samples.classes, images.y, count, notes, **given)
 
 
-def of_splits(samples, parts):
-    """The samples of these splits, of SPLITS."""
+def of_splits(samples, split):
+    """The samples of --split, and which splits it names."""
+    parts = [part.strip() for part in split.split(",")]
     expect(set(parts) <= {*SPLITS}, "split", split, "train, val, test, or several of them with commas")
     images = samples.keep(torch.isin(samples.split, torch.tensor([SPLITS.index(part) for part in parts])))
     if not images.items:
         counts = dict(zip(SPLITS, torch.bincount(samples.split, minlength=3).tolist(), strict=True))
         raise Complaint(f"--split={split}: {samples.name} has no images there ({counts}); take another split")
-    return images
+    return images, parts
 
 
 def planted(pictures, shows, mask_of, outside):
@@ -319,8 +325,8 @@ def evidence(x, z, logits, name, classes, y, count, notes, target=None, **rest):
             what = "not finite" if norm[odd[0]] else "zero"
             raise Complaint(f"{name}: region {rows.start + odd[0]} is {what}; leave it out, check the model")
         x[rows] /= norm
-    highest = region_score.new_full((n,), -math.inf).scatter_reduce_(0, image, region_score, "amax")
-    ties = (region_score == highest[image]).nonzero()[:, 0]
+    top = region_score.new_full((n,), -math.inf).scatter_reduce_(0, image, region_score, "amax")
+    ties = (region_score == top[image]).nonzero()[:, 0]
     best = torch.full_like(y, -1).scatter_reduce_(0, image[ties], ties, "amin", include_self=False)
     listing, right = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6), (predicted == y).double()
     notes = [*notes, f"{N} regions of {n} images, classes {listing}; accuracy {float(right.mean()):.3f}"]

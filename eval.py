@@ -259,14 +259,12 @@ class Embedded:
         return ((self.samples.split == split) & self.good & (self.samples.y >= 0)).nonzero()[:, 0]
 
 
-FIELDS = (
-    "index predicted confidence target names trained_on skipped of_20 picker region_photo region_predicted"
-)
+FIELDS = "index predicted confidence target names fitted skipped of_20 picker region_photo region_predicted"
 Outcome = namedtuple("Outcome", FIELDS, defaults=(0, 0, None, "", None, None))
 Outcome.__doc__ = """What a protocol makes of photos, on the CPU. index: [m], which; predicted, confidence:
-[R, m], of R draws; target: [m], what would be right; names: of what is predicted; trained_on: how many the
-heads learned from; skipped: how many could not be read; of_20: [m], CounterAnimal's 1v20, whose labels picker
-chose; region_photo, region_predicted: [K], of regions that show the object."""
+[R, m], of R draws; target: [m], what would be right; names: of what is predicted; fitted: how many of them
+heads were fitted on; skipped: how many could not be read; of_20: [m], CounterAnimal's 1v20, whose labels
+picker chose; region_photo, region_predicted: [K], of regions that show the object."""
 
 
 def evaluate(name, samples, asked):
@@ -295,9 +293,8 @@ def evaluate(name, samples, asked):
         for key, row, heads in rows_of(p, e, shots):
             out = classify(e, row, heads, split, twenty, cells)._replace(picker=picks)
             outcomes[key] = out
-            if out.trained_on:
-                share = f"{out.trained_on} of the {len(out.index)} photos"
-                say(f"WARNING: {key} was trained on {share}; see --split")
+            if out.fitted:
+                say(f"WARNING: {key} was trained on {out.fitted} of the {len(out.index)} photos; see --split")
     return outcomes, additive_parts(e, grid)
 
 
@@ -307,12 +304,9 @@ def predicted_elsewhere():
     for flag, value in dict(others, protocol=protocol.replace("auto", "")).items():
         expect(not value, flag, value, "nothing with --predictions, which runs no model")
     samples, taken, sure = load_predictions(predictions, columns, classes)
-    part = split
-    if split == "auto":
-        part = "test" if (samples.split == 2).any() else "all"
-    index = torch.arange(len(taken))
-    if part != "all":
-        index = index[samples.split == SPLITS.index(part)]
+    tested, index = bool((samples.split == 2).any()), torch.arange(len(taken))
+    if split in SPLITS or split == "auto" and tested:
+        index = index[samples.split == SPLITS.index(split.replace("auto", "test"))]
     expect(len(index), "split", split, "one that the table has rows of")
     out = Outcome(index, taken[None, index], sure[None, index], samples.y[index], samples.classes)
     return samples, ({"predictions": out}, {})
@@ -327,8 +321,9 @@ def classify(e, row, heads, split, twenty, cells):
     samples, source, by_label = e.samples, SOURCES.get(row.needs), row.needs in ("texts", "rows")
     if split == "auto":
         split = "test" if samples.official or source is not None else "all"
-    asked = e.good if split == "all" else e.good & (samples.split == SPLITS.index(split))
-    index = asked.nonzero()[:, 0]
+    index = e.good.nonzero()[:, 0]
+    if split != "all":
+        index = index[samples.split[index] == SPLITS.index(split)]
     if not len(index):
         raise Complaint(f"--split={split}: {samples.name} has no photos there")
     names, target = choice(samples) if by_label else (samples.classes, samples.y)
@@ -344,9 +339,9 @@ def classify(e, row, heads, split, twenty, cells):
                 columns = twenty[samples.y[index[here]]].to(logits.device)  # [N, 20]
                 best = logits.gather(1, columns).argmax(1)
                 of_20[here] = columns.gather(1, best[:, None])[:, 0].cpu()
-    trained_on = 0 if source is None else int((samples.split[index] == source).sum())
+    fitted = 0 if source is None else int((samples.split[index] == source).sum())
     skipped = int((~e.good).sum())
-    out = Outcome(index, predicted, confidence, target[index], names, trained_on, skipped, of_20)
+    out = Outcome(index, predicted, confidence, target[index], names, fitted, skipped, of_20)
     if cells is None:
         return out
     inside = torch.isin(cells[1], index)
@@ -645,7 +640,7 @@ def measure(out, samples, seed):
     ends = [worst_ends([(g["accuracy"] * g["n"], g["n"]) for g in m["groups"]]) for m in of_draws]
     metrics[worst_of] = sum(m[worst_of] for m in of_draws) / len(of_draws)
     metrics[f"{worst_of}_interval"] = np.mean(ends, 0).tolist()
-    metrics.update(seen_in_training=out.trained_on, average=metrics.pop("overall"))
+    metrics.update(seen_in_training=out.fitted, average=metrics.pop("overall"))
     metrics.update(ece=ece(out.confidence.flatten(), correct.flatten()), n=len(y), skipped=out.skipped)
     classes = class_metrics(out, samples, mean, groups)
     if is_counteranimal(samples):

@@ -22,6 +22,7 @@ import resource
 import time
 import zlib
 from collections import namedtuple
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -805,7 +806,8 @@ def identify(label, k, e, criterion):
     elif criterion.by == "loss":
         kept &= (q <= FALSE_DISCOVERIES).any(0)
         score, chance = -gap.clamp(max=0).nansum(0), chance / 2
-    ranking = sorted(descending(score).tolist(), key=lambda c: not kept[c])
+    order = descending(score)
+    ranking = order[kept[order]].tolist() + order[~kept[order]].tolist()
     of_gap = dict(gap=gap, weight=weight, acc_in=acc_in, acc_out=acc_out, n_in=n_in, n_out=n_out, q=q)
     of_cluster = dict(influence=influence, score=score, chance=chance, signs=signs, kept=kept)
     return SimpleNamespace(ranking=ranking, criterion=criterion, **of_gap, **of_cluster)
@@ -931,7 +933,7 @@ def failures(e, seed, l2):
     their score toward wrong, the least accurate class first."""
     wrong, lists = (e.predicted != e.y).long(), []
     errors = {y: float(wrong[e.y == y].double().mean()) for y in torch.unique(e.y).tolist()}
-    for y in sorted(errors, key=lambda y: -errors[y]):
+    for y in sorted(errors, key=errors.get, reverse=True):
         images = e.y == y
         if 0 < errors[y] < 1:
             fitted = fit_probe(e.z[images], wrong[images], l2, classes=2)
@@ -1044,7 +1046,7 @@ def dropped(clusters):
     lost = [c for c in clusters if c["score"] and c["reason"].startswith("no class does better")]
     if any(c["kept"] for c in clusters) or not lost:
         return ""
-    c = max(lost, key=lambda c: c["score"])
+    c = max(lost, key=itemgetter("score"))
     q = min(gap["q"] for gap in c["gaps"].values())
     line = f"Cluster {c['id']}, score {c['score']:.2f} (by chance {c['chance']:.2f}), {gains(c, -1)}, was "
     line += "dropped as no class does better with it; one that is always right cannot. --method=loss asks "

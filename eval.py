@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections import namedtuple
+from operator import itemgetter
 from pathlib import Path
 
 # first, as it checks the flags before torch is imported
@@ -221,7 +222,7 @@ def report(results, samples, blocks, config, git):
         title = f"{name} loses {100 * m['drop']:.0f} points from common to counter backgrounds."
         numbers = "common", "counter", "drop"
     elif len(samples.places) > 1 and head["groups"]:
-        least = min(head["groups"], key=lambda group: group["accuracy"])
+        least = min(head["groups"], key=itemgetter("accuracy"))
         group = samples.group_name(least["y"], least["place"])
         title = f"{name} is right on {m['worst_group']:.0%} of its worst group, {group}."
         numbers = "worst_group", "avg_group_mean", "avg_train_weighted"
@@ -406,11 +407,15 @@ def repaired(g, z):
     return unit(v.sign() * v.abs() ** (1 / g.power)) * z.norm(dim=1, keepdim=True)
 
 
+def probe_head(fit, g):
+    return lambda v: fit.logits(g(v)), None
+
+
 def probe_heads(e, index=None):
     """On the training images, or at an index of them."""
     index = e.usable(0) if index is None else index
     fit = fit_probe(e.g(e.z[index]), e.y[index], e.l2, classes=len(e.samples.classes))
-    return [(lambda v: fit.logits(e.g(v)), None)]
+    return [probe_head(fit, e.g)]
 
 
 def clip_probe_heads(e, C=0.316):
@@ -419,7 +424,7 @@ def clip_probe_heads(e, C=0.316):
     x = e.bare(e.z[train])
     scale, alike = float(mean_std(x)[1].mean()), torch.ones_like(x[:, 0])
     fit = fit_probe(x, e.y[train], 1 / (C * len(x) * scale * scale), alike, len(e.samples.classes))
-    return [(lambda v: fit.logits(e.bare(v)), None)]
+    return [probe_head(fit, e.bare)]
 
 
 def dfr_heads(e, scaled=True):
@@ -435,7 +440,7 @@ def dfr_heads(e, scaled=True):
     if scaled:
         scaler = standard(x[train if len(train) else val])
     fit = dfr(x[val], e.y[val], groups, e.seed, scaler)
-    return [(lambda v: fit.logits(e.bare(v)), None)]
+    return [probe_head(fit, e.bare)]
 
 
 def fewshot_heads(e, shots):
@@ -555,17 +560,23 @@ def choose_picker(picker):
     from huggingface_hub.constants import HF_HUB_CACHE
 
     kept = Path(HF_HUB_CACHE) / "models--timm--vit_base_patch32_clip_224.laion400m_e32" / "snapshots"
-    if picker != "auto" or any(kept.glob("*/open_clip_*")):
-        return PAPERS_PICKER if picker == "auto" else picker
+    if picker != "auto":
+        return picker
+    if any(kept.glob("*/open_clip_*")):
+        return PAPERS_PICKER
     say(f"WARNING: 1v20: the model measured picks its own 20 labels; the paper's is --picker={PAPERS_PICKER}")
     return "self"
 
 
 def pick_labels(encoder, z, samples):
-    """CounterAnimal's 1v20: 20 labels with the highest mean score on a class's photos, [classes, 20]."""
-    rows, bias = (encoder.prompts(samples.prompts), 0.0) if encoder.tokenizer else encoder.classifier()
-    v, y = (unit(z) if encoder.tokenizer else z).nan_to_num(), samples.y.to(z.device)
-    mean = sums(v, y, len(samples.classes)) / torch.bincount(y).clamp(min=1)[:, None]
+    """CounterAnimal's 1v20: 20 labels with the highest mean score on a class's photos, [classes, 20]: those
+    that it is most easily taken for, the same for all models if one model picks them."""
+    if encoder.tokenizer:
+        v, rows, bias = unit(z), encoder.prompts(samples.prompts), 0.0
+    else:
+        v, (rows, bias) = z, encoder.classifier()
+    y = samples.y.to(z.device)
+    mean = sums(v.nan_to_num(), y, len(samples.classes)) / torch.bincount(y).clamp(min=1)[:, None]
     return (mean @ rows.T + bias).topk(20).indices.cpu()
 
 
@@ -629,9 +640,8 @@ def measure(out, samples, seed):
     if (y < 0).all():
         taken = torch.bincount(out.predicted[0], minlength=len(out.names)).tolist()
         classes = {name: dict(predicted=n) for name, n in zip(out.names, taken, strict=True)}
-        return dict(
-            metrics=dict(n=len(y), confidence=float(out.confidence.mean())), classes=classes, groups=[]
-        )
+        metrics = dict(n=len(y), confidence=float(out.confidence.mean()))
+        return dict(metrics=metrics, classes=classes, groups=[])
     correct = out.predicted == out.target  # [R, m]
     mean = correct.double().mean(0)  # over the draws, [m]
     metrics, worst_of = group_metrics(mean, samples, out.index), samples.worst
@@ -654,9 +664,9 @@ def measure(out, samples, seed):
         target = torch.zeros_like(samples.y).index_copy(0, out.index, out.target)
         right = out.region_predicted == target[out.region_photo]
         of_regions = group_metrics(right, samples, out.region_photo)
-        metrics.update(
-            {f"region_{key}": of_regions[key] for key in ("overall", worst_of)}, regions=len(right)
-        )
+        for key in ("overall", worst_of):
+            metrics[f"region_{key}"] = of_regions[key]
+        metrics["regions"] = len(right)
     return dict(metrics=metrics, classes=classes, groups=groups)
 
 
@@ -813,7 +823,7 @@ def blocks_of(results, outcomes, samples, failed):
             taken = [f"{label} ({count})" for label, count in m.get("taken_for", {}).items()]
             rows.append((c, m["accuracy"], m["n"], ", ".join(taken)))
     title = f"What each class is taken for, {name} {head['protocol']}"
-    rows = sorted(rows, key=lambda row: row[1])[:45]
+    rows = sorted(rows, key=itemgetter(1))[:45]
     blocks.append(Block(title, ("class", "accuracy", "n", "taken for"), rows))
     for name, entry in list(results.items())[:3] if rows else ():
         figures = worst(outcomes[name][entry["protocol"]], samples) or [tag("p", "none")]
@@ -1206,7 +1216,7 @@ def summarised(done):
     valid, precision, mitigation = [setting for setting in done if setting["valid"]], {}, {}
     for m in valid[0]["precision_at_10"] if valid else ():
         values = {"all": [setting["precision_at_10"][m] for setting in valid]}
-        for setting in sorted(valid, key=lambda setting: -setting["strength"]):
+        for setting in sorted(valid, key=itemgetter("strength"), reverse=True):
             values.setdefault(f"{setting['strength']:g}", []).append(setting["precision_at_10"][m])
         precision[m] = {name: mean_interval(shares) for name, shares in values.items()}
     for least in (0.6, 0.8):

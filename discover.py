@@ -357,8 +357,7 @@ def suspect(encoder, samples, parts, config):
 
 def text_classifier(encoder, samples, parts, config):
     """Cosines with text embeddings of the classes."""
-    texts = samples.class_prompts()
-    text, temperature = encoder.prompts(texts, samples.classes), config["temperature"]
+    text, temperature = encoder.prompts(samples.class_prompts(), samples.classes), config["temperature"]
     note = f"classifier: text embeddings, {samples.prompt_line()}"
     return lambda v: unit(v.float()) @ text.T / temperature, note
 
@@ -944,7 +943,7 @@ def failures(e, seed, l2):
 def george(e, seed, l2):
     """George: the least accurate cluster of image embeddings within a class; regions of its images by cosine
     to its mean less the mean of the class's rest."""
-    right, least, worst = (e.predicted == e.y).double(), math.inf, None
+    right, least = (e.predicted == e.y).double(), math.inf
     for y in torch.unique(e.y).tolist():
         images = (e.y == y).nonzero()[:, 0]
         z = e.z[images]
@@ -955,10 +954,9 @@ def george(e, seed, l2):
         for c in torch.unique(label).tolist():
             accuracy = float(right[images[label == c]].mean())
             if accuracy < least and (label != c).any():
-                least, worst = accuracy, (images[label == c], images[label != c])
-    if worst is None:
+                least, group, rest = accuracy, images[label == c], images[label != c]
+    if least == math.inf:  # no class falls into clusters
         return random(e, seed, l2)
-    group, rest = worst
     images = torch.zeros_like(right, dtype=torch.bool).index_fill_(0, group, True)
     return toward(e, e.z[group].mean(0) - e.z[rest].mean(0), images)
 
@@ -1091,9 +1089,8 @@ def console(summary, e):
             if not c["kept"]:
                 words.insert(0, c["reason"])
             numbers = [c[key] for key in ("score", "chance", "influence", "n", "stability")]
-            rows.append(
-                (str(c["id"]), *numbers, precision(c["regions"], e.target), "; ".join(filter(None, words)))
-            )
+            numbers.append(precision(c["regions"], e.target))
+            rows.append((str(c["id"]), *numbers, "; ".join(filter(None, words))))
         header = ("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", tied)
         lines += [verdict_line(kept, config["method"]) + ":", table(header, rows)]
         lines += filter(None, [dropped(clusters)])

@@ -1065,13 +1065,6 @@ def gains(cluster, sign, most=2, line=GAIN):
     return ", ".join(line.format(name=name, **gap) for name, gap in gaps if sign * gap["gap"] > 0)
 
 
-def of_methods(summary):
-    """Rows of what the methods' regions show, (method, Precision@10); none where that is not known."""
-    if summary["base_rate"] is None:
-        return []
-    return [(name, ranked["precision_at_10"]) for name, ranked in summary["methods"].items()]
-
-
 def console(summary, e):
     """The tables on the console."""
     config, clusters, N = summary["config"], summary["clusters"], len(e.x)
@@ -1081,21 +1074,20 @@ def console(summary, e):
     line += f"; {'about ' * (N > 4000)}{summary['negative_pairs']:.1%} of the pairs have a negative cosine"
     lines = [line + f", which {'fast does not clip' if config['clustering'] == 'fast' else 'is clipped'}"]
     if config["method"] not in BASELINES:
-        tied, rows = "most helped, harmed: weighted gap", []
-        if not kept:
-            tied = "why not; weighted gaps"
+        tied, rows = "most helped, harmed: weighted gap" if kept else "why not; weighted gaps", []
         for c in (kept or sorted(clusters, key=lambda c: -(c["score"] or 0))[:3])[:20]:
             words = [gains(c, sign, 1, "{name:.24} {gap:+.2f}") for sign in (1, -1)]
             if not c["kept"]:
                 words.insert(0, c["reason"])
-            numbers = [c[key] for key in ("score", "chance", "influence", "n", "stability")]
-            numbers.append(precision(c["regions"], e.target))
-            rows.append((str(c["id"]), *numbers, "; ".join(filter(None, words))))
+            figures = itemgetter("score", "chance", "influence", "n", "stability")(c)
+            at_10 = precision(c["regions"], e.target)
+            rows.append((str(c["id"]), *figures, at_10, "; ".join(filter(None, words))))
         header = ("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", tied)
         lines += [verdict_line(kept, config["method"]) + ":", table(header, rows)]
         lines += filter(None, [dropped(clusters)])
-    if config["method"] == "all" and of_methods(summary):
-        lines.append("\n" + table(("method", "precision_at_10"), of_methods(summary)))
+    if config["method"] == "all" and summary["base_rate"] is not None:
+        rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
+        lines.append("\n" + table(("method", "precision_at_10"), rows))
     if summary["base_rate"] is not None:
         at_10 = "-" if summary["precision_at_10"] is None else f"{summary['precision_at_10']:.2f}"
         rate = f"of all regions {summary['base_rate']:.3f} show the target"
@@ -1117,13 +1109,13 @@ def report(summary, e, similarity, M):
         if c["chance"] is not None:
             head += f", score {c['score']:.2f} (by chance {c['chance']:.2f})"
         sections.append((head, *cluster_parts(c, words.get(c["id"]), e, similarity)))
-    keys, rows = ("reason", "score", "chance", "influence", "n"), []
-    for c in clusters[:60]:
-        rows.append((str(c["id"]), *[c[key] for key in keys]))
+    figures = itemgetter("reason", "score", "chance", "influence", "n")
+    rows = [(str(c["id"]), *figures(c)) for c in clusters[:60]]
     header = ("cluster", "kept?", "score", "by chance", "influence", "regions")
     sections.append(("All clusters", html_table(header, rows)))
-    if len(summary["methods"]) > 1 and of_methods(summary):
-        sections.append(("Methods", html_table(("method", "Precision@10"), of_methods(summary))))
+    if len(summary["methods"]) > 1 and summary["base_rate"] is not None:
+        rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
+        sections.append(("Methods", html_table(("method", "Precision@10"), rows)))
     lead = f"{verdict_line(kept, config['method'])}, among {summary['k']} clusters of {len(e.x)} regions. "
     lead += dropped(clusters)
     if baseline:

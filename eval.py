@@ -1086,11 +1086,11 @@ def kept_tree(path, made):
     return {}
 
 
-def script_run(name, out, config, samples, **own_flags):
+def script_run(name, out, config, samples, **options):
     """What train.py or discover.py, which lie beside this file, make in out of these flags: their weights or
     discovery.json, kept if flags, data and code are the same. Output to out/log.txt; Complaint with its last
     line."""
-    words, product = {flag: config[flag] for flag in SHARED} | own_flags, out / PRODUCTS[name]
+    words, product = {flag: config[flag] for flag in SHARED} | options, out / PRODUCTS[name]
     made, note = made_of(name, words, samples, config), out / "made.json"
     if product.is_file():
         if kept_tree(note, made):

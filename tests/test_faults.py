@@ -586,7 +586,7 @@ def read_weights(root):
     specs = [("tiny", root / name) for name in ("w.safetensors", "w.pt", "lora")]
     for name, path in [*specs, (f"local-dir:{root / 'clip'}", ""), (f"local-dir:{root / 'timm'}", "")]:
         with contextlib.suppress(Complaint):
-            model.load_encoder(name, str(path), device="cpu", dtype="float32").head()
+            model.load_encoder(name, str(path), device="cpu", dtype="float32").module.eval()
 
 
 def make_cache(root):

@@ -41,35 +41,32 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-Image.MAX_IMAGE_PIXELS, PIXELS = None, dict(most=89478485)  # --max_pixels, as flags() read it last
 ASSETS = Path(__file__).parent / "assets"
-SLIMMEST = 100  # sides of a picture
-GREY = (124, 116, 104)  # the mean colour of ImageNet
-SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place
 SPLITS = ("train", "val", "test")
-FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
-HIDDEN = (".", "__MACOSX")  # how names begin of what no one wants
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
-SKIP = "replace it, or leave such files out with --skip_bad"
-HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]  # in the names of temporary files
 MOST = 10_000_000  # pictures or regions in memory
-MOST_FIGURES = 2000  # of photos with masks or outlines so many are drawn
-COLUMNS = {  # of tables: what we call them, and what people do, the likeliest first
-    "path": "path file_name filename img_filename filepath file_path image_path img_path image_file image "
-    "file img image_name img_name image_id",
-    "y": "y label target class class_name label_name category y_true true_label class_id label_id "
-    "category_id",
-    "place": "place a background attribute env environment confounder group domain context spurious attr",
-    "split": "split partition subset set phase",
-    "predicted": "predicted prediction pred y_pred yhat y_hat predicted_label pred_label predicted_class",
-    "confidence": "confidence conf probability prob score",
-}
-BOXES = {"x1": "x1 xmin left", "y1": "y1 ymin top", "x2": "x2 xmax right", "y2": "y2 ymax bottom"}
-EMPTY = {"", "nan", "na", "n/a", "null", "<na>"}  # no value
+
+# --------------------------------------------------------------------------------------------------------
+# run and flags: how a script starts and ends, what it says, and the flags that it takes
+
+HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]  # in the names of temporary files
+LOCKS = {}  # of each out_dir the open file that keeps other processes out, and whether the folder is new
+SPEECH = dict(quiet=False)  # --quiet, as flags() read it last
+PIXELS = dict(most=89478485)  # --max_pixels, the same
+WARNED = set()
 
 
 class Complaint(Exception):
     """Something that the user can mend: one line that names it, says what was found and what to do."""
+
+
+def require(holds, line):
+    if not holds:
+        raise Complaint(line)
+
+
+def expect(holds, flag, value, wanted):
+    if not holds:
+        raise Complaint(f"--{flag}: found {repr(value)[:200]}, expected {wanted}")
 
 
 def run(main, again="the same command with --resume"):
@@ -81,7 +78,7 @@ def run(main, again="the same command with --resume"):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
     listen()
-    held = set(LOCKS)
+    held, code = set(LOCKS), 2
     try:
         try:
             return main()
@@ -94,17 +91,17 @@ def run(main, again="the same command with --resume"):
                 file.close()
             sys.stdout.flush()
     except Complaint as problem:
-        line, code = str(problem), 2
+        line = str(problem)
     except BrokenPipeError:  # | head has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor does Python complain of it at the end
         sys.exit(0)
     except OSError as problem:  # a full disk, a folder that may not be written, a file that went away
-        line, code = f"{problem.filename or 'file system'}: {problem.strerror or problem}", 2
+        line = f"{problem.filename or 'file system'}: {problem.strerror or problem}"
     except RuntimeError as problem:
         if type(problem).__name__ != "OutOfMemoryError":  # torch's; it may not be imported yet
             raise
         cure = "lower --pairs or --batch_size, or use --dtype=bfloat16 or a smaller --model"
-        line, code = f"the GPU's memory is full ({str(problem).partition('. ')[0]}); {cure}", 2
+        line = f"the GPU's memory is full ({str(problem).partition('. ')[0]}); {cure}"
     except KeyboardInterrupt:
         line, code = f"interrupted; {again} goes on from here", 130
     if os.environ.get("RANK", "0") == "0":
@@ -114,7 +111,19 @@ def run(main, again="the same command with --resume"):
     sys.exit(code)
 
 
-LOCKS = {}  # of each out_dir the open file that keeps other processes out, and whether the folder is new
+def listen():
+    """Has SIGTERM do what Ctrl-C does, and that raise KeyboardInterrupt, also in a shell's background."""
+
+    def as_ctrl_c(*_):
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, None)
+
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several must not wait for the others
+        signal.signal(signal.SIGTERM, as_ctrl_c)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as while it imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def lock(out_dir):
@@ -141,38 +150,19 @@ def sweep(folder):
     with contextlib.suppress(OSError):  # another run is faster, or may not
         for path in folder.glob(".*.tmp"):
             made = re.search(r"\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp$", path.name)
-            left = made and time.time() - path.stat().st_mtime > 86400
+            dead = made and time.time() - path.stat().st_mtime > 86400
             if made and made[1] == HOST:
                 try:
                     os.kill(int(made[2]), 0)
                 except OSError as problem:  # its process has ended, or is another user's
-                    left = left or isinstance(problem, ProcessLookupError)
-            if left:
+                    dead = dead or isinstance(problem, ProcessLookupError)
+            if dead:
                 path.unlink()
-
-
-def listen():
-    """Has SIGTERM do what Ctrl-C does, and that raise KeyboardInterrupt."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # one of several must not wait for the others
-        signal.signal(signal.SIGTERM, as_ctrl_c)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as while it imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def as_ctrl_c(*_):
-    """What Ctrl-C does; also where it does nothing, as in a script's background jobs."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):
-        raise KeyboardInterrupt
-    handler(signal.SIGINT, None)
 
 
 def harmless(text):
     """Text for a terminal: control characters but line ends and tabs, as in file names, are spelled out."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
-
-
-SPEECH = dict(quiet=False)  # --quiet, as flags() read it last
 
 
 def say(text, result=False):
@@ -182,18 +172,12 @@ def say(text, result=False):
         print(harmless(text), flush=True)
 
 
-WARNED = set()
-
-
 def warn_once(path, what):
     """Warns of what a file has, of the first of all such."""
     if what not in WARNED:
         WARNED.add(what)
         say(f"WARNING: {path} and perhaps others: {what}")
 
-
-# --------------------------------------------------------------------------------------------------------
-# flags
 
 LIMITS = {  # of flags that several scripts have; those of one stand below its first screen, as its LIMITS
     "threads": "[0, 1024]",
@@ -233,16 +217,15 @@ def flags(script, argv=None):
     for key, limit in {**LIMITS, **script.get("LIMITS", {})}.items():
         if key in config and isinstance(limit, str):
             low, high = map(float, limit[1:-1].split(","))
-            inside = low < config[key] < high or config[key] == low and limit[0] == "["
-            inside = inside or config[key] == high and limit[-1] == "]"
+            ends = {low: limit[0] == "[", high: limit[-1] == "]"}
+            inside = low <= config[key] <= high and ends.get(config[key], True)
             expect(inside, key, config[key], f"a number in {limit}")
         elif key in config:
             words = [w for word in limit for w in (script[word] if word.isupper() else [word])]
             expect(config[key] in words, key, config[key], " or ".join(word for word in words if word))
     batch = config.get("batch_size", "auto")
     expect(re.fullmatch("auto|[1-9][0-9]{,8}", batch), "batch_size", batch, "auto, or a whole number from 1")
-    if "max_pixels" in config:
-        PIXELS["most"] = config["max_pixels"]
+    PIXELS["most"], SPEECH["quiet"] = config.get("max_pixels", PIXELS["most"]), config.get("quiet", False)
     if "out_dir" in config:  # complains now, not after the work
         path = Path(config["out_dir"]).absolute()
         there = next(p for p in (path, *path.parents) if p.exists())
@@ -250,7 +233,6 @@ def flags(script, argv=None):
         expect(usable, "out_dir", config["out_dir"], f"a folder that may be written to, {there} is not")
         if argv is None:  # of a script that runs
             lock(config["out_dir"])
-    SPEECH["quiet"] = config.get("quiet", False)
     script.update(config)
     return config
 
@@ -263,26 +245,18 @@ def read_flag(key, value, kind):
         expect(word in words, key, value, "True or False")
         return words[word]
     expect(value is not None, key, "no value", f"--{key}=VALUE")
-    try:
+    number = math.nan
+    with contextlib.suppress(ValueError):
         number = kind(value)
-    except ValueError:
-        number = math.nan
     expect(number == number, key, value, "a whole number" if kind is int else "a number")
     return number
 
 
-def near(word, known):
+def near(word, names):
     """'did you mean ...' for a mistyped word, or the list of what there is."""
-    known = [str(k) for k in known]
-    close = difflib.get_close_matches(word, known, 5, 0.5)
-    if close:
-        return "did you mean " + ", ".join(close) + "?"
-    return "there are " + ", ".join(sorted(known)[:40])
-
-
-def expect(holds, flag, found, wanted):
-    if not holds:
-        raise Complaint(f"--{flag}: found {repr(found)[:200]}, expected {wanted}")
+    names = list(map(str, names))
+    close = difflib.get_close_matches(word, names, 5, 0.5)
+    return f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(sorted(names)[:40])}"
 
 
 def unrun(path):
@@ -297,9 +271,9 @@ def unrun(path):
                 script[target.value.id] += [target.slice.value]
         if isinstance(target, ast.Name):
             keys = ast.List(node.value.keys) if isinstance(node.value, ast.Dict) else node.value
-            for tree in (keys, node.value):  # the latter counts, if it is constant
+            for value in (keys, node.value):  # the latter counts, if it is constant
                 with contextlib.suppress(ValueError, TypeError):
-                    script[target.id] = ast.literal_eval(tree)
+                    script[target.id] = ast.literal_eval(value)
     return script
 
 
@@ -309,12 +283,13 @@ LISTS = {"data": ["SETS"], "methods": ["METHODS", "CRITERIA", "BASELINES"], "pro
 
 def listing(what, path):
     """What --list=WHAT prints: names, and the first line that the source says of each. path: the script's."""
+    source = Path(__file__ if what == "data" else path).read_text(encoding="utf-8")
     if what == "models":
-        comment = re.search("\nmodel = .*?# (.*(?:\n  +# .*)*)", Path(path).read_text(encoding="utf-8"))[1]
+        comment = re.search("\nmodel = .*?# (.*(?:\n  +# .*)*)", source)[1]
         lines = [re.sub("\\s*\n +# ", " ", comment), "open_clip's names, with --pretrained=TAG|FILE|FOLDER:"]
         folder = Path(find_spec("open_clip").origin).parent / "model_configs"
         return "\n".join(lines + sorted(file.stem for file in folder.glob("*.json")))
-    body = ast.parse(Path(__file__ if what == "data" else path).read_text(encoding="utf-8")).body
+    body = ast.parse(source).body
     docs = {node.name: ast.get_docstring(node) or "" for node in body if isinstance(node, ast.FunctionDef)}
     rows = {"bap": docs["bap"].partition(".")[0]} if what == "methods" and "bap" in docs else {}
     for node in body:
@@ -343,6 +318,14 @@ except ModuleNotFoundError as problem:
     sys.exit(f"{problem}; pip install -r requirements.txt")
 
 
+# --------------------------------------------------------------------------------------------------------
+# files: written whole or not at all; what is wrong with one that is read becomes one line
+
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
+FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
+HIDDEN = (".", "__MACOSX")  # how names begin of what no one wants
+
+
 def revision():
     """The git revision of this checkout, with + if files differ from it; None outside one."""
     words = "describe --always --abbrev=40 --exclude=* --dirty=+".split()
@@ -359,10 +342,6 @@ def asset(name):
 def rng(seed, purpose, *index):
     """A generator of its own for each (seed, purpose, index): any order, any sharding draws the same."""
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *index])
-
-
-# --------------------------------------------------------------------------------------------------------
-# files
 
 
 def write(path, content):
@@ -413,10 +392,10 @@ def reading(path, what, cure="mend it, or fetch it again"):
     except FileNotFoundError as problem:  # of several files that make it up, the one that is missing
         raise Complaint(f"{problem.filename or path}: no such file; expected {what}") from None
     except Exception as problem:  # KeyError, RecursionError, MemoryError, zlib.error, ...: all say damage
-        found = f"{type(problem).__name__}: {one_line(problem)}"
+        damage = f"{type(problem).__name__}: {one_line(problem)}"
         if os.path.isfile(path) and not os.path.getsize(path):
-            found = "an empty file"
-        raise Complaint(f"{path}: not {what} ({found}); {cure}") from None
+            damage = "an empty file"
+        raise Complaint(f"{path}: not {what} ({damage}); {cure}") from None
 
 
 def one_line(problem):
@@ -431,6 +410,15 @@ def read_json(path, what):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def read_lines(path, flag):
+    """The lines of a text file, without the empty ones: list of (number, line)."""
+    with reading(path, f"a text file in UTF-8 for --{flag}"):
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    lines = [(k, line.strip()) for k, line in enumerate(lines, 1) if line.strip()]
+    require(lines, f"--{flag}={path}: an empty file")
+    return lines
+
+
 def bounded(path):
     """The path; ValueError where a small file, of np.savez or torch.save, would unpack to much memory."""
     if zipfile.is_zipfile(path):
@@ -441,143 +429,19 @@ def bounded(path):
     return path
 
 
-def read_lines(path, flag):
-    """The lines of a text file, without the empty ones: list of (number, line)."""
-    with reading(path, f"a text file in UTF-8 for --{flag}"):
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    lines = [(k, line.strip()) for k, line in enumerate(lines, 1) if line.strip()]
-    if not lines:
-        raise Complaint(f"--{flag}={path}: an empty file")
-    return lines
-
-
-class Table(dict):
-    """The columns of a table: name -> tuple of strings, one for each row. lines: where each ends in the file,
-    in which lines may be empty, and fields run over several."""
-
-    def __init__(self, path, columns, lines):
-        super().__init__(columns)
-        self.path, self.lines, self.count = path, lines, len(lines)
-
-    def complaint(self, k, problem):
-        return Complaint(f"{self.path}:{self.lines[k % self.count]}: {problem}")
-
-
-def read_table(path):
-    """The Table in a file with a header, its fields between commas, semicolons, tabs, bars or blanks; UTF-8,
-    or UTF-16 as Excel writes it. Fast enough for a million rows."""
-    with reading(path, "a table in UTF-8", "save it as .csv in UTF-8"):
-        raw = Path(path).read_bytes()
-        utf = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        text = raw.decode(utf).replace("\0", "")
-        if text.lstrip()[:1] in ("{", "["):
-            return records(path, text)
-        head = text[:10_000].lstrip().partition("\n")[0]
-        mark = max(",;\t|", key=head.count)
-        mark = mark if mark in head else " "
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=mark != "\t")
-        pairs = [(row, reader.line_num) for row in reader if row]
-    rows, lines = [row for row, _ in pairs], [line for _, line in pairs]
-    if mark == " " and len(rows) > 2:
-        # as CelebA's: the number of rows, the names of all columns but the first, blanks at the ends
-        rows = [row[:-1] if not row[-1] else row for row in rows]
-        rows = rows[1:] if len(rows[0]) == 1 < len(rows[1]) else rows
-        rows[0] = [""] * (len(rows[1]) - len(rows[0]) == 1) + rows[0]
-    names, rows = ([name.strip() for name in rows[0]], rows[1:]) if len(rows) > 1 else ([], [])
-    lines = lines[len(lines) - len(rows) :]
-    for row, line in zip(rows, lines, strict=True):
-        if len(row) != len(names):
-            there = f"{len(row)} fields ({mark.join(row)[:60]!r})"
-            raise Complaint(f"{path}:{line}: {there}, expected {len(names)}")
-    twice = [name for name in names if name and names.count(name) > 1]
-    if twice:
-        raise Complaint(f"{path}: two columns {twice[0]!r}; rename one")
-    return Table(path, zip(names, zip(*rows, strict=True), strict=True), lines)
-
-
-def records(path, text):
-    """The Table in JSON: a list of objects, or one a line, as Hugging Face's metadata.jsonl."""
-    lines = [(k, line) for k, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if text.lstrip()[0] == "[":
-        lines = list(enumerate(map(json.dumps, json.loads(text)), 1))
-    trees = [json.loads(line) for _, line in lines]
-    names = dict.fromkeys(name for tree in trees for name in tree)
-    columns = {n: tuple("" if (v := tree.get(n)) is None else str(v) for tree in trees) for n in names}
-    return Table(path, columns, [k for k, _ in lines])
-
-
-def columns_of(table, chosen, ours, needed=()):
-    """Which column of a table is what: {name of ours, of COLUMNS or BOXES: theirs, or None}, and a line that
-    says so. chosen: --columns, ours=theirs,...; nothing behind = for none."""
-    usual = {name: (COLUMNS | BOXES)[name].split() for name in ours}
-    spelled = {plain(c): c for c in table if c}
-    for pair in chosen.split(",") if chosen else ():
-        name, equals, theirs = (part.strip() for part in pair.partition("="))
-        expect(equals and name in usual, "columns", chosen, f"ours=theirs,..., ours of {', '.join(ours)}")
-        there = not theirs or plain(theirs) in spelled
-        expect(there, "columns", theirs, f"a column of {table.path}; {near(theirs, spelled.values())}")
-        usual[name] = [theirs] if theirs else []
-    if {"x", "y"} <= spelled.keys() and set(map(plain, usual.get("y", [])[1:])) & spelled.keys():
-        usual["y"].remove("y")  # beside x and a label it is a coordinate
-    at = {name: next((spelled[plain(c)] for c in usual[name] if plain(c) in spelled), None) for name in ours}
-    for name in needed:
-        if at[name] is None:
-            cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(ours)}"
-            there = ", ".join(table) or "no rows"
-            raise Complaint(f"{table.path}: no column {name!r} (found: {there}); {cure}")
-    rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
-    used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
-    long = sum("\n" in value for column in table.values() for value in column)
-    long = (
-        f"; WARNING: {long} fields run over several lines, if a quote opens there by mistake: rows are lost"
-    )
-    more = " (see --columns)" * (rest != "none") + long * (not long.startswith("; WARNING: 0 "))
-    return at, f"{table.path}: {used}; columns not used: {rest}{more}"
-
-
-def named(table, column, names=()):
-    """A column of classes or places -> for each row its name, None where it is empty; all names in order; and
-    notes. Whole numbers, also as 1.0, are those that occur. names: of --classes=FILE, in order."""
-    values, where = table[column], f"{table.path}: {column}"
-    text = {v: v.strip() for v in set(values)}
-    text = {v: t for v, t in text.items() if t.casefold() not in EMPTY}
-    number = {v: re.fullmatch(r"(-?[0-9]{1,18})(\.0*)?", t) for v, t in text.items()}
-    if not all(number.values()):
-        words = [v for v, n in number.items() if not n]
-        if len(words) < len(number) / 2:
-            k = next(k for k, v in enumerate(values) if v in words)
-            raise table.complaint(k, f"{column}={values[k][:60]!r}, not a whole number as in other rows")
-        mixed = f"WARNING: {where} has words and numbers, as {words[0][:60]!r}; all are read as words"
-        notes = [mixed] if any(number.values()) else []
-        return [text.get(v) for v in values], list(names) or sorted(set(text.values())), notes
-    number = {v: int(n[1]) for v, n in number.items()}
-    if -1 in number.values() and set(number.values()) != {-1, 1}:  # it says that the class is not known
-        number = {v: n for v, n in number.items() if n != -1}
-    distinct, notes = sorted(set(number.values())), []
-    spoken = dict(enumerate(names))
-    if len(names) in (0, len(distinct)):
-        spoken = dict(zip(distinct, names or map(str, distinct), strict=True))
-        if distinct != list(range(len(distinct))):
-            said = ", ".join(map(str, distinct[:20])) + ", ..." * (len(distinct) > 20)
-            said = f"{where} has the numbers {said}: {len(distinct)}, those that occur"
-            notes = [said + f", named {', '.join(names[:20])}" * bool(names)]
-    odd = {v for v, n in number.items() if n not in spoken}
-    for k, v in enumerate(values if odd else ()):
-        if v in odd:
-            raise table.complaint(k, f"{column}={v!r}, expected 0 to {len(names) - 1}, as there are names")
-    name = {v: spoken[n] for v, n in number.items()}
-    return list(map(name.get, values)), list(names) or list(spoken.values()), notes
-
-
 def folder(path, flag):
-    if not Path(path).is_dir():
-        raise Complaint(f"--{flag}: {path}: " + ("not a folder" if Path(path).exists() else "no such folder"))
-    return Path(path)
+    path = Path(path)
+    require(path.is_dir(), f"--{flag}: {path}: " + ("not a folder" if path.exists() else "no such folder"))
+    return path
 
 
 def first_folder(root, *names):
     """The first of the sub-folders that exists, or the folder itself."""
     return next((Path(root) / n for n in names if (Path(root) / n).is_dir()), Path(root))
+
+
+def first_file(*paths):
+    return next((path for path in paths if path.is_file()), None)
 
 
 def inside(root):
@@ -607,8 +471,8 @@ def scan(root, flag="data", notes=None):
     """Sorted image files below a folder, not hidden ones, each a tuple of its parts; Complaint if there are
     none. Links to folders are followed unless they lead back to where they come from or, within a linked
     folder, to what was met before: folders that all link to each other have too many paths."""
-    found, other, folders, met = [], [], [((), (os.path.realpath(folder(root, flag)),), False)], set()
-    empty = []
+    files, other, empty, met = [], [], [], set()
+    folders = [((), (os.path.realpath(folder(root, flag)),), False)]
     opens, endings = formats(), Image.registered_extensions()
     while folders:
         parts, above, linked = folders.pop()
@@ -618,40 +482,65 @@ def scan(root, flag="data", notes=None):
             kind = os.path.splitext(entry.name)[1].lower()
             if entry.is_dir():
                 real, link = os.path.realpath(entry.path), entry.is_symlink()
-                if real not in (met | {*above} if linked and link else above):
+                if real not in above and not (linked and link and real in met):
                     folders.append(((*parts, entry.name), (*above, real), linked or link))
                 met.add(real)
             elif endings.get(kind) not in opens:
                 other.append((parts, kind or "without an ending"))
             elif entry.is_file():
-                found.append((*parts, entry.name))
+                files.append((*parts, entry.name))
             elif os.path.exists(entry.path):  # opening it may hang
                 other.append((parts, f"pipe, device or socket {kind}"))
             else:
-                gone = os.readlink(entry.path)
-                raise Complaint(f"{entry.path}: a link to {gone}, which does not exist; remove it")
+                link = f"a link to {os.readlink(entry.path)}, which does not exist"
+                raise Complaint(f"{entry.path}: {link}; remove it")
     cure = "; for .heic: pip install pillow-heif" * any(kind in (".heic", ".heif") for _, kind in other)
-    if not found:
+    if not files:
         raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)}){cure}")
     if other and notes is not None:
         kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(kind for _, kind in other).most_common(5))
-        full = {p[:k] for p in found for k in range(len(p))}
+        full = {p[:k] for p in files for k in range(len(p))}
         bare = sorted({"/".join(parts) for parts, _ in other if parts not in full})
-        lost = f"; WARNING: nothing else in {len(bare)} folders, {', '.join(bare[:5])}" if bare else ""
-        files = f"{len(other)} file{'s' * (len(other) > 1)}"
-        notes.append(f"{root}: {files} passed over, no pictures: {kinds}{cure}{lost}")
+        lost = f"; WARNING: nothing else in {len(bare)} folders, {', '.join(bare[:5])}" * bool(bare)
+        passed = f"{len(other)} file{'s' * (len(other) > 1)} passed over"
+        notes.append(f"{root}: {passed}, no pictures: {kinds}{cure}{lost}")
     if empty and notes is not None:
-        some = ", ".join(sorted(empty)[:5])
-        notes.append(f"WARNING: {root}: nothing in {len(empty)} of its folders, {some}; no class for these")
-    return sorted(found)
+        few = ", ".join(sorted(empty)[:5])
+        notes.append(f"WARNING: {root}: nothing in {len(empty)} of its folders, {few}; no class for these")
+    return sorted(files)
+
+
+def scan_paths(root, flag="data", notes=None):
+    return [os.path.join(root, *parts) for parts in scan(root, flag, notes)]
+
+
+# --------------------------------------------------------------------------------------------------------
+# pictures: files as they are opened, and what is drawn or composed; each has an image() and a key()
+
+Image.MAX_IMAGE_PIXELS = None  # see PIXELS
+SLIMMEST = 100  # sides of a picture
+GREY = (124, 116, 104)  # the mean colour of ImageNet
+SKIP = "replace it, or leave such files out with --skip_bad"
+
+
+@contextlib.contextmanager
+def opened(path):
+    """An image file, not yet decoded. Whatever is wrong with it, inside, too, becomes one Complaint."""
+    with reading(path, "a picture", SKIP), Image.open(path, formats=formats()) as image:
+        w, h = image.size
+        large = f"more than --max_pixels={PIXELS['most']}; raise it if you trust the file, or shrink it"
+        require(w * h <= PIXELS["most"], f"{path}: {large}")
+        slim = f"{w}x{h} pixels, one side more than 100 times the other; crop it"
+        require(max(w, h) <= SLIMMEST * min(w, h), f"{path}: {slim}")  # the shorter side becomes 224 or so
+        yield image
 
 
 def open_image(path):
     """An image file -> PIL image, 8-bit RGB, or RGBA if it has transparency, turned as its EXIF data says; of
     an animation the first frame."""
     with opened(path) as image:
-        if min(image.size) < 8:
-            raise Complaint(f"{path}: {image.width}x{image.height} pixels, expected 8x8 or more; {SKIP}")
+        w, h = image.size
+        require(min(w, h) >= 8, f"{path}: {w}x{h} pixels, expected 8x8 or more; {SKIP}")
         deep = any(";16" in str(tile[3]) for tile in image.tile)
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -669,28 +558,11 @@ def open_image(path):
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
-@contextlib.contextmanager
-def opened(path):
-    """An image file, not yet decoded. Whatever is wrong with it, inside, too, becomes one Complaint."""
-    with reading(path, "a picture", SKIP), Image.open(path, formats=formats()) as image:
-        w, h = image.size
-        if w * h > PIXELS["most"]:
-            most = f"--max_pixels={PIXELS['most']}"
-            raise Complaint(f"{path}: more than {most}; raise it if you trust the file, or shrink it")
-        if max(w, h) > SLIMMEST * min(w, h):  # its shorter side becomes some 224 pixels
-            raise Complaint(f"{path}: {w}x{h} pixels, one side more than 100 times the other; crop it")
-        yield image
-
-
 def opaque(image):
     """RGBA -> RGB on white."""
     if image.mode == "RGB":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-# --------------------------------------------------------------------------------------------------------
-# pictures
 
 
 class Picture:
@@ -705,7 +577,7 @@ class Picture:
 @functools.cache
 def drawn_by(kind):
     """Hash of the source of a kind of Picture and of what opens and composes them, which people fork."""
-    parts = [open_image, opened, opaque, layer, posed, seen, rle_counts, draw_digit, smooth]
+    parts = [open_image, opened, opaque, layer, posed, seen, rle_counts, draw_digit]
     with contextlib.suppress(OSError, TypeError):  # of a kind that was typed in there is none
         inspect.getsource(kind)
         parts.append(kind)
@@ -722,7 +594,7 @@ class Photo(Picture):
     def key(self):
         at = os.stat(self.path)
         times = f"{at.st_mtime_ns}|{at.st_ctime_ns}"  # the latter cannot be set back
-        return f"{os.path.abspath(self.path)}|{at.st_size}|{times}|{drawn_by(type(self))}"
+        return f"{os.path.abspath(self.path)}|{at.st_size}|{times}|{super().key()}"
 
 
 @dataclass(frozen=True)
@@ -731,10 +603,7 @@ class Stored(Picture):
 
     file: str
     row: int
-
-    @property
-    def path(self):
-        return f"{self.file}[{self.row}]"
+    path = property(lambda self: f"{self.file}[{self.row}]")
 
     def key(self):
         return f"{Photo(self.file).key()} row {self.row}"
@@ -760,22 +629,18 @@ class Cutout(Photo):
     def image(self):
         return layer(self.path, self.source, cut=True)
 
-    def key(self):
-        return f"{super().key()} {self.source and self.source.key()}"
-
 
 @functools.lru_cache(2048)
 def layer(path, source=None, cut=False):
     """A background or foreground, kept at 512 pixels at most: thousands of composites share it."""
     image = source.image() if source else open_image(path)
-    image = image if cut else opaque(image)
     if cut:
-        if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255:
-            raise Complaint(f"{path}: no transparency around the foreground; cut it out, or use --skip_bad")
+        bare = image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255
+        require(not bare, f"{path}: no transparency around the foreground; cut it out, or use --skip_bad")
         box = image.getchannel("A").point([0] * 9 + [255] * 247).getbbox() or (0, 0, 0, 0)
-        if min(box[2] - box[0], box[3] - box[1]) < 8:
-            raise Complaint(f"{path}: nothing visible in it, or not 8x8 pixels; move it away, or --skip_bad")
-        image = image.crop(box)
+        tiny = min(box[2] - box[0], box[3] - box[1]) < 8
+        require(not tiny, f"{path}: nothing visible in it, or not 8x8 pixels; move it away, or --skip_bad")
+    image = image.crop(box) if cut else opaque(image)
     image.thumbnail((512, 512), Image.BICUBIC, reducing_gap=2)
     return image
 
@@ -788,14 +653,11 @@ class Mask(Photo):
         image = open_image(self.path)
         if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
             return image.getchannel("A")  # a cut-out, or a mask by its transparency
-        if np.ptp(np.asarray(image.convert("RGB"), np.int16), axis=2).max() > 64:
-            raise Complaint(
-                f"{self.path}: colours, expected a mask in grey, 255 on the foreground, 0 elsewhere"
-            )
+        grey = np.ptp(np.asarray(image.convert("RGB"), np.int16), axis=2).max() <= 64
+        require(grey, f"{self.path}: colours, expected a mask in grey, 255 on the foreground, 0 elsewhere")
         mask = image.convert("L")
-        brightest = mask.getextrema()[1]
-        if 0 < brightest < 128:
-            raise Complaint(f"{self.path}: its largest value is {brightest}, expected 255 on the foreground")
+        top = mask.getextrema()[1]
+        require(not 0 < top < 128, f"{self.path}: its largest value is {top}, expected 255 on the foreground")
         return mask
 
 
@@ -812,34 +674,14 @@ class Outline(Picture):
         w, h = self.size
         if isinstance(self.outline[0], str) or isinstance(self.outline[0][0], int):
             counts = rle_counts(self.outline[0])  # of zeros, ones, zeros, ..., down the columns
-            if sum(counts) != w * h or min(counts) < 0:
-                raise Complaint(f"{self.path}: the counts of its annotation's RLE do not add up to {w}x{h}")
+            good = sum(counts) == w * h and min(counts) >= 0
+            require(good, f"{self.path}: the counts of its annotation's RLE do not add up to {w}x{h}")
             on = np.repeat(np.arange(len(counts)) % 2, counts).reshape(w, h).T
             return Image.fromarray(255 * on.astype(np.uint8))
         mask = Image.new("L", self.size)
         for polygon in self.outline:
             ImageDraw.Draw(mask).polygon(polygon, 255)
         return mask
-
-
-@dataclass(frozen=True)
-class Masked(Picture):
-    """The foreground of a photo, by its Mask or Outline, in the photo's own frame: RGBA."""
-
-    photo: Photo
-    mask: Picture
-
-    @property
-    def path(self):
-        return self.photo.path
-
-    def image(self):
-        image, (w, h) = self.photo.image(), picture_size(self.mask)  # before it is drawn: it may be anything
-        if image.size != (w, h):
-            sizes = f"a mask of {w}x{h} pixels, the photo {self.path} has {image.width}x{image.height}"
-            raise Complaint(f"{self.mask.path}: {sizes}")
-        image.putalpha(self.mask.image())
-        return image
 
 
 def rle_counts(code):
@@ -855,6 +697,56 @@ def rle_counts(code):
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value, shift = 0, 0
     return counts
+
+
+@dataclass(frozen=True)
+class Masked(Picture):
+    """The foreground of a photo, by its Mask or Outline, in the photo's own frame: RGBA."""
+
+    photo: Photo
+    mask: Picture
+    path = property(lambda self: self.photo.path)
+
+    def image(self):
+        image, (w, h) = self.photo.image(), picture_size(self.mask)  # before it is drawn: it may be anything
+        sizes = f"a mask of {w}x{h} pixels, the photo {self.path} has {image.width}x{image.height}"
+        require(image.size == (w, h), f"{self.mask.path}: {sizes}")
+        image.putalpha(self.mask.image())
+        return image
+
+
+@dataclass(frozen=True)
+class Crop(Picture):
+    """A part of a picture; box: x1, y1, x2, y2, shares of its width and height."""
+
+    picture: Picture
+    box: tuple
+
+    def image(self):
+        image = decoded(self.picture)
+        left, top, right, bottom = (round(v * n) for v, n in zip(self.box, image.size * 2, strict=True))
+        left, top = min(left, image.width - 1), min(top, image.height - 1)
+        w, h = max(1, right - left), max(1, bottom - top)
+        return image.crop((left, top, left + max(w, h // SLIMMEST), top + max(h, w // SLIMMEST)))
+
+
+@functools.lru_cache(16)
+def decoded(picture):
+    """picture.image(), kept while its crops are taken one after the other."""
+    return picture.image()
+
+
+def picture_size(picture):
+    """(width, height) of a picture; of a file from its head."""
+    if isinstance(picture, Outline):
+        return picture.size
+    if getattr(picture, "pose", None) or isinstance(picture, Quadrants):
+        return picture.size, picture.size
+    if not isinstance(picture, Photo):
+        return picture.image().size
+    with opened(picture.path) as image:
+        w, h = image.size
+        return (h, w) if image.getexif().get(274) in (5, 6, 7, 8) else (w, h)
 
 
 @dataclass(frozen=True)
@@ -932,7 +824,7 @@ class Composite(Picture):
 def posed(figure, pose, size):
     """RGBA figure in a pose -> (RGBA, (left, top)); a little blur softens the edge of the alpha."""
     if pose.flip:
-        figure = figure.transpose(Image.FLIP_LEFT_RIGHT)
+        figure = ImageOps.mirror(figure)
     aspect = figure.width / figure.height * pose.stretch
     w, h = math.sqrt(pose.area * aspect) * size, math.sqrt(pose.area / aspect) * size
     k = min(1, 0.98 * size / max(w, h))
@@ -954,143 +846,110 @@ def seen(ground, view, frame):
     box = [v * n for v, n in zip(view.box, ground.size * 2, strict=True)]
     ground = ground.resize(frame, Image.BICUBIC, box)
     if view.flip:
-        ground = ground.transpose(Image.FLIP_LEFT_RIGHT)
+        ground = ImageOps.mirror(ground)
     ground = ImageEnhance.Brightness(ground).enhance(view.light)
     ground = ImageEnhance.Color(ground).enhance(view.colour)
     return ImageEnhance.Contrast(ground).enhance(view.contrast)
 
 
 @dataclass(frozen=True)
-class Crop(Picture):
-    """A part of a picture; box: x1, y1, x2, y2, shares of its width and height."""
+class Quadrants(Picture):
+    """A figure in one box and, perhaps, a mark in another, each as large as its box (shares of the image)
+    lets it be, mirrored if flips says so; size x size pixels on a view of a ground, or black."""
 
-    picture: Picture
-    box: tuple
+    figure: Picture
+    mark: Picture | None
+    at: tuple
+    mark_at: tuple
+    ground: Picture | None = None
+    size: int = 56
+    view: View = View()
+    flips: tuple = (False, False)
 
     def image(self):
-        image = decoded(self.picture)
-        left, top, right, bottom = (round(v * n) for v, n in zip(self.box, image.size * 2, strict=True))
-        left, top = min(left, image.width - 1), min(top, image.height - 1)
-        w, h = max(1, right - left), max(1, bottom - top)
-        return image.crop((left, top, left + max(w, h // SLIMMEST), top + max(h, w // SLIMMEST)))
+        canvas, things = Image.new("RGB", (self.size, self.size)), (self.figure, self.mark)
+        if self.ground:
+            canvas = seen(self.ground.image(), self.view, canvas.size)
+        for thing, box, flip in zip(things, (self.at, self.mark_at), self.flips, strict=True):
+            if thing:
+                left, top, right, bottom = (round(v * self.size) for v in box)
+                image = ImageOps.mirror(thing.image()) if flip else thing.image()
+                image = ImageOps.contain(image, (right - left, bottom - top))
+                at = (left + right - image.width) // 2, (top + bottom - image.height) // 2
+                canvas.paste(image, at, image if image.mode == "RGBA" else None)
+        return canvas
 
 
-@functools.lru_cache(16)
-def decoded(picture):
-    """picture.image(), kept while its crops are taken one after the other."""
-    return picture.image()
+@dataclass(frozen=True)
+class Rectangle(Picture):
+    seed: tuple
+
+    def image(self):
+        g, image = rng(self.seed[0], "rectangle", *self.seed[1:]), Image.new("RGB", (28, 28))
+        w, h = g.integers(12, 23, 2).tolist()
+        x, y = (int(g.integers(1, 28 - n)) for n in (w, h))
+        red = (int(g.integers(200, 256)), *g.integers(0, 40, 2).tolist())
+        ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), fill=red)
+        return image
 
 
-def layers(paths, kind, flag, skip_bad=False):
-    """The raw material of composites from a folder: list of kind (Cutout, Ground), and notes."""
-    notes, own = [], ASSETS.parent / paths  # the defaults are found from any folder
-    paths = own if not os.path.isdir(paths) and ASSETS in own.parents else paths
-    items = [kind(os.path.join(paths, *parts)) for parts in scan(paths, flag, notes)]
-    return usable(items, paths, flag, skip_bad, notes), notes
+@dataclass(frozen=True)
+class Digit(Picture):
+    """A digit as if written by hand, 28x28; or one of MNIST's, by its 784 bytes."""
+
+    digit: int
+    seed: tuple = ()
+    pixels: bytes = b""
+
+    def image(self):
+        mnist = self.pixels and Image.frombytes("L", (28, 28), self.pixels)
+        return (mnist or draw_digit(self.digit, self.seed)).convert("RGB")
 
 
-def usable(items, where, flag, skip_bad, notes):
-    """The pictures that can be opened; Complaint for one that cannot, unless skip_bad, or fewer than 8."""
-    good = []
-    for item in items:
-        try:
-            item.image()
-            good.append(item)
-        except Complaint as problem:
-            if not skip_bad:
-                raise Complaint(f"{problem}{and_more(items)}") from None
-            notes.append(f"skipped {problem}")
-    expect(len(good) >= 8, flag, str(where), f"at least 8 usable images in it, there are {len(good)}")
-    return good
+@functools.lru_cache(1 << 15)  # settings share most of them
+def draw_digit(digit, seed):
+    """PIL L (28, 28), white on black: one of its ways, points moved, slanted, turned, bent."""
+
+    def smooth(p, n):
+        """Catmull-Rom curve through points p [k, 2] -> [n, 2]."""
+        p = np.asarray(p, np.float32)
+        q = np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
+        t = np.linspace(0, len(p) - 1, n)
+        i = np.minimum(t.astype(int), len(q) - 4)
+        f, (a, b, c, d) = (t - i)[:, None], (q[i], q[i + 1], q[i + 2], q[i + 3])
+        return b + 0.5 * f * (c - a + f * (2 * a - 5 * b + 4 * c - d + f * (3 * (b - c) + d - a)))
+
+    g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * 28
+    # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
+    strokes = draw_one(asset("digits.txt").splitlines()[digit].split("|"), g).split(",")
+    turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
+    wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
+    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    A, curves = np.array([[wide, slant], [0, high]]) @ turned, []
+    bend, phase, pen = g.normal(0, 0.05, 2), g.uniform(0, 6.28, 2), g.uniform(0.055, 0.14) * n
+    for stroke in strokes:
+        p = np.array(stroke.split(), float).reshape(-1, 2) / 100
+        p = p + g.normal(0, 0.035, p.shape)
+        p = ((smooth(p, 6 * len(p)) if len(p) > 2 else p) - 0.5) @ A.T
+        curves.append(p + bend * np.sin(5 * p[:, ::-1] + phase))
+    low, high = np.concatenate(curves).min(0), np.concatenate(curves).max(0)
+    scale, shift = g.uniform(0.58, 0.72) * n / (high - low).max(), g.uniform(-0.07, 0.07, 2) * n + n / 2
+    image = Image.new("L", (n, n))
+    pencil = ImageDraw.Draw(image)
+    for p in curves:
+        p = (p - (low + high) / 2) * scale + shift
+        pencil.line(p.ravel().tolist(), 255, round(pen), joint="curve")
+        for x, y in (p[0], p[-1]):
+            pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
+    return image.resize((28, 28), Image.BOX)
 
 
-def and_more(pictures):
-    """How many of the files of pictures are none by their heads, in words; "" for one alone."""
-    files, bad = dict.fromkeys(p.path for p in pictures if isinstance(p, Photo)), 0
-    for path in files:
-        try:
-            with opened(path) as image:
-                bad += min(image.size) < 8
-        except Complaint:
-            bad += 1
-    return f"; of {len(files)} files {bad} are no pictures" if bad > 1 else ""
-
-
-def load_foregrounds(spec, skip_bad=False):
-    """Foregrounds for composites, list of Picture (RGBA, cropped to what is visible), and notes.
-
-    --foregrounds=DIR                    cut-outs: files with transparency around the foreground
-    --foregrounds=masked:PHOTOS:MASKS    a folder of photos and one of masks of the same names, .png, white on
-                                         the foreground, such as CUB's images and segmentations
-    --foregrounds=coco:DIR               objects of MS COCO by their outlines, DIR as for --data=coco; of some
-                                         categories only, coco:DIR:cat,dog. Without crowds, small objects, and
-                                         what the edge of the photo cuts
-    --foregrounds=cut:DIR                photos of one object each, which train.py cuts out; see cuts.html
-    """
-    kind, *rest = spec.split(":")
-    if spec == "help":
-        say(inspect.getdoc(load_foregrounds).partition("\n\n")[2], True)
-        sys.exit(0)
-    if FOREGROUNDS.get(kind) is None or os.path.isdir(spec):
-        expect(kind != "cut", "foregrounds", spec, "another kind here: only train.py cuts out; see help")
-        return layers(spec, Cutout, "foregrounds", skip_bad)
-    notes = []
-    items = FOREGROUNDS[kind](rest, notes)
-    if len(items) > MOST_FIGURES:
-        notes.append(f"--foregrounds={spec}: {MOST_FIGURES} of its {len(items)} foregrounds are drawn")
-    order = rng(0, "foregrounds").permutation(len(items))[:MOST_FIGURES]
-    return usable([items[k] for k in order], spec, "foregrounds", skip_bad, notes), notes
-
-
-def masked_figures(folders, notes):
-    expect(len(folders) == 2, "foregrounds", ":".join(folders), "masked:PHOTOS:MASKS")
-    photos, masks = folders
-    paths = [os.path.join(photos, *parts) for parts in scan(photos, "foregrounds", notes)]
-    pairs = [(path, mask) for path, mask in zip(paths, find_masks(paths, masks), strict=True) if mask]
-    notes += inverted(masks, [mask for _, mask in pairs])
-    if len(pairs) < len(paths):
-        notes.append(f"{photos}: {len(paths) - len(pairs)} of {len(paths)} photos have no mask; left out")
-    return [Cutout(path, Masked(Photo(path), Mask(mask))) for path, mask in pairs]
-
-
-def coco_figures(words, notes):
-    expect(len(words) < 3 and words[0], "foregrounds", ":".join(words), "coco:DIR or coco:DIR:cat,dog")
-    photos, categories = coco_photos(words[0], notes, outlines=True)
-    wanted = [name.strip() for name in words[1].split(",")] if words[1:] else list(categories)
-    for name in wanted:
-        expect(name in categories, "foregrounds", name, f"a category of COCO; {near(name, categories)}")
-    figures, objects = [], [(p, *o[1:]) for p in photos for o in p.outlines if o[0] in wanted]
-    for photo, (x1, y1, x2, y2), outline in objects:
-        w, h = photo.size[:2]
-        large = min((x2 - x1) * w, (y2 - y1) * h) >= 48  # pixels
-        if outline and large and min(x1 * w, y1 * h, (1 - x2) * w, (1 - y2) * h) >= 1:
-            whole = Masked(Photo(photo.path), Outline(photo.path, outline, (w, h)))
-            figures.append(Cutout(photo.path, whole))
-    left = f"{len(objects) - len(figures)} objects are small, cut by the edge or without an outline"
-    notes.append(f"{words[0]}: {left}; left out")
-    return figures
-
-
-FOREGROUNDS = {"masked": masked_figures, "coco": coco_figures}
-
-
-def composites(figures, grounds, instances, per, seed):
-    """An incomplete grid of composites: so many foreground instances, a figure in a pose of its own, each on
-    `per` backgrounds. Returns (list of Composite [N], instance i [N], background j [N], an index)."""
-    wanted = f"at most {MOST:,} composites; {instances:,} instances with {per:,} backgrounds each are more"
-    expect(instances * per <= MOST, "instances", instances, wanted)
-    items, j = [], []
-    for a in range(instances):
-        g = rng(seed, "pose", a)
-        figure, pose = figures[a % len(figures)], draw_pose(g)
-        for b in g.choice(len(grounds), per, replace=len(grounds) < per):
-            items.append(Composite(figure, grounds[b], pose, draw_view(g)))
-            j.append(int(b))
-    return items, torch.arange(instances).repeat_interleave(per), torch.tensor(j)
+def draw_one(items, g):
+    return items[g.integers(len(items))]
 
 
 # --------------------------------------------------------------------------------------------------------
-# data sets: each is a generator of rows, and its docstring is what --data=NAME:help prints
+# data sets: each is a generator of rows; here the rows become Samples, with splits, prompts and masks
 
 SCENE = "scene"  # what an image shows whose planted feature is all but the class object
 CODE = r"[\W\d_]+|n\d{8}|(class|label|cls|cat|category|group|id|c|y)?[-_ ]*\d+|true|false"  # is no name
@@ -1174,18 +1033,18 @@ class Samples:
 
     def group_name(self, y, place):
         """What a group is called; of one place, or of an image without any, the class alone."""
-        named = place >= 0 and len(self.places) > 1
-        return self.classes[y] + (f" on {self.places[place]}" if named else "")
+        if place < 0 or len(self.places) < 2:
+            return self.classes[y]
+        return f"{self.classes[y]} on {self.places[place]}"
 
     def prompt_line(self):
         (text, *rest), label = self.prompts[0], self.labels[0]
-        more = f" and {len(rest)} more, averaged" * bool(rest)
-        return f"prompts: {text!r}{more} for {label!r}, so of {len(self.labels)} labels"
+        beside = f" and {len(rest)} more, averaged" * bool(rest)
+        return f"prompts: {text!r}{beside} for {label!r}, so of {len(self.labels)} labels"
 
     def class_prompts(self):
         """The prompts of the classes, where a model chooses among more labels than these; or Complaint."""
-        if self.nameless:
-            raise Complaint(self.nameless)
+        require(not self.nameless, self.nameless)
         if len(self.prompts) == len(self.classes):
             return self.prompts
         return [self.prompts[labels[0]] for labels in self.imagenet]
@@ -1196,9 +1055,10 @@ class Samples:
 
     def keep(self, index):
         """The samples at an index [k], or where a mask [n] is true."""
-        index = index.nonzero()[:, 0] if index.dtype == torch.bool else index
-        lists = {k: getattr(self, k) for k in ("items", "captions", "cut", "shows")}
-        lists = {k: [values[i] for i in index.tolist()] for k, values in lists.items()}
+        if index.dtype == torch.bool:
+            index = index.nonzero()[:, 0]
+        lists = dict(items=self.items, captions=self.captions, cut=self.cut, shows=self.shows)
+        lists = {name: [values[i] for i in index.tolist()] for name, values in lists.items()}
         return replace(self, y=self.y[index], place=self.place[index], split=self.split[index], **lists)
 
 
@@ -1218,41 +1078,46 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     name, _, root = spec.partition(":")
     if name not in SETS or not (root or SETS[name].alone):
         raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {', '.join(SETS)}; see NAME:help")
+    rows, template, _ = SETS[name]
     if root == "help":
-        say(inspect.getdoc(SETS[name].rows) or f"{name}: its function in data.py has no docstring", True)
+        say(inspect.getdoc(rows) or f"{name}: its function in data.py has no docstring", True)
         sys.exit(0)
-    chosen, renamed = names_in(classes, "classes", 2), []
+    facts = Facts(wanted=names_in(places, "places", 1), seed=seed, **planted_by)
     if os.path.isfile(classes):
-        chosen, renamed = [], chosen
-    facts = Facts(chosen, renamed, names_in(places, "places", 1), seed, **planted_by)
+        facts.renamed = names_in(classes, "classes", 2)
+    else:
+        facts.chosen = names_in(classes, "classes", 2)
     expect(not facts.columns or name in ("csv", "waterbirds"), "columns", facts.columns, "none: no table")
+    expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:
-        samples = samples_of(spec, SETS[name].rows(Path(root) if root else None, facts), facts)
+        samples = samples_of(spec, rows(Path(root) if root else None, facts), facts)
     finally:
         gc.enable()
     if name in ("digits", "cutouts", "coco"):  # as a discovery of one setting says nothing of another
         samples.name += f" V {facts.strength:g} of {facts.spurious} seed {seed}"
-    labels = samples.labels
+    labels, renamed = samples.labels, facts.renamed
     if renamed and facts.classes is not renamed:
         n = f"{len(labels)} ({', '.join(labels[:5])}, ...)"
         expect(len(renamed) == len(labels), "classes", classes, f"{n} names, it has {len(renamed)}")
-        samples.classes = renamed if labels is samples.classes else samples.classes
+        if labels is samples.classes:
+            samples.classes = renamed
         samples.labels = labels = renamed
     if masks:
         files = find_masks([getattr(item, "path", "") for item in samples.items], masks)
         samples.notes += inverted(masks, files)
         pairs = zip(samples.items, files, strict=True)
         samples.cut = [m and Composite(Masked(item, Mask(m)), None, None) for item, m in pairs]
-    texts = read_prompts(prompts, labels, samples.notes) if prompts else [[SETS[name].template]] * len(labels)
-    expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
+    texts = read_prompts(prompts, labels, samples.notes) if prompts else [[template]] * len(labels)
     pairs = list(zip(labels, texts, strict=True))
     words = labels if name == "embeddings" else worded(labels)
-    samples.prompts = [[t.replace("{}", word) for t in own] for word, own in zip(words, texts, strict=True)]
-    codes = [c for c, own in pairs if re.fullmatch(CODE, c.strip().lower()) and "{}" in "\n".join(own)]
+    samples.prompts = [
+        [t.replace("{}", word) for t in forms] for word, forms in zip(words, texts, strict=True)
+    ]
+    codes = [c for c, forms in pairs if re.fullmatch(CODE, c.strip().lower()) and "{}" in "\n".join(forms)]
     if codes and not renamed and name != "embeddings":
-        found = f"{len(codes)} of its {len(labels)} class names are numbers or codes, as {codes[0]!r}"
-        samples.nameless = f"{samples.name}: {found}: say what they are, --classes=FILE, one a line"
+        code = f"{len(codes)} of its {len(labels)} class names are numbers or codes, as {codes[0]!r}"
+        samples.nameless = f"{samples.name}: {code}: say what they are, --classes=FILE, one a line"
     return check(samples, splits)
 
 
@@ -1265,28 +1130,26 @@ def worded(labels):
 
 def names_in(text, flag, least):
     """The names in a,b or, one a line, in a file; Complaint where they are not so many, and different."""
+    names = [name.strip() for name in text.split(",") if text]
     if os.path.isfile(text):
         names, least = [name for _, name in read_lines(text, flag)], 1
-    else:
-        names = [name.strip() for name in text.split(",") if text]
     twice = [name for name, n in Counter(map(plain, names)).items() if n > 1]
     good = not text or least <= len(names) and not twice and "" not in names
-    found = f"{text} (twice: {', '.join(twice[:5])})" if twice else text
-    expect(good, flag, found, "a file, or different names, a,b")
+    text += f" (twice: {', '.join(twice[:5])})" * bool(twice)
+    expect(good, flag, text, "a file, or different names, a,b")
     return names
 
 
 def samples_of(name, rows, facts):
     """Samples of a generator of Rows: numbers names, makes splits, leaves out what does not exist."""
-    rows = list(rows)
+    rows, notes = list(rows), facts.notes
     if facts.chosen:
         rows, chosen = only(rows, "y", facts.chosen, "classes")
         facts.imagenet = facts.imagenet and [facts.imagenet[facts.classes.index(c)] for c in chosen]
         facts.classes = chosen
     if facts.wanted:
         rows, facts.places = only(rows, "place", facts.wanted, "places")
-    if not rows:
-        raise Complaint(f"--data={name}: no images; see --data={name.partition(':')[0]}:help")
+    require(rows, f"--data={name}: no images; see --data={name.partition(':')[0]}:help")
     picture, y, place, split, captions, cut, shows = map(list, zip(*rows, strict=True))
     y, classes = numbered(y, facts.classes, "class")
     place, places = numbered(place, facts.places, "place")
@@ -1294,20 +1157,22 @@ def samples_of(name, rows, facts):
     P, official = len(places), facts.official and None not in split
     group = (y * P + place).where(place >= 0, len(classes) * P + y)  # without a place: of each class one more
     group = group.clamp(min=-1)  # the unlabelled are one
-    split = make_splits(group) if None in split else completed(torch.tensor(split), group, facts.notes)
+    split = make_splits(group) if None in split else completed(torch.tensor(split), group, notes)
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
-    samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, facts.notes)
+    samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, notes)
+    samples.labels, samples.imagenet, samples.official = facts.labels or classes, facts.imagenet, official
     if not all(captions):
         called, pairs = functools.cache(samples.group_name), zip(y.tolist(), place.tolist(), strict=True)
         samples.captions = [f"a {called(*pair)}" if pair[0] >= 0 else "" for pair in pairs]
     if P < 2 and (y >= 0).any():
-        facts.notes.append(f"{name}: no places to compare: no worst group, groups are the classes")
-    if (place < 0).any():
-        bare = f"{int((place < 0).sum())} of {len(rows)} images have no place"
-        facts.notes.append(f"WARNING: {name}: {bare}, and are in no group nor in the figures of groups")
-    samples.labels, samples.imagenet, samples.official = facts.labels or classes, facts.imagenet, official
-    here = present(picture, name, facts.notes)
-    samples = samples if here.all() else samples.keep(here)
+        notes.append(f"{name}: no places to compare: no worst group, groups are the classes")
+    bare = int((place < 0).sum())
+    if bare:
+        line = f"{bare} of {len(rows)} images have no place, and are in no group nor in the figures of groups"
+        notes.append(f"WARNING: {name}: {line}")
+    here = present(picture, name, notes)
+    if not here.all():
+        samples = samples.keep(here)
     if facts.published:
         compare(samples, facts.published)
     if facts.wanted and len(facts.wanted) == len(classes):
@@ -1316,51 +1181,50 @@ def samples_of(name, rows, facts):
         samples = correlate(samples, facts.own, facts.confounder)
     if not official:
         n = ", ".join(map(str, torch.bincount(samples.split, minlength=3).tolist()))
-        facts.notes.append(f"{name}: train, val and test are drawn here, the same each time: {n} images")
+        notes.append(f"{name}: train, val and test are drawn here, the same each time: {n} images")
     return samples
 
 
 def only(rows, column, names, flag):
     """The rows whose class (or place) is one of the names; and these names, as the set spells them."""
-    known = {plain(name): name for name in {getattr(row, column) for row in rows} - {None}}
+    occurring = {getattr(row, column) for row in rows} - {None}
+    spelled = {plain(name): name for name in occurring}
     for name in names:
-        if plain(name) not in known:
-            raise Complaint(f"--{flag}: no {name!r} in this data set; {near(name, known.values())}")
-    names = [known[plain(name)] for name in names]
+        if plain(name) not in spelled:
+            raise Complaint(f"--{flag}: no {name!r} in this data set; {near(name, occurring)}")
+    names = [spelled[plain(name)] for name in names]
     return [row for row in rows if getattr(row, column) in names], names
 
 
 def present(pictures, where, notes):
     """Which pictures exist, bool [n], and a note on those that do not; or Complaint, if none does."""
-    there, here = {}, torch.ones(len(pictures), dtype=torch.bool)
+    folders, here = {}, [True] * len(pictures)
     for k, path in enumerate(pictures):
         if isinstance(path, str):
             at, _, name = path.rpartition("/")
-            if at not in there:  # folders are listed once, as a million questions take long
-                there[at] = set(os.listdir(at or "/")) if os.path.isdir(at or "/") else ()
-            if name not in there[at]:
-                here[k] = False
-    lost = [path for path, found in zip(pictures, here.tolist(), strict=True) if not found]
+            if at not in folders:  # folders are listed once, as a million questions take long
+                folders[at] = set(os.listdir(at or "/")) if os.path.isdir(at or "/") else ()
+            here[k] = name in folders[at]
+    lost = [path for path, there in zip(pictures, here, strict=True) if not there]
     if lost:
         line = f"{where}: {len(lost)} of its {len(pictures)} images do not exist, the first is {lost[0]}"
-        if not here.any():
-            raise Complaint(f"{line}; complete the folder")
+        require(any(here), f"{line}; complete the folder")
         notes.append(f"WARNING: {line}; they are left out")
-    return here
+    return torch.tensor(here, dtype=torch.bool)
 
 
-def numbered(names, known, what):
-    """Names, None where there is none -> numbers [n], -1 for None, and the names: known, or sorted."""
-    distinct = set(names) - {None}
-    known, at = list(known or sorted(distinct)), {}
-    for k, name in enumerate(known):
+def numbered(names, order, what):
+    """Names, None where there is none -> numbers [n], -1 for None, and the names: in an order, or sorted."""
+    distinct = sorted(set(names) - {None})
+    order, at = list(order or distinct), {}
+    for k, name in enumerate(order):
         if at.setdefault(plain(name), k) < k:
             raise Complaint(f"--data: two {what} names that are the same, {name!r}; rename one")
-    for name in sorted(distinct):
+    for name in distinct:
         if plain(name) not in at:
-            raise Complaint(f"--classes: no name {name!r}, a {what} of this data set; {near(name, known)}")
+            raise Complaint(f"--classes: no name {name!r}, a {what} of this data set; {near(name, order)}")
     number = {name: at[plain(name)] for name in distinct} | {None: -1}
-    return torch.from_numpy(np.fromiter(map(number.__getitem__, names), np.int64, len(names))), known
+    return torch.from_numpy(np.fromiter(map(number.__getitem__, names), np.int64, len(names))), order
 
 
 def plain(name):
@@ -1381,31 +1245,32 @@ def make_splits(group, shares=(0.6, 0.2, 0.2)):
 
 def completed(split, group, notes):
     """Splits [n] with none missing: without test val is test, without val a fifth of each group's train."""
-    n = torch.bincount(split, minlength=3).tolist()
-    if n[0] and n[1] and not n[2]:
+    train, val, test = torch.bincount(split, minlength=3).tolist()
+    if train and val and not test:
         notes.append("no test split: val is used as test")
         split[split == 1] = 2
-    if n[0] and not (n[1] and n[2]):
+    if train and not (val and test):
         notes.append("no val split: a fifth of the training images of each group is used as val")
-        train = (split == 0).nonzero()[:, 0]
-        split[train] = make_splits(group[train], (0.8, 0.2, 0.0))
+        of_train = (split == 0).nonzero()[:, 0]
+        split[of_train] = make_splits(group[of_train], (0.8, 0.2, 0.0))
     return split
 
 
 def correlate(samples, own, confounder):
     """The samples with a biased training split: of each class the share confounder on own, {class: place}.
     Further training images on other places go to test where splits are ours, else out."""
-    extra, said, short = torch.zeros(len(samples.y), dtype=torch.bool), [], False
+    extra, said, short = torch.zeros(len(samples.y), dtype=torch.bool), [], ""
     for y, name in enumerate(samples.classes):
         expect(own[name] in samples.places, "places", samples.places, f"{own[name]}, of {name}, too")
         train, on = (samples.y == y) & (samples.split == 0), samples.place == samples.places.index(own[name])
         home, away = int((train & on).sum()), (train & ~on).nonzero()[:, 0]
         allowed = round(home * (1 - confounder) / confounder)
-        extra[away[torch.from_numpy(rng(0, "confounder", y).permutation(len(away)))][allowed:]] = True
+        away = away[torch.from_numpy(rng(0, "confounder", y).permutation(len(away)))]
+        extra[away[allowed:]] = True
         said.append(f"{home / max(1, home + min(allowed, len(away))):.0%} of {name} on {own[name]}")
-        short |= len(away) < allowed
-    few = f"WARNING: --confounder={confounder:g} is not reached: too few images on other places; "
-    samples.notes.append((few if short else "") + "training split: " + ", ".join(said))
+        if len(away) < allowed:
+            short = f"WARNING: --confounder={confounder:g} is not reached: too few images on other places; "
+    samples.notes.append(f"{short}training split: {', '.join(said)}")
     if samples.official:
         return samples.keep(~extra)
     samples.split[extra] = 2
@@ -1415,8 +1280,9 @@ def correlate(samples, own, confounder):
 def compare(samples, published):
     """Notes whether counts are as published: classes, images, images of each place, groups of each split."""
     groups = [samples.counts(s).tolist() for s in range(3)]
-    counts = dict(classes=len(samples.classes), images=len(samples.items), groups=groups, val_test=groups[1:])
-    counts["places"] = tally(samples.place, samples.split, len(samples.places)).sum(0).tolist()
+    places = tally(samples.place, samples.split, len(samples.places)).sum(0).tolist()
+    counts = dict(classes=len(samples.classes), images=len(samples.items), places=places)
+    counts |= dict(groups=groups, val_test=groups[1:])
     counts, line = {k: counts[k] for k in published}, f"{samples.name}: the published counts, {published}"
     if counts != published:
         line = f"WARNING: {samples.name}: found {counts}, published {published}: incomplete or another making"
@@ -1426,15 +1292,15 @@ def compare(samples, published):
 def check(samples, splits=True):
     """Samples with two labels or more; with splits, images of every class in every split; or Complaint."""
     name, n, y = samples.name, len(samples.classes), samples.y
-    if (n if splits else max(n, len(samples.labels))) < 2:
-        raise Complaint(f"{name}: one class only, {', '.join(samples.classes)!r}; expected at least two")
-    if splits and y.max() < 0:
-        raise Complaint(f"{name}: no labels; training needs them: a folder for each class")
+    one = f"{name}: one class only, {', '.join(samples.classes)!r}; expected at least two"
+    require((n if splits else max(n, len(samples.labels))) > 1, one)
     of_class, of_place = tally(y, samples.split, n), tally(samples.place, samples.split, len(samples.places))
-    for s, split in enumerate(SPLITS) if splits else ():
-        if not of_class[s].all():
+    if splits:
+        require(y.max() >= 0, f"{name}: no labels; training needs them: a folder for each class")
+        for s, split in enumerate(SPLITS):
             lacks = f"no images of class {samples.classes[int(of_class[s].argmin())]}"
-            raise Complaint(f"{name}: split {s} ({split}) has {lacks}; train, val and test need them")
+            line = f"{name}: split {s} ({split}) has {lacks}; train, val and test need them"
+            require(of_class[s].all(), line)
     for what, names, k in (("class", samples.classes, of_class), ("place", samples.places, of_place)):
         bare = [names[at] for at in (k.sum(0) == 0).nonzero()[:, 0].tolist()]
         if splits and bare:
@@ -1445,8 +1311,7 @@ def check(samples, splits=True):
         return samples
     train, val, test = grouped = tally(samples.group(), samples.split, n * len(samples.places)) > 0
     for split, there in zip(SPLITS, grouped.any(1), strict=True):
-        if not there:
-            raise Complaint(f"{name}: no image of {split} has a place; --columns=place= reads it without")
+        require(there, f"{name}: no image of {split} has a place; --columns=place= reads it without")
     empty = ((val | test) & ~train).nonzero()[:4, 0].tolist()
     empty = " or ".join(samples.group_name(*divmod(g, len(samples.places))) for g in empty)
     correlated = ": 100 % correlated" * bool((train.view(n, -1).sum(1) == 1).all())
@@ -1461,9 +1326,9 @@ def read_prompts(path, labels, notes):
         import open_clip
 
         return [[t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]] * len(labels)
-    own, others, lines = {"": []}, {}, read_lines(path, "prompts")  # "": templates
-    tree, known = literal("\n".join(line for _, line in lines)), {plain(label) for label in labels}
-    if isinstance(tree, dict) and len(tree) == 1 and plain(next(iter(tree))) not in known:
+    texts_of, others, lines = {"": []}, {}, read_lines(path, "prompts")  # "": templates
+    tree, names = literal("\n".join(line for _, line in lines)), {plain(label) for label in labels}
+    if isinstance(tree, dict) and len(tree) == 1 and plain(next(iter(tree))) not in names:
         tree = next(iter(tree.values()))  # templates under a name
     with reading(path, "templates, or a dict of class: descriptions"):
         if isinstance(tree, dict):
@@ -1473,19 +1338,19 @@ def read_prompts(path, labels, notes):
     for number, line in lines:
         name, tab, prompt = line.partition("\t") if "\t" in line else ("", "", line)
         text = re.sub(r"\{[a-z_]*\}", "{}", prompt.strip())
-        if tab and plain(name) not in known:
+        if tab and plain(name) not in names:
             others.setdefault(name, number)
         elif not tab and "{}" not in text:
             raise Complaint(f"--prompts={path}:{number}: {line!r}, expected a {{}}, or class<TAB>prompt")
-        own.setdefault(plain(name), []).append(text)
+        texts_of.setdefault(plain(name), []).append(text)
     if others and (not isinstance(tree, dict) or len(others) == len(tree)):
         name, number = next(iter(others.items()))
         raise Complaint(f"--prompts={path}:{number}: no class {name!r}; {near(name, labels)}")
-    texts = [own.get(plain(label), own[""]) for label in labels]
+    texts = [texts_of.get(plain(label), texts_of[""]) for label in labels]
     if not all(texts):
         bare = labels[texts.index([])]
         raise Complaint(f"--prompts={path}: no prompt for class {bare!r}; add one, or a template with {{}}")
-    pairs = [(plain(c), text) for c, mine in zip(labels, texts, strict=True) for text in mine]
+    pairs = [(plain(c), text) for c, forms in zip(labels, texts, strict=True) for text in forms]
     mute = sum("{}" not in text and c not in plain(text) for c, text in pairs)
     notes += [f"--prompts={path}: {len(others)} classes in it are none of these, and not used"] * bool(others)
     notes += [f"--prompts={path}: {mute} prompts do not name their class; read as they are"] * bool(mute)
@@ -1513,39 +1378,26 @@ def listed(texts):
     return [" ".join(text.split()) for text in texts]
 
 
-def inside_root(root, table, names):
-    """Paths of a table's images; Complaint for a name that leads out of root, or that is listed twice."""
-    lines = {}
-    for k, name in enumerate(names):
-        path = os.path.normpath(name.strip().replace("\\", "/"))  # ./a.png is a.png
-        if path in (".", "..") or path.startswith(("/", "../")):
-            raise table.complaint(k, f"image {name!r}, expected a path inside {root}")
-        line = lines.setdefault(path, table.lines[k])
-        if line < table.lines[k]:
-            raise table.complaint(k, f"image {path!r} is listed already in line {line}")
-    return [os.path.join(root, path) for path in lines]
-
-
 def find_masks(paths, masks):
     """For each image the mask NAME.png below the folder masks, or None. NAME: the end of the image's path, as
     long as possible, or that up to its last '_'. A photo is no mask."""
-    masks, photos, found = folder(masks, "masks"), {os.path.realpath(path) for path in paths}, []
+    masks, photos, files = folder(masks, "masks"), {os.path.realpath(path) for path in paths}, []
     expect(any(paths), "masks", str(masks), "images in files: those of this data set are drawn")
     for path in paths:
         parts = Path(os.path.splitext(path)[0]).parts
         ends = [Path(*parts[-depth:]).as_posix() for depth in range(min(4, len(parts)), 0, -1)]
         stems = [stem for end in ends for stem in (end, end.rpartition("_")[0])]
-        files = [str(masks / f"{stem}.png") for stem in stems if stem and not stem.endswith("/")]
-        good = (f for f in files if os.path.isfile(f) and os.path.realpath(f) not in photos)
-        found.append(next(good, None))
-    if not any(found):
-        raise Complaint(f"--masks: {masks}: no mask for any image; for {path} one of {', '.join(files[-4:])}")
+        names = [str(masks / f"{stem}.png") for stem in stems if stem and not stem.endswith("/")]
+        good = (f for f in names if os.path.isfile(f) and os.path.realpath(f) not in photos)
+        files.append(next(good, None))
+    if not any(files):
+        raise Complaint(f"--masks: {masks}: no mask for any image; for {path} one of {', '.join(names[-4:])}")
     owner = {}
-    for path, file in zip(paths, found, strict=True):
+    for path, file in zip(paths, files, strict=True):
         other = owner.setdefault(file, path) if file else path
         if other != path and os.path.basename(other) == os.path.basename(path):
             raise Complaint(f"--masks: {file}: the mask of two photos, {other} and {path}; use folders, too")
-    return found
+    return files
 
 
 def inverted(where, files, most=24):
@@ -1560,27 +1412,201 @@ def inverted(where, files, most=24):
     return [f"WARNING: {line}; invert them if it is not"] if 2 * sum(edges) > len(edges) else []
 
 
-def scenes(root, facts):
-    """scenes[:DIR]      the embedded default: birds on places; or a folder of your own, composed anew
-    DIR/train/landbird/*.webp, DIR/train/waterbird/*.webp    cut-outs (RGBA) of two classes; so val, test
-    DIR/train/land/*.webp, DIR/train/water/*.webp            backgrounds
-    In train the share --confounder of each class stands on its own place; val and test are balanced."""
-    root, classes, places = root or ASSETS / "scenes", ("landbird", "waterbird"), ("land", "water")
-    for s, n in enumerate((600, 200, 600)):
-        at = {name: root / SPLITS[s] / name for name in (*classes, *places)}
-        at = {name: [os.path.join(where, *parts) for parts in scan(where)] for name, where in at.items()}
-        for k in range(n):
-            g, y, home = rng(facts.seed, "scene", s, k), k % 2, (k // 2 + 0.5) / (n / 2) < facts.confounder
-            place = (y if home else 1 - y) if s == 0 else k // 2 % 2
-            figure, ground = (draw_one(at[name], g) for name in (classes[y], places[place]))
-            item = Composite(Cutout(figure), Ground(ground), draw_pose(g, False), draw_view(g, 0.3, 0.15))
-            what, where = (Path(path).stem.partition("__")[0] for path in (figure, ground))
-            caption = f"a picture of a {classes[y]} ({what}) with {where} behind it"
-            yield Row(item, classes[y], places[place], s, caption, replace(item, ground=None))
+# --------------------------------------------------------------------------------------------------------
+# tables of images: columns under the names that people use, classes by names or numbers, splits
+
+EMPTY = {"", "nan", "na", "n/a", "null", "<na>"}  # no value
+COLUMNS = {  # what we call them, and what people do, the likeliest first
+    "path": "path file_name filename img_filename filepath file_path image_path img_path image_file image "
+    "file img image_name img_name image_id",
+    "y": "y label target class class_name label_name category y_true true_label class_id label_id "
+    "category_id",
+    "place": "place a background attribute env environment confounder group domain context spurious attr",
+    "split": "split partition subset set phase",
+    "predicted": "predicted prediction pred y_pred yhat y_hat predicted_label pred_label predicted_class",
+    "confidence": "confidence conf probability prob score",
+}
+BOXES = {"x1": "x1 xmin left", "y1": "y1 ymin top", "x2": "x2 xmax right", "y2": "y2 ymax bottom"}
 
 
-def draw_one(items, g):
-    return items[g.integers(len(items))]
+class Table(dict):
+    """The columns of a table: name -> tuple of strings, one for each row. lines: where each ends in the file,
+    in which lines may be empty, and fields run over several."""
+
+    def __init__(self, path, columns, lines):
+        super().__init__(columns)
+        self.path, self.lines, self.count = path, lines, len(lines)
+
+    def complaint(self, k, problem):
+        return Complaint(f"{self.path}:{self.lines[k % self.count]}: {problem}")
+
+
+def read_table(path):
+    """The Table in a file with a header, its fields between commas, semicolons, tabs, bars or blanks; UTF-8,
+    or UTF-16 as Excel writes it. Fast enough for a million rows."""
+    with reading(path, "a table in UTF-8", "save it as .csv in UTF-8"):
+        raw = Path(path).read_bytes()
+        utf = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        text = raw.decode(utf).replace("\0", "")
+        if text.lstrip()[:1] in ("{", "["):
+            return records(path, text)
+        head = text[:10_000].lstrip().partition("\n")[0]
+        mark = max(",;\t|", key=head.count)
+        mark = mark if mark in head else " "
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=mark != "\t")
+        pairs = [(row, reader.line_num) for row in reader if row]
+    rows, lines = [row for row, _ in pairs], [line for _, line in pairs]
+    if mark == " " and len(rows) > 2:
+        # as CelebA's: the number of rows, the names of all columns but the first, blanks at the ends
+        rows = [row[:-1] if not row[-1] else row for row in rows]
+        rows = rows[1:] if len(rows[0]) == 1 < len(rows[1]) else rows
+        rows[0] = [""] * (len(rows[1]) - len(rows[0]) == 1) + rows[0]
+    names, rows = ([name.strip() for name in rows[0]], rows[1:]) if len(rows) > 1 else ([], [])
+    lines = lines[len(lines) - len(rows) :]
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(names):
+            fields = f"{len(row)} fields ({mark.join(row)[:60]!r}), expected {len(names)}"
+            raise Complaint(f"{path}:{line}: {fields}")
+    for name, n in Counter(names).items():
+        require(n == 1 or not name, f"{path}: two columns {name!r}; rename one")
+    return Table(path, zip(names, zip(*rows, strict=True), strict=True), lines)
+
+
+def records(path, text):
+    """The Table in JSON: a list of objects, or one a line, as Hugging Face's metadata.jsonl."""
+    lines = [(k, line) for k, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if text.lstrip()[0] == "[":
+        lines = list(enumerate(map(json.dumps, json.loads(text)), 1))
+    trees = [json.loads(line) for _, line in lines]
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    columns = {n: tuple("" if (v := tree.get(n)) is None else str(v) for tree in trees) for n in names}
+    return Table(path, columns, [k for k, _ in lines])
+
+
+def columns_of(table, chosen, ours, needed=()):
+    """Which column of a table is what: {name of ours, of COLUMNS or BOXES: theirs, or None}, and a line that
+    says so. chosen: --columns, ours=theirs,...; nothing behind = for none."""
+    usual = {name: (COLUMNS | BOXES)[name].split() for name in ours}
+    spelled = {plain(c): c for c in table if c}
+    for pair in chosen.split(",") if chosen else ():
+        name, equals, theirs = map(str.strip, pair.partition("="))
+        expect(equals and name in usual, "columns", chosen, f"ours=theirs,..., ours of {', '.join(ours)}")
+        there = not theirs or plain(theirs) in spelled
+        expect(there, "columns", theirs, f"a column of {table.path}; {near(theirs, spelled.values())}")
+        usual[name] = [theirs] if theirs else []
+    if {"x", "y"} <= spelled.keys() and set(map(plain, usual.get("y", [])[1:])) & spelled.keys():
+        usual["y"].remove("y")  # beside x and a label it is a coordinate
+    at = {name: next((spelled[plain(c)] for c in usual[name] if plain(c) in spelled), None) for name in ours}
+    for name in needed:
+        cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(ours)}"
+        line = f"{table.path}: no column {name!r} (found: {', '.join(table) or 'no rows'}); {cure}"
+        require(at[name] is not None, line)
+    rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
+    used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
+    more = " (see --columns)" * (rest != "none")
+    if long := sum("\n" in value for column in table.values() for value in column):
+        more += f"; WARNING: {long} fields run over lines: if a quote opens there by mistake, rows are lost"
+    return at, f"{table.path}: {used}; columns not used: {rest}{more}"
+
+
+def named(table, column, names=()):
+    """A column of classes or places -> for each row its name, None where it is empty; all names in order; and
+    notes. Whole numbers, also as 1.0, are those that occur. names: of --classes=FILE, in order."""
+    values, where = table[column], f"{table.path}: {column}"
+    text = {v: v.strip() for v in set(values) if v.strip().casefold() not in EMPTY}
+    number = {v: re.fullmatch(r"(-?[0-9]{1,18})(\.0*)?", t) for v, t in text.items()}
+    words, notes = [v for v, n in number.items() if not n], []
+    if words and len(words) < len(number) / 2:
+        k = min(map(values.index, words))
+        raise table.complaint(k, f"{column}={values[k][:60]!r}, not a whole number as in other rows")
+    if words:
+        mixed = f"WARNING: {where} has words and numbers, as {words[0][:60]!r}; all are read as words"
+        notes = [mixed] if len(words) < len(number) else []
+        return [text.get(v) for v in values], list(names) or sorted(set(text.values())), notes
+    number = {v: int(n[1]) for v, n in number.items()}
+    if set(number.values()) != {-1, 1}:  # -1 says that the class is not known
+        number = {v: n for v, n in number.items() if n != -1}
+    distinct, name_of = sorted(set(number.values())), dict(enumerate(names))
+    if len(names) in (0, len(distinct)):
+        name_of = dict(zip(distinct, names or map(str, distinct), strict=True))
+        if distinct != list(range(len(distinct))):
+            said = ", ".join(map(str, distinct[:20])) + ", ..." * (len(distinct) > 20)
+            said = f"{where} has the numbers {said}: {len(distinct)}, those that occur"
+            notes = [said + f", named {', '.join(names[:20])}" * bool(names)]
+    odd = [v for v, n in number.items() if n not in name_of]
+    if odd:
+        k, wanted = min(map(values.index, odd)), f"0 to {len(names) - 1}, as there are names"
+        raise table.complaint(k, f"{column}={values[k]!r}, expected {wanted}")
+    number = {v: name_of[n] for v, n in number.items()}
+    return list(map(number.get, values)), list(names) or list(name_of.values()), notes
+
+
+def split_numbers(values, name, complaint):
+    """0, 1, 2 of values such as 0, 1.0, train, val; else raises complaint(k, what is wrong)."""
+    if re.fullmatch("(is |in )?(train|training|val|test|testing)( image| set)?", plain(name)):
+        raise complaint(0, f"{name} says whether, not which; expected a column of train, val, test")
+    numbers = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
+    number = {v: numbers.get(str(v).strip().lower().removesuffix(".0")) for v in set(values)}
+    split = [number[v] for v in values]
+    if None in split:
+        k = split.index(None)
+        n, cure = split.count(None), "leave such rows out, or read it without: --columns=split="
+        found = f"{name}={str(values[k])[:60]!r}, so {n} of {len(split)}"
+        raise complaint(k, f"{found}, expected 0, 1, 2 or train, val, test; {cure}")
+    return split
+
+
+def places_and_splits(table, at, facts):
+    """Of each row of a table its place and its split: lists, of None where there is no such column."""
+    place, split = [None] * table.count, [None] * table.count
+    if at["place"]:
+        place, facts.places, notes = named(table, at["place"])
+        facts.notes += notes
+    if at["split"]:
+        split = split_numbers(table[at["split"]], at["split"], table.complaint)
+    return place, split
+
+
+def table_rows(table, facts, needed):
+    """Of each row of a table its image's path, class, place and split: lists."""
+    at, line = columns_of(table, facts.columns, ("path", "y", "place", "split"), needed)
+    y, facts.classes, notes = named(table, at["y"], facts.renamed)
+    if None in y:
+        raise table.complaint(y.index(None), f"{at['y']} is empty or -1; give every image its class")
+    words = spoken(set(y), facts)
+    y = [words.get(name, name) for name in y]
+    facts.notes += [line, *notes]
+    place, split = places_and_splits(table, at, facts)
+    names, root = table[at["path"]], os.path.dirname(table.path) or "."
+    if all(map(os.path.isabs, names)):
+        root = os.path.commonpath({os.path.dirname(name) for name in names})
+        names = [name[len(root) :].lstrip("/") for name in names]
+    return inside_root(root, table, names), y, place, split
+
+
+def inside_root(root, table, names):
+    """Paths of a table's images; Complaint for a name that leads out of root, or that is listed twice."""
+    lines = {}
+    for k, name in enumerate(names):
+        path = os.path.normpath(name.strip().replace("\\", "/"))  # ./a.png is a.png
+        if path in (".", "..") or path.startswith(("/", "../")):
+            raise table.complaint(k, f"image {name!r}, expected a path inside {root}")
+        line = lines.setdefault(path, table.lines[k])
+        if line < table.lines[k]:
+            raise table.complaint(k, f"image {path!r} is listed already in line {line}")
+    return [os.path.join(root, path) for path in lines]
+
+
+def csv_table(path, facts):
+    """csv:FILE       any table of images and groups with a header: between commas, semicolons or tabs
+    path      relative to the table's folder, or all absolute
+    y         class: names, or whole numbers
+    split     0, 1, 2 or train, val, test; may be missing: 3/5, 1/5, 1/5 of each group
+    place     names or numbers; may be missing. Images whose place is empty or nan count in no group.
+    Usual names will do, as file_name, label, partition, background, a, group; else --columns=place=weather,
+    path=photo says which they are, and --columns=place= that there is none.
+    --classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR."""
+    return map(Row, *table_rows(read_table(path), facts, ("path", "y")))
 
 
 def waterbirds(root, facts):
@@ -1596,13 +1622,13 @@ def waterbirds(root, facts):
     table = folder(root, "data waterbirds") / "metadata.csv"
     needs(table.is_file(), root, "metadata.csv", "waterbirds")
     table = read_table(table)
-    shown = next((c for c in table if plain(c) == "place filename"), "")  # what the place's name is read off
-    shown = table.pop(shown, ())
+    grounds = next((c for c in table if plain(c) == "place filename"), "")
+    grounds = table.pop(grounds, ())  # what the place's name is read off
     paths, y, place, split = table_rows(table, facts, ("path", "y", "split", "place"))
-    some = slice(None, None, max(1, len(y) // 5000))
-    species = [os.path.basename(os.path.dirname(path)) for path in paths[some]]
-    what = told_by(y[some], species, dict(waterbird=WATERBIRDS), "landbird")
-    where = told_by(place[some], shown[some], dict(water=WATER, land=LAND))
+    each = slice(None, None, max(1, len(y) // 5000))
+    species = [os.path.basename(os.path.dirname(path)) for path in paths[each]]
+    what = told_by(y[each], species, dict(waterbird=WATERBIRDS), "landbird")
+    where = told_by(place[each], grounds[each], dict(water=WATER, land=LAND))
     groups = Counter(zip(split, y, place, strict=True))
     if [[groups[s, a, b] for a in "01" for b in "01"] for s in (1, 2)] == OFFICIAL:
         what, where = {"0": "landbird", "1": "waterbird"}, {"0": "land", "1": "water"}
@@ -1625,10 +1651,10 @@ OFFICIAL = [[467, 466, 133, 133], [2255, 2255, 642, 642]]  # groups of val and t
 def told_by(values, keys, words, rest=None):
     """What numbered classes or places are called by their images' species or backgrounds: {value: name} that
     four fifths of its keys have. words: {name: words, of which a key has one}; rest: what others are."""
-    hits, words = {}, {name: set(listed.split()) for name, listed in words.items()}
+    hits = {}
     for value, key in zip(values, keys, strict=False):
-        inside = set(re.split("[^a-z]+", key.lower()))
-        name = next((name for name, listed in words.items() if listed & inside), rest)
+        parts = re.split("[^a-z]+", key.lower())
+        name = next((name for name, listed in words.items() if {*parts} & {*listed.split()}), rest)
         hits.setdefault(value, Counter())[name] += 1
     called = {value: n.most_common(1)[0] for value, n in hits.items() if str(value).isdecimal()}
     called = {value: name for value, (name, k) in called.items() if name and k >= 0.8 * hits[value].total()}
@@ -1643,8 +1669,8 @@ def celeba(root, facts):
     DIR/img_align_celeba/000001.jpg ...     (or in DIR/Img)"""
     root, tables = folder(root, "data celeba"), []
     for name in ("list_attr_celeba", "list_eval_partition"):
-        found = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
-        tables.append(next((path for path in found if path.is_file()), None))
+        files = [root / sub / f"{name}.{kind}" for sub in ("", "Anno", "Eval") for kind in ("txt", "csv")]
+        tables.append(first_file(*files))
         needs(tables[-1], root, f"{name}.txt or .csv", "celeba")
     facts.classes, facts.places = ["dark hair", "blond hair"], ["female", "male"]
     train, val = [71629, 66874, 22880, 1387], [8535, 8276, 2874, 182]
@@ -1657,7 +1683,8 @@ def celeba(root, facts):
         pairs = [line.replace(",", " ").split() for _, line in read_lines(tables[1], "data")]
         split = {name: int(s) for name, s in pairs if s in ("0", "1", "2")}
         split = [split[name] for name in names]
-    images = first_folder(root, *(f"{sub}img_align_celeba" for sub in ("img_align_celeba/", "", "Img/")))
+    at = "img_align_celeba"
+    images = first_folder(root, f"{at}/{at}", at, f"Img/{at}")
     paths = inside_root(images, faces, names)
     for path, blond, male, s in zip(paths, hair, gender, split, strict=True):
         y, place = facts.classes[blond], facts.places[male]
@@ -1672,396 +1699,6 @@ def yes_or_no(table, column):
         k = values.index(None)
         raise table.complaint(k, f"{column}={table[column][k][:60]!r}, expected 1 or -1")
     return values
-
-
-def counteranimal(root, facts):
-    """counteranimal:DIR       45 ImageNet classes, common and counter backgrounds, over all 1000 labels
-    Two as a binary task, groups class x background: --classes=brambling,bulbul (ptarmigan,prairie chicken)
-    Download LAION-final.zip of the CounterAnimal project (NeurIPS 2024, tmlr-group) and unpack it:
-    DIR/9 ostrich/common-ground/*.jpg       (or easy-ground; or in DIR/LAION-final)
-    DIR/9 ostrich/counter-water/*.jpg       (or hard-water)
-    DIR/imagenet_names.txt                  idx<TAB>full name; without it timm's names are used
-    Splits are ours: of common photos 3/5 train, 1/5 val, 1/5 test; of counter photos 1/5 val, 4/5 test."""
-    outer, rows, skipped = folder(root, "data counteranimal"), [], set()
-    inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
-    root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
-    needs(root, outer, "folders such as '9 ostrich'", "counteranimal")
-    layout = re.compile(r"(\d{1,3}) ([^/]+)/[^/-]*(common|easy|counter|hard)[^/-]*-?([^/]*)/", re.I)
-    for parts in scan(root):
-        found = layout.match("/".join(parts))
-        if found:
-            number, name, kind, place = found.groups()
-            common, place = kind.lower() in ("common", "easy"), (place or kind).lower()
-            rows.append((int(number), name, common, place, os.path.join(root, *parts)))
-        else:
-            skipped.add("/".join(parts[:2]))
-    if skipped:
-        facts.notes.append(f"WARNING: {root}: {len(skipped)} files or folders left out, as {min(skipped)}")
-    needs(rows, root, "photos in common-... and counter-... folders", "counteranimal")
-    number = {name: number for number, name, *_ in sorted(rows)}
-    named, spelled = imagenet_names((root, outer), facts.notes), {plain(name): name for name in number}
-    pair = [spelled.get(plain(name), name) for name in facts.chosen]
-    facts.classes, facts.official, facts.labels = list(number), False, named
-    if pair and set(pair) <= set(number):
-        facts.classes, facts.labels = pair, [named[number[name]] for name in pair]
-        rows = [row for row in rows if row[1] in pair]
-    elif not pair:
-        facts.places, facts.published = ["common", "counter"], dict(classes=45, places=[7174, 5926])
-    facts.imagenet = [[number[name]] for name in facts.classes]
-    common = torch.tensor([row[2] for row in rows])
-    group = torch.tensor([2 * facts.classes.index(row[1]) for row in rows]) + ~common
-    counter = make_splits(group, (0.2, 0.2, 0.6) if pair else (0.0, 0.2, 0.8))
-    split = torch.where(common, make_splits(group), counter).tolist()
-    for name in pair:
-        home = sorted(row[3] for row in rows if row[1] == name and row[2])
-        facts.own[name] = max(home, key=home.count, default="no common photos")
-    for (_, name, common, place, path), s in zip(rows, split, strict=True):
-        yield Row(path, name, place if pair else "common" if common else "counter", s)
-
-
-def imagenet_names(folders, notes):
-    """The 1000 full names of CounterAnimal's imagenet_names.txt; timm's where it is missing or short."""
-    path = next((p / "imagenet_names.txt" for p in folders if (p / "imagenet_names.txt").is_file()), None)
-    if path:
-        listed = dict(line.split("\t")[:2] for _, line in read_lines(path, "data") if "\t" in line)
-        if set(listed) >= {str(k) for k in range(1000)}:
-            return [listed[str(k)].strip() for k in range(1000)]
-        notes.append(f"WARNING: {path}: {len(listed)} names, expected idx<TAB>name for 0 to 999; not used")
-    return synsets()[1]
-
-
-@functools.lru_cache
-def synsets():
-    """ImageNet's 1000 classes in order: WordNet ids, all names of each synset, CLIP's short names."""
-    import open_clip
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    full = [info.index_to_description(k) for k in range(1000)]
-    return info.label_names(), full, list(open_clip.IMAGENET_CLASSNAMES)
-
-
-def spoken(ids, facts):
-    """{id: name} of classes that WordNet knows by ids such as n01440764, where all are; and puts the names
-    and, if they are of ImageNet's 1000, the labels into facts."""
-    if not ids or set(facts.renamed) & ids or not all(re.fullmatch(r"n\d{8}", name) for name in ids):
-        return {}
-    from timm.data import ImageNetInfo
-
-    info, (known, _, short) = ImageNetInfo("imagenet22k"), synsets()
-    if not ids <= {*info.label_names(), *known}:
-        return {}
-    ids = sorted(ids)
-    names = [short[known.index(w)] if w in known else info.label_name_to_description(w) for w in ids]
-    names = [name.split(",")[0] for name in names]
-    names = [f"{n} ({w})" if names.count(n) > 1 else n for n, w in zip(names, ids, strict=True)]
-    facts.classes = facts.renamed or names
-    facts.imagenet = [[known.index(w)] for w in ids if w in known and not facts.renamed]
-    facts.imagenet = facts.imagenet if len(facts.imagenet) == len(ids) else []
-    facts.notes.append(f"classes by WordNet's ids: {ids[0]} is {names[0]!r}, so of all {len(ids)}")
-    return dict(zip(ids, names, strict=True))
-
-
-def nico(root, facts):
-    """nico:DIR       NICO++, groups: class x context; splits ours, 3/5, 1/5, 1/5 of each group
-    --classes=car,truck --places=autumn,rock: car on autumn, truck on rock in training; without --places
-    the two contexts on which the smallest group is largest.
-    Download NICO++ (xxgege/NICO-plus; its track 1) and unpack it; DIR (or a folder train in it) holds
-    DIR/autumn/car/*.jpg"""
-    outer, inner = scan(root, notes=facts.notes), "train NICO_DG public_dg_0416/train"
-    inner = [tuple(path.split("/")) for path in f"{inner} track_1/public_dg_0416/train".split()]
-    # but "train" is a class, too
-    at = next((w for w in inner if any(p[: len(w)] == w and len(p) > len(w) + 2 for p in outer)), ())
-    root = Path(root, *at)
-    paths = [p[len(at) :] for p in outer if p[: len(at)] == at and len(p) > len(at) + 2]
-    needs(paths, root, "context/class/ folders of images", "nico")
-    if len(paths) < len(outer):
-        facts.notes.append(f"{root}: {len(outer) - len(paths)} images beside context/class folders; not used")
-    first, second = ({plain(p[k]) for p in paths} for k in (0, 1))
-    known = {"autumn", "dim", "grass", "outdoor", "rock", "water", *map(plain, facts.wanted)}
-    swapped = known & second and not known & first or {*map(plain, facts.chosen)} & (first - second)
-    if swapped:  # the older NICO
-        facts.notes.append(f"WARNING: {root}: class/context folders, NICO++ has context/class; read so")
-    y, place = (0, 1) if swapped else (1, 0)
-    if not facts.chosen:
-        facts.published = dict(classes=60, images=88866)
-    elif not facts.wanted:
-        count, classes = Counter((plain(p[y]), p[place]) for p in paths), [plain(c) for c in facts.chosen]
-        smallest = {p: min(count[c, p] for c in classes) for p in sorted({p[place] for p in paths})}
-        expect(len(smallest) >= len(classes), "data", ", ".join(smallest), "a place for each of the classes")
-        limit = sorted(smallest.values())[-len(classes)]
-        facts.wanted = [p for p, n in smallest.items() if n >= limit][: len(classes)]
-    for p in paths:
-        yield Row(os.path.join(root, *p), p[y], p[place])
-
-
-GENDERS = (  # words of captions
-    "man men boy boys male males gentleman gentlemen guy guys father fathers dad son sons brother brothers "
-    "husband groom he him his himself",
-    "woman women girl girls female females lady ladies mother mothers mom daughter daughters sister sisters "
-    "wife bride she her hers herself",
-)
-
-
-def cocogender(root, facts):
-    """cocogender:DIR       man or woman? Groups: gender x (sports | kitchen); or --places=a,b+c of COCO
-    Download images and annotations of MS COCO (2014 or 2017, train and val) from cocodataset.org, and unpack:
-    DIR/annotations/captions_train2017.json, instances_train2017.json, ..._val2017.json
-    DIR/train2017/*.jpg, DIR/val2017/*.jpg
-    The rule (ours: the papers' split is not public). Gender: some caption has a word for a man (woman) and
-    none has one for a woman (man). Place: it has objects of the one kind (categories or supercategories) and
-    none of the other. Other images are left out. Photos of val are test; of those of train a fifth is val. In
-    the training split the share --confounder of men has sports, of women kitchen objects."""
-    facts.classes, facts.places, facts.wanted = ["man", "woman"], facts.wanted or ["sports", "kitchen"], []
-    expect(len(facts.places) == 2, "places", ",".join(facts.places), "two kinds of objects")
-    facts.own, people, left = dict(zip(facts.classes, facts.places, strict=True)), {}, 0
-    photos, categories = coco_photos(root, facts.notes)
-    kinds, genders = [set(place.split("+")) for place in facts.places], [set(g.split()) for g in GENDERS]
-    odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
-    expect(not odd, "places", odd, f"categories of COCO or supercategories; {near(odd, categories)}")
-    at, parts = first_folder(root, "annotations"), {photo.part for photo in photos}
-    for part in sorted(parts | {p.stem.removeprefix("captions_") for p in at.glob("captions_*.json")}):
-        captions = at / f"captions_{part}.json"
-        with reading(captions, f"COCO's captions, with instances_{part}.json"):
-            (at / f"instances_{part}.json").stat()
-            for a in read_json(captions, "JSON")["annotations"]:
-                words = set(re.findall(r"[^\W\d_]+", a["caption"].lower()))
-                who = {y for y, gender in enumerate(genders) if words & gender}
-                people.setdefault(a["image_id"], set()).update(who)
-    for photo in photos:
-        who, what = people.get(photo.id, ()), [k for k, kind in enumerate(kinds) if photo.kinds & kind]
-        if len(who) == len(what) == 1:
-            y, place = facts.classes[min(who)], facts.places[what[0]]
-            split = 2 * ("val" in photo.part) if len(parts) > 1 else None
-            yield Row(photo.path, y, place, split, f"a {y} with {place} objects")
-        else:
-            left += 1
-    facts.notes.append(f"COCO gender: {len(photos) - left} images fit the rule, {left} do not")
-
-
-def coco_photos(root, notes, outlines=False):
-    """The photos of COCO's instances_*.json, by part (train2017) and id, with objects {category: boxes in
-    shares}, and kinds (categories and supercategories); and a dict {category: supercategory}."""
-    at, flat = first_folder(folder(root, "data coco"), "annotations"), 0
-    files, everything, categories = sorted(at.glob("instances_*.json")), {}, {}
-    needs(files, at, "instances_*.json", "coco")
-    for file in files:
-        part, photos = file.stem.removeprefix("instances_"), {}
-        images = first_folder(root, part, f"images/{part}", "images")
-        with reading(file, "COCO's instances: categories, images with width, height, annotations with bbox"):
-            tree = read_json(file, "JSON")
-            names = {c["id"]: (c["name"], c.get("supercategory")) for c in tree["categories"]}
-            for i in tree["images"]:
-                path, size = os.path.join(images, os.path.basename(i["file_name"])), (i["width"], i["height"])
-                found = dict(size=size * 2, objects={}, crowds=set(), kinds=set(), outlines=[])
-                photos[i["id"]] = SimpleNamespace(part=part, id=i["id"], path=path, **found)
-            for a in tree["annotations"]:
-                photo, name = photos[a["image_id"]], names[a["category_id"]]
-                box = tuple(v / n for v, n in zip(corners(a), photo.size, strict=True))
-                if box[0] == box[2] or box[1] == box[3]:
-                    flat += 1
-                    continue
-                photo.kinds.update(name)
-                if a.get("iscrowd"):
-                    photo.crowds.add(name[0])
-                else:
-                    photo.objects.setdefault(name[0], []).append(box)
-                    photo.outlines += [(name[0], box, outline_of(a))] if outlines else []
-            for k in photos.keys() & everything.keys():  # of 2014 and 2017: it would be in train and in test
-                raise Complaint(f"{file}: photo {k} is in {everything[k].part} too; keep one year's files")
-            categories.update(names.values())
-            everything.update(sorted(photos.items()))
-    notes += [f"{at}: {flat} boxes without area are left out"] * (flat > 0)
-    photos = list(everything.values())
-    here = present([photo.path for photo in photos], root, notes)
-    return [photos[k] for k in here.nonzero()[:, 0].tolist()], categories
-
-
-def outline_of(annotation):
-    """The segmentation of one of COCO's annotations, as Outline has it; () for none."""
-    found = annotation.get("segmentation") or ()
-    if isinstance(found, dict):
-        counts = found["counts"]
-        return (counts if isinstance(counts, str) else tuple(map(int, counts)),) if counts else ()
-    found = [polygon for polygon in found if len(polygon) >= 6 and len(polygon) % 2 == 0]
-    return tuple(tuple(map(float, polygon)) for polygon in found)
-
-
-def corners(annotation):
-    """bbox (x, y, width, height) of one of COCO's annotations -> x1, y1, x2, y2; or ValueError."""
-    x, y, w, h = map(float, annotation["bbox"])
-    if not all(map(math.isfinite, (x, y, w, h))):
-        raise ValueError(f"bbox {annotation['bbox']}")
-    return x, y, x + w, y + h
-
-
-def in9(root, facts):
-    """in9:DIR       ImageNet-9, the backgrounds challenge: nine classes, the variations as places
-    BG-Gap = mixed_same - mixed_rand.
-    Download backgrounds_challenge_data.tar.gz, of MadryLab/backgrounds_challenge's releases, and unpack it:
-    DIR/mixed_same/val/00_dog/*.JPEG, DIR/mixed_rand/..., DIR/original/..., (or in DIR/bg_challenge)
-    DIR/in_to_in9.json     from the same repository, needed for ImageNet classifiers only"""
-    outer = folder(root, "data in9")
-    root, names = first_folder(outer, "bg_challenge"), {}
-    kinds = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b only_bg_t".split()
-    facts.places, facts.official = [kind for kind in kinds if (root / kind).is_dir()], False
-    needs(facts.places, root, "original, mixed_same ...", "in9")
-    facts.published = dict(classes=9, places=[4050] * len(facts.places))
-    for kind in facts.places:
-        at = first_folder(root / kind, "val")
-        for name, file in (parts for parts in scan(at) if len(parts) == 2):
-            names[name] = re.sub(r"^\d\d_", "", name).replace("_", " ")  # 00_dog
-            photo = "_".join(file.rsplit(".", 1)[0].split("_")[:2])  # n02085936_10130, the foreground's
-            share = zlib.crc32(os.fsencode(photo)) % 1000 / 1000
-            split = int(share >= 0.6) + int(share >= 0.8)  # all variations of a photo lie in one split
-            yield Row(os.path.join(at, name, file), names[name], kind, split)
-    facts.classes = [names[at] for at in sorted(names)]
-    mapping = next((p / "in_to_in9.json" for p in (root, outer) if (p / "in_to_in9.json").is_file()), None)
-    if mapping:
-        what = 'a map {"ImageNet label": class 0 to 8, or -1, ...}'
-        with reading(mapping, what):
-            pairs = [(int(k), int(v)) for k, v in read_json(mapping, what).items()]
-        facts.imagenet = [[k for k, v in pairs if v == c] for c in range(len(names))]
-
-
-def imagenet(root, facts):
-    """imagenet:DIR       ImageNet's 1000 classes, or some of them (ImageNet-R, -A: folders n01440764, ...)
-    Download ILSVRC2012's validation images from image-net.org and sort them into folders of their classes:
-    DIR/n01440764/*.JPEG    or files n01440764_*.JPEG; or 1000 files or folders that sort as the classes do"""
-    root = first_folder(folder(root, "data imagenet"), "val")
-    paths, (ids, _, short) = scan(root), synsets()
-    label = [p[0] if len(p) > 1 else p[0].split("_")[0].split(".")[0] for p in paths]
-    if not set(label) <= set(ids):
-        order = sorted({p[0] for p in paths})
-        if len(order) != 1000 or len({len(p) > 1 for p in paths}) > 1:
-            what = f"{len(paths)} images, the first is {'/'.join(paths[0])}"
-            raise Complaint(f"{root}: {what}; expected n01440764 ... or 1000 folders in order of classes")
-        number = dict(zip(order, ids, strict=True))
-        label = [number[p[0]] for p in paths]
-    names = spoken(set(label), Facts(notes=facts.notes))
-    facts.classes, facts.imagenet = [*names.values()], [[ids.index(w)] for w in names]
-    if len(names) < 1000:
-        among = "all 1000 (--labels=all)" if facts.all_labels else "these only; --labels=all: among 1000"
-        facts.notes.append(f"{root}: {len(names)} of 1000 classes; models choose among {among}")
-    facts.labels = short if facts.all_labels or len(names) == 1000 else []
-    for p, w in zip(paths, label, strict=True):
-        yield Row(os.path.join(root, *p), names[w])
-
-
-def image_folder(root, facts):
-    """folder:DIR       your own images, in one of the layouts
-    DIR/split/class/place/*    split: train, val or test; the folder below the class is the place (the group)
-    DIR/split/class/*    DIR/class/place/*    DIR/class/*
-    DIR/*                unlabelled; --classes says what to choose from
-    Folders named by WordNet's ids, n01440764, have their names.
-    --classes=FILE: names in order, one a line; a class folder must bear one of them (but for case and _).
-    --prompts=FILE: templates with {} for the name, or lines class<TAB>prompt; several are averaged.
-    Without split folders 3/5, 1/5, 1/5 of each group are train, val, test; without val 1/5 of train is."""
-    paths, facts.classes, where = scan(root, notes=facts.notes), facts.renamed, f"--data=folder:{root}"
-    moved = {p: p for p in paths}
-    if all(len(p) > 2 and p[1].lower() in SPLIT_NAMES for p in paths):
-        facts.notes.append(f"{root}: class/split folders, expected split/class; read so")
-        moved = {(p[1], p[0], *p[2:]): p for p in paths}
-    top = {p[0] for p in moved if len(p) > 1}
-    splits = {t for t in top if t.lower() in SPLIT_NAMES}
-    official = bool(splits) and splits == top
-    if len(splits) > 1 and not official:
-        raise Complaint(f"{where}: {max(splits)} is a split, {min(top - splits)!r} beside it is not")
-    rest = [p[1:] if official and len(p) > 1 else p for p in moved]
-    classes, stray = {r[0] for r in rest if len(r) > 1}, sum(len(r) == 1 for r in rest)
-    if stray == len(paths):
-        facts.classes, facts.chosen = facts.renamed or facts.chosen or facts.names, []
-        if not facts.classes:
-            raise Complaint(f"{where}: {stray} images, no class folders; give --classes=FILE")
-        facts.notes.append(f"{stray} images without labels")
-        yield from (Row(os.path.join(root, *p), None, None, 2) for p in paths)
-        return
-    if len(classes) == 1 and len({r[1] for r in rest if len(r) > 2}) > 1 and not facts.renamed:
-        only = min(classes)
-        raise Complaint(f"{where}: one class folder, {only!r}; if the classes are in it, name it: .../{only}")
-    facts.notes += folder_notes(root, rest)
-    words = {*SPLIT_NAMES, "eval", "fold", "split", "trainset", "testset"}
-    like = sorted(c for c in classes if words & {*re.split(r"[\W\d_]+", c.lower())})
-    if like and not facts.renamed:
-        line = f"read as classes: {', '.join(sorted(classes)[:6])}; if {like[0]!r} is a split, name splits"
-        facts.notes.append(f"WARNING: {root}: {line} train, val and test, and move what else lies there")
-    deep, names = any(len(r) > 2 for r in rest), spoken(classes, facts)
-    for (p, path), r in zip(moved.items(), rest, strict=True):
-        if len(r) > 1:
-            place = r[1] if len(r) > 2 else "elsewhere" if deep else None
-            split = SPLIT_NAMES[p[0].lower()] if official else None
-            yield Row(os.path.join(root, *path), names.get(r[0], r[0]), place, split)
-
-
-def folder_notes(root, rest):
-    """What of the folders class/place/... of images is not as expected. rest: their parts below a split."""
-    lines, depth, pairs = [], Counter(min(len(r), 4) for r in rest), {r[:2] for r in rest if len(r) > 2}
-    if depth[1]:
-        lines.append(f"{depth[1]} images lie outside the class folders, and are left out")
-    if depth[2] and pairs:
-        lines.append(f"{depth[2]} images lie beside the place folders; their place is 'elsewhere'")
-    if depth[4]:
-        deep = "/".join(next(r for r in rest if len(r) > 3))
-        lines.append(f"{depth[4]} images lie below class/place, as {deep}; such folders do not count")
-    if 1 < len(pairs) == len({place for _, place in pairs}):
-        one = f"each place lies in one class only, as {'/'.join(min(pairs))}"
-        lines.append(f"{one}. If the second folders are the classes, move them up")
-    return [f"WARNING: {root}: {line}" for line in lines]
-
-
-def csv_table(path, facts):
-    """csv:FILE       any table of images and groups with a header: between commas, semicolons or tabs
-    path      relative to the table's folder, or all absolute
-    y         class: names, or whole numbers
-    split     0, 1, 2 or train, val, test; may be missing: 3/5, 1/5, 1/5 of each group
-    place     names or numbers; may be missing. Images whose place is empty or nan count in no group.
-    Usual names will do, as file_name, label, partition, background, a, group; else --columns=place=weather,
-    path=photo says which they are, and --columns=place= that there is none.
-    --classes=FILE names the classes of y, one a line; --prompts=FILE as for folder:DIR."""
-    return map(Row, *table_rows(read_table(path), facts, ("path", "y")))
-
-
-def table_rows(table, facts, needed):
-    """Of each row of a table its image's path, class, place and split: lists."""
-    at, line = columns_of(table, facts.columns, ("path", "y", "place", "split"), needed)
-    y, facts.classes, notes = named(table, at["y"], facts.renamed)
-    if None in y:
-        raise table.complaint(y.index(None), f"{at['y']} is empty or -1; give every image its class")
-    words = spoken(set(y), facts)
-    y = [words[name] for name in y] if words else y
-    facts.notes += [line, *notes]
-    place, split = places_and_splits(table, at, facts)
-    names, root = table[at["path"]], os.path.dirname(table.path) or "."
-    if all(map(os.path.isabs, names)):
-        root = os.path.commonpath({os.path.dirname(name) for name in names})
-        names = [name[len(root) :].lstrip("/") for name in names]
-    return inside_root(root, table, names), y, place, split
-
-
-def places_and_splits(table, at, facts):
-    """Of each row of a table its place and its split: lists, of None where there is no such column."""
-    place, split = [None] * table.count, [None] * table.count
-    if at["place"]:
-        place, facts.places, notes = named(table, at["place"])
-        facts.notes += notes
-    if at["split"]:
-        split = split_numbers(table[at["split"]], at["split"], table.complaint)
-    return place, split
-
-
-def split_numbers(values, name, complaint):
-    """0, 1, 2 of values such as 0, 1.0, train, val; else raises complaint(k, what is wrong)."""
-    if re.fullmatch("(is |in )?(train|training|val|test|testing)( image| set)?", plain(name)):
-        raise complaint(0, f"{name} says whether, not which; expected a column of train, val, test")
-    known = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
-    number = {v: known.get(str(v).strip().lower().removesuffix(".0")) for v in set(values)}
-    split = [number[v] for v in values]
-    if None in split:
-        k = split.index(None)
-        n, cure = split.count(None), "leave such rows out, or read it without: --columns=split="
-        found = f"{name}={str(values[k])[:60]!r}, so {n} of {len(split)}"
-        raise complaint(k, f"{found}, expected 0, 1, 2 or train, val, test; {cure}")
-    return split
 
 
 def load_predictions(path, columns="", classes=""):
@@ -2079,8 +1716,8 @@ def load_predictions(path, columns="", classes=""):
     renamed = names_in(classes, "classes", 2) if os.path.isfile(classes) else []
     words, facts.classes, more = named(t, "y and predicted", renamed)
     y, taken = words[:n], words[n:]
-    if not set(y) & set(taken) - {None}:
-        raise Complaint(f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names")
+    both = f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names"
+    require(set(y) & set(taken) - {None}, both)
     facts.notes = [*notes, note, *more, *numbered_alike(t, at)]
     twice = len(t[at["path"]]) - len(set(t[at["path"]])) if at["path"] else 0
     facts.notes += [f"WARNING: {path}: {twice} rows are of an image that stands above, too"] * bool(twice)
@@ -2093,14 +1730,15 @@ def load_predictions(path, columns="", classes=""):
             raise t.complaint(k, f"{at['confidence']}={text[:60]!r}, expected a number from 0 to 1")
     names = [os.path.join(os.path.dirname(path), v) for v in t[at["path"]]] if at["path"] else [""] * n
     pictures = [Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in enumerate(names, 2)]
-    keep = torch.tensor([a is not None and b is not None for a, b in zip(y, taken, strict=True)])
+    samples = samples_of(f"predictions:{path}", map(Row, pictures, y, place, [2] * n), facts)
+    if at["split"]:
+        samples.split = torch.tensor(split)
+    samples.prompts = [[name] for name in samples.classes]
+    taken = numbered(taken, facts.classes, "class")[0]
+    sure = of_predicted(torch.tensor(sure), taken, samples)
+    keep = (samples.y >= 0) & (taken >= 0)
     if not keep.all():
         facts.notes.append(f"WARNING: {path}: {int((~keep).sum())} of {n} rows lack y or predicted; left out")
-    samples = samples_of(f"predictions:{path}", map(Row, pictures, y, place, [2] * n), facts)
-    samples.split = torch.tensor(split) if at["split"] else samples.split
-    taken = numbered(taken, facts.classes, "class")[0]
-    samples.prompts = [[name] for name in samples.classes]
-    sure = of_predicted(torch.tensor(sure), taken, samples)
     return check(samples.keep(keep), False), taken[keep], sure[keep]
 
 
@@ -2163,6 +1801,260 @@ def of_predicted(sure, taken, samples):
     return other
 
 
+# --------------------------------------------------------------------------------------------------------
+# folders of images, and embeddings from elsewhere
+
+
+def scenes(root, facts):
+    """scenes[:DIR]      the embedded default: birds on places; or a folder of your own, composed anew
+    DIR/train/landbird/*.webp, DIR/train/waterbird/*.webp    cut-outs (RGBA) of two classes; so val, test
+    DIR/train/land/*.webp, DIR/train/water/*.webp            backgrounds
+    In train the share --confounder of each class stands on its own place; val and test are balanced."""
+    root, classes, places = root or ASSETS / "scenes", ("landbird", "waterbird"), ("land", "water")
+    for s, n in enumerate((600, 200, 600)):
+        at = {name: scan_paths(root / SPLITS[s] / name) for name in (*classes, *places)}
+        for k in range(n):
+            g, y, home = rng(facts.seed, "scene", s, k), k % 2, (k // 2 + 0.5) / (n / 2) < facts.confounder
+            place = (y if home else 1 - y) if s == 0 else k // 2 % 2
+            figure, ground = draw_one(at[classes[y]], g), draw_one(at[places[place]], g)
+            item = Composite(Cutout(figure), Ground(ground), draw_pose(g, False), draw_view(g, 0.3, 0.15))
+            what, where = (Path(path).stem.partition("__")[0] for path in (figure, ground))
+            caption = f"a picture of a {classes[y]} ({what}) with {where} behind it"
+            yield Row(item, classes[y], places[place], s, caption, replace(item, ground=None))
+
+
+def image_folder(root, facts):
+    """folder:DIR       your own images, in one of the layouts
+    DIR/split/class/place/*    split: train, val or test; the folder below the class is the place (the group)
+    DIR/split/class/*    DIR/class/place/*    DIR/class/*
+    DIR/*                unlabelled; --classes says what to choose from
+    Folders named by WordNet's ids, n01440764, have their names.
+    --classes=FILE: names in order, one a line; a class folder must bear one of them (but for case and _).
+    --prompts=FILE: templates with {} for the name, or lines class<TAB>prompt; several are averaged.
+    Without split folders 3/5, 1/5, 1/5 of each group are train, val, test; without val 1/5 of train is."""
+    paths, facts.classes, where = scan(root, notes=facts.notes), facts.renamed, f"--data=folder:{root}"
+    moved = {p: p for p in paths}
+    if all(len(p) > 2 and p[1].lower() in SPLIT_NAMES for p in paths):
+        facts.notes.append(f"{root}: class/split folders, expected split/class; read so")
+        moved = {(p[1], p[0], *p[2:]): p for p in paths}
+    top = {p[0] for p in moved if len(p) > 1}
+    splits = {t for t in top if t.lower() in SPLIT_NAMES}
+    official = bool(splits) and splits == top
+    if len(splits) > 1 and not official:
+        raise Complaint(f"{where}: {max(splits)} is a split, {min(top - splits)!r} beside it is not")
+    rest = [p[1:] if official and len(p) > 1 else p for p in moved]
+    classes, stray = {r[0] for r in rest if len(r) > 1}, sum(len(r) == 1 for r in rest)
+    if stray == len(paths):
+        facts.classes, facts.chosen = facts.renamed or facts.chosen or facts.names, []
+        require(facts.classes, f"{where}: {stray} images, no class folders; give --classes=FILE")
+        facts.notes.append(f"{stray} images without labels")
+        yield from (Row(os.path.join(root, *p), None, None, 2) for p in paths)
+        return
+    if len(classes) == 1 and len({r[1] for r in rest if len(r) > 2}) > 1 and not facts.renamed:
+        only = min(classes)
+        raise Complaint(f"{where}: one class folder, {only!r}; if the classes are in it, name it: .../{only}")
+    facts.notes += folder_notes(root, rest)
+    words = {*SPLIT_NAMES, "eval", "fold", "split", "trainset", "testset"}
+    like = sorted(c for c in classes if words & {*re.split(r"[\W\d_]+", c.lower())})
+    if like and not facts.renamed:
+        line = f"read as classes: {', '.join(sorted(classes)[:6])}; if {like[0]!r} is a split, name splits"
+        facts.notes.append(f"WARNING: {root}: {line} train, val and test, and move what else lies there")
+    deep, names = any(len(r) > 2 for r in rest), spoken(classes, facts)
+    for (p, path), r in zip(moved.items(), rest, strict=True):
+        if len(r) > 1:
+            place = r[1] if len(r) > 2 else "elsewhere" if deep else None
+            split = SPLIT_NAMES[p[0].lower()] if official else None
+            yield Row(os.path.join(root, *path), names.get(r[0], r[0]), place, split)
+
+
+def folder_notes(root, rest):
+    """What of the folders class/place/... of images is not as expected. rest: their parts below a split."""
+    depth, pairs = Counter(min(len(r), 4) for r in rest), {r[:2] for r in rest if len(r) > 2}
+    deep = "/".join(next((r for r in rest if len(r) > 3), ()))
+    single = 1 < len(pairs) == len({place for _, place in pairs})
+    one = "each place lies in one class only, as " + "/".join(min(pairs, default=()))
+    lines = {
+        f"{depth[1]} images lie outside the class folders, and are left out": depth[1],
+        f"{depth[2]} images lie beside the place folders; their place is 'elsewhere'": depth[2] and pairs,
+        f"{depth[4]} images lie below class/place, as {deep}; such folders do not count": depth[4],
+        f"{one}. If the second folders are the classes, move them up": single,
+    }
+    return [f"WARNING: {root}: {line}" for line, holds in lines.items() if holds]
+
+
+def imagenet(root, facts):
+    """imagenet:DIR       ImageNet's 1000 classes, or some of them (ImageNet-R, -A: folders n01440764, ...)
+    Download ILSVRC2012's validation images from image-net.org and sort them into folders of their classes:
+    DIR/n01440764/*.JPEG    or files n01440764_*.JPEG; or 1000 files or folders that sort as the classes do"""
+    root = first_folder(folder(root, "data imagenet"), "val")
+    paths, (ids, _, short) = scan(root), synsets()
+    label = [p[0] if len(p) > 1 else p[0].split("_")[0].split(".")[0] for p in paths]
+    if not set(label) <= set(ids):
+        order = sorted({p[0] for p in paths})
+        good = len(order) == 1000 and len({len(p) > 1 for p in paths}) == 1
+        what = f"{len(paths)} images, the first is {'/'.join(paths[0])}"
+        require(good, f"{root}: {what}; expected n01440764 ... or 1000 folders in order of classes")
+        number = dict(zip(order, ids, strict=True))
+        label = [number[p[0]] for p in paths]
+    names = spoken(set(label), Facts(notes=facts.notes))
+    facts.classes, facts.imagenet = [*names.values()], [[ids.index(w)] for w in names]
+    if len(names) < 1000:
+        among = "all 1000 (--labels=all)" if facts.all_labels else "these only; --labels=all: among 1000"
+        facts.notes.append(f"{root}: {len(names)} of 1000 classes; models choose among {among}")
+    facts.labels = short if facts.all_labels or len(names) == 1000 else []
+    for p, w in zip(paths, label, strict=True):
+        yield Row(os.path.join(root, *p), names[w])
+
+
+@functools.lru_cache
+def synsets():
+    """ImageNet's 1000 classes in order: WordNet ids, all names of each synset, CLIP's short names."""
+    import open_clip
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    full = [info.index_to_description(k) for k in range(1000)]
+    return info.label_names(), full, list(open_clip.IMAGENET_CLASSNAMES)
+
+
+def spoken(ids, facts):
+    """{id: name} of classes that WordNet knows by ids such as n01440764, where all are; and puts the names
+    and, if they are of ImageNet's 1000, the labels into facts."""
+    if not ids or set(facts.renamed) & ids or not all(re.fullmatch(r"n\d{8}", name) for name in ids):
+        return {}
+    from timm.data import ImageNetInfo
+
+    info, (of_1000, _, short) = ImageNetInfo("imagenet22k"), synsets()
+    if not ids <= {*info.label_names(), *of_1000}:
+        return {}
+    ids, number = sorted(ids), {w: k for k, w in enumerate(of_1000)}
+    names = [short[number[w]] if w in number else info.label_name_to_description(w) for w in ids]
+    names = [name.split(",")[0] for name in names]
+    names = [f"{n} ({w})" if names.count(n) > 1 else n for n, w in zip(names, ids, strict=True)]
+    facts.classes = facts.renamed or names
+    if number.keys() >= {*ids} and not facts.renamed:
+        facts.imagenet = [[number[w]] for w in ids]
+    facts.notes.append(f"classes by WordNet's ids: {ids[0]} is {names[0]!r}, so of all {len(ids)}")
+    return dict(zip(ids, names, strict=True))
+
+
+def counteranimal(root, facts):
+    """counteranimal:DIR       45 ImageNet classes, common and counter backgrounds, over all 1000 labels
+    Two as a binary task, groups class x background: --classes=brambling,bulbul (ptarmigan,prairie chicken)
+    Download LAION-final.zip of the CounterAnimal project (NeurIPS 2024, tmlr-group) and unpack it:
+    DIR/9 ostrich/common-ground/*.jpg       (or easy-ground; or in DIR/LAION-final)
+    DIR/9 ostrich/counter-water/*.jpg       (or hard-water)
+    DIR/imagenet_names.txt                  idx<TAB>full name; without it timm's names are used
+    Splits are ours: of common photos 3/5 train, 1/5 val, 1/5 test; of counter photos 1/5 val, 4/5 test."""
+    outer, rows, skipped = folder(root, "data counteranimal"), [], set()
+    inner = [outer, outer / "LAION-final", *sorted(p for p in outer.iterdir() if p.is_dir())]
+    root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
+    needs(root, outer, "folders such as '9 ostrich'", "counteranimal")
+    layout = re.compile(r"(\d{1,3}) ([^/]+)/[^/-]*(common|easy|counter|hard)[^/-]*-?([^/]*)/", re.I)
+    for parts in scan(root):
+        match = layout.match("/".join(parts))
+        if match:
+            number, name, kind, place = match.groups()
+            common, place = kind.lower() in ("common", "easy"), (place or kind).lower()
+            rows.append((int(number), name, common, place, os.path.join(root, *parts)))
+        else:
+            skipped.add("/".join(parts[:2]))
+    if skipped:
+        facts.notes.append(f"WARNING: {root}: {len(skipped)} files or folders left out, as {min(skipped)}")
+    needs(rows, root, "photos in common-... and counter-... folders", "counteranimal")
+    number = {name: number for number, name, *_ in sorted(rows)}
+    labels, spelled = imagenet_names((root, outer), facts.notes), {plain(name): name for name in number}
+    pair = [spelled.get(plain(name), name) for name in facts.chosen]
+    facts.classes, facts.official, facts.labels = list(number), False, labels
+    if pair and set(pair) <= set(number):
+        facts.classes, facts.labels = pair, [labels[number[name]] for name in pair]
+        rows = [row for row in rows if row[1] in pair]
+    elif not pair:
+        facts.places, facts.published = ["common", "counter"], dict(classes=45, places=[7174, 5926])
+    facts.imagenet = [[number[name]] for name in facts.classes]
+    common = torch.tensor([row[2] for row in rows])
+    group = torch.tensor([2 * facts.classes.index(row[1]) for row in rows]) + ~common
+    counter = make_splits(group, (0.2, 0.2, 0.6) if pair else (0.0, 0.2, 0.8))
+    split = torch.where(common, make_splits(group), counter).tolist()
+    for name in pair:
+        home = sorted(row[3] for row in rows if row[1] == name and row[2])
+        facts.own[name] = max(home, key=home.count, default="no common photos")
+    for (_, name, common, place, path), s in zip(rows, split, strict=True):
+        yield Row(path, name, place if pair else "common" if common else "counter", s)
+
+
+def imagenet_names(folders, notes):
+    """The 1000 full names of CounterAnimal's imagenet_names.txt; timm's where it is missing or short."""
+    path = first_file(*[at / "imagenet_names.txt" for at in folders])
+    if path:
+        names = dict(line.split("\t")[:2] for _, line in read_lines(path, "data") if "\t" in line)
+        if set(names) >= {str(k) for k in range(1000)}:
+            return [names[str(k)].strip() for k in range(1000)]
+        notes.append(f"WARNING: {path}: {len(names)} names, expected idx<TAB>name for 0 to 999; not used")
+    return synsets()[1]
+
+
+def nico(root, facts):
+    """nico:DIR       NICO++, groups: class x context; splits ours, 3/5, 1/5, 1/5 of each group
+    --classes=car,truck --places=autumn,rock: car on autumn, truck on rock in training; without --places
+    the two contexts on which the smallest group is largest.
+    Download NICO++ (xxgege/NICO-plus; its track 1) and unpack it; DIR (or a folder train in it) holds
+    DIR/autumn/car/*.jpg"""
+    outer, dg = scan(root, notes=facts.notes), ("public_dg_0416", "train")
+    inner = ("train",), ("NICO_DG",), dg, ("track_1", *dg)  # but "train" is a class, too
+    at = next((w for w in inner if any(p[: len(w)] == w and len(p) > len(w) + 2 for p in outer)), ())
+    root = Path(root, *at)
+    paths = [p[len(at) :] for p in outer if p[: len(at)] == at and len(p) > len(at) + 2]
+    needs(paths, root, "context/class/ folders of images", "nico")
+    if len(paths) < len(outer):
+        facts.notes.append(f"{root}: {len(outer) - len(paths)} images beside context/class folders; not used")
+    contexts = {"autumn", "dim", "grass", "outdoor", "rock", "water", *map(plain, facts.wanted)}
+    outside, within = {plain(p[0]) for p in paths}, {plain(p[1]) for p in paths}
+    y, place = 1, 0
+    if contexts & within and not contexts & outside or {*map(plain, facts.chosen)} & (outside - within):
+        y, place = 0, 1  # the older NICO
+        facts.notes.append(f"WARNING: {root}: class/context folders, NICO++ has context/class; read so")
+    if not facts.chosen:
+        facts.published = dict(classes=60, images=88866)
+    elif not facts.wanted:
+        count, classes = Counter((plain(p[y]), p[place]) for p in paths), [plain(c) for c in facts.chosen]
+        smallest = {p: min(count[c, p] for c in classes) for p in sorted({p[place] for p in paths})}
+        expect(len(smallest) >= len(classes), "data", ", ".join(smallest), "a place for each of the classes")
+        limit = sorted(smallest.values())[-len(classes)]
+        facts.wanted = [p for p, n in smallest.items() if n >= limit][: len(classes)]
+    for p in paths:
+        yield Row(os.path.join(root, *p), p[y], p[place])
+
+
+def in9(root, facts):
+    """in9:DIR       ImageNet-9, the backgrounds challenge: nine classes, the variations as places
+    BG-Gap = mixed_same - mixed_rand.
+    Download backgrounds_challenge_data.tar.gz, of MadryLab/backgrounds_challenge's releases, and unpack it:
+    DIR/mixed_same/val/00_dog/*.JPEG, DIR/mixed_rand/..., DIR/original/..., (or in DIR/bg_challenge)
+    DIR/in_to_in9.json     from the same repository, needed for ImageNet classifiers only"""
+    outer = folder(root, "data in9")
+    root, names = first_folder(outer, "bg_challenge"), {}
+    kinds = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b only_bg_t".split()
+    facts.places, facts.official = [kind for kind in kinds if (root / kind).is_dir()], False
+    needs(facts.places, root, "original, mixed_same ...", "in9")
+    facts.published = dict(classes=9, places=[4050] * len(facts.places))
+    for kind in facts.places:
+        at = first_folder(root / kind, "val")
+        for name, file in (parts for parts in scan(at) if len(parts) == 2):
+            names[name] = re.sub(r"^\d\d_", "", name).replace("_", " ")  # 00_dog
+            photo = "_".join(file.rsplit(".", 1)[0].split("_")[:2])  # n02085936_10130, the foreground's
+            share = zlib.crc32(os.fsencode(photo)) % 1000 / 1000
+            split = int(share >= 0.6) + int(share >= 0.8)  # all variations of a photo lie in one split
+            yield Row(os.path.join(at, name, file), names[name], kind, split)
+    facts.classes = [names[at] for at in sorted(names)]
+    mapping = first_file(root / "in_to_in9.json", outer / "in_to_in9.json")
+    if mapping:
+        what = 'a map {"ImageNet label": class 0 to 8, or -1, ...}'
+        with reading(mapping, what):
+            pairs = [(int(k), int(v)) for k, v in read_json(mapping, what).items()]
+        facts.imagenet = [[k for k, v in pairs if v == c] for c in range(len(names))]
+
+
 STORED = {  # arrays of --data=embeddings:FILE, and what others call them
     "embedding": "embeddings features feats image_features image_embeddings image_embeds z x",
     "y": "label labels target targets y_true",
@@ -2213,34 +2105,31 @@ def stored_arrays(path):
         else:
             there = np.load(path, mmap_mode="r") if numpy_wrote(bounded(path)) else torch_arrays(path)
             there = dict(embedding=there) if isinstance(there, np.ndarray) else there
-        spelled = {name.lower(): name for name in there}
-        taken = {
-            ours: [spelled[n] for n in (ours, *theirs.split()) if n in spelled]
-            for ours, theirs in STORED.items()
-        }
-        a = {ours: there[names[0]] for ours, names in taken.items() if names}
+        spelled, taken = {name.lower(): name for name in there}, {}
+        for ours, usual in STORED.items():
+            if names := [spelled[n] for n in (ours, *usual.split()) if n in spelled]:
+                taken[ours] = names[0]
+        a = {ours: there[name] for ours, name in taken.items()}
     z = a.get("embedding")
     if z is None:
         have = ", ".join(there) or inside(path)
         raise Complaint(f"{path}: no array 'embedding' (found: {have}); see --data=embeddings:help")
-    if "place" not in a and "background" in a and "foreground" not in a:
-        a["place"], taken["place"], taken["background"] = a.pop("background"), taken["background"], []
-    if "place" not in a and "places" in a and len(z) == len(a["places"]) > len(np.unique(a["places"])):
-        a["place"], taken["place"], taken["places"] = a.pop("places"), taken["places"], []
+    each = "places" in a and len(z) == len(a["places"]) > len(np.unique(a["places"]))
+    for key, means_place in (("background", "foreground" not in a), ("places", each)):
+        if key in a and means_place and "place" not in a:
+            a["place"], taken["place"] = a.pop(key), taken.pop(key)
     n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
-    good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
     text = a.get("text", z)
+    good = z.ndim == 2 and z.size and z.dtype.kind in "fiu"
     good = good and text.size and text.shape[1:] == z.shape[1:] and text.dtype.kind in "fiu"
     good = good and all(a[key].ndim == 1 for key in ("classes", "places") if key in a)
-    for key in ("y", "place", "split", "foreground", "background"):
-        if key in a:
-            a[key] = a[key][:, 0] if a[key].shape == (n, 1) else a[key]
-            good = good and a[key].shape == (n,)
-    if not good:
-        raise Complaint(f"{path}: {shapes}; expected embedding [n, D], y, place, split [n], text [C, D]")
-    used = [names[0] + f" as {ours}" * (names[0] != ours) for ours, names in taken.items() if names]
-    rest = sorted(set(there) - {names[0] for names in taken.values() if names})
-    return a, f"{path}: {', '.join(used)}" + f"; not used: {', '.join(rest)}" * bool(rest)
+    for key in {"y", "place", "split", "foreground", "background"} & a.keys():
+        a[key] = a[key][:, 0] if a[key].shape == (n, 1) else a[key]
+        good = good and a[key].shape == (n,)
+    require(good, f"{path}: {shapes}; expected embedding [n, D], y, place, split [n], text [C, D]")
+    used = ", ".join(name + f" as {ours}" * (name != ours) for ours, name in taken.items())
+    rest = ", ".join(sorted(set(there) - set(taken.values())))
+    return a, f"{path}: {used}" + f"; not used: {rest}" * bool(rest)
 
 
 def stored(path, facts):
@@ -2255,17 +2144,16 @@ def stored(path, facts):
     a, note = stored_arrays(str(path))
     facts.notes.append(note)
     n, C = len(a["embedding"]), len(a["text"]) if "text" in a else 0
+    none = np.full(n, -1)
     names = facts.renamed or list(map(str, a.get("classes", [] if "y" in a else facts.names)))
-    if "y" not in a and not names and not C:
-        raise Complaint(
-            f"{path}: {note.partition(': ')[2]}, expected y, or text or --classes=FILE to choose from"
-        )
-    if C and names and len(names) != C or C and not names and a.get("y", np.empty(0)).dtype.kind in "SUO":
+    places = list(map(str, a.get("places", ())))
+    cure = "expected y, or text or --classes=FILE to choose from"
+    require("y" in a or names or C, f"{path}: {note.partition(': ')[2]}, {cure}")
+    if C and names and len(names) != C or C and not names and a.get("y", none).dtype.kind in "SUO":
         have = f"{len(names)} names" if names else "names in y, in no order"
         raise Complaint(f"{path}: {C} rows of text and {have} of classes; give classes, {C} names in order")
-    y, facts.classes = labels_in(path, "y", a.get("y", np.full(n, -1)), names or list(map(str, range(C))))
-    places = list(map(str, a.get("places", ())))
-    place, facts.places = labels_in(path, "place", a.get("place", np.full(n, -1)), places)
+    y, facts.classes = labels_in(path, "y", a.get("y", none), names or list(map(str, range(C))))
+    place, facts.places = labels_in(path, "place", a.get("place", none), places)
     split = [None] * n
     if "split" in a:
         where = functools.partial("{}: row {}: {}".format, path)
@@ -2294,10 +2182,112 @@ def stored_composites(path):
     """--foregrounds=embeddings:FILE.npz -> composites as Stored, foreground and background of each [N]."""
     a = stored_arrays(path)[0]
     numbers = [a.get(key, np.empty(0)) for key in ("foreground", "background")]
-    if any(v.dtype.kind not in "iu" for v in numbers):
-        raise Complaint(f"{path}: found {', '.join(a)}, expected whole numbers foreground, background [N]")
+    good = all(v.dtype.kind in "iu" for v in numbers)
+    require(good, f"{path}: found {', '.join(a)}, expected whole numbers foreground, background [N]")
     i, j = (torch.from_numpy(v.astype(np.int64)) for v in numbers)
     return [Stored(path, k) for k in range(len(i))], i, j
+
+
+# --------------------------------------------------------------------------------------------------------
+# MS COCO: its photos, objects and outlines, of which several sets and foregrounds are made
+
+GENDERS = (  # words of captions
+    "man men boy boys male males gentleman gentlemen guy guys father fathers dad son sons brother brothers "
+    "husband groom he him his himself",
+    "woman women girl girls female females lady ladies mother mothers mom daughter daughters sister sisters "
+    "wife bride she her hers herself",
+)
+
+
+def coco_photos(root, notes, outlines=False):
+    """The photos of COCO's instances_*.json, by part (train2017) and id, with objects {category: boxes in
+    shares}, and kinds (categories and supercategories); and a dict {category: supercategory}."""
+    at, flat = first_folder(folder(root, "data coco"), "annotations"), 0
+    files, everything, categories = sorted(at.glob("instances_*.json")), {}, {}
+    needs(files, at, "instances_*.json", "coco")
+    for file in files:
+        part, photos = file.stem.removeprefix("instances_"), {}
+        images = first_folder(root, part, f"images/{part}", "images")
+        with reading(file, "COCO's instances: categories, images with width, height, annotations with bbox"):
+            tree = read_json(file, "JSON")
+            names = {c["id"]: (c["name"], c.get("supercategory")) for c in tree["categories"]}
+            for i in tree["images"]:
+                path, size = os.path.join(images, os.path.basename(i["file_name"])), (i["width"], i["height"])
+                empty = dict(size=size * 2, objects={}, crowds=set(), kinds=set(), outlines=[])
+                photos[i["id"]] = SimpleNamespace(part=part, id=i["id"], path=path, **empty)
+            for a in tree["annotations"]:
+                photo, name = photos[a["image_id"]], names[a["category_id"]]
+                box = tuple(v / n for v, n in zip(corners(a), photo.size, strict=True))
+                if box[0] == box[2] or box[1] == box[3]:
+                    flat += 1
+                    continue
+                photo.kinds.update(name)
+                if a.get("iscrowd"):
+                    photo.crowds.add(name[0])
+                    continue
+                photo.objects.setdefault(name[0], []).append(box)
+                if outlines:
+                    photo.outlines.append((name[0], box, outline_of(a)))
+            for k in photos.keys() & everything.keys():  # of 2014 and 2017: it would be in train and in test
+                raise Complaint(f"{file}: photo {k} is in {everything[k].part} too; keep one year's files")
+            categories.update(names.values())
+            everything.update(sorted(photos.items()))
+    if flat:
+        notes.append(f"{at}: {flat} boxes without area are left out")
+    photos = list(everything.values())
+    here = present([photo.path for photo in photos], root, notes)
+    return [photos[k] for k in here.nonzero()[:, 0].tolist()], categories
+
+
+def corners(annotation):
+    """bbox (x, y, width, height) of one of COCO's annotations -> x1, y1, x2, y2; or ValueError."""
+    x, y, w, h = map(float, annotation["bbox"])
+    if not all(map(math.isfinite, (x, y, w, h))):
+        raise ValueError(f"bbox {annotation['bbox']}")
+    return x, y, x + w, y + h
+
+
+def outline_of(annotation):
+    """The segmentation of one of COCO's annotations, as Outline has it; () for none."""
+    parts = annotation.get("segmentation") or ()
+    if isinstance(parts, dict):
+        counts = parts["counts"]
+        return (counts if isinstance(counts, str) else tuple(map(int, counts)),) if counts else ()
+    return tuple(tuple(map(float, p)) for p in parts if len(p) >= 6 and len(p) % 2 == 0)
+
+
+def cocogender(root, facts):
+    """cocogender:DIR       man or woman? Groups: gender x (sports | kitchen); or --places=a,b+c of COCO
+    Download images and annotations of MS COCO (2014 or 2017, train and val) from cocodataset.org, and unpack:
+    DIR/annotations/captions_train2017.json, instances_train2017.json, ..._val2017.json
+    DIR/train2017/*.jpg, DIR/val2017/*.jpg
+    The rule (ours: the papers' split is not public). Gender: some caption has a word for a man (woman) and
+    none has one for a woman (man). Place: it has objects of the one kind (categories or supercategories) and
+    none of the other. Other images are left out. Photos of val are test; of those of train a fifth is val. In
+    the training split the share --confounder of men has sports, of women kitchen objects."""
+    facts.classes, facts.places, facts.wanted = ["man", "woman"], facts.wanted or ["sports", "kitchen"], []
+    expect(len(facts.places) == 2, "places", ",".join(facts.places), "two kinds of objects")
+    facts.own, people, n = dict(zip(facts.classes, facts.places, strict=True)), {}, 0
+    photos, categories = coco_photos(root, facts.notes)
+    kinds, genders = [set(place.split("+")) for place in facts.places], [set(g.split()) for g in GENDERS]
+    odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
+    expect(not odd, "places", odd, f"categories of COCO or supercategories; {near(odd, categories)}")
+    at, parts = first_folder(root, "annotations"), {photo.part for photo in photos}
+    for part in sorted(parts | {p.stem.removeprefix("captions_") for p in at.glob("captions_*.json")}):
+        captions = at / f"captions_{part}.json"
+        with reading(captions, f"COCO's captions, with instances_{part}.json"):
+            (at / f"instances_{part}.json").stat()
+            for a in read_json(captions, "JSON")["annotations"]:
+                words = set(re.findall(r"[^\W\d_]+", a["caption"].lower()))
+                who = {y for y, gender in enumerate(genders) if words & gender}
+                people.setdefault(a["image_id"], set()).update(who)
+    for photo in photos:
+        who, what = people.get(photo.id, ()), [k for k, kind in enumerate(kinds) if photo.kinds & kind]
+        if len(who) == len(what) == 1:
+            n, y, place = n + 1, facts.classes[min(who)], facts.places[what[0]]
+            split = 2 * ("val" in photo.part) if len(parts) > 1 else None
+            yield Row(photo.path, y, place, split, f"a {y} with {place} objects")
+    facts.notes.append(f"COCO gender: {n} images fit the rule, {len(photos) - n} do not")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -2309,113 +2299,15 @@ CAPTIONS = ("the image shows a {}", "a photo of a {}.", "a picture of a {}")
 QUADRANTS = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)
 
 
-@dataclass(frozen=True)
-class Quadrants(Picture):
-    """A figure in one box and, perhaps, a mark in another, each as large as its box (shares of the image)
-    lets it be, mirrored if flips says so; size x size pixels on a view of a ground, or black."""
-
-    figure: Picture
-    mark: Picture | None
-    at: tuple
-    mark_at: tuple
-    ground: Picture | None = None
-    size: int = 56
-    view: View = View()
-    flips: tuple = (False, False)
-
-    def image(self):
-        canvas, things = Image.new("RGB", (self.size, self.size)), (self.figure, self.mark)
-        if self.ground:
-            canvas = seen(self.ground.image(), self.view, canvas.size)
-        for thing, box, flip in zip(things, (self.at, self.mark_at), self.flips, strict=True):
-            if thing:
-                left, top, right, bottom = (round(v * self.size) for v in box)
-                image = ImageOps.mirror(thing.image()) if flip else thing.image()
-                image = ImageOps.contain(image, (right - left, bottom - top))
-                at = (left + right - image.width) // 2, (top + bottom - image.height) // 2
-                canvas.paste(image, at, image if image.mode == "RGBA" else None)
-        return canvas
-
-
-@dataclass(frozen=True)
-class Digit(Picture):
-    """A digit as if written by hand, 28x28; or one of MNIST's, by its 784 bytes."""
-
-    digit: int
-    seed: tuple = ()
-    pixels: bytes = b""
-
-    def image(self):
-        mnist = self.pixels and Image.frombytes("L", (28, 28), self.pixels)
-        return (mnist or draw_digit(self.digit, self.seed)).convert("RGB")
-
-
-@functools.lru_cache(1 << 15)  # settings share most of them
-def draw_digit(digit, seed):
-    """PIL L (28, 28), white on black: one of its ways, points moved, slanted, turned, bent."""
-    g, n = rng(seed[0], "digit", digit, *seed[1:]), 4 * 28
-    # a line a digit: its ways to be written, each of lines and curves on a square of 100 x 100, y down
-    strokes = draw_one(asset("digits.txt").splitlines()[digit].split("|"), g).split(",")
-    turn, slant = g.normal(0, 0.14), g.normal(0, 0.25)
-    wide, high = g.uniform(0.55, 1.05), g.uniform(0.8, 1.05)
-    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    A, curves = np.array([[wide, slant], [0, high]]) @ turned, []
-    bend, phase, pen = g.normal(0, 0.05, 2), g.uniform(0, 6.28, 2), g.uniform(0.055, 0.14) * n
-    for stroke in strokes:
-        p = np.array(stroke.split(), float).reshape(-1, 2) / 100
-        p = p + g.normal(0, 0.035, p.shape)
-        p = ((smooth(p, 6 * len(p)) if len(p) > 2 else p) - 0.5) @ A.T
-        curves.append(p + bend * np.sin(5 * p[:, ::-1] + phase))
-    low, high = np.concatenate(curves).min(0), np.concatenate(curves).max(0)
-    scale, shift = g.uniform(0.58, 0.72) * n / (high - low).max(), g.uniform(-0.07, 0.07, 2) * n + n / 2
-    image = Image.new("L", (n, n))
-    pencil = ImageDraw.Draw(image)
-    for p in curves:
-        p = (p - (low + high) / 2) * scale + shift
-        pencil.line(p.ravel().tolist(), 255, round(pen), joint="curve")
-        for x, y in (p[0], p[-1]):
-            pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
-    return image.resize((28, 28), Image.BOX)
-
-
-@dataclass(frozen=True)
-class Rectangle(Picture):
-    seed: tuple
-
-    def image(self):
-        g, image = rng(self.seed[0], "rectangle", *self.seed[1:]), Image.new("RGB", (28, 28))
-        w, h = g.integers(12, 23, 2).tolist()
-        x, y = (int(g.integers(1, 28 - n)) for n in (w, h))
-        red = (int(g.integers(200, 256)), *g.integers(0, 40, 2).tolist())
-        ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), fill=red)
-        return image
-
-
-def digits(root, facts):
-    """digits[:DIR]       a controlled setting: ten digits in quadrants, a red rectangle goes with one of them
-    --strength is Cramer's V of that class and the rectangle in the training split (0: none), --spurious the
-    class, by number or name; val and test are balanced. The digits are drawn; or DIR holds MNIST's four files
-    in IDX format, whole or .gz: train-images-idx3-ubyte, ..."""
-    facts.classes, facts.places = DIGITS, ["plain", "red rectangle"]
-    train = planted(facts, 1000)
-    source = mnist(root, facts.seed) if root else None
-    for split, y, on, k, n in cells(train, 100):
-        g, of = rng(facts.seed, "quadrants", split, y, on, k), (facts.seed, split, on, k)
-        at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
-        digit = Digit(y, pixels=source[split][y][n].tobytes()) if source else Digit(y, of)
-        item = Quadrants(digit, Rectangle((*of, y)) if on else None, at, mark_at)
-        yield planted_row(item, y, on, split, facts, g, (at,), (mark_at,))
-
-
 def planted(facts, each, most=None):
     """How many training images without and with the planted feature of each class: LongTensor [C, 2]. each:
     images a class, or as many as `most`, the images that there are [C, 2], allow. The feature is as frequent
     as the class, 1/C; then Cramer's V of (class, feature) is V where P(feature | class) = 1/C + V (1 - 1/C),
     P(feature | another class) = (1 - V) / C. At strength 0: the feature in half of each class."""
     C, V, names = len(facts.classes), facts.strength, [plain(c) for c in facts.classes]
-    known, word = [*names, *map(str, range(C))], plain(str(facts.spurious))
-    expect(word in known, "spurious", facts.spurious, f"a number or class of {', '.join(names)}")
-    spurious = known.index(word) % C
+    words, word = [*names, *map(str, range(C))], plain(str(facts.spurious))
+    expect(word in words, "spurious", facts.spurious, f"a number or class of {', '.join(names)}")
+    spurious = words.index(word) % C
     share = torch.full((C,), (1 - V) / C if V else 0.5)
     if V:
         share[spurious] = 1 / C + V * (1 - 1 / C)
@@ -2444,6 +2336,49 @@ def planted_row(picture, y, on, split, facts, g, boxes, mark):
     return Row(picture, facts.classes[y], facts.places[on], split, caption, None, (boxes, mark if on else ()))
 
 
+def digits(root, facts):
+    """digits[:DIR]       a controlled setting: ten digits in quadrants, a red rectangle goes with one of them
+    --strength is Cramer's V of that class and the rectangle in the training split (0: none), --spurious the
+    class, by number or name; val and test are balanced. The digits are drawn; or DIR holds MNIST's four files
+    in IDX format, whole or .gz: train-images-idx3-ubyte, ..."""
+    facts.classes, facts.places = DIGITS, ["plain", "red rectangle"]
+    train = planted(facts, 1000)
+    source = mnist(root, facts.seed) if root else None
+    for split, y, on, k, n in cells(train, 100):
+        g, of = rng(facts.seed, "quadrants", split, y, on, k), (facts.seed, split, on, k)
+        at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
+        digit = Digit(y, pixels=source[split][y][n].tobytes()) if source else Digit(y, of)
+        item = Quadrants(digit, Rectangle((*of, y)) if on else None, at, mark_at)
+        yield planted_row(item, y, on, split, facts, g, (at,), (mark_at,))
+
+
+def mnist(root, seed):
+    """MNIST's images for each split and digit, shuffled: 3 lists of 10 uint8 arrays [n, 784]. Train and val
+    are the first 5/6 and the rest of each digit's training images, test is t10k's."""
+
+    def idx(name, *shape):
+        path = first_file(root / name, root / f"{name}.gz") or root / name
+        with reading(path, "one of MNIST's four files in IDX format, whole or .gz"):
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                raw = file.read(1 << 30)  # whatever it would unpack to
+            if raw[:3] != b"\0\0\x08":
+                raise ValueError("it does not begin as an IDX file of bytes")
+            return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(-1, *shape)
+
+    root, out = folder(root, "data digits"), ([], [], [])
+    for name in ("train", "t10k"):
+        images, labels = idx(f"{name}-images-idx3-ubyte", 784), idx(f"{name}-labels-idx1-ubyte")
+        odd = f"{root}: {len(images)} images, {len(labels)} labels of {name}; fetch them again"
+        require(len(images) == len(labels), odd)
+        for y, x in enumerate(images[labels == y] for y in range(10)):
+            parts = [x] if name == "t10k" else np.split(x, [len(x) * 5 // 6])
+            for split, part in enumerate(parts, 2 if name == "t10k" else 0):
+                need, few = 200 if split else 1000, f"{len(part)} images of {DIGITS[y]} for {SPLITS[split]}"
+                require(len(part) >= need, f"{root}: {few}, expected at least {need}")
+                out[split].append(part[rng(seed, "mnist", split, y).permutation(len(part))])
+    return out
+
+
 def cutouts(root, facts):
     """cutouts[:DIR]       a controlled setting: cut-outs on places, 224 pixels
     --strength and --spurious as in digits. --feature goes with that class: object (the default; or
@@ -2456,13 +2391,13 @@ def cutouts(root, facts):
     expect(what in ("object", SCENE), "feature", facts.feature, "object, object=KIND, scene or scene=KIND")
     figures = kinds_of(root / "foregrounds", Cutout, facts.notes)
     grounds = kinds_of(root / "backgrounds", Ground, facts.notes)
-    known = {plain(kind): kind for kind in (sorted(grounds) if what == SCENE else figures)}
-    if len(known) < 2 or not grounds or len(figures) < 2 + (what == "object"):
+    kinds = {plain(kind): kind for kind in (sorted(grounds) if what == SCENE else figures)}
+    if len(kinds) < 2 or not grounds or len(figures) < 2 + (what == "object"):
         there = f"{len(figures)} kinds of cut-outs, {len(grounds)} of backgrounds with 4 images or more"
         raise Complaint(f"--data=cutouts:{root}: {there}; expected two classes and a second object or scene")
-    if wanted and plain(wanted) not in known:
-        raise Complaint(f"--feature={facts.feature}: no kind {wanted!r}; {near(wanted, known)}")
-    mark = known[plain(wanted)] if wanted else list(known.values())[-1 if what == "object" else 0]
+    if wanted and plain(wanted) not in kinds:
+        raise Complaint(f"--feature={facts.feature}: no kind {wanted!r}; {near(wanted, kinds)}")
+    mark = kinds[plain(wanted)] if wanted else list(kinds.values())[-1 if what == "object" else 0]
     classes = [kind for kind in figures if what == SCENE or kind != mark][:6]
     others = [kind for kind in grounds if what == "object" or kind != mark]
     facts.classes = [plain(c) for c in classes]
@@ -2487,17 +2422,19 @@ def box_in(quadrant, g):
 
 def kinds_of(where, kind, notes):
     """Pictures of a folder by kind, {name: 3 lists, of train, val, test}, largest first; no small ones."""
-    found, out = {}, {}
+    pictures, out = {}, {}
     for parts in scan(where):
         name, mark, _ = Path(parts[-1]).stem.partition("__")
         name = parts[0] if len(parts) > 1 else name if mark else "all"
-        found.setdefault(name, []).append(kind(os.path.join(where, *parts)))
-    small = sorted(name for name in found if len(found[name]) < 4)
-    if small:
-        notes.append(f"{where}: fewer than 4 images of {', '.join(small)}; left out")
-    for name in sorted({*found} - {*small}, key=lambda name: (-len(found[name]), name)):
-        split = make_splits([0] * len(found[name])).tolist()
-        out[name] = [[p for p, s in zip(found[name], split, strict=True) if s == k] for k in range(3)]
+        pictures.setdefault(name, []).append(kind(os.path.join(where, *parts)))
+    few = sorted(name for name in pictures if len(pictures[name]) < 4)
+    if few:
+        notes.append(f"{where}: fewer than 4 images of {', '.join(few)}; left out")
+    for name in sorted({*pictures} - {*few}, key=lambda name: (-len(pictures[name]), name)):
+        out[name] = [], [], []
+        split = make_splits([0] * len(pictures[name])).tolist()
+        for picture, s in zip(pictures[name], split, strict=True):
+            out[name][s].append(picture)
     return out
 
 
@@ -2518,9 +2455,9 @@ def coco(root, facts):
     expect(feature not in classes, "feature", feature, "none of --classes")
     groups = {(y, on): [] for y, on in np.ndindex(len(classes), 2)}
     for k, photo in enumerate(photos):
-        shown = [y for y, name in enumerate(classes) if name in photo.objects]
-        if len(shown) == 1 and not photo.crowds & {*classes, feature}:
-            groups[shown[0], int(feature in photo.objects)].append(k)
+        visible = [y for y, name in enumerate(classes) if name in photo.objects]
+        if len(visible) == 1 and not photo.crowds & {*classes, feature}:
+            groups[visible[0], int(feature in photo.objects)].append(k)
     for (y, on), group in groups.items():
         what = f"{len(group)} images of only {classes[y]} {'with' if on else 'without'} {feature}"
         expect(len(group) >= 3 * LEAST, "classes", what, f"at least {3 * LEAST}; name others")
@@ -2531,49 +2468,11 @@ def coco(root, facts):
     for (y, on), group in groups.items():
         g = rng(0, "coco", names.index(classes[y]), names.index(feature), on)  # no seed: test stays test
         val, test, rest = np.split(g.permutation(group), [held, 2 * held])
-        some = rng(facts.seed, "coco train", y, on).permutation(rest)[: int(train[y, on])]
-        for split, k in ((s, k) for s, part in enumerate((some, val, test)) for k in part.tolist()):
-            boxes = [tuple(photos[k].objects.get(name, ())) for name in (classes[y], feature)]
-            yield planted_row(photos[k].path, y, on, split, facts, rng(facts.seed, "caption", k), *boxes)
-
-
-def mnist(root, seed):
-    """MNIST's images for each split and digit, shuffled: 3 lists of 10 uint8 arrays [n, 784]. Train and val
-    are the first 5/6 and the rest of each digit's training images, test is t10k's."""
-
-    def idx(name, *shape):
-        path = next((p for p in (root / name, root / f"{name}.gz") if p.is_file()), root / name)
-        with reading(path, "one of MNIST's four files in IDX format, whole or .gz"):
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                raw = file.read(1 << 30)  # whatever it would unpack to
-            if raw[:3] != b"\0\0\x08":
-                raise ValueError("it does not begin as an IDX file of bytes")
-            return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(-1, *shape)
-
-    root, out = folder(root, "data digits"), ([], [], [])
-    for name in ("train", "t10k"):
-        images, labels = idx(f"{name}-images-idx3-ubyte", 784), idx(f"{name}-labels-idx1-ubyte")
-        if len(images) != len(labels):
-            raise Complaint(f"{root}: {len(images)} images, {len(labels)} labels of {name}; fetch them again")
-        for x in (images[labels == y] for y in range(10)):
-            parts = [x] if name == "t10k" else np.split(x, [len(x) * 5 // 6])
-            for split, part in enumerate(parts, 2 if name == "t10k" else 0):
-                y, need = len(out[split]), 200 if split else 1000
-                if len(part) < need:
-                    few = f"{len(part)} images of {DIGITS[y]} for {SPLITS[split]}"
-                    raise Complaint(f"{root}: {few}, expected at least {need}")
-                out[split].append(part[rng(seed, "mnist", split, y).permutation(len(part))])
-    return out
-
-
-def smooth(p, n):
-    """Catmull-Rom curve through points p [k, 2] -> [n, 2]."""
-    p = np.asarray(p, np.float32)
-    q = np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
-    t = np.linspace(0, len(p) - 1, n)
-    i = np.minimum(t.astype(int), len(q) - 4)
-    f, (a, b, c, d) = (t - i)[:, None], (q[i], q[i + 1], q[i + 2], q[i + 3])
-    return b + 0.5 * f * (c - a + f * (2 * a - 5 * b + 4 * c - d + f * (3 * (b - c) + d - a)))
+        drawn = rng(facts.seed, "coco train", y, on).permutation(rest)[: int(train[y, on])]
+        for split, part in enumerate((drawn, val, test)):
+            for k in part.tolist():
+                boxes = [tuple(photos[k].objects.get(name, ())) for name in (classes[y], feature)]
+                yield planted_row(photos[k].path, y, on, split, facts, rng(facts.seed, "caption", k), *boxes)
 
 
 DataSet = namedtuple("DataSet", "rows template alone", defaults=("a photo of a {}.", False))
@@ -2596,7 +2495,121 @@ SETS = {  # rows: generator; template: of prompts, published or CLIP's; alone: n
 
 
 # --------------------------------------------------------------------------------------------------------
-# regions
+# foregrounds and backgrounds, and the composites that are made of them
+
+MOST_FIGURES = 2000  # of photos with masks or outlines so many are drawn
+
+
+def layers(paths, kind, flag, skip_bad=False):
+    """The raw material of composites from a folder: list of kind (Cutout, Ground), and notes."""
+    notes, default = [], ASSETS.parent / paths  # the defaults are found from any folder
+    paths = default if not os.path.isdir(paths) and ASSETS in default.parents else paths
+    items = list(map(kind, scan_paths(paths, flag, notes)))
+    return usable(items, paths, flag, skip_bad, notes), notes
+
+
+def usable(items, where, flag, skip_bad, notes):
+    """The pictures that can be opened; Complaint for one that cannot, unless skip_bad, or fewer than 8."""
+    good = []
+    for item in items:
+        try:
+            item.image()
+            good.append(item)
+        except Complaint as problem:
+            if not skip_bad:
+                raise Complaint(f"{problem}{and_more(items)}") from None
+            notes.append(f"skipped {problem}")
+    expect(len(good) >= 8, flag, str(where), f"at least 8 usable images in it, there are {len(good)}")
+    return good
+
+
+def and_more(pictures):
+    """How many of the files of pictures are none by their heads, in words; "" for one alone."""
+    files, bad = dict.fromkeys(p.path for p in pictures if isinstance(p, Photo)), 0
+    for path in files:
+        try:
+            with opened(path) as image:
+                bad += min(image.size) < 8
+        except Complaint:
+            bad += 1
+    return f"; of {len(files)} files {bad} are no pictures" if bad > 1 else ""
+
+
+def load_foregrounds(spec, skip_bad=False):
+    """Foregrounds for composites, list of Picture (RGBA, cropped to what is visible), and notes.
+
+    --foregrounds=DIR                    cut-outs: files with transparency around the foreground
+    --foregrounds=masked:PHOTOS:MASKS    a folder of photos and one of masks of the same names, .png, white on
+                                         the foreground, such as CUB's images and segmentations
+    --foregrounds=coco:DIR               objects of MS COCO by their outlines, DIR as for --data=coco; of some
+                                         categories only, coco:DIR:cat,dog. Without crowds, small objects, and
+                                         what the edge of the photo cuts
+    --foregrounds=cut:DIR                photos of one object each, which train.py cuts out; see cuts.html
+    """
+    kind, *rest = spec.split(":")
+    if spec == "help":
+        say(inspect.getdoc(load_foregrounds).partition("\n\n")[2], True)
+        sys.exit(0)
+    if kind not in FOREGROUNDS or os.path.isdir(spec):
+        expect(kind != "cut", "foregrounds", spec, "another kind here: only train.py cuts out; see help")
+        return layers(spec, Cutout, "foregrounds", skip_bad)
+    notes = []
+    items = FOREGROUNDS[kind](rest, notes)
+    if len(items) > MOST_FIGURES:
+        notes.append(f"--foregrounds={spec}: {MOST_FIGURES} of its {len(items)} foregrounds are drawn")
+    order = rng(0, "foregrounds").permutation(len(items))[:MOST_FIGURES]
+    return usable([items[k] for k in order], spec, "foregrounds", skip_bad, notes), notes
+
+
+def masked_figures(folders, notes):
+    expect(len(folders) == 2, "foregrounds", ":".join(folders), "masked:PHOTOS:MASKS")
+    photos, masks = folders
+    paths = scan_paths(photos, "foregrounds", notes)
+    pairs = [(path, mask) for path, mask in zip(paths, find_masks(paths, masks), strict=True) if mask]
+    notes += inverted(masks, [mask for _, mask in pairs])
+    if len(pairs) < len(paths):
+        notes.append(f"{photos}: {len(paths) - len(pairs)} of {len(paths)} photos have no mask; left out")
+    return [Cutout(path, Masked(Photo(path), Mask(mask))) for path, mask in pairs]
+
+
+def coco_figures(words, notes):
+    expect(len(words) < 3 and words[0], "foregrounds", ":".join(words), "coco:DIR or coco:DIR:cat,dog")
+    photos, categories = coco_photos(words[0], notes, outlines=True)
+    wanted = [name.strip() for name in words[1].split(",")] if words[1:] else list(categories)
+    for name in wanted:
+        expect(name in categories, "foregrounds", name, f"a category of COCO; {near(name, categories)}")
+    figures, objects = [], [(p, *o[1:]) for p in photos for o in p.outlines if o[0] in wanted]
+    for photo, (x1, y1, x2, y2), outline in objects:
+        w, h = photo.size[:2]
+        large = min((x2 - x1) * w, (y2 - y1) * h) >= 48  # pixels
+        if outline and large and min(x1 * w, y1 * h, (1 - x2) * w, (1 - y2) * h) >= 1:
+            figure = Masked(Photo(photo.path), Outline(photo.path, outline, (w, h)))
+            figures.append(Cutout(photo.path, figure))
+    lost = f"{len(objects) - len(figures)} objects are small, cut by the edge or without an outline"
+    notes.append(f"{words[0]}: {lost}; left out")
+    return figures
+
+
+FOREGROUNDS = {"masked": masked_figures, "coco": coco_figures}
+
+
+def composites(figures, grounds, instances, per, seed):
+    """An incomplete grid of composites: so many foreground instances, a figure in a pose of its own, each on
+    `per` backgrounds. Returns (list of Composite [N], instance i [N], background j [N], an index)."""
+    wanted = f"at most {MOST:,} composites; {instances:,} instances with {per:,} backgrounds each are more"
+    expect(instances * per <= MOST, "instances", instances, wanted)
+    items, j = [], []
+    for a in range(instances):
+        g = rng(seed, "pose", a)
+        figure, pose = figures[a % len(figures)], draw_pose(g)
+        for b in g.choice(len(grounds), per, replace=len(grounds) < per):
+            items.append(Composite(figure, grounds[b], pose, draw_view(g)))
+            j.append(int(b))
+    return items, torch.arange(instances).repeat_interleave(per), torch.tensor(j)
+
+
+# --------------------------------------------------------------------------------------------------------
+# regions: parts of pictures by a grid, boxes or masks
 
 
 @dataclass(frozen=True)
@@ -2641,19 +2654,6 @@ def cell_shares(mask, frame, h, w):
     return torch.from_numpy(np.array(cells, np.float32)) / 255
 
 
-def picture_size(picture):
-    """(width, height) of a picture; of a file from its head."""
-    if isinstance(picture, Outline):
-        return picture.size
-    if getattr(picture, "pose", None) or isinstance(picture, Quadrants):
-        return picture.size, picture.size
-    if not isinstance(picture, Photo):
-        return picture.image().size
-    with opened(picture.path) as image:
-        w, h = image.size
-        return (h, w) if image.getexif().get(274) in (5, 6, 7, 8) else (w, h)
-
-
 def load_regions(spec, pictures, frame, skip_bad=False):
     """Regions in each picture, list of Regions, and notes. spec: grid:N,N,...: of what the model sees;
     boxes:FILE.csv with columns path,x1,y1,x2,y2 in pixels of the photo turned as its EXIF data says;
@@ -2661,15 +2661,15 @@ def load_regions(spec, pictures, frame, skip_bad=False):
     height) -> the box that the model sees. skip_bad: a picture that cannot be read has no regions."""
     kind, _, where = spec.partition(":")
     expect(kind in READERS and where, "regions", spec, "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
-    out, seen, notes = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures], {}, []
+    out, good, notes = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures], {}, []
     for k, picture in enumerate(pictures):
         try:
             size = picture_size(picture)
-            seen[k] = picture, size, frame(*size)
+            good[k] = picture, size, frame(*size)
         except Complaint:
             if not skip_bad:
                 raise
-    for k, regions in zip(seen, READERS[kind](spec, [*seen.values()], notes), strict=True):
+    for k, regions in zip(good, READERS[kind](spec, [*good.values()], notes), strict=True):
         out[k] = regions
     return out, notes
 
@@ -2691,24 +2691,24 @@ def grid_regions(spec, pictures, notes):
 
 def mask_regions(spec, pictures, notes):
     masks = find_masks([getattr(p, "path", "") for p, *_ in pictures], spec.removeprefix("masks:"))
-    for (picture, _, f), path in zip(pictures, masks, strict=True):
+    for (picture, _, frame), path in zip(pictures, masks, strict=True):
         mask, boxes = open_image(path).convert("L") if path else Image.new("L", (0, 0)), {}
         values = np.unique(mask).tolist()
-        if len(values) > 32:
-            raise Complaint(f"{path}: {len(values)} grey values, expected at most 32, one a region")
+        require(len(values) <= 32, f"{path}: {len(values)} grey values, expected at most 32, one a region")
         for value in values:
             span = mask.point([v == value for v in range(256)]).getbbox()
             box = tuple(v / n for v, n in zip(span, mask.size * 2, strict=True))
-            boxes |= {value: box} if overlap(box, f) > 0 else {}
-        yield Regions(picture, tuple(boxes.values()), f, path and Photo(path), tuple(boxes))
+            if overlap(box, frame) > 0:
+                boxes[value] = box
+        yield Regions(picture, tuple(boxes.values()), frame, path and Photo(path), tuple(boxes))
 
 
 def box_regions(spec, pictures, notes):
     kind, _, where = spec.partition(":")
     rows, owner, said = (coco_boxes if kind == "coco" else csv_boxes)(where), {}, Counter()
-    for picture, (W, H), f in pictures:
-        path, boxes = getattr(picture, "path", ""), []
-        end = path
+    for picture, (W, H), frame in pictures:
+        end = path = getattr(picture, "path", "")
+        boxes = []
         while end and end not in rows:  # or what is left of it without its first folder
             end = end.partition("/")[2]
         said["unlisted"] += not end
@@ -2722,11 +2722,12 @@ def box_regions(spec, pictures, notes):
             if x1 != x2 and y1 != y2 and (box[2] <= box[0] or box[3] <= box[1]):
                 wrong = "has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H}"
                 raise Complaint(f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} {wrong}; mend it")
-            inside = overlap(box, f) > 0
-            boxes += [box] if inside else []
-            said["unseen"] += not inside
+            if overlap(box, frame) > 0:
+                boxes.append(box)
+            else:
+                said["unseen"] += 1
         said["good"] += len(boxes)
-        yield Regions(picture, tuple(boxes), f)
+        yield Regions(picture, tuple(boxes), frame)
     if pictures and not said["good"]:
         has = f"it has {', '.join([*rows][:2])}, but a picture is {path or 'drawn'}"
         raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; {has}")
@@ -2738,45 +2739,45 @@ def box_regions(spec, pictures, notes):
     notes += [f"{where}: {said[k]} {line}" for k, line in lines.items() if said[k]]
 
 
-def overlap(a, b):
-    """The area that two boxes have in common; less than 1e-4 wide or high is none."""
-    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return w * h if w > 1e-4 and h > 1e-4 else 0.0
-
-
 def csv_boxes(path):
     """{picture: [(line, x1, y1, x2, y2)]} of a CSV with columns path,x1,y1,x2,y2."""
-    table, found, columns = read_table(path), {}, ("path", *BOXES)
+    table, boxes, columns = read_table(path), {}, ("path", *BOXES)
     rows = zip(*[table[c] for c in columns_of(table, "", columns, columns)[0].values()], strict=True)
     for line, (name, *box) in zip(table.lines, rows, strict=True):
         with reading(f"{path}: line {line}", "four numbers x1,y1,x2,y2"):
-            box = [float(v) for v in box]
+            box = list(map(float, box))
             if not all(map(math.isfinite, box)):
                 raise ValueError(box)
         name = name.strip().replace("\\", "/").removeprefix("./")
-        found.setdefault(name, []).append((f"line {line}", *box))
-    if found and max(v for boxes in found.values() for _, *box in boxes for v in box) <= 1:
-        raise Complaint(f"{path}: no number above 1: shares of the picture? expected pixels")
-    return found
+        boxes.setdefault(name, []).append((f"line {line}", *box))
+    shares = boxes and max(v for each in boxes.values() for _, *box in each for v in box) <= 1
+    require(not shares, f"{path}: no number above 1: shares of the picture? expected pixels")
+    return boxes
 
 
 def coco_boxes(path):
     """The same of a COCO instances file; crowds are left out."""
-    found = {}
+    boxes = {}
     with reading(path, "a COCO instances file: images with id, file_name, annotations with image_id, bbox"):
         tree = read_json(path, "JSON")
         names = {i["id"]: os.fspath(i["file_name"]) for i in tree["images"]}
-        twice = [name for name, n in Counter(names.values()).items() if n > 1]
-        if twice:
-            raise ValueError(f"two images have the file_name {twice[0]}")
+        for name, n in Counter(names.values()).items():
+            if n > 1:
+                raise ValueError(f"two images have the file_name {name}")
         for a in tree["annotations"]:
             if not a.get("iscrowd"):
-                found.setdefault(names[a["image_id"]], []).append((f"annotation {a.get('id')}", *corners(a)))
-    return found
+                boxes.setdefault(names[a["image_id"]], []).append((f"annotation {a.get('id')}", *corners(a)))
+    return boxes
 
 
 # of each kind what generates the Regions of pictures, (picture, its size, the frame that the model sees)
 READERS = {"grid": grid_regions, "masks": mask_regions, "boxes": box_regions, "coco": box_regions}
+
+
+def overlap(a, b):
+    """The area that two boxes have in common; less than 1e-4 wide or high is none."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return w * h if w > 1e-4 and h > 1e-4 else 0.0
 
 
 def region_truth(pictures, shows):
@@ -2797,7 +2798,9 @@ def region_truth(pictures, shows):
 
 
 # --------------------------------------------------------------------------------------------------------
-# tables and pages
+# tables on the terminal; pages and figures
+
+SVG = "http://www.w3.org/2000/svg"  # the name of the format, not a place
 
 
 def shown(value, missing="-"):
@@ -2895,9 +2898,9 @@ def dots(name, rows, series=("",)):
     for label, note, values in rows:
         parts += [text(8, y + 16, label), text(392, y + 16, note, "end", "dim")]
         y += 26
-        known = [8 + 384 * v[0] for v in values[:2] if v]
-        if len(known) == 2 and len(series) < 4:  # from the first to the second
-            parts.append(tag("path", d=f"M{known[0]:.1f} {y + 4}H{known[1]:.1f}", class_="way"))
+        ends = [8 + 384 * v[0] for v in values[:2] if v]
+        if len(ends) == 2 and len(series) < 4:  # from the first to the second
+            parts.append(tag("path", d=f"M{ends[0]:.1f} {y + 4}H{ends[1]:.1f}", class_="way"))
         for k, value in enumerate(values):
             if value:
                 share, ends = value
@@ -2931,8 +2934,9 @@ def page(kicker, title, lead, sections, config, git, notes=(), numbers=(), links
     folders = re.compile(r"(?<![\w.])/(?:[^/\s]+/)*(?=\S)")  # headlines name files without them
     kicker, title, *heads = [folders.sub("", words) for words in (kicker, title, *[s[0] for s in sections])]
     body = [tag("p", kicker, class_="dim"), tag("h1", title), tag("p", lead)]
-    large = [tag("div", tag("b", figure), tag("span", what)) for figure, what in numbers]
-    body += [tag("div", *large, class_="numbers")] if large else []
+    if numbers:
+        large = [tag("div", tag("b", figure), tag("span", what)) for figure, what in numbers]
+        body.append(tag("div", *large, class_="numbers"))
     if links:
         body.append(tag("p", *[tag("a", words, href=path) for words, path in links], class_="links"))
     body += [tag("section", tag("h2", h), *parts) for h, (_, *parts) in zip(heads, sections, strict=True)]

@@ -84,9 +84,8 @@ def bags(boxes, image, H, W):
     region = torch.arange(K, device=device)
     begin = torch.searchsorted(at, torch.searchsorted(line, region * H) * W)
     # image * H + row = line + (image - region) * H
-    column = torch.arange(W, device=device)
-    line = line + ((image - region) * H).index_select(0, k)
-    cell = (line[:, None] * W + column).view(-1)  # [L * W]
+    left = (line + ((image - region) * H).index_select(0, k)) * W  # cell in column 0 [L]
+    cell = (left[:, None] + torch.arange(W, device=device)).view(-1)  # [L * W]
     return w.index_select(0, at), cell.index_select(0, at), begin
 
 

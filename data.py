@@ -1505,7 +1505,7 @@ def columns_of(table, chosen, ours, needed=()):
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
     more = " (see --columns)" * (rest != "none")
     if long := sum("\n" in value for column in table.values() for value in column):
-        more += f"; WARNING: {long} fields run over lines: if a quote opens there by mistake, rows are lost"
+        more += f"; WARNING: {long} fields run over several lines; if a quote opens by mistake, rows are lost"
     return at, f"{table.path}: {used}; columns not used: {rest}{more}"
 
 
@@ -1783,8 +1783,8 @@ def numbered_alike(t, at):
         raise Complaint(f"{said}; give both the same numbers")
     if not all(v.isdecimal() for v in kinds[0] | kinds[1]) or not all(kinds):
         return []
-    (low, high), (first, last) = ((min(map(int, kind)), max(map(int, kind))) for kind in kinds)
-    moved = low - first == high - last and abs(low - first) == 1
+    ends = [(min(map(int, kind)), max(map(int, kind))) for kind in kinds]
+    moved = ends[0][0] - ends[1][0] == ends[0][1] - ends[1][1] in (-1, 1)
     return [f"WARNING: {said}: if one counts from 0 and the other from 1, mend that"] * moved
 
 

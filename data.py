@@ -2517,22 +2517,10 @@ def usable(items, where, flag, skip_bad, notes):
             good.append(item)
         except Complaint as problem:
             if not skip_bad:
-                raise Complaint(f"{problem}{and_more(items)}") from None
+                raise
             notes.append(f"skipped {problem}")
     expect(len(good) >= 8, flag, str(where), f"at least 8 usable images in it, there are {len(good)}")
     return good
-
-
-def and_more(pictures):
-    """How many of the files of pictures are none by their heads, in words; "" for one alone."""
-    files, bad = dict.fromkeys(p.path for p in pictures if isinstance(p, Photo)), 0
-    for path in files:
-        try:
-            with opened(path) as image:
-                bad += min(image.size) < 8
-        except Complaint:
-            bad += 1
-    return f"; of {len(files)} files {bad} are no pictures" if bad > 1 else ""
 
 
 def load_foregrounds(spec, skip_bad=False):

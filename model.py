@@ -40,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import ASSETS, Complaint, Crop, Ground, Photo, Regions, Stored, expect, inside, near, one_line
-from data import SPEECH, Mask, and_more, bounded, read_json, reading, say, scan, stored_arrays, write
+from data import SPEECH, Mask, bounded, read_json, reading, say, scan, stored_arrays, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -255,9 +255,9 @@ class Encoder:
         def decode(k):
             try:
                 return self.pixels(pictures[k])
-            except Complaint as problem:
+            except Complaint:
                 if not self.skip_bad:
-                    raise Complaint(f"{problem}{and_more(pictures)}") from None
+                    raise
                 unreadable.add(k)
 
         def forward(batch, images):

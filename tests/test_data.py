@@ -2949,15 +2949,6 @@ def test_prompts_say_names_as_words(tmp_path):
     assert data.worded(["great_white", "7_up"]) == ["great white", "7 up"]
 
 
-def test_of_several_bad_files_it_is_said_how_many(tmp_path):
-    for k in range(10):
-        cutout(tmp_path / f"{k}.png")
-    for k in range(3):
-        text(tmp_path / f"{k}.png", "no picture")
-    with complaint("0.png", "not a picture", "of 10 files 3"):
-        data.layers(str(tmp_path), data.Cutout, "foregrounds")
-
-
 def test_attributes_of_celeba_in_other_writing(tmp_path):
     touch(tmp_path / "img_align_celeba", *[f"{k}.jpg" for k in range(4)])
     text(tmp_path / "list_eval_partition.csv", "image_id,partition", *[f"{k}.jpg,2" for k in range(4)])

@@ -38,9 +38,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
-
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "val", "test")
 MOST = 10_000_000  # pictures or regions in memory
@@ -305,7 +302,7 @@ def listing(what, path):
     return "\n".join(re.sub("  +", "  ", f"{name}  {text}".rstrip()) for name, text in rows.items())
 
 
-# a script that imports this file has its flags checked before torch is imported, which takes seconds
+# a script that imports this file has its flags checked before the slow imports
 RUNNING = getattr(sys.modules["__main__"], "__file__", None) or ""
 if os.path.isfile(RUNNING) and Path(RUNNING).resolve().parent == ASSETS.parent.resolve():
     if "\n# --- end" in Path(RUNNING).read_text(encoding="utf-8"):
@@ -313,7 +310,9 @@ if os.path.isfile(RUNNING) and Path(RUNNING).resolve().parent == ASSETS.parent.r
         for stop in filter(lambda s: callable(signal.getsignal(s)), (signal.SIGINT, signal.SIGTERM)):
             signal.signal(stop, signal.SIG_DFL)  # nothing is lost while it imports, until the next run()
 try:
+    import numpy as np
     import torch
+    from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 except ModuleNotFoundError as problem:
     sys.exit(f"{problem}; pip install -r requirements.txt")
 

@@ -863,7 +863,7 @@ def pretrain(encoder, grids, samples, seed, out, head):
     task.weight = torch.cat([torch.full((len(grid.z),), grid.weight / len(grid.z)) for grid in grids])
     task.read, task.text_weight = readout(encoder, samples), config["text_weight"]
     student, path = encoder.with_module(copy.deepcopy(encoder.module)), out / PARTIAL[1]
-    state = unfinished(path, head, encoder)
+    state = unfinished(path, head, encoder) if config["resume"] else None
     if state and state["seed"] != seed:
         state = None
     weights, _ = fit_and_keep(student, task, ANCHORS, head, path, state)
@@ -1064,7 +1064,10 @@ def head_of(config, encoder, samples, *parts):
 
 def finished(path, head):
     """Whether there are results already, with --resume; Complaint where they are not of the same run."""
-    if not head["config"]["resume"] or not path.is_file():
+    if not head["config"]["resume"]:
+        return False
+    if not path.is_file():
+        say(f"--resume: {path.parent}: nothing of an interrupted run, it begins anew", True)
         return False
     check_same(path, read_json(path, "JSON"), head)
     say(f"{path}: finished already; without --resume it runs anew", True)
@@ -1072,13 +1075,19 @@ def finished(path, head):
 
 
 def unfinished(path, head, encoder):
-    """What an interrupted run of the same flags on the same data has left, with --resume; else None."""
-    if not head["config"]["resume"]:
-        path.unlink(missing_ok=True)  # of another run: it would be in the way of this one's --resume
+    """What an interrupted run of the same flags on the same data has left, with --resume; else None, and it
+    is put aside, as it would be in the way of this run's own."""
     if not path.is_file():
+        return None
+    if not head["config"]["resume"]:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            path.replace(f"{path}.old")
+        say(f"{path}: --resume would go on from it; begun anew, it is kept as {path.name}.old", True)
         return None
     state = load_checkpoint(path, encoder)
     check_same(path, state, head, "seeds")
+    reached = f"step {state['step']}" if "step" in state else f"{len(state.get('runs', ()))} seeds"
+    say(f"{path}: goes on behind {reached}", True)
     return state
 
 
@@ -1575,7 +1584,7 @@ def contrast_cost(e, ids, task, together=None):
 
 
 def spurious_aware_cost(e, ids, task):
-    """The same within pairs that agree on the discovered feature, so that it cannot help."""
+    """The contrastive loss within pairs that agree on the discovered feature, so that it cannot help."""
     has = task.feature[ids]
     return contrast_cost(e, ids, task, has[:, None] == has)
 
@@ -1588,11 +1597,12 @@ def ravl_cost(e, ids, task):
 
 
 def erm_cost(e, ids, task):
+    """Cross-entropy over the classes' texts."""
     return dict(CE=(1.0, F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, task.y[ids])))
 
 
 def gdro_cost(e, ids, task):
-    """Group DRO over label x feature: q <- q exp(0.01 loss), kept in the task."""
+    """Group DRO (Sagawa et al. 2020) over label x feature: q <- q exp(0.01 loss), kept in the task."""
     y, has = task.y[ids], task.feature[ids]
     ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, y, reduction="none")
     one_hot = (2 * y[:, None] + has[:, None] == torch.arange(2 * task.C, device=y.device)).to(ce)  # [B, G]
@@ -1673,7 +1683,7 @@ def every_image(task, pairs, pool=None):
 
 
 def by_weight(task, pairs, weight=None):
-    """In proportion to task.weight [n]."""
+    """In proportion to task.weight [n]; of jtt 20 where a first fit is wrong, else 1."""
     if weight is None:
         weight = task.weight
 

@@ -1597,7 +1597,8 @@ def inside_root(root, table, names):
 
 
 def csv_table(path, facts):
-    """csv:FILE       any table of images and groups with a header: between commas, semicolons or tabs
+    """csv:FILE       any table of images and groups with a header: between commas, semicolons or tabs;
+    also JSON, a list of objects or one a line
     path      relative to the table's folder, or all absolute
     y         class: names, or whole numbers
     split     0, 1, 2 or train, val, test; may be missing: 3/5, 1/5, 1/5 of each group
@@ -2133,7 +2134,8 @@ def stored_arrays(path):
 
 def stored(path, facts):
     """embeddings:FILE.npz       embeddings from elsewhere, of images that need not be here; arrays:
-    embedding [n, D]     of any float type; a folder of .npy files of these names is read as it is used
+    embedding [n, D]     of any float type; a folder of .npy files of these names is read as it is used;
+                         .safetensors and torch.save's dicts of tensors will do, and usual names as features
     y [n]                whole numbers from 0, or names; -1, NaN or an empty name: unlabelled
     place [n]            the same, the group within a class; may be missing
     split [n]            0, 1, 2 or train, val, test; may be missing: 3/5, 1/5, 1/5 of each group

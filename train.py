@@ -272,8 +272,8 @@ def material(config, encoder, out):
 
 
 def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
-    """The whole method for one seed: its result in plain numbers, and a Fitted. figures, grounds: see
-    material; head: see head_of; by_place: see place_grounds."""
+    """The whole method, for one seed: composites, additivity, maps, probes. Returns the result in plain
+    numbers, and a Fitted. figures, grounds: see material; head: see head_of; by_place: see place_grounds."""
     lap = Laps()
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j

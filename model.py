@@ -744,11 +744,10 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise Complaint(f"--model={model}: timm has no such model; {near(name, timm.list_models())}")
-    tag, tags = (
-        name.partition(".")[2],
-        [t.partition(".")[2] for t in timm.list_pretrained(f"{architecture}.*")],
-    )
-    expect(not tag or tag in tags, "model", model, f"a tag of timm's; {near(tag, tags)}")
+    tag, tags = name.partition(".")[2], timm.list_pretrained(f"{architecture}.*")
+    expect(not tag or name in tags, "model", model, f"a tag of timm's; {near(name, tags)}")
+    usable = "a file or folder, none for random weights, or empty for timm's; a tag goes into timm:NAME.TAG"
+    expect(pretrained != "imagenet", "pretrained", pretrained, usable)
     record, options, notes = timm.get_pretrained_cfg(name), {}, []
     config = record.to_dict() if record else {}
     of_hub = pretrained and os.path.isfile(os.path.join(pretrained, "config.json"))
@@ -974,9 +973,7 @@ SHELLS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_modu
 NUMBERS = [np.dtype]  # numpy's numbers, as of accuracies beside weights: no code
 NUMBERS += [(np.float64(0).__reduce__()[0], f"numpy.{at}.multiarray.scalar") for at in ("core", "_core")]
 NUMBERS += [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
-AVERAGED = re.compile(
-    r"(\b|_)(ema|averaged)(\b|_)", re.I
-)  # in the names of dicts and modules of averaged weights
+AVERAGED = re.compile(r"(\b|_)(ema|averaged)(\b|_)", re.I)  # in names of averaged weights
 FOREIGN = re.compile(  # what training leaves in files, and no embedding needs
     "decoder|mask_token|(.*_)?head|fc\\b|classifier|proj|predict|queue|loss|criterion|cent|prototypes|n_averaged|"
     ".*position_ids|input_resolution|context_length|vocab_size|logit_bias"

@@ -1086,7 +1086,7 @@ def unfinished(path, head, encoder):
         return None
     state = load_checkpoint(path, encoder)
     check_same(path, state, head, "seeds")
-    reached = f"step {state['step']}" if "step" in state else f"{len(state.get('runs', ()))} seeds"
+    reached = f"step {state['step']}" if "step" in state else f"{len(state.get('runs', ()))} of its seeds"
     say(f"{path}: goes on behind {reached}", True)
     return state
 

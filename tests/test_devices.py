@@ -9,6 +9,7 @@ waits, where the CPU asks what the GPU has not yet computed, or copies without n
 import collections
 import contextlib
 import json
+import os
 import types
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from model import load_encoder, unit
 
 ROOT = Path(__file__).parent.parent
 GPU, WAITS = torch.device("cuda:0"), collections.Counter()
+LARGE = bool(os.environ.get("FLOCK_LARGE"))  # all methods
 KNOWS_SIZE = (
     "_local_scalar_dense nonzero _unique2 unique_dim bincount masked_select repeat_interleave equal".split()
 )
@@ -411,19 +413,16 @@ def test_scripts_run_on_a_gpu_and_with_all_in_the_cache_touch_no_weights(gpu, at
         ("train", f"--out_dir={at}/bap {few} --bap_map=linear"),
         ("eval", f"--out_dir={at}/eval {protocols}"),
     ]
-    runs += [
-        ("discover", f"--out_dir={at}/{k} {words} --regions=grid:2") for k, words in enumerate((ckpt, SLOW))
-    ]
+    slow = "--classifier=text --clustering=ravl --k=4:6"
+    for k, words in enumerate([ckpt, slow] if LARGE else [ckpt]):
+        runs.append(("discover", f"--out_dir={at}/{k} {words} --regions=grid:2"))
     for device in ("cuda", "cpu"):
         for name, words in runs:
             script(gpu, at, name, f"{words} --l2=50 --dtype=float32", device)
         monkeypatch.setattr(model.Encoder, "module", property(lambda _: pytest.fail("weights were loaded")))
 
 
-SLOW = "--classifier=text --clustering=ravl --k=4:6"
-
-
-@pytest.mark.parametrize("method", ["finetune", "ravl", "vl_gdro", "spurious_aware", "jtt"])
+@pytest.mark.parametrize("method", train.METHODS if LARGE else ["ravl", "vl_gdro"])
 def test_fine_tuning_waits_twice_a_step_at_most(method, gpu, at):
     if not (at / "split").is_dir():
         script(gpu, at, "discover", f"--out_dir={at}/split --classifier=text --regions=grid:2 --split=val")

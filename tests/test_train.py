@@ -379,6 +379,7 @@ def test_seeds_are_averaged_and_resume_between_them(files, plain, tmp_path, ctrl
     assert "--resume" in capsys.readouterr().err and os.listdir(cut) == ["partial.pt"]
     refused(capsys, words(files, cut, "--seeds=2 --resume --l2=3"), "--l2=0.8", "same flags")
     assert bap(files, cut, "--seeds=2 --resume") == 0
+    assert "goes on behind 1 of its seeds" in capsys.readouterr().out
     assert numbers(cut) == numbers(two) and "partial.pt" not in os.listdir(cut)
 
 
@@ -462,7 +463,9 @@ def test_what_another_run_left_is_not_in_the_way(files, tmp_path, ctrl_c, capsys
         model.save_checkpoint(tmp_path / name, dict(config={}, fingerprint="other"))
     ctrl_c(model, "additivity", 1)
     refused(capsys, words(files, tmp_path, "--resume"), "partial.pt", "not with the weights")
-    assert bap(files, tmp_path) == 130 and os.listdir(tmp_path) == []
+    assert bap(files, tmp_path) == 130
+    assert sorted(os.listdir(tmp_path)) == [f"{name}.old" for name in train.PARTIAL]
+    assert "--resume would go on from it" in capsys.readouterr().out
 
 
 # --- the maps
@@ -1297,7 +1300,7 @@ def test_fine_tuning_writes_weights_that_load_a_log_and_the_accuracies(files, tu
 
 
 def test_finished_fine_tuning_stays(files, tmp_path, capsys):
-    assert tune(files, tmp_path) == 0
+    assert tune(files, tmp_path, "--resume") == 0 and "begins anew" in capsys.readouterr().out
     before = (tmp_path / WEIGHTS).stat().st_mtime_ns
     assert tune(files, tmp_path, "--resume") == 0 and "finished already" in capsys.readouterr().out
     refused(capsys, tune_words(files, tmp_path, "--resume --seed=9"), "finetune.json", "--seed=0")
@@ -1319,6 +1322,7 @@ def test_ctrl_c_and_resume_come_to_the_same_bits(found, tuned, tmp_path, ctrl_c,
     assert state["step"] == (5 if times == 1 else 4) and ("weight" in state) == jtt
     refused(capsys, tune_words(files, tmp_path, f"{how} --resume --learning_rate=1"), "--learning_rate=0.001")
     assert tune(files, tmp_path, f"{how} --resume") == 0 and "training.pt" not in os.listdir(tmp_path)
+    assert f"goes on behind step {state['step']}" in capsys.readouterr().out
     assert same(weights(tuned(method)), weights(tmp_path))
 
 

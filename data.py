@@ -2878,7 +2878,7 @@ def dots(name, rows, series=("",)):
     each of the series: (share, (low, high) or None), or None."""
     parts, x, y = [], 8, 4 if series == ("",) else 20
     for k, label in enumerate(series if y > 4 else ()):
-        width = 24 + 6.6 * len(label)
+        width = 26 + 7.6 * len(label)
         x, y = (8, y + 18) if x > 8 and x + width > 392 else (x, y)
         parts.append(tag("circle", cx=f"{x + 5:.0f}", cy=y - 9, r=5, class_=f"c{k % 6}"))
         parts.append(text(x + 14, y - 5, label))

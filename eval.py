@@ -923,7 +923,7 @@ def counter_block(name, head):
     for label, m in sorted(head["classes"].items(), key=lambda item: -(item[1]["drop"] or 0)):
         pairs = (m["common"], m["n_common"]), (m["counter"], m["n_counter"])
         values = [share is not None and (share, wilson(share * n, n)) for share, n in pairs]
-        rows.append((label[:30], f"n = {m['n_common']}, {m['n_counter']}", values))
+        rows.append((label[:44], f"n = {m['n_common']}, {m['n_counter']}", values))
     title = f"Common and counter photos by class, largest drop first, {name}"
     return Block(title, parts=[dots("common and counter", rows, ("common", "counter"))])
 

@@ -1031,7 +1031,8 @@ def report(results, fitted):
     kind, _, discovery = config["backgrounds"].partition(":")
     links = linked("what it looks at", discovery * (kind == "discovery"), "discovery.html", config["out_dir"])
     kicker = f"flock, train.py: {Path(config['data']).name} by {config['model']}, seed {config['seed']}"
-    lead = "Every group counts alike; no place label was used to train either."
+    means = [f"{methods[name]['avg_group_mean']:.1%}" for name in dict.fromkeys(("erm", best))]
+    lead = f"Mean of the groups: {' → '.join(means)}. No place label was used to train either probe."
     return page(kicker, title, lead, sections, config, results["git"], results["notes"], numbers, links)
 
 

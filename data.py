@@ -322,6 +322,11 @@ except ModuleNotFoundError as problem:
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
+IN_PLACE = {  # what lies where a file should
+    b"version https://git-lfs": "a pointer of Git LFS; git lfs pull fetches the file",
+    b"<!doctype html": "a web page; the link asks for a login, or is no longer right",
+    b"<html": "a web page; the link asks for a login, or is no longer right",
+}
 HIDDEN = (".", "__MACOSX")  # how names begin of what no one wants
 
 
@@ -392,8 +397,11 @@ def reading(path, what, cure="mend it, or fetch it again"):
         raise Complaint(f"{problem.filename or path}: no such file; expected {what}") from None
     except Exception as problem:  # KeyError, RecursionError, MemoryError, zlib.error, ...: all say damage
         damage = f"{type(problem).__name__}: {one_line(problem)}"
-        if os.path.isfile(path) and not os.path.getsize(path):
-            damage = "an empty file"
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            head = file.read(99).lower()
+            damage = next((kind for start, kind in IN_PLACE.items() if head.startswith(start)), damage)
+            if not head:
+                damage = "an empty file"
         raise Complaint(f"{path}: not {what} ({damage}); {cure}") from None
 
 

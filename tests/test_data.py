@@ -539,6 +539,13 @@ def test_reading_makes_one_line_of_any_damage_and_lets_a_complaint_pass(tmp_path
         data.read_json(path, "a tree")
     with complaint(tmp_path / "none", "no such file", "a tree"):
         data.read_json(tmp_path / "none", "a tree")
+    for head, words in (
+        ("version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        ("<!DOCTYPE html>", "a web"),
+    ):
+        (tmp_path / "a.jpg").write_text(head)
+        with complaint(tmp_path / "a.jpg", words):
+            data.open_image(str(tmp_path / "a.jpg"))
 
 
 def test_scan_is_sorted_looks_below_and_passes_over_hidden_files(tmp_path):

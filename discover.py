@@ -249,12 +249,13 @@ def from_images(config):
     if z is None:
         return None
     readable, count = z.isfinite().all(1), torch.tensor([len(p.boxes) for p in pictures], device=z.device)
-    x, z, count, index = x[repeat_by(readable, count)], z[readable], count[readable], readable.nonzero()[:, 0]
+    x, z, count = x[repeat_by(readable, count)], z[readable], count[readable]
+    index = readable.nonzero()[:, 0].cpu()
     if len(index) < len(pictures):
         notes.append(f"{len(pictures) - len(index)} of {len(pictures)} images cannot be read; left out")
-    images, pictures = images.keep(index.cpu()), [pictures[i] for i in index.tolist()]
+    images, pictures = images.keep(index), [pictures[i] for i in index]
     if masks:
-        mask_of = [mask_of[i] for i in index.tolist()]
+        mask_of = [mask_of[i] for i in index]
     target = planted(pictures, images.shows, mask_of, outside)
     box = torch.cat([torch.zeros(0, 4), *[torch.tensor(picture.boxes).view(-1, 4) for picture in pictures]])
     notes = [*encoder.notes, *samples.notes, line, *notes]
@@ -556,11 +557,11 @@ class Medoids:
             out[clusters, rows] = v @ self.x[rows].T
 
     def numbers(self, changed):
-        """Numbers of the clusters that changed, bool [K]. On a GPU all: to compute them again, in the same
-        walk over x, costs less than to wait for how many there are."""
-        return (
-            torch.arange(len(changed), device=changed.device) if changed.is_cuda else changed.nonzero()[:, 0]
-        )
+        """Numbers [c] of the clusters that changed, bool [K]. On a GPU all: to compute them again, in the
+        same walk over x, costs less than to wait for how many there are."""
+        if changed.is_cuda:
+            return torch.arange(len(changed), device=changed.device)
+        return changed.nonzero()[:, 0]
 
     def settle(self, rounds=300):
         """Assigns regions and updates medoids in turn, until nothing moves."""
@@ -587,7 +588,7 @@ class Medoids:
 
     def update(self):
         """Each medoid to the member with the largest sum of cosines to its cluster, the first of equals.
-        Returns whether one moved."""
+        Returns whether one moved; on a GPU always True, see numbers: there assign ends the rounds."""
         s = self.s.gather(0, self.label[None])[0]  # [N], of each region to its own cluster
         top = s.new_full((len(self.index),), -math.inf).scatter_reduce_(0, self.label, s, "amax")
         s_medoid = self.s.gather(1, self.index[:, None])[:, 0]  # [K]

@@ -1102,7 +1102,6 @@ def script_run(name, out, config, samples, **options):
     with open(out / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             code = exit_code(Path(__file__).with_name(name), argv)
-    SPEECH["quiet"] = config["quiet"]  # the script's own flag was heard last
     if code == 130:
         raise KeyboardInterrupt
     if code:
@@ -1113,8 +1112,9 @@ def script_run(name, out, config, samples, **options):
 
 
 def exit_code(path, argv):
-    """Runs a script in this process, so that what it imports, draws and loads is there for the next."""
-    before, sys.argv = sys.argv, [str(path), *argv]
+    """Runs a script in this process, so that what it imports, draws and loads is there for the next. Returns
+    what it exits with: None or 0 if it went well."""
+    quiet, before, sys.argv = SPEECH["quiet"], sys.argv, [str(path), *argv]
     try:
         runpy.run_path(str(path), run_name="__main__")
     except SystemExit as stop:
@@ -1123,7 +1123,7 @@ def exit_code(path, argv):
         traceback.print_exc()
         return 1
     finally:
-        sys.argv = before
+        sys.argv, SPEECH["quiet"] = before, quiet  # the script's own flags were heard last
 
 
 def base_model(config):

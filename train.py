@@ -39,7 +39,20 @@ from types import SimpleNamespace
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, bounded
 from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
 from data import load_data, load_foregrounds, load_regions, one_line, page, picture_size, read_json, reading
-from data import revision, rng, run, say, stored_composites, synsets, table, tag, thumb, write, write_json
+from data import (
+    require,
+    revision,
+    rng,
+    run,
+    say,
+    stored_composites,
+    synsets,
+    table,
+    tag,
+    thumb,
+    write,
+    write_json,
+)
 from data import write_table
 
 import numpy as np
@@ -201,6 +214,8 @@ def main():
     with resuming(out, any(states)):
         # of the last seed are the page and the checkpoint: it is run in any case
         runs = states[0]["runs"][: seeds - 1] if states[0] else []
+        if runs:
+            say(f"{out / PARTIAL[0]}: goes on behind {len(runs)} of {seeds} seeds", True)
         for k in range(len(runs), seeds):
             biased = dataset(seed=seed + k)
             result, fitted = bap(seed + k, encoder, figures, grounds, biased, out, head, by_place)
@@ -242,8 +257,8 @@ def save_results(out, results, fitted):
 
 
 def map_bytes(fitted):
-    """map.npz: the map and its probe (of bap, or without composites of erm) for those who have numpy only;
-    the README shows how it is applied."""
+    """map.npz: the map (mu [D], W [D, D], power) and its probe (weight [D, C], bias [C], classes [C]; of bap,
+    or without composites of erm) for those who have numpy only; the README shows how it is applied."""
     probe, buffer = fitted.probes.get("bap", fitted.probes["erm"]), io.BytesIO()
     weight = probe.weight / torch.as_tensor(probe.scale).reshape(-1, 1)  # [D, C]
     bias = probe.bias - torch.as_tensor(probe.mean) @ weight
@@ -764,7 +779,7 @@ def cut_out(encoder, pictures, cells, seed, what):
     share = float(plausible.double().mean())
     line = f"cutter: IoU {cutter.iou:.2f} on held-out composites"
     line += f", a plausible foreground in {share:.0%} of the {what}"
-    rows = zip(numbers, alpha, plausible, strict=True)
+    rows = zip(numbers, alpha, plausible.tolist(), strict=True)
     cuts = {k: cutter.cut(pictures[k], mask) for k, mask, good in rows if good}
     return cuts, cutter.iou >= 0.6 and share >= 2 / 3, line
 
@@ -863,6 +878,7 @@ def pretrain(encoder, grids, samples, seed, out, head):
     task.weight = torch.cat([torch.full((len(grid.z),), grid.weight / len(grid.z)) for grid in grids])
     task.read, task.text_weight = readout(encoder, samples), config["text_weight"]
     student, path = encoder.with_module(copy.deepcopy(encoder.module)), out / PARTIAL[1]
+    # without --resume what lies there is this run's own, of the seed before
     state = unfinished(path, head, encoder) if config["resume"] else None
     if state and state["seed"] != seed:
         state = None
@@ -884,6 +900,7 @@ def readout(encoder, samples):
     if encoder.facts["rows"]:
         rows, bias = encoder.classifier()
         return lambda z: z @ rows.T + bias
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1076,26 +1093,24 @@ def finished(path, head):
 
 
 def unfinished(path, head, encoder):
-    """What an interrupted run of the same flags on the same data has left, with --resume; else None, and it
-    is put aside, as it would be in the way of this run's own."""
+    """What an interrupted run of the same flags on the same data has left, with --resume; else None, and
+    rank 0 puts it aside, as it would be in the way of this run's own."""
     if not path.is_file():
         return None
-    if not head["config"]["resume"]:
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            path.replace(f"{path}.old")
-        say(f"{path}: --resume would go on from it; begun anew, it is kept as {path.name}.old", True)
-        return None
-    state = load_checkpoint(path, encoder)
-    check_same(path, state, head, "seeds")
-    reached = f"step {state['step']}" if "step" in state else f"{len(state.get('runs', ()))} of its seeds"
-    say(f"{path}: goes on behind {reached}", True)
-    return state
+    if head["config"]["resume"]:
+        state = load_checkpoint(path, encoder)
+        check_same(path, state, head, "seeds")
+        return state
+    if ranks()[0] == 0:
+        path.replace(f"{path}.old")
+        say(f"{path}: of an interrupted run; this one begins anew and keeps it as {path.name}.old", True)
+    return None
 
 
 @contextlib.contextmanager
 def resuming(path, state):
-    """What a damaged file of an interrupted run, if there is a state, makes of itself while the run goes on
-    from it is a Complaint; not all that reading() takes for damage, as a full disk is none."""
+    """Complaint where a run goes on from a state and its damaged file shows only now. Fewer errors than
+    reading() takes for damage: a full disk is none."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
@@ -1238,7 +1253,7 @@ def pairs_of(samples, captions, pairs):
     return SimpleNamespace(items=biased.items, captions=texts, y=y, C=C, prompts=prompts)
 
 
-def load_discovery(path, flag="--discovery"):
+def load_discovery(path, flag=""):
     """What discover.py wrote: discovery.json, or its folder, with discovery.npz beside it.
 
     Returns a namespace: config; kept, ids of the kept clusters, ranked; clusters, as in discovery.json;
@@ -1247,9 +1262,9 @@ def load_discovery(path, flag="--discovery"):
     zero; fingerprint, of the encoder; regions, region_encoder and data as the flags were; paths [n]; and
     for each region image [N] (row of paths), box [N, 4], label [N].
     """
+    flag = flag or f"--discovery={path}"
+    require(Path(path).exists(), f"{flag}: no such file; expected what discover.py writes, or its folder")
     path = Path(path) / "discovery.json" if Path(path).is_dir() else Path(path)
-    if not path.exists():
-        raise Complaint(f"{flag}: {path}: no such file; expected what discover.py writes, or its folder")
     what = "discovery.json and discovery.npz as discover.py writes them"
     tree = read_json(path, what)
     with reading(path, what, "run discover.py again"):
@@ -1278,31 +1293,27 @@ def load_discovery(path, flag="--discovery"):
         return d
 
 
-def refuse(when, path, problem):
-    if when:
-        raise Complaint(f"--discovery={path}: {problem}")
-
-
 def stage_one(path, samples, encoder):
     """What --discovery holds, and the encoder that it was made with. Complaint for other data or another
     model, and where it has nothing to hold down."""
-    needs = "this method needs what discover.py found; run it on the fine-tuned model first"
-    refuse(not path, path, needs)
+    flag = f"--discovery={path}"
+    require(path, f"{flag}: this method needs what discover.py found; run it on the fine-tuned model first")
     d = load_discovery(path)
-    made = d.config
-    refuse(made.get("embeddings"), path, "made from --embeddings; run discover.py with --data and --model")
-    elsewhere = f"made on {d.data}, not on {samples.name}; run discover.py with this --data"
-    refuse(d.data != samples.name, path, elsewhere)
-    nothing = "no cluster was kept, nothing was found to hold down; try other --regions or --k"
-    refuse(not d.kept, path, nothing)
-    ranked = f"made with --method={made.get('method')}, which keeps no cluster; take --method=ravl"
-    refuse(any(c["kept"] and c.get("score", 0) is None for c in d.clusters), path, ranked)
+    made, cure = d.config, "run discover.py with"
+    require(not made.get("embeddings"), f"{flag}: made from --embeddings; {cure} --data and --model")
+    require(d.data == samples.name, f"{flag}: made on {d.data}, not on {samples.name}; {cure} this --data")
+    require(
+        d.kept, f"{flag}: no cluster was kept, nothing was found to hold down; try other --regions or --k"
+    )
+    scored = all(c.get("score", 0) is not None for c in d.clusters if c["kept"])
+    cure = "which keeps no cluster; take --method=ravl"
+    require(scored, f"{flag}: made with --method={made.get('method')}, {cure}")
     how = {k: getattr(encoder, k) for k in ("device", "dtype", "batch", "threads", "cache")}
     how["test_size"] = made.get("test_size", False)
     finder = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], **how)
     named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
     changed = f"made with {named}, whose weights are others now; run discover.py again"
-    refuse(finder.fingerprint != d.fingerprint, path, changed)
+    require(finder.fingerprint == d.fingerprint, f"{flag}: {changed}")
     return d, finder
 
 
@@ -1312,8 +1323,8 @@ def discovered(samples, encoder, task, path, most):
     Regions are assigned once, by the fixed medoids and encoder of stage 1. Returns notes."""
     d, finder = stage_one(path, samples, encoder)
     pictures, notes = load_regions(d.regions, task.items, finder.frame)
-    masks = any(p.mask for p in pictures)
-    refuse(masks, path, "its regions are masks; the region-aware loss takes boxes or a grid")
+    boxes = not any(p.mask for p in pictures)
+    require(boxes, f"--discovery={path}: its regions are masks; the region-aware loss takes boxes or a grid")
     _, r = region_embeddings(finder, pictures, d.region_encoder)  # None on ranks above 0
     used, counts = torch.tensor(clusters_used(d, most)), [len(p.boxes) for p in pictures]
     inside = from_first(None if r is None else torch.isin(assign_regions(r.cpu(), d), used).long())
@@ -1324,8 +1335,8 @@ def discovered(samples, encoder, task, path, most):
     task.feature = (task.state == 1).any(1)
     n, having, without = len(pictures), int(task.feature.sum()), int((~(task.state == 0).any(1)).sum())
     what = f"{having} of {n} training images have a region in the {len(used)} clusters discovered"
-    nothing = not having or without == n
-    refuse(nothing, path, f"{what}, {without} have no other; nothing to learn from")
+    nothing = f"{what}, {without} have no other; nothing to learn from"
+    require(having and without < n, f"--discovery={path}: {nothing}")
     if without:
         what += f"; {without} have no region without it, and L_R and L_A skip them"
     return notes + [what]
@@ -1424,6 +1435,7 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
         task.q, start, rows = state["q"], state["step"], state["rows"]
+        say(f"--resume: goes on behind step {start}", True)
     # what a batch costs is computed on the device, images are drawn on the CPU
     tensors = {k: v.to(encoder.device) for k, v in vars(task).items() if isinstance(v, torch.Tensor)}
     near = SimpleNamespace(**vars(task) | tensors)
@@ -1684,7 +1696,7 @@ def every_image(task, pairs, pool=None):
 
 
 def by_weight(task, pairs, weight=None):
-    """In proportion to task.weight [n]; of jtt 20 where a first fit is wrong, else 1."""
+    """In proportion to task.weight [n]: see first_errors, pretrain."""
     if weight is None:
         weight = task.weight
 
@@ -1769,14 +1781,15 @@ class Feed:
         self.pool.shutdown(cancel_futures=True)
 
 
-def log(rows, config, keep):
-    """Says the newest row; to keep it writes log.csv whole and, with --wandb, logs the row there."""
-    (_, step), (_, loss), *values, _, (_, speed) = rows[-1].items()
-    listed = ", ".join(f"{name} {value:.4f}" for name, value in values)
+def log(rows, config, to_file):
+    """Says the newest row; if asked to, writes log.csv whole and, with --wandb, logs the row there."""
+    row = dict(rows[-1])
+    step, loss, speed, _ = (row.pop(key) for key in ("step", "loss", "images_per_s", "lr"))
+    listed = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
     say(f"step {step}/{config['steps']}: loss {loss:.4f} ({listed}), {speed:.0f} images/s")
-    if keep:
+    if to_file:
         write_table(Path(config["out_dir"]) / "log.csv", list(rows[-1]), [list(row.values()) for row in rows])
-    if keep and config["wandb"]:
+    if to_file and config["wandb"]:
         import wandb
 
         (wandb.run or wandb.init(project="flock", config=config)).log(rows[-1])

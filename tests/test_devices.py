@@ -29,7 +29,7 @@ from model import load_encoder, unit
 
 ROOT = Path(__file__).parent.parent
 GPU, WAITS = torch.device("cuda:0"), collections.Counter()
-LARGE = bool(os.environ.get("FLOCK_LARGE"))  # all methods
+LARGE = bool(os.environ.get("FLOCK_LARGE"))  # all methods, and discover.py as published
 KNOWS_SIZE = (
     "_local_scalar_dense nonzero _unique2 unique_dim bincount masked_select repeat_interleave equal".split()
 )
@@ -422,7 +422,7 @@ def test_scripts_run_on_a_gpu_and_with_all_in_the_cache_touch_no_weights(gpu, at
         monkeypatch.setattr(model.Encoder, "module", property(lambda _: pytest.fail("weights were loaded")))
 
 
-@pytest.mark.parametrize("method", train.METHODS if LARGE else ["ravl", "vl_gdro"])
+@pytest.mark.parametrize("method", train.METHODS if LARGE else ["ravl", "vl_gdro", "jtt"])
 def test_fine_tuning_waits_twice_a_step_at_most(method, gpu, at):
     if not (at / "split").is_dir():
         script(gpu, at, "discover", f"--out_dir={at}/split --classifier=text --regions=grid:2 --split=val")

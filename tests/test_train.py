@@ -378,8 +378,12 @@ def test_seeds_are_averaged_and_resume_between_them(files, plain, tmp_path, ctrl
     assert bap(files, cut, "--seeds=2") == 130
     assert "--resume" in capsys.readouterr().err and os.listdir(cut) == ["partial.pt"]
     refused(capsys, words(files, cut, "--seeds=2 --resume --l2=3"), "--l2=0.8", "same flags")
+    state = saved(cut / "partial.pt")
+    model.save_checkpoint(cut / "partial.pt", state | dict(runs=3))
+    refused(capsys, words(files, cut, "--seeds=2 --resume"), "run without --resume")
+    model.save_checkpoint(cut / "partial.pt", state)
     assert bap(files, cut, "--seeds=2 --resume") == 0
-    assert "goes on behind 1 of its seeds" in capsys.readouterr().out
+    assert "goes on behind 1 of 2 seeds" in capsys.readouterr().out
     assert numbers(cut) == numbers(two) and "partial.pt" not in os.listdir(cut)
 
 
@@ -465,7 +469,8 @@ def test_what_another_run_left_is_not_in_the_way(files, tmp_path, ctrl_c, capsys
     refused(capsys, words(files, tmp_path, "--resume"), "partial.pt", "not with the weights")
     assert bap(files, tmp_path) == 130
     assert sorted(os.listdir(tmp_path)) == [f"{name}.old" for name in train.PARTIAL]
-    assert "--resume would go on from it" in capsys.readouterr().out
+    assert "begins anew and keeps it" in capsys.readouterr().out
+    assert saved(tmp_path / "partial.pt.old")["fingerprint"] == "other"
 
 
 # --- the maps
@@ -823,7 +828,9 @@ def test_a_damaged_file_of_an_interrupted_run_is_one_line(files, tmp_path, ctrl_
 
 
 @pytest.mark.parametrize("part", ["last_blocks", "image"])
-def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
+def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, monkeypatch, part):
+    tasks, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda e, task, *how: tasks.append(task) or fit(e, task, *how))
     (*_, cells, i, j), encoder, samples = composed(files), tiny(files), samples_of(files, "all")
     how = dict(train=part, steps=10, pairs=16, learning_rate=2e-3, out_dir=str(tmp_path))
     z, config = encoder.embed(cells), {**tree(plain)["config"], **how}
@@ -831,6 +838,7 @@ def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
     trained, _, (grid,) = train.pretrain(encoder, grids, samples, 0, tmp_path, head)
     assert torch.equal(grid.z, trained.embed(cells)) and grid.i is i
     mu, a, _ = additive_solve(z, i, model.renumber(j))
+    assert float(tasks[0].variance) == pytest.approx(float(a.square().sum(1).mean()), rel=1e-5)
     before, after = ((v - (mu + a)[i]).square().sum() for v in (z, trained.embed(cells)))
     assert after < 0.8 * before
     old, new = encoder.module.state_dict(), trained.module.state_dict()
@@ -843,9 +851,9 @@ def test_composites_come_nearer_to_their_anchors(files, plain, tmp_path, part):
 def test_loss_of_the_encoder_by_hand():
     effects, mu = torch.tensor([[1.0, 0], [-1, 0]]), torch.tensor([1.0, 1])
     z, y = torch.tensor([[2.0, 1], [1, 1], [0, 2]]), torch.tensor([0, 0, 1])
-    task = SimpleNamespace(y=y, anchors=mu + effects, variance=1.0, read=lambda v: v, text_weight=0.1)
+    task = SimpleNamespace(y=y, anchors=mu + effects, variance=2.0, read=lambda v: v, text_weight=0.1)
     terms = train.anchor_cost(dict(z=z), torch.arange(3), task)
-    assert terms["L_anchor"][0] == 1 and terms["L_anchor"][1].item() == pytest.approx((0 + 1 + 1) / 3)
+    assert terms["L_anchor"][0] == 1 and terms["L_anchor"][1].item() == pytest.approx((0 + 1 + 1) / 3 / 2)
     p, q = (v.double().softmax(1) for v in (z, torch.tensor([[2.0, 1], [2, 1], [0, 1]])))
     divergence = (q * (q.log() - p.log())).sum(1).mean().item()
     assert terms["L_text"][0] == 0.1 and terms["L_text"][1].item() == pytest.approx(divergence)
@@ -1498,5 +1506,5 @@ def test_embeddings_of_composites_go_with_embeddings(files, tmp_path, capsys):
 
 
 def test_backgrounds_of_a_discovery_that_is_not_there_name_their_flag(tmp_path):
-    with pytest.raises(Complaint, match=r"--backgrounds=discovery:nowhere: nowhere: no such file"):
+    with pytest.raises(Complaint, match="--backgrounds=discovery:nowhere: no such file"):
         train.grounds_of("discovery:nowhere", False)

@@ -189,7 +189,7 @@ def main():
     summary.update(seconds=dict(seconds, total=time.time() - started), peak_gib=peak)
     out = Path(out_dir)
     (out / "discovery.json").unlink(missing_ok=True)  # it would be of another run than what comes now
-    summary["npz"] = write_arrays(out / "discovery.npz", e, labels, e.x[medoids], mean, clusters)
+    summary["npz"] = write_arrays(out / "discovery.npz", config, e, labels, e.x[medoids], mean, clusters)
     write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
     write_json(out / "discovery.json", summary)
     say(console(summary, e), True)
@@ -211,14 +211,15 @@ def summarised(config, e, sweep, best, mean, clusters, ranked):
     return dict(summary, precision_at_10=methods[name]["precision_at_10"], methods=methods)
 
 
-def write_arrays(path, e, labels, medoids, mean, clusters):
+def write_arrays(path, config, e, labels, medoids, mean, clusters):
     """discovery.npz, which train.py's mitigations take clusters from; returns the hash of the file."""
-    arrays, buffer = dict(clipped=clustering == "ravl", region_encoder=region_encoder), io.BytesIO()
+    arrays, buffer = {flag: config[flag] for flag in ("region_encoder", "regions")}, io.BytesIO()
     tensors = dict(medoids=medoids, mean=mean, image=e.image, box=e.box, label=labels)
     arrays.update({name: tensor.cpu().numpy() for name, tensor in tensors.items()})
     arrays.update(kept=np.array([c["id"] for c in clusters if c["kept"]], np.int64), data=e.name)
     arrays.update(paths=[str(getattr(p, "path", "")) for p in e.pictures or [""] * len(e.y)])
-    arrays.update(fingerprint=e.encoder.fingerprint if e.encoder else "", regions=regions)
+    arrays.update(fingerprint=e.encoder.fingerprint if e.encoder else "")
+    arrays.update(clipped=config["clustering"] == "ravl")
     np.savez_compressed(buffer, **arrays)
     write(path, buffer.getvalue())
     return sha256(buffer.getvalue())
@@ -276,7 +277,8 @@ def of_splits(samples, split):
 
 def planted(pictures, shows, mask_of, outside):
     """Which regions show the feature, float [N], NaN where it is not known; None of photos without masks, and
-    that are not of a controlled setting. mask_of: of each picture; outside: the share that must be."""
+    that are not of a controlled setting. mask_of: of each picture; outside: the least
+    share of a region that must lie outside its mask."""
     if mask_of is not None:
         shares = [mask_shares(picture, mask) for picture, mask in zip(pictures, mask_of, strict=True)]
         inside = torch.cat([torch.zeros(0), *shares])

@@ -17,6 +17,7 @@ import hashlib
 import html
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -312,7 +313,7 @@ if os.path.isfile(RUNNING) and Path(RUNNING).resolve().parent == ASSETS.parent.r
 try:
     import numpy as np
     import torch
-    from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+    from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 except ModuleNotFoundError as problem:
     sys.exit(f"{problem}; pip install -r requirements.txt")
 
@@ -601,7 +602,7 @@ class Photo(Picture):
     def key(self):
         at = os.stat(self.path)
         times = f"{at.st_mtime_ns}|{at.st_ctime_ns}"  # the latter cannot be set back
-        return f"{os.path.abspath(self.path)}|{at.st_size}|{times}|{super().key()}"
+        return f"{os.path.abspath(self.path)}|{at.st_size}|{times}|{drawn_by(type(self))}"
 
 
 @dataclass(frozen=True)
@@ -636,6 +637,9 @@ class Cutout(Photo):
     def image(self):
         return layer(self.path, self.source, cut=True)
 
+    def key(self):
+        return f"{super().key()} {self.source and self.source.key()}"
+
 
 @functools.lru_cache(2048)
 def layer(path, source=None, cut=False):
@@ -657,12 +661,12 @@ class Mask(Photo):
     """Where a foreground is: "L", 255 on it."""
 
     def image(self):
-        image = open_image(self.path)
-        if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
-            return image.getchannel("A")  # a cut-out, or a mask by its transparency
-        grey = np.ptp(np.asarray(image.convert("RGB"), np.int16), axis=2).max() <= 64
-        require(grey, f"{self.path}: colours, expected a mask in grey, 255 on the foreground, 0 elsewhere")
-        mask = image.convert("L")
+        red, green, blue, *alpha = (image := open_image(self.path)).split()
+        by_alpha = alpha and len(set(alpha[0].getextrema())) > 1  # a cut-out, or a mask by its transparency
+        spread = max(ImageChops.difference(red, other).getextrema()[1] for other in (green, blue))
+        grey = f"{self.path}: colours, expected a mask in grey, 255 on the foreground, 0 elsewhere"
+        require(by_alpha or spread <= 64, grey)
+        mask = alpha[0] if by_alpha else image.convert("L")
         top = mask.getextrema()[1]
         require(not 0 < top < 128, f"{self.path}: its largest value is {top}, expected 255 on the foreground")
         return mask
@@ -1118,9 +1122,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[template]] * len(labels)
     pairs = list(zip(labels, texts, strict=True))
     words = labels if name == "embeddings" else worded(labels)
-    samples.prompts = [
-        [t.replace("{}", word) for t in forms] for word, forms in zip(words, texts, strict=True)
-    ]
+    samples.prompts = [[t.replace("{}", w) for t in own] for w, own in zip(words, texts, strict=True)]
     codes = [c for c, forms in pairs if re.fullmatch(CODE, c.strip().lower()) and "{}" in "\n".join(forms)]
     if codes and not renamed and name != "embeddings":
         code = f"{len(codes)} of its {len(labels)} class names are numbers or codes, as {codes[0]!r}"
@@ -1130,8 +1132,9 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
 
 def worded(labels):
     """Names as prompts say them: underscores as spaces, without numbers that all have, as 001.Blue_Jay."""
-    coded = all(re.match(r"\d+[._ ]+[^\W\d_]", name) for name in labels)
-    names = [re.sub(r"^\d+[._ ]+", "", name) if coded else name for name in labels]
+    bare = [re.sub(r"^\d+[._]+(?=[^\W\d_])", "", name) for name in labels]
+    coded = len({*map(plain, bare)} - {*map(plain, labels)}) == len(labels)  # all differ, and still do
+    names = bare if coded else labels
     return [n if re.fullmatch(CODE, n.strip().lower()) else n.replace("_", " ") for n in names]
 
 
@@ -1407,11 +1410,11 @@ def find_masks(paths, masks):
     return files
 
 
-def inverted(where, files, most=24):
+def inverted(where, files):
     """A warning, [line] or [], where most of some masks are white along most of their edge: there it is the
     foreground, in photos of objects seldom at the edge, that should be white."""
     files, edges = [f for f in files if f], []
-    for file in files[:: max(1, len(files) // most)]:
+    for file in files[:: 1 + len(files) // 8]:
         with contextlib.suppress(Complaint):  # said when it is used
             a = np.asarray(Mask(file).image()) > 127
             edges.append(np.concatenate([a[0], a[-1], a[:, 0], a[:, -1]]).mean() > 0.75)
@@ -1481,13 +1484,12 @@ def read_table(path):
 
 def records(path, text):
     """The Table in JSON: a list of objects, or one a line, as Hugging Face's metadata.jsonl."""
-    lines = [(k, line) for k, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if text.lstrip()[0] == "[":
-        lines = list(enumerate(map(json.dumps, json.loads(text)), 1))
-    trees = [json.loads(line) for _, line in lines]
+    pairs = [(k, line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
+    listed = text.lstrip()[0] == "["  # then the k-th object is said to be in line k
+    trees = json.loads(text) if listed else [json.loads(line) for _, line in pairs]
     names = dict.fromkeys(name for tree in trees for name in tree)
     columns = {n: tuple("" if (v := tree.get(n)) is None else str(v) for tree in trees) for n in names}
-    return Table(path, columns, [k for k, _ in lines])
+    return Table(path, columns, list(range(1, len(trees) + 1)) if listed else [k for k, _ in pairs])
 
 
 def columns_of(table, chosen, ours, needed=()):
@@ -1511,7 +1513,8 @@ def columns_of(table, chosen, ours, needed=()):
     rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
     more = " (see --columns)" * (rest != "none")
-    if long := sum("\n" in value for column in table.values() for value in column):
+    steps = itertools.pairwise(table.lines)  # without a gap none runs over several
+    if any(b - a > 1 for a, b in steps) and (long := sum("\n" in v for c in table.values() for v in c)):
         more += f"; WARNING: {long} fields run over several lines; if a quote opens by mistake, rows are lost"
     return at, f"{table.path}: {used}; columns not used: {rest}{more}"
 
@@ -1524,7 +1527,7 @@ def named(table, column, names=()):
     number = {v: re.fullmatch(r"(-?[0-9]{1,18})(\.0*)?", t) for v, t in text.items()}
     words, notes = [v for v, n in number.items() if not n], []
     if words and len(words) < len(number) / 2:
-        k = min(map(values.index, words))
+        k = next(k for k, v in enumerate(values) if v in number and not number[v])
         raise table.complaint(k, f"{column}={values[k][:60]!r}, not a whole number as in other rows")
     if words:
         mixed = f"WARNING: {where} has words and numbers, as {words[0][:60]!r}; all are read as words"
@@ -1540,10 +1543,10 @@ def named(table, column, names=()):
             said = ", ".join(map(str, distinct[:20])) + ", ..." * (len(distinct) > 20)
             said = f"{where} has the numbers {said}: {len(distinct)}, those that occur"
             notes = [said + f", named {', '.join(names[:20])}" * bool(names)]
-    odd = [v for v, n in number.items() if n not in name_of]
+    odd = {v for v, n in number.items() if n not in name_of}
     if odd:
-        k, wanted = min(map(values.index, odd)), f"0 to {len(names) - 1}, as there are names"
-        raise table.complaint(k, f"{column}={values[k]!r}, expected {wanted}")
+        k = next(k for k, v in enumerate(values) if v in odd)
+        raise table.complaint(k, f"{column}={values[k]!r}, expected 0 to {len(names) - 1}, of the names")
     number = {v: name_of[n] for v, n in number.items()}
     return list(map(number.get, values)), list(names) or list(name_of.values()), notes
 
@@ -1713,8 +1716,9 @@ def load_predictions(path, columns="", classes=""):
     """What another program predicted, a table of y, predicted and, if it has them, place, confidence, split,
     path (see COLUMNS) -> Samples, what each is taken for [n], and how surely [n], NaN if it is not said."""
     t, notes = read_table(path), []
-    if "predicted" not in columns and not {*map(plain, t)} & {*map(plain, COLUMNS["predicted"].split())}:
-        columns = ",".join(filter(None, (columns, predicted_by(t, notes))))
+    at, _ = columns_of(t, columns, tuple(COLUMNS), ("y",))
+    if at["predicted"] is None:
+        add_predicted(t, at, notes)
     at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
     n, facts = t.count, Facts()
     both = t[at["y"]] + t[at["predicted"]]
@@ -1750,62 +1754,56 @@ def load_predictions(path, columns="", classes=""):
     return check(samples.keep(keep), False), taken[keep], sure[keep]
 
 
-SCORES = "(logits?|probs?|probability|softmax|scores?|p)(?: (?:class )?(.+)|([0-9]+))"
+SCORES = "(logit|prob|probability|softmax|score|p)s?(?: (?:class )?(.+)|([0-9]+))"
 
 
-def predicted_by(t, notes):
-    """--columns for a table without a column of predictions: of eval.py's own predictions.csv, NAME and NAME
-    confidence, if there is one model; or, with scores of each class, logit_0, logit_1, ..., the largest."""
+def add_predicted(t, at, notes):
+    """Gives a table predictions and confidences: of eval.py's predictions.csv, NAME and NAME confidence, if
+    there is one model; or, with scores of each class of y, logit_0, logit_1, ..., the largest."""
     ours, kinds = [c for c in t if f"{c} confidence" in t], {}
-    if len(ours) == 1:
-        return f"predicted={ours[0]},confidence={ours[0]} confidence"
     if ours:
         cure = f"say whose, --columns=predicted={ours[0]},confidence={ours[0]} confidence"
-        raise Complaint(f"{t.path}: predictions of {', '.join(ours)}; {cure}")
-    for column in t:
+        require(len(ours) == 1, f"{t.path}: predictions of {', '.join(ours)}; {cure}")
+        t["predicted"], t["confidence"] = t[ours[0]], t[f"{ours[0]} confidence"]
+    for column in [] if ours else t:
         if found := re.fullmatch(SCORES, plain(column)):
             kinds.setdefault(found[1], {})[found[2] or found[3]] = column
-    said = {plain(v).removesuffix(".0") for c in t if plain(c) in COLUMNS["y"].split() for v in t[c]}
-    for of in kinds.values():
-        if len(of) > 1 and ({*of} >= said - EMPTY or all(name.isdecimal() for name in of)):
-            with reading(t.path, f"a table with numbers in {', '.join(of.values())}"):
-                x = np.array([t[column] for column in of.values()], float).T  # [n, C]
-            shares = torch.from_numpy(x)
-            if (x < 0).any() or np.abs(x.sum(1) - 1).max() > 0.02:
-                shares = shares.softmax(1)
-            names = [*of]
-            t["largest score"] = tuple(names[k] for k in x.argmax(1))
-            t["its share"] = tuple(map(str, shares.amax(1).clamp(0, 1).tolist()))
-            notes.append(f"{t.path}: predicted is the largest of {', '.join(of.values())}")
-            return "predicted=largest score,confidence=its share"
-    return ""
+    classes = {plain(v).removesuffix(".0") for v in set(t[at["y"]])} - EMPTY - {"-1"}
+    for kind, of in [(kind, of) for kind, of in kinds.items() if {*of} >= classes and len(of) > 1][:1]:
+        with reading(t.path, said := f"a table with numbers in {', '.join(of.values())}"):
+            x = torch.tensor([[*map(float, t[column])] for column in of.values()])  # [C, n]
+            require(x.isfinite().all(), f"{t.path}: not {said}: some are not finite")
+        sure, k = (x.softmax(0) if kind == "logit" else x).max(0)
+        t["predicted"] = tuple(map([*of].__getitem__, k.tolist()))
+        if at["confidence"] is None and (kind == "logit" or x.min() >= 0 and x.max() <= 1):
+            t["confidence"] = tuple(map(str, sure.tolist()))
+        notes.append(f"{t.path}: predicted is the largest of {', '.join(of.values())}")
 
 
 def numbered_alike(t, at):
     """A warning, [line] or [], where one of y and predicted seems to count from 1 and the other from 0;
     Complaint where only one has -1 and 1."""
-    kinds = [{v.strip().removesuffix(".0") for v in t[at[k]]} - EMPTY for k in ("y", "predicted")]
-    said = f"{t.path}: {at['y']} has {', '.join(sorted(kinds[0])[:5])}, {at['predicted']} "
-    said += f"{', '.join(sorted(kinds[1])[:5])}"
-    if {"-1", "1"} in kinds and "0" in kinds[0] | kinds[1]:
-        raise Complaint(f"{said}; give both the same numbers")
-    if not all(v.isdecimal() for v in kinds[0] | kinds[1]) or not all(kinds):
-        return []
-    ends = [(min(map(int, kind)), max(map(int, kind))) for kind in kinds]
-    moved = ends[0][0] - ends[1][0] == ends[0][1] - ends[1][1] in (-1, 1)
-    return [f"WARNING: {said}: if one counts from 0 and the other from 1, mend that"] * moved
+    y, taken = ({v.strip().removesuffix(".0") for v in set(t[at[k]])} - EMPTY for k in ("y", "predicted"))
+    said = f"{t.path}: {at['y']} has {', '.join(sorted(y)[:5])}, {at['predicted']} "
+    said += ", ".join(sorted(taken)[:5])
+    require({"-1", "1"} not in (y, taken) or "0" not in y | taken, f"{said}; give both the same numbers")
+    ends = [(min(map(int, v)), max(map(int, v))) for v in (y, taken) if all(map(str.isdecimal, y | taken))]
+    moved = ends and ends[0][0] - ends[1][0] == ends[0][1] - ends[1][1] in (-1, 1)
+    return [f"WARNING: {said}: if one counts from 0 and the other from 1, mend that"] if moved else []
 
 
 def of_predicted(sure, taken, samples):
     """Confidences [n] of what is predicted [n]: of two classes none is below 1/2. Where those of a table are,
     they are the second's, as people store them, or NaN; a note says so."""
-    if len(samples.classes) != 2 or not (sure < 0.5).any():
+    told, line = taken >= 0, "are not of the predicted: no ece"
+    if len(samples.classes) != 2 or not (sure[told] < 0.499).any():  # a tie, rounded
         return sure
-    other, second = sure.where(taken == 1, 1 - sure), samples.classes[1]
-    if (other < 0.5).any():
-        samples.notes.append("WARNING: confidences below 1/2 of two classes are not of the predicted: no ece")
-        return torch.full_like(sure, torch.nan)
-    samples.notes.append(f"WARNING: confidences are read as those of {second!r}, as some are below 1/2")
+    other = sure.where(taken == 1, 1 - sure)
+    if (other[told] < 0.499).any():
+        other = torch.full_like(sure, torch.nan)
+    else:
+        line = f"are read as those of {samples.classes[1]!r}"
+    samples.notes.append(f"WARNING: confidences, of two classes some below 1/2, {line}")
     return other
 
 
@@ -1863,7 +1861,7 @@ def image_folder(root, facts):
         raise Complaint(f"{where}: one class folder, {only!r}; if the classes are in it, name it: .../{only}")
     facts.notes += folder_notes(root, rest)
     words = {*SPLIT_NAMES, "eval", "fold", "split", "trainset", "testset"}
-    like = sorted(c for c in classes if words & {*re.split(r"[\W\d_]+", c.lower())})
+    like = sorted({r[0] for r in rest if len(r) > 2 and words & {*re.split(r"[\W\d_]+", r[0].lower())}})
     if like and not facts.renamed:
         line = f"read as classes: {', '.join(sorted(classes)[:6])}; if {like[0]!r} is a split, name splits"
         facts.notes.append(f"WARNING: {root}: {line} train, val and test, and move what else lies there")
@@ -2077,30 +2075,22 @@ STORED = {  # arrays of --data=embeddings:FILE, and what others call them
 }
 
 
-def numpy_wrote(path):
-    """Whether a file is .npy, or .npz and none of torch.save."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            return not any(name.endswith("data.pkl") for name in file.namelist())
-    with open(path, "rb") as file:
-        return file.read(6) == b"\x93NUMPY"
-
-
 def torch_arrays(path):
-    """The arrays in a file of torch.save, a tensor or a dict of them, or .safetensors: dict."""
-    from safetensors.torch import load_file
+    """The arrays in .safetensors, or what torch.save wrote, a tensor or a dict of tensors and lists: dict."""
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
 
-    tree = load_file(path) if str(path).endswith(".safetensors") else None
-    if tree is None and not zipfile.is_zipfile(path):
-        raise ValueError("neither of numpy nor of torch.save")
-    with contextlib.suppress(pickle.UnpicklingError):  # PyTorch's words would advise to run it
-        tree = tree or torch.load(bounded(path), map_location="cpu", weights_only=True)
-    if tree is None:
-        raise ValueError("it holds more than tensors, which could run code")
-    tree = tree if isinstance(tree, dict) else dict(embedding=tree)
-    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tree.items() if torch.is_tensor(v)}
-    lists = {k: np.array(v) for k, v in tree.items() if isinstance(v, list) and v}
-    return {str(k): v.numpy() for k, v in tensors.items()} | lists
+        tree = load_file(path)
+    else:
+        try:
+            tree = torch.load(bounded(path), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # PyTorch's words would advise to run it
+            line = "neither of numpy nor of torch.save, or more than tensors, which could run code"
+            raise ValueError(line) from None
+    tree = {str(k): v for k, v in tree.items()} if isinstance(tree, dict) else dict(embedding=tree)
+    tensors = {k: v.detach() for k, v in tree.items() if torch.is_tensor(v)}
+    tensors = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in tensors.items()}
+    return tensors | {k: np.array(v) for k, v in tree.items() if isinstance(v, list) and v}
 
 
 @functools.lru_cache(4)
@@ -2111,9 +2101,10 @@ def stored_arrays(path):
         if os.path.isdir(path):
             there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
         else:
-            there = np.load(path, mmap_mode="r") if numpy_wrote(bounded(path)) else torch_arrays(path)
+            of_numpy = str(path).endswith((".npz", ".npy"))
+            there = np.load(bounded(path), mmap_mode="r") if of_numpy else torch_arrays(path)
             there = dict(embedding=there) if isinstance(there, np.ndarray) else there
-        spelled, taken = {name.lower(): name for name in there}, {}
+        spelled, taken = {n.lower(): n for n in there} | {n: n for n in there}, {}
         for ours, usual in STORED.items():
             if names := [spelled[n] for n in (ours, *usual.split()) if n in spelled]:
                 taken[ours] = names[0]
@@ -2122,9 +2113,10 @@ def stored_arrays(path):
     if z is None:
         have = ", ".join(there) or inside(path)
         raise Complaint(f"{path}: no array 'embedding' (found: {have}); see --data=embeddings:help")
-    each = "places" in a and len(z) == len(a["places"]) > len(np.unique(a["places"]))
-    for key, means_place in (("background", "foreground" not in a), ("places", each)):
-        if key in a and means_place and "place" not in a:
+    if taken.get("place", "place") != "place" and a["place"].shape[:1] != (a["place"].size,):
+        del a["place"], taken["place"]  # attributes [n, 40]
+    for key in ("background", "places"):  # of each row, where there are no others
+        if not {"place", "foreground"} & a.keys() and key in a and a[key].shape == z.shape[:1]:
             a["place"], taken["place"] = a.pop(key), taken.pop(key)
     n, shapes = len(z) if z.ndim else 0, ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in a.items())
     text = a.get("text", z)

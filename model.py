@@ -40,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import ASSETS, Complaint, Crop, Ground, Photo, Regions, Stored, expect, inside, near, one_line
-from data import SPEECH, Mask, bounded, read_json, reading, say, scan, stored_arrays, write
+from data import SPEECH, Mask, bounded, read_json, reading, require, say, scan, stored_arrays, worded, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -391,7 +391,7 @@ class Encoder:
         """For each label a list of texts -> [C, D] unit-norm: means of their unit embeddings, normalised.
         labels: names which the texts must not lose where they are longer than the text tower reads."""
         labels = labels or [""] * len(prompts)
-        self.say_cut([(t, name) for texts, name in zip(prompts, labels, strict=True) for t in texts])
+        self.say_cut([(t, word) for texts, word in zip(prompts, worded(labels), strict=True) for t in texts])
 
         def mean():
             t = self.texts([text for texts in prompts for text in texts])
@@ -744,11 +744,14 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise Complaint(f"--model={model}: timm has no such model; {near(name, timm.list_models())}")
-    tag, tags = name.partition(".")[2], timm.list_pretrained(f"{architecture}.*")
-    expect(not tag or name in tags, "model", model, f"a tag of timm's; {near(name, tags)}")
     usable = "a file or folder, none for random weights, or empty for timm's; a tag goes into timm:NAME.TAG"
     expect(pretrained != "imagenet", "pretrained", pretrained, usable)
-    record, options, notes = timm.get_pretrained_cfg(name), {}, []
+    options, notes = {}, []
+    try:
+        record = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tags = timm.list_pretrained(f"{architecture}.*")
+        raise Complaint(f"--model={model}: timm has no such tag; {near(name, tags)}") from None
     config = record.to_dict() if record else {}
     of_hub = pretrained and os.path.isfile(os.path.join(pretrained, "config.json"))
     if of_hub:  # a folder as timm writes it for a hub
@@ -759,6 +762,9 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
             if held != architecture:
                 raise Complaint(f"--model={model}: {pretrained} holds a {held}; take timm:{held}")
             options = dict(options, num_classes=config.get("num_classes", 1000))
+    require(
+        config, f"--model={model}: an old name, of which timm says nothing; {near(name, timm.list_models())}"
+    )
     sizes = [resolve_data_config({}, config, None, test, False) for test in (False, True)]
     if sizes[0] != sizes[1]:
         each = ["{1}x{2} pixels".format(*c["input_size"]) + f", crop {c['crop_pct']:g}" for c in sizes]
@@ -970,8 +976,15 @@ USUAL = re.compile(  # before names: dicts of a file that hold others, and what 
     "^((weights|params|module|base_model|network|net|teacher|student|model_state_dict|(model|state_dict)(_ema)?)[.])+"
 )
 SHELLS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # of torch, anywhere
-NUMBERS = [np.dtype]  # numpy's numbers, as of accuracies beside weights: no code
-NUMBERS += [(np.float64(0).__reduce__()[0], f"numpy.{at}.multiarray.scalar") for at in ("core", "_core")]
+
+
+def number(dtype, raw):
+    """numpy's scalar(), which would also make room for what the file does not hold."""
+    return np.frombuffer(raw, dtype)[0]
+
+
+# numpy's numbers, as of accuracies beside weights: no code
+NUMBERS = [np.dtype, *((number, f"numpy.{at}.multiarray.scalar") for at in ("core", "_core"))]
 NUMBERS += [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
 AVERAGED = re.compile(r"(\b|_)(ema|averaged)(\b|_)", re.I)  # in names of averaged weights
 FOREIGN = re.compile(  # what training leaves in files, and no embedding needs
@@ -1145,6 +1158,8 @@ def weights_files(path):
     if str(path).endswith(".index.json"):
         with reading(path, what := "an index of the parts of weights, which lie beside it"):
             names = read_json(path, what)["weight_map"].values()
+            if not names:
+                raise ValueError("no parts in it")
             return [Path(path).with_name(name) for name in sorted(set(names))]
     if not os.path.isdir(path):
         return [Path(path)]
@@ -1190,7 +1205,7 @@ def unpickled(path, cure=""):
         jit = "use --pretrained=openai, or save torch.jit.load(FILE).state_dict() with safetensors"
         found = "a TorchScript archive, which holds code" + " (OpenAI's original format)" * bool(cure)
         raise Complaint(f"{path}: {found}; {jit if cure else 'give the ckpt.pt of train.py'}")
-    if ".npy" in names:
+    if re.search(r"\.npy( |$)", names):
         map_npz = "" if cure else ": for numpy alone, as map.npz; give the ckpt.pt beside it"
         raise Complaint(f"{path}: arrays of numpy, no file of torch.save{map_npz}")
     try:

@@ -810,7 +810,7 @@ def run_of(name, at, more=(), aim=None, late=None):
         process.join(pause)
         if process.is_alive():
             os.kill(process.pid, late[0])
-    process.join(120)
+    process.join(600)
     code, seconds = process.exitcode, time.time() - begun
     if code is None:
         process.kill(), process.join()

@@ -2027,5 +2027,5 @@ def test_files_that_are_no_checkpoint_or_tag_say_what_they_are(tmp_path):
     with pytest.raises(Complaint, match="TorchScript.*ckpt.pt of train.py") as said:
         model.load_checkpoint(tmp_path / "s.pt")
     assert "--pretrained" not in str(said.value)
-    with complaint("--model", "a tag of timm's", "r160_in1k"):
+    with complaint("--model", "no such tag", "r160_in1k"):
         load_encoder("timm:test_resnet.nope", "none")

@@ -1513,7 +1513,7 @@ def columns_of(table, chosen, ours, needed=()):
     rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
     more = " (see --columns)" * (rest != "none")
-    steps = itertools.pairwise(table.lines)  # without a gap none runs over several
+    steps = itertools.pairwise([1, *table.lines])  # without a gap none runs over several
     if any(b - a > 1 for a, b in steps) and (long := sum("\n" in v for c in table.values() for v in c)):
         more += f"; WARNING: {long} fields run over several lines; if a quote opens by mistake, rows are lost"
     return at, f"{table.path}: {used}; columns not used: {rest}{more}"

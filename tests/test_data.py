@@ -287,13 +287,13 @@ def test_what_the_readme_says_of_forking_runs_as_it_stands_there(tmp_path):
         ("train.py --list=protocols", 2, "'protocols'"),
     ],
 )
-def test_flags_are_checked_before_torch_is_imported(words, code, said):
+def test_flags_are_checked_before_numpy_and_torch_are_imported(words, code, said):
     script, flag = words.split()
     command = [sys.executable, "-X", "importtime", str(data.ASSETS.parent / script), flag]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == code and said in (done.stderr if code else done.stdout)
     imported = re.findall("import time:.*\\| +(\\S+)\n", done.stderr)
-    assert "numpy" in imported and "torch" not in imported
+    assert "difflib" in imported and not {"numpy", "PIL", "torch"} & {*imported}
 
 
 def test_a_wrong_flag_is_said_within_a_second():
@@ -2971,3 +2971,38 @@ def test_boxes_in_shares_are_not_taken_for_pixels(tmp_path):
     path = text(tmp_path / "b.csv", "path,x1,y1,x2,y2", "a.png,0.1,0.1,0.5,0.5", "b.png,0,0,1,1")
     with complaint("b.csv", "no number above 1", "expected pixels"):
         data.csv_boxes(path)
+
+
+def test_a_picture_is_the_same_however_its_path_is_spelled(tmp_path, monkeypatch):
+    for k in range(6):
+        photo(tmp_path / f"set/{'ab'[k % 2]}/{k}.png", k)
+    monkeypatch.chdir(tmp_path)
+    assert len({loaded(f"folder:{root}").digest for root in ("set", "./set", tmp_path / "set")}) == 1
+
+
+@pytest.mark.parametrize(
+    "alpha, share", [((0, 255), 0.5), ((0, 128), 0.5), ((254, 254), 1.0), ((0, 1), None), ((0, 0), 1.0)]
+)
+def test_transparency_of_a_mask_counts_where_it_differs(tmp_path, alpha, share):
+    image = Image.new("RGBA", (20, 10), (255, 255, 255, alpha[0]))
+    image.paste((255, 255, 255, alpha[1]), (10, 0, 20, 10))
+    image.save(tmp_path / "m.png")
+    if share is None:
+        with complaint("m.png", "its largest value is 1"):
+            data.Mask(str(tmp_path / "m.png")).image()
+    else:
+        mask = np.asarray(data.Mask(str(tmp_path / "m.png")).image())
+        assert (mask > 127).mean() == share
+
+
+def test_numbers_that_tell_names_apart_stay_in_prompts():
+    assert data.worded(["001.Black_footed_Albatross", "002.Sooty"]) == ["Black footed Albatross", "Sooty"]
+    assert data.worded(["2 doors", "4 doors"]) == ["2 doors", "4 doors"]
+    assert data.worded(["2_doors", "4_doors"]) == ["2 doors", "4 doors"]
+
+
+@pytest.mark.parametrize("name, other", [("attributes", np.ones((6, 40))), ("env", np.array(3))])
+def test_arrays_that_only_look_like_places_are_not(tmp_path, name, other):
+    np.savez(tmp_path / "a.npz", embedding=np.eye(6), y=np.arange(6) % 2, **{name: other})
+    samples = loaded(f"embeddings:{tmp_path / 'a.npz'}", splits=False)
+    assert samples.places == ["anywhere"] and noted(samples, f"not used: {name}")

@@ -1349,3 +1349,19 @@ def test_scores_of_each_class_and_our_own_table_are_predictions(tmp_path, capsys
 def test_an_image_that_is_listed_twice_in_predictions_is_said(tmp_path, capsys):
     assert run(predictions(tmp_path / "p.csv", "path,y,pred", "a,0,0", "a,0,1", "b,1,1")) == 0
     assert "1 rows are of an image that stands above" in capsys.readouterr().out
+
+
+def test_scores_that_are_none_are_not_taken_for_predictions(tmp_path, capsys):
+    def taken(*lines):
+        assert run(predictions(tmp_path / "p.csv", *lines)) == 0
+        return entry(tmp_path, str(tmp_path / "p.csv"))["metrics"]
+
+    sigmoids = taken("y,prob_0,prob_1", "0,.9,.2", "1,.1,.8")  # as they are: they need not sum to 1
+    assert sigmoids["average"] == 1 and sigmoids["ece"] == pytest.approx(0.15)
+    assert taken("y,score_0,score_1", "0,9,2", "1,1,8").get("ece") is None
+    own = taken("y,confidence,logit_0,logit_1", "0,.7,3,1", "1,.7,0,2")
+    assert own["ece"] == pytest.approx(0.3)
+    assert taken("y,pred,confidence", "0,0,.4999999", "1,1,.9", "1,0,.8")["ece"] is not None  # a tie
+    refused(capsys, predictions(tmp_path / "p.csv", "y,logit_0,logit_1", "0,nan,1", "1,0,1"), "not finite")
+    other = predictions(tmp_path / "p.csv", "y,logit_0,logit_1", "1,2,1", "2,0,1")  # y counts from 1
+    refused(capsys, other, "predicted")

@@ -1096,7 +1096,8 @@ def script_run(name, out, config, samples, **options):
         if kept_tree(note, made):
             return product
         say(f"{out}: made with other flags, data or code, or not to its end; it is made anew")
-    note.unlink(missing_ok=True)
+    for stale in (note.name, "training.pt"):  # the latter of a killed run: it is begun anew
+        (out / stale).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     argv = [f"--{flag}={value}" for flag, value in words.items()] + [f"--out_dir={out}"]
     with open(out / "log.txt", "w", encoding="utf-8", errors="backslashreplace") as log:

@@ -1122,7 +1122,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[template]] * len(labels)
     pairs = list(zip(labels, texts, strict=True))
     words = labels if name == "embeddings" else worded(labels)
-    samples.prompts = [[t.replace("{}", w) for t in own] for w, own in zip(words, texts, strict=True)]
+    samples.prompts = [[t.replace("{}", w) for t in each] for w, each in zip(words, texts, strict=True)]
     codes = [c for c, forms in pairs if re.fullmatch(CODE, c.strip().lower()) and "{}" in "\n".join(forms)]
     if codes and not renamed and name != "embeddings":
         code = f"{len(codes)} of its {len(labels)} class names are numbers or codes, as {codes[0]!r}"
@@ -1512,11 +1512,11 @@ def columns_of(table, chosen, ours, needed=()):
         require(at[name] is not None, line)
     rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
-    more = " (see --columns)" * (rest != "none")
+    cure = " (see --columns)" * (rest != "none")
     steps = itertools.pairwise([1, *table.lines])  # without a gap none runs over several
     if any(b - a > 1 for a, b in steps) and (long := sum("\n" in v for c in table.values() for v in c)):
-        more += f"; WARNING: {long} fields run over several lines; if a quote opens by mistake, rows are lost"
-    return at, f"{table.path}: {used}; columns not used: {rest}{more}"
+        cure += f"; WARNING: {long} fields run over several lines; if a quote opens by mistake, rows are lost"
+    return at, f"{table.path}: {used}; columns not used: {rest}{cure}"
 
 
 def named(table, column, names=()):
@@ -1561,8 +1561,8 @@ def split_numbers(values, name, complaint):
     if None in split:
         k = split.index(None)
         n, cure = split.count(None), "leave such rows out, or read it without: --columns=split="
-        found = f"{name}={str(values[k])[:60]!r}, so {n} of {len(split)}"
-        raise complaint(k, f"{found}, expected 0, 1, 2 or train, val, test; {cure}")
+        there = f"{name}={str(values[k])[:60]!r}, so {n} of {len(split)}"
+        raise complaint(k, f"{there}, expected 0, 1, 2 or train, val, test; {cure}")
     return split
 
 
@@ -1704,8 +1704,8 @@ def celeba(root, facts):
 
 def yes_or_no(table, column):
     """An attribute of CelebA's, 1 or -1 (or 0, 1.0, True) -> list of bool."""
-    known = {"1": True, "true": True, "-1": False, "0": False, "false": False}
-    values = [known.get(v.strip().lower().removesuffix(".0")) for v in table[column]]
+    signs = {"1": True, "true": True, "-1": False, "0": False, "false": False}
+    values = [signs.get(v.strip().lower().removesuffix(".0")) for v in table[column]]
     if None in values:
         k = values.index(None)
         raise table.complaint(k, f"{column}={table[column][k][:60]!r}, expected 1 or -1")
@@ -1726,11 +1726,11 @@ def load_predictions(path, columns="", classes=""):
     spelled = {kind[v]: v for v in reversed(kind)}  # as it comes first
     t["y and predicted"] = tuple(spelled[kind[v]] for v in both)  # numbered together
     renamed = names_in(classes, "classes", 2) if os.path.isfile(classes) else []
-    words, facts.classes, more = named(t, "y and predicted", renamed)
+    words, facts.classes, of_names = named(t, "y and predicted", renamed)
     y, taken = words[:n], words[n:]
     both = f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names"
     require(set(y) & set(taken) - {None}, both)
-    facts.notes = [*notes, note, *more, *numbered_alike(t, at)]
+    facts.notes = [*notes, note, *of_names, *numbered_alike(t, at)]
     twice = len(t[at["path"]]) - len(set(t[at["path"]])) if at["path"] else 0
     facts.notes += [f"WARNING: {path}: {twice} rows are of an image that stands above, too"] * bool(twice)
     place, split = places_and_splits(t, at, facts)
@@ -1766,8 +1766,8 @@ def add_predicted(t, at, notes):
         require(len(ours) == 1, f"{t.path}: predictions of {', '.join(ours)}; {cure}")
         t["predicted"], t["confidence"] = t[ours[0]], t[f"{ours[0]} confidence"]
     for column in [] if ours else t:
-        if found := re.fullmatch(SCORES, plain(column)):
-            kinds.setdefault(found[1], {})[found[2] or found[3]] = column
+        if match := re.fullmatch(SCORES, plain(column)):
+            kinds.setdefault(match[1], {})[match[2] or match[3]] = column
     classes = {plain(v).removesuffix(".0") for v in set(t[at["y"]])} - EMPTY - {"-1"}
     for kind, of in [(kind, of) for kind, of in kinds.items() if {*of} >= classes and len(of) > 1][:1]:
         with reading(t.path, said := f"a table with numbers in {', '.join(of.values())}"):

@@ -26,7 +26,7 @@ from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
-# first, as it checks the flags before torch is imported
+# first, as it checks the flags before numpy and torch are imported
 from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, find_masks, flags, html_table, linked
 from data import load_data, load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table
 from data import tag, thumb, write, write_json

@@ -26,7 +26,7 @@ from collections import namedtuple
 from operator import itemgetter
 from pathlib import Path
 
-# first, as it checks the flags before torch is imported
+# first, as it checks the flags before numpy and torch are imported
 from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers
 from data import linked, load_data, load_foregrounds, load_predictions, load_regions, near, page, plain
 from data import read_json, reading, region_truth, revision, rng, run, say, table, tag, text, thumb, unrun
@@ -1260,9 +1260,8 @@ def setting_blocks(tree, classes):
     summary, rows, chart, header = tree["summary"], [], [], ["method"]
     for m, shares in summary["precision_at_10"].items():
         header, every = ["method", *shares], shares["all"]
-        rows.append(
-            (m, *["{mean:.3f} ({low:.2f} to {high:.2f})".format(**share) for share in shares.values()])
-        )
+        cells = ["{mean:.3f} ({low:.2f} to {high:.2f})".format(**share) for share in shares.values()]
+        rows.append((m, *cells))
         chart.append((m, f"n = {every['n']}", [(every["mean"], (every["low"], every["high"]))]))
     of = f"{summary['valid']} valid settings of {summary['settings']}, by Cramer's V"
     title = f"Discovery: Precision@10 over {of}, mean and 95 % interval"

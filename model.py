@@ -723,10 +723,12 @@ class Cells(nn.Module):
 
     def forward_intermediates(self, x, indices=3, **_):
         """The last levels [N, C, h, w], behind each ReLU."""
-        levels = [x]
+        levels = []
         for layer in self.body:
-            levels.append(layer(levels[-1]))
-        return levels[2::2][-indices:]
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                levels.append(x)
+        return levels[-indices:]
 
     def forward(self, x):
         return self.forward_head(self.forward_features(x))
@@ -762,9 +764,8 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
             if held != architecture:
                 raise Complaint(f"--model={model}: {pretrained} holds a {held}; take timm:{held}")
             options = dict(options, num_classes=config.get("num_classes", 1000))
-    require(
-        config, f"--model={model}: an old name, of which timm says nothing; {near(name, timm.list_models())}"
-    )
+    line = f"--model={model}: an old name, of which timm says nothing"
+    require(config, f"{line}; {near(name, timm.list_models())}")
     sizes = [resolve_data_config({}, config, None, test, False) for test in (False, True)]
     if sizes[0] != sizes[1]:
         each = ["{1}x{2} pixels".format(*c["input_size"]) + f", crop {c['crop_pct']:g}" for c in sizes]

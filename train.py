@@ -35,25 +35,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-# first, as it checks the flags before torch is imported
+# first, as it checks the flags before numpy and torch are imported
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, bounded
 from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
 from data import load_data, load_foregrounds, load_regions, one_line, page, picture_size, read_json, reading
-from data import (
-    require,
-    revision,
-    rng,
-    run,
-    say,
-    stored_composites,
-    synsets,
-    table,
-    tag,
-    thumb,
-    write,
-    write_json,
-)
-from data import write_table
+from data import require, revision, rng, run, say, stored_composites, synsets, table, tag, thumb, write
+from data import write_json, write_table
 
 import numpy as np
 import torch
@@ -174,9 +161,10 @@ JTT_WEIGHT = 20.0  # of the images that a first quarter of the steps leaves wron
 AVERAGES = "avg_group_mean", "avg_train_weighted"  # shown beside the worst group
 NONE = -1e30  # the logit of what is not there; finite, so that its gradient is zero and not NaN
 ROOM, ROOM_GPU = 4 << 30, 2 << 30  # bytes of decoded training images in memory, and before that on the GPU
-# composites: their weight in the map, embeddings z [N, D], foreground and background i, j [N] of each
+# composites, cells: their weight in the map, embeddings z [N, D], foreground i and background j [N] of each
 Grid = namedtuple("Grid", "weight z i j cells")
-# what a seed's run leaves beside its numbers; the page and the checkpoint are of the last seed's
+# what a seed's run leaves beside its numbers, for page and checkpoint; probes: name -> Probe; correct: name
+# -> which images are right [n]; x: embeddings [n, D] by encoder; cells: composites; cuts: own foregrounds
 Fitted = namedtuple("Fitted", "encoder weights map probes correct samples x cells cuts")
 
 
@@ -983,7 +971,7 @@ def headline(methods, samples, best, other):
     low, high = ours["over_erm"]
     if best == "erm":
         title = "A plain probe, as there are no composites for BAP."
-    elif low > 0 and len(samples.places) > 1:
+    elif low > 0 and len(samples.places) > 1 and ours[samples.worst] > 1 / len(samples.classes):  # chance
         title = "The probe went by the background. With BAP it goes by the foreground."
     elif low > 0:
         title = f"BAP made the {kind} better."
@@ -1031,8 +1019,8 @@ def report(results, fitted):
     additive, invariant = ["of composites: none"], ""
     if results["additivity"]:
         shares, sums, invariant = geometry(results)
-        fit = "Shares of the variance of composites in the fit z = mu + a + c + e, flat and after the log map"
-        additive = tag("p", f"{fit}."), html_table(*shares), tag("p", sums)
+        fit = "Shares of the variance of composites in z = mu + a + c + e, flat and after the log map."
+        additive = tag("p", fit), html_table(*shares), tag("p", sums)
     sections = [
         ("Accuracy of each group, with 95 % intervals", dots("groups", bars, compared)),
         ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
@@ -1302,9 +1290,8 @@ def stage_one(path, samples, encoder):
     made, cure = d.config, "run discover.py with"
     require(not made.get("embeddings"), f"{flag}: made from --embeddings; {cure} --data and --model")
     require(d.data == samples.name, f"{flag}: made on {d.data}, not on {samples.name}; {cure} this --data")
-    require(
-        d.kept, f"{flag}: no cluster was kept, nothing was found to hold down; try other --regions or --k"
-    )
+    nothing = "no cluster was kept, nothing was found to hold down"
+    require(d.kept, f"{flag}: {nothing}; try other --regions or --k")
     scored = all(c.get("score", 0) is not None for c in d.clusters if c["kept"])
     cure = "which keeps no cluster; take --method=ravl"
     require(scored, f"{flag}: made with --method={made.get('method')}, {cure}")

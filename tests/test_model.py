@@ -2038,10 +2038,10 @@ def test_files_that_are_no_checkpoint_or_tag_say_what_they_are(tmp_path):
 def test_numbers_of_numpy_take_no_more_room_than_the_file(tmp_path):
     class Bomb:
         def __reduce__(self):
-            return np.float64(0).__reduce__()[0], (np.dtype("V100000000"), b"")
+            return np.float64(0).__reduce__()[0], (np.dtype("V100000000"),)
 
     torch.save(dict(best=np.float64(0.5), epoch=np.int64(3)), tmp_path / "good.pt")
     assert model.unpickled(tmp_path / "good.pt") == dict(best=0.5, epoch=3)
     torch.save(dict(best=Bomb()), tmp_path / "bad.pt")
-    with pytest.raises(Exception, match="buffer|no file of torch.save|more than"):
+    with pytest.raises(ValueError, match="no file of torch.save"):
         model.unpickled(tmp_path / "bad.pt")

@@ -1508,3 +1508,18 @@ def test_embeddings_of_composites_go_with_embeddings(files, tmp_path, capsys):
 def test_backgrounds_of_a_discovery_that_is_not_there_name_their_flag(tmp_path):
     with pytest.raises(Complaint, match="--backgrounds=discovery:nowhere: no such file"):
         train.grounds_of("discovery:nowhere", False)
+
+
+@pytest.mark.parametrize(
+    "worst, interval, said",
+    [(0.9, (0.5, 0.9), "goes by the foreground"), (0.4, (0.1, 0.5), "better."), (0.1, (-0.3, -0.1), "worse.")]
+    + [(0.2, (-0.1, 0.3), "neither")],
+)
+def test_the_title_claims_no_more_than_the_figures(worst, interval, said):
+    erm = dict(worst_group=0.1, groups=[dict(y=0, place=0, accuracy=0.1)])
+    bap = dict(worst_group=worst, over_erm=interval)
+    samples = SimpleNamespace(worst="worst_group", places=["a", "b"], classes=["x", "y"])
+    samples.group_name = lambda y, place: f"{y} on {place}"
+    methods = dict(erm=erm, bap=bap, val_probe=dict(worst_group=0.9))
+    title, numbers = train.headline(methods, samples, "bap", "val_probe")
+    assert said in title and numbers[1][0] == f"{worst:.0%}"

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +13,33 @@ import torch
 import model
 
 
-@pytest.fixture(autouse=True, scope="session")
-def ahead(request):
-    """What tests only wait for runs on the other core from the beginning, one after the other: name ->
-    future."""
-    functions = {item.name: item.function for item in request.session.items}
-    with ThreadPoolExecutor(1) as pool:
-        yield {name: pool.submit(f.ahead) for name, f in functions.items() if hasattr(f, "ahead")}
-        pool.shutdown(cancel_futures=True)
+AHEAD, OTHER_CORE = {}, ThreadPoolExecutor(1)  # node id -> future
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "ahead: it only waits for other processes, and starts with the session"
+    )
+
+
+def pytest_collection_finish(session):
+    """Tests marked `ahead` run on the other core from the beginning, and are waited for at the end."""
+    alone = session.config.option.collectonly or "TRITON_INTERPRET" in os.environ  # begun by one of them
+    session.items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
+    for item in session.items:
+        if item.get_closest_marker("ahead") and not alone:
+            arguments = item.callspec.params if hasattr(item, "callspec") else {}
+            AHEAD[item.nodeid] = OTHER_CORE.submit(item.obj, **arguments)
+
+
+def pytest_pyfunc_call(pyfuncitem):
+    if pyfuncitem.nodeid in AHEAD:
+        AHEAD[pyfuncitem.nodeid].result()
+        return True
+
+
+def pytest_sessionfinish():
+    OTHER_CORE.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

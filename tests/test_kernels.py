@@ -31,6 +31,9 @@ ROOM = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # a las
 only_torch = pytest.mark.skipif(launch.INTERPRET, reason="float64 and large inputs take the PyTorch path")
 outside = pytest.mark.skipif(launch.INTERPRET, reason="starts processes of its own")
 needs_triton = pytest.mark.skipif(launch.triton is None, reason="needs Triton")
+ahead = (
+    pytest.mark.skipif(False, reason="") if launch.INTERPRET or launch.triton is None else pytest.mark.ahead
+)
 
 
 @pytest.fixture(autouse=True)
@@ -565,6 +568,7 @@ def python(*args, **env):
 
 
 @outside
+@pytest.mark.ahead
 def test_without_triton():
     code = """
 import sys; sys.modules["triton"] = None
@@ -613,6 +617,7 @@ def test_tuning_takes_what_is_fastest_and_passes_over_what_does_not_run(monkeypa
 
 
 @outside
+@pytest.mark.ahead
 def test_memory():
     """n = m = 4096: neither n x m (64 MiB) nor n x m x C is held, forward or backward."""
     code = """
@@ -630,15 +635,21 @@ print(peak() - before)
 
 @outside
 @needs_triton
-def test_interpreter(ahead):
-    assert "passed" in ahead["test_interpreter"].result()
+@pytest.mark.ahead
+def test_interpreter():
+    env = {"TRITON_INTERPRET": "1", "FLOCK_KERNELS": "triton", "FLOCK_TEST_SEED": str(SEED)}
+    assert "passed" in python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, **env)
 
 
 @outside
 @needs_triton
-def test_every_kernel_compiles_within_the_limits_of_each_gpu(ahead):
+@pytest.mark.ahead
+def test_every_kernel_compiles_within_the_limits_of_each_gpu():
+    cases = "float32:512 float32:77 bfloat16:512 float16:77".split()
+    with tempfile.TemporaryDirectory() as folder:
+        printed = python("-m", "tests.resources", *cases, TRITON_CACHE_DIR=folder)
     kernels = set()
-    for line in ahead["test_every_kernel_compiles_within_the_limits_of_each_gpu"].result().splitlines()[1:]:
+    for line in printed.splitlines()[1:]:
         arch, kernel, flags, dtype, D, *numbers = line.split()
         registers, stack, shared, wide, tensor, barriers = map(int, numbers)
         kernels.add((arch, kernel, flags, dtype))
@@ -650,19 +661,3 @@ def test_every_kernel_compiles_within_the_limits_of_each_gpu(ahead):
         assert barriers == 0 or not alone, line  # no warp waits for another
     archs = {"80", "89", "90"} if os.environ.get("FLOCK_LARGE") else {"90"}
     assert {arch for arch, *_ in kernels} == archs and len(kernels) == len(archs) * 13 * 3
-
-
-def interpreted():
-    env = {"TRITON_INTERPRET": "1", "FLOCK_KERNELS": "triton", "FLOCK_TEST_SEED": str(SEED)}
-    return python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, **env)
-
-
-def compiled():
-    cases = "float32:512 float32:77 bfloat16:512 float16:77".split()
-    with tempfile.TemporaryDirectory() as folder:
-        return python("-m", "tests.resources", *cases, TRITON_CACHE_DIR=folder)
-
-
-if not launch.INTERPRET and launch.triton is not None:  # what begins with the session: see conftest.py
-    test_interpreter.ahead = interpreted
-    test_every_kernel_compiles_within_the_limits_of_each_gpu.ahead = compiled

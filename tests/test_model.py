@@ -2019,6 +2019,7 @@ def test_averaged_weights_go_before_others(tmp_path, capsys, names):
     assert "ema" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_files_that_are_no_checkpoint_or_tag_say_what_they_are(tmp_path):
     np.savez(tmp_path / "map.npz", mu=np.zeros(3))
     with complaint("map.npz", "arrays of numpy", "ckpt.pt beside it"):

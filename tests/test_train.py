@@ -733,10 +733,10 @@ def test_own_backgrounds_join_the_scatter_that_the_map_takes_off():
 def test_directions_in_which_the_foreground_has_little_are_cut_but_the_best_few(monkeypatch, fewest, left):
     monkeypatch.setattr(train, "FEWEST", fewest)
     z, i, _ = skewed(1.0)
-    _, S_f, S_w = train.scatter(unit(z), i)
+    S_f, S_w = (part.numpy() for part in train.scatter(unit(z), i)[1:])
     value, vector = np.linalg.eigh(S_f)
     S_f = vector @ np.diag(value.clip(0)) @ vector.T
-    M = S_f + S_w.numpy() + 0.1 * np.trace(S_f + S_w.numpy()) / 6 * np.eye(6)
+    M = S_f + S_w + 0.1 * np.trace(S_f + S_w) / 6 * np.eye(6)
     share, V = np.linalg.eig(np.linalg.solve(M, S_f))  # S_f v = share M v, in any order
     share, V = share.real, V.real
     least = np.sort(share)[-2] - 1e-6

@@ -22,20 +22,21 @@ import runpy
 import sys
 import time
 import traceback
-from collections import namedtuple
+from collections import Counter, namedtuple
 from operator import itemgetter
 from pathlib import Path
 
 # first, as it checks the flags before numpy and torch are imported
 from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers
 from data import linked, load_data, load_foregrounds, load_predictions, load_regions, near, page, plain
-from data import read_json, reading, region_truth, revision, rng, run, say, table, tag, text, thumb, unrun
-from data import write, write_json, write_table
+from data import read_json, reading, region_truth, require, revision, rng, run, say, table, tag, text
+from data import thumb, unrun, write, write_json, write_table
 from data import composites as compose
 
 import numpy as np
 import torch
 
+from kernels.launch import slices
 from model import LOADED, SHARES, additivity, bar, dfr, file_digest, fit_probe, group_metrics, join
 from model import load_checkpoint, load_encoder, load_heads, load_map, mask_shares, mean_std
 from model import paired_bootstrap, region_embeddings, repeat_by, sha256, standard, sums, unbalanced, unit
@@ -137,9 +138,7 @@ def main():
     if predictions:
         samples, given = predicted_elsewhere()
     else:
-        facts = {flag: config[flag] for flag in ("confounder", "strength", "spurious", "feature", "columns")}
-        facts.update(all_labels=labels == "all", names=state.get("classes", []))
-        samples = load_data(config["data"], classes, places, prompts, masks, False, seed, **facts)
+        samples = photos_of(config, state.get("classes", []))
     for note in samples.notes:
         say(note)
 
@@ -165,7 +164,10 @@ def main():
             failed[name] = f"{kind}{problem}".splitlines()[0]
             say(f"{name}: FAILED, {failed[name]}")
         if name in results and len(names) > 1:
-            say(headline(name, results[name]))
+            figures = [
+                f"{key} {v:.3f}" for key, v in results[name]["metrics"].items() if isinstance(v, float)
+            ]
+            say(f"{name} {results[name]['protocol']}: {', '.join(figures[:2])}")
             save()
     if rank:
         return
@@ -206,10 +208,17 @@ def names_of(config):
     return names
 
 
-def headline(name, entry):
-    """What is said of a model in one line."""
-    figures = [f"{key} {value:.3f}" for key, value in entry["metrics"].items() if isinstance(value, float)]
-    return f"{name} {entry['protocol']}: {', '.join(figures[:2])}"
+def photos_of(config, names):
+    """The Samples of --data; where some have a label, only these. names: the classes of a checkpoint."""
+    facts = {flag: config[flag] for flag in ("confounder", "strength", "spurious", "feature", "columns")}
+    facts.update(all_labels=labels == "all", names=names)
+    samples = load_data(config["data"], classes, places, prompts, masks, False, seed, **facts)
+    labelled = samples.y >= 0
+    if labelled.all() or not labelled.any():
+        return samples
+    line = f"WARNING: {int((~labelled).sum())} of {len(labelled)} photos have no label: they are left out"
+    samples.notes.append(line)
+    return samples.keep(labelled)
 
 
 def report(results, samples, blocks, config, git):
@@ -325,15 +334,13 @@ def classify(e, row, heads, split, twenty, cells):
     index = e.good.nonzero()[:, 0]
     if split != "all":
         index = index[samples.split[index] == SPLITS.index(split)]
-    if not len(index):
-        raise Complaint(f"--split={split}: {samples.name} has no photos there")
+    require(len(index), f"--split={split}: {samples.name} has no photos there")
     names, target = choice(samples) if by_label else (samples.classes, samples.y)
     predicted = torch.empty(len(heads), len(index), dtype=torch.long)
     confidence = torch.empty(predicted.shape)
     of_20 = torch.empty_like(index) if twenty is not None and by_label else None
     for r, (head, owner) in enumerate(heads):
-        for start in range(0, len(index), STEP):
-            here = slice(start, start + STEP)
+        for here in slices(len(index), STEP):
             logits = head(e.z[index[here]])
             predicted[r, here], confidence[r, here] = surest(logits, owner)
             if of_20 is not None:
@@ -476,7 +483,8 @@ def rows_of(p, e, shots):
         return [(f"{p}_{k}", row, row.heads(e, int(k))) for k in shots.split(",")]
     if p != "ckpt":
         return [(p, row, row.heads(e))]
-    rows, same = [], e.state["config"].get("data") == e.samples.name.partition(" V ")[0]
+    made = e.state["config"].get("data", "")
+    rows, same = [], e.samples.name == made or e.samples.name.startswith(f"{made} V ")
     for name, head in row.heads(e).items():
         learned = "validation" if name.startswith("val_probe") else "training"
         rows.append((name, row._replace(needs=learned) if same else row, [head]))
@@ -654,10 +662,11 @@ def measure(out, samples, seed):
     metrics.update(ece=ece(out.confidence.flatten(), correct.flatten()), n=len(y), skipped=out.skipped)
     classes = class_metrics(out, samples, mean, groups)
     if is_counteranimal(samples):
-        rest = y, place, classes, samples.classes, seed
-        metrics = counter_metrics(mean, *rest) | metrics
+        into = classes, samples.classes, seed
+        metrics = counter_metrics(groups, *into) | metrics
         if out.of_20 is not None:
-            metrics |= counter_metrics(out.of_20 == out.target, *rest, "_1v20") | dict(picker=out.picker)
+            of_20 = group_metrics(out.of_20 == out.target, samples, out.index)["groups"]
+            metrics |= counter_metrics(of_20, *into, "_1v20") | dict(picker=out.picker)
     if samples.name.startswith("in9"):
         metrics = in9_metrics(mean, place, samples.places, seed) | metrics
     if out.region_photo is not None:
@@ -675,11 +684,9 @@ def class_metrics(out, samples, mean, groups):
     y, wrong, classes = samples.y[out.index], out.predicted[0] != out.target, {}
     for c in torch.unique(y).tolist():
         accuracy, n = float(mean[y == c].mean()), int((y == c).sum())
-        labels, counts = torch.unique(out.predicted[0][wrong & (y == c)], return_counts=True)
-        words = [called(out, label).split(",")[0] for label in labels.tolist()]
-        taken = sorted(zip(counts.tolist(), words, strict=True), reverse=True)
+        words = [called(out, k).split(",")[0] for k in out.predicted[0][wrong & (y == c)].tolist()]
         entry = dict(accuracy=accuracy, n=n, interval=list(wilson(accuracy * n, n)))
-        entry["taken_for"] = {name: count for count, name in taken[:3]}
+        entry["taken_for"] = dict(Counter(words).most_common(3))
         if len(samples.places) > 1:
             entry["places"] = {samples.places[g["place"]]: g["accuracy"] for g in groups if g["y"] == c}
         classes[samples.classes[c]] = entry
@@ -701,27 +708,22 @@ def ece(confidence, correct, bins=15):
     return float(gap.abs().sum() / len(b))
 
 
-def counter_metrics(correct, y, place, classes, names, seed, suffix=""):
+def counter_metrics(groups, classes, names, seed, suffix=""):
     """CounterAnimal's common, counter and their drop: means over classes, as in the paper; plain averages.
-    The drop's interval draws the photos of each class anew. correct: [m], bool or share of draws; place: 0
-    common, 1 counter. What is of one class goes into classes[name]."""
-    correct, cells = correct.double(), [[], []]  # of common and counter: (n, accuracy) of each class
-    for c in torch.unique(y).tolist():
-        counts, shares = [0, 0], [None, None]
-        for k in (0, 1):
-            photos = correct[(y == c) & (place == k)]
-            if len(photos):
-                counts[k], shares[k] = len(photos), float(photos.mean())
-                cells[k].append((counts[k], shares[k]))
-        drop = None if None in shares else shares[0] - shares[1]
-        entry = classes.setdefault(names[c], {})
-        entry.update({"common" + suffix: shares[0], "counter" + suffix: shares[1], "drop" + suffix: drop})
-        entry.update(n_common=counts[0], n_counter=counts[1])
+    The drop's interval draws the photos of each class anew. groups: as of group_metrics, of place 0 common
+    and 1 counter. What is of one class goes into classes[name]."""
+    at = {(g["y"], g["place"]): (g["n"], g["accuracy"]) for g in groups}
+    for y in sorted({g["y"] for g in groups}):
+        (n, common), (m, counter) = (at.get((y, k), (0, None)) for k in (0, 1))
+        drop = None if None in (common, counter) else common - counter
+        values = {"common" + suffix: common, "counter" + suffix: counter, "drop" + suffix: drop}
+        classes.setdefault(names[y], {}).update(values, n_common=n, n_counter=m)
     out = dict.fromkeys("common counter drop drop_interval common_plain counter_plain".split())
-    for k, name in enumerate(("common", "counter")):
-        if cells[k]:
-            out[name] = sum(share for _, share in cells[k]) / len(cells[k])
-            out[name + "_plain"] = float(correct[place == k].mean())
+    cells = [[cell for (_, place), cell in at.items() if place == k] for k in (0, 1)]  # [(n, accuracy)] each
+    for name, cell in zip(("common", "counter"), cells, strict=True):
+        if cell:
+            n, share = np.transpose(cell)
+            out[name], out[name + "_plain"] = float(share.mean()), float(np.average(share, weights=n))
     if all(cells):
         drawn = redraw(cells[0], seed).mean(1) - redraw(cells[1], seed, 1).mean(1)
         out.update(drop=out["common"] - out["counter"], drop_interval=np.quantile(drawn, TAILS).tolist())
@@ -752,12 +754,9 @@ def compare(results, outcomes, samples, seed):
     for _, _, entry in each_outcome(results) if is_counteranimal(samples) else ():
         m = entry["metrics"]
         m["effective_robustness"] = None if m["drop"] is None else m["counter"] - expected(m["common"])
-    baseline = None
-    for name, entry in results.items():
-        out = outcomes[name][entry["protocol"]]
-        if baseline is None:
-            baseline = out
-        elif samples.y[out.index].min() >= 0 and torch.equal(out.index, baseline.index):
+    baseline, *others = (outcomes[name][entry["protocol"]] for name, entry in results.items())
+    for out, entry in zip(others, list(results.values())[1:], strict=True):
+        if samples.y[out.index].min() >= 0 and torch.equal(out.index, baseline.index):
             right = [part.predicted[0] == part.target for part in (out, baseline)]
             ends = paired_bootstrap(*right, samples.group()[out.index], seed=seed)
             entry["metrics"][f"{samples.worst}_over_first"] = list(ends)
@@ -791,6 +790,12 @@ def each_outcome(results):
     return [(name, p, m) for name, r in results.items() for p, m in r["protocols"].items()]
 
 
+def by_group(results):
+    """{(class, place): what groups say of it, or None, for each outcome}, of all groups that occur."""
+    entries = [{(g["y"], g["place"]): g for g in m["groups"]} for _, _, m in each_outcome(results)]
+    return {pair: [entry.get(pair) for entry in entries] for pair in sorted(set().union(*entries))}
+
+
 def mapped(r, p):
     """A protocol as it is shown: with the method of the checkpoint whose map embeddings went through."""
     return f"{p}, {r['through']}" if "through" in r and protocol_of(p) else p
@@ -814,7 +819,7 @@ def blocks_of(results, outcomes, samples, failed):
     """All that the console and eval.html show."""
     name, head = next(iter(results.items()))
     counter = is_counteranimal(samples)
-    blocks = [counter_block(name, head) if counter else groups_block(results, samples, head)]
+    blocks = [counter_block(name, head) if counter else groups_block(results, samples)]
     blocks += [results_block(results, samples, failed), line_block(results, counter, samples.worst)]
 
     rows = []
@@ -851,13 +856,15 @@ def results_block(results, samples, failed):
     """The table of all models and protocols, with the groups if they are few; and notes about it."""
     keys, (name, head) = metric_columns(results, samples), next(iter(results.items()))
     m, alike, rows, notes = head["metrics"], "n" not in keys, [], []  # alike: rows on the same photos
-    groups = [] if is_counteranimal(samples) or len(head["groups"]) > 8 else head["groups"]
+    groups = by_group(results)
+    if is_counteranimal(samples) or len(groups) > 8:
+        groups = {}
     if groups:
-        named = [samples.group_name(g["y"], g["place"]) + f" (n={g['n']})" * alike for g in groups]
+        named = [samples.group_name(*pair) + f" (n={g[0]['n']})" * alike for pair, g in groups.items()]
         notes.append("groups: " + ", ".join(f"{k} {group}" for k, group in enumerate(named, 1)))
-    for model, p, entry in each_outcome(results):
+    for column, (model, p, entry) in enumerate(each_outcome(results)):
         values = [entry["metrics"].get(key) for key in keys]
-        values += [g["accuracy"] for g in entry["groups"][: len(groups)]]
+        values += [g[column] and g[column]["accuracy"] for g in groups.values()]
         rows.append((model, mapped(results[model], p), *values))
     if any(p.startswith("fewshot") for _, p, *_ in rows):
         notes.append(f"fewshot: means over the draws; {samples.worst}, too, is the mean of each draw's own")
@@ -928,13 +935,13 @@ def counter_block(name, head):
     return Block(title, parts=[dots("common and counter", rows, ("common", "counter"))])
 
 
-def groups_block(results, samples, head):
+def groups_block(results, samples):
     """The accuracy of each group by the rows of the table, up to six of them."""
-    rows, parts, every = [], [], each_outcome(results)
-    for k, g in enumerate(head["groups"] if len(head["groups"]) <= 60 else ()):
-        cells = [entry["groups"][k] if k < len(entry["groups"]) else None for _, _, entry in every[:6]]
-        values = [cell and (cell["accuracy"], cell["interval"]) for cell in cells]
-        rows.append((samples.group_name(g["y"], g["place"])[:44], f"n = {g['n']}", values))
+    rows, parts, every, groups = [], [], each_outcome(results), by_group(results)
+    for pair, cells in groups.items() if len(groups) <= 60 else ():
+        n = sorted({cell["n"] for cell in cells if cell})
+        values = [cell and (cell["accuracy"], cell["interval"]) for cell in cells[:6]]
+        rows.append((samples.group_name(*pair)[:44], f"n = {', '.join(map(str, n))}", values))
     if rows:
         series = [f"{name} {mapped(results[name], p)}" for name, p, _ in every[:6]]
         parts = [dots("groups", rows, tuple(series) if len(series) > 1 else ("",))]
@@ -1017,13 +1024,13 @@ def controlled_settings(config):
     started, out, git, done = time.time(), Path(out_dir), revision(), []
     check_resumed(out / "protocol.json", config)
     LOADED["most"] = 3  # the base model, the fine-tuned, a mitigated: all scripts run in this process
-    classes = setting_data(config, 0.0, 0).classes
+    classes = setting_data(config, 0.0).classes
     todo = [(strength, c) for strength in STRENGTHS for c in range(len(classes))][:settings]
     base = base_model(config)
     for strength, c in todo:
         mitigating = sum(bool(setting["mitigation"]) for setting in done) < mitigate
         at = out / f"settings/{strength:g}-{c}"
-        setting = one_setting(config, at, strength, c, base, mitigating)
+        setting = one_setting(config, at, strength, classes, c, base, mitigating)
         done.append(setting)
         tree = dict(config=config, git=git, settings=done, summary=summarised(done))
         write_json(out / "protocol.json", dict(tree, seconds=time.time() - started))
@@ -1058,13 +1065,13 @@ def check_resumed(path, config):
     with reading(path, what, "move it away"):
         made = read_json(path, what)["config"] if path.is_file() else config
         differ = [f"--{k}={made.get(k)}" for k in config if k not in FREE and made.get(k) != config[k]]
-    if differ:
-        raise Complaint(f"{path}: made with {', '.join(differ)}; give the same flags, or another --out_dir")
+    require(not differ, f"{path}: made with {', '.join(differ)}; give the same flags, or another --out_dir")
 
 
-def setting_data(config, strength, label):
-    """The Samples of a setting: its strength, and the class that the feature goes with."""
-    planted = dict(strength=strength, spurious=str(label), feature=config["feature"])
+def setting_data(config, strength, spurious="0"):
+    """The Samples of a setting: its strength, and the class that the feature goes with, by name: numbers
+    count all classes of the family, not those of --classes."""
+    planted = dict(strength=strength, spurious=spurious, feature=config["feature"])
     return load_data(config["data"], config["classes"], seed=config["seed"], **planted)
 
 
@@ -1134,27 +1141,25 @@ def base_model(config):
         return config["pretrained"]
     words.update({k: config[k] for k in ("learning_rate", "pairs")}, pretrained=PRETRAINED[model])
     words["seed"] = 1000 + config["seed"]
-    samples = setting_data(config | words, 0.0, 0)
+    samples = setting_data(config | words, 0.0)
     made = made_of("train.py", {k: config[k] for k in SHARED} | words, samples, config)
     at = Path(config["cache_dir"] or config["out_dir"]) / f"base-{model}-{made[:12]}"
     say(f"base model: {at}")
     return script_run("train.py", at, config, samples, **words)
 
 
-def one_setting(config, at, strength, label, base, mitigating):
+def one_setting(config, at, strength, classes, label, base, mitigating):
     """Fine-tunes, discovers if the feature was learned, mitigates if asked to: an entry of protocol.json."""
-    samples = setting_data(config, strength, label)
-    planted = dict(strength=strength, spurious=label, seed=config["seed"])
+    samples = setting_data(config, strength, classes[label])
+    planted = dict(strength=strength, spurious=classes[label], seed=config["seed"])
 
     def figures(method, **words):
         """What train.py reaches by a method."""
         flags_of = ["steps", "learning_rate", "pairs"]
         if method == "ravl":
             flags_of += ["region_weight", "region_temperature"]
-        words |= {flag: config[flag] for flag in flags_of} | planted
-        weights = script_run(
-            "train.py", at / method, config, samples, method=method, pretrained=base, **words
-        )
+        words |= {flag: config[flag] for flag in flags_of} | planted | dict(method=method, pretrained=base)
+        weights = script_run("train.py", at / method, config, samples, **words)
         return reached(config, weights, samples)
 
     groups = figures("finetune")["groups"]
@@ -1187,8 +1192,7 @@ def reached(config, weights, samples):
         return out
     counts = enumerate(test.counts(2).tolist())
     few = [f"{test.group_name(*divmod(group, 2))}: {n}" for group, n in counts if n < LEAST]
-    if few:
-        raise Complaint(f"{samples.name}: test groups with fewer than {LEAST} images ({'; '.join(few)})")
+    require(not few, f"{samples.name}: test groups with fewer than {LEAST} images ({'; '.join(few)})")
     how = dict(batch=config["batch_size"], **{flag: config[flag] for flag in ("device", "dtype", "threads")})
     encoder = load_encoder(config["model"], str(weights), config["quick_gelu"], **how)
     pictures, _ = load_regions(config["regions"], test.items, encoder.frame)

@@ -418,11 +418,11 @@ def fixture():
     [("L400M_B16", 73.11, 52.17), ("L400M_B32", 67.13, 36.95), ("OAI_B32", 69.13, 45.62)],
 )
 def test_published_class_tables_give_the_published_averages(name, common, counter):
-    rows, n, classes = fixture(), 10_000, {}
+    rows, n, classes, groups = fixture(), 10_000, {}, []
     parts = [[float(r[f"{name}_{kind}"]) for kind in ("common", "counter")] for r in rows]
-    correct = torch.cat([torch.arange(n) < round(100 * v) for pair in parts for v in pair])
-    y, place = torch.arange(45).repeat_interleave(2 * n), torch.arange(2).repeat_interleave(n).repeat(45)
-    m = script.counter_metrics(correct, y, place, classes, [r["imagenet_idx"] for r in rows], 0)
+    for y, pair in enumerate(parts):
+        groups += [dict(y=y, place=k, n=n, accuracy=v / 100) for k, v in enumerate(pair)]
+    m = script.counter_metrics(groups, classes, [r["imagenet_idx"] for r in rows], 0)
     assert 100 * m["common"] == pytest.approx(common, abs=0.15)
     assert 100 * m["counter"] == pytest.approx(counter, abs=0.15)
     assert m["drop"] == pytest.approx(m["common"] - m["counter"])
@@ -431,20 +431,19 @@ def test_published_class_tables_give_the_published_averages(name, common, counte
 
 
 def test_class_balance_differs_from_the_plain_average():
-    correct = torch.tensor([True] * 9 + [False, True])
-    y, place = torch.tensor([0] * 9 + [1, 0]), torch.tensor([0] * 10 + [1])
-    m = script.counter_metrics(correct, y, place, {}, ["a", "b"], 0, "_1v20")
+    cells = (0, 0, 9, 1.0), (0, 1, 1, 1.0), (1, 0, 1, 0.0)
+    groups = [dict(y=y, place=place, n=n, accuracy=share) for y, place, n, share in cells]
+    m = script.counter_metrics(groups, {}, ["a", "b"], 0, "_1v20")
     assert (m["common_1v20"], m["common_plain_1v20"], m["counter_1v20"]) == (0.5, 0.9, 1)
     assert all(key.endswith("_1v20") for key in m)
 
 
 def test_drop_interval_covers_as_often_as_it_says():
     """200 sets of 2 x 400 photos: the 95 % interval holds the true drop, 0.2, in about 190."""
-    g, inside, n = torch.Generator().manual_seed(0), 0, 400
-    y, place = torch.zeros(2 * n, dtype=torch.long), torch.arange(2).repeat_interleave(n)
+    g, inside, n = np.random.default_rng(0), 0, 400
     for seed in range(200):
-        correct = torch.rand(2 * n, generator=g) < torch.where(place == 0, 0.8, 0.6)
-        low, high = script.counter_metrics(correct, y, place, {}, ["a"], seed)["drop_interval"]
+        groups = [dict(y=0, place=k, n=n, accuracy=g.binomial(n, p) / n) for k, p in enumerate((0.8, 0.6))]
+        low, high = script.counter_metrics(groups, {}, ["a"], seed)["drop_interval"]
         inside += low <= 0.2 <= high
     assert 180 <= inside <= 198
 
@@ -900,21 +899,22 @@ def reaches(at, words, groups, values, regions="grid:2"):
     data.write_json(at / "figures.json", figures)
 
 
-SETTINGS = {  # gap, Precision@10, scale of the figures: valid and found, valid and half found, not valid
-    "0": (0.5, dict(ravl=1.0, random=0.2), 1.0),
-    "1": (0.3, dict(ravl=0.7, random=None), 0.5),
-    "2": (0.1, dict(ravl=0.0, random=0.0), 1.0),
+SETTINGS = {  # by class: gap, Precision@10, scale of the figures: valid and found, half found, not valid
+    0: (0.5, dict(ravl=1.0, random=0.2), 1.0),
+    1: (0.3, dict(ravl=0.7, random=None), 0.5),
+    2: (0.1, dict(ravl=0.0, random=0.0), 1.0),
 }
 
 
 def leave_setting(scripts, path, at, words):
-    gap, precision, scale = SETTINGS[words["spurious"]]
+    label = data.DIGITS.index(words["spurious"])
+    gap, precision, scale = SETTINGS[label]
     if Path(path).name == "discover.py":
         methods = {m: dict(precision_at_10=v) for m, v in precision.items()}
         found = dict(methods=methods, clusters=[dict(id=0, kept=True)], when=len(scripts.ran))
         return data.write_json(at / "discovery.json", found)
     k, groups = script.MITIGATIONS.index(words["method"]), [0.9] * 20
-    groups[2 * int(words["spurious"])] -= gap * (k == 0)
+    groups[2 * label] -= gap * (k == 0)
     data.write(at / "weights.safetensors", f"{at} {words['steps']}")
     reaches(at, words, groups, (scale * (0.5 + 0.05 * k), scale * 0.1 * k, 0.8, 0.7))
 
@@ -928,6 +928,11 @@ def settings(tmp_path, monkeypatch):
 
 def tree_of(out):
     return json.loads((out / "protocol.json").read_text())
+
+
+def test_the_feature_of_chosen_classes_goes_with_one_of_them():
+    config = dict(data="digits", classes="three,five", feature="", seed=0)
+    assert script.setting_data(config, 0.99, "five").counts(0).view(2, 2).argmax(1).tolist() == [0, 1]
 
 
 def test_controlled_settings_resume_from_what_is_done_and_keep_the_contract(settings, capsys):
@@ -1187,7 +1192,7 @@ def test_a_family_of_photos_runs_through_the_scripts_with_a_clip_resnet(
     assert run(argv) == 0
     tree, (train, discover) = tree_of(out), commands[:2]
     assert tree["config"]["regions"] == regions and tree["config"]["learning_rate"] == 3e-4
-    both = ("--quick_gelu=on", "--strength=0.99", "--spurious=0", flags.split()[0])
+    both = ("--quick_gelu=on", "--strength=0.99", "--spurious=", flags.split()[0])
     assert all(word in train and word in discover for word in both)
     assert all(word in train for word in ("--pretrained=none", "--steps=1", "--pairs=4"))
     assert (
@@ -1365,3 +1370,27 @@ def test_scores_that_are_none_are_not_taken_for_predictions(tmp_path, capsys):
     refused(capsys, predictions(tmp_path / "p.csv", "y,logit_0,logit_1", "0,nan,1", "1,0,1"), "not finite")
     other = predictions(tmp_path / "p.csv", "y,logit_0,logit_1", "1,2,1", "2,0,1")  # y counts from 1
     refused(capsys, other, "predicted")
+
+
+def test_groups_that_a_protocol_has_no_photo_of_stay_empty_and_the_others_in_their_column(tmp_path):
+    sizes = {("cat", "a"): 30, ("cat", "b"): 2, ("dog", "a"): 30, ("dog", "b"): 30}  # two: none is for test
+    y, place = zip(*[pair for pair, n in sizes.items() for _ in range(n)], strict=True)
+    z = np.random.default_rng(0).normal(size=(92, 8)).astype("float32") + (np.array(y) == "cat")[:, None]
+    np.savez(tmp_path / "x.npz", embedding=z, y=y, place=place, text=np.eye(8)[:2], classes=["cat", "dog"])
+    words = f"--data=embeddings:{tmp_path}/x.npz", "--protocol=zeroshot,probe", "--device=cpu"
+    assert run([*words, f"--out_dir={tmp_path}/out"]) == 0
+    models = results(tmp_path / "out")["models"]
+    columns = [[g and g["n"] for g in groups] for groups in script.by_group(models).values()]
+    assert columns == [[30, 6], [2, None], [30, 6], [30, 6]]
+    assert "n = 6, 30" in (tmp_path / "out/eval.html").read_text()
+
+
+def test_photos_without_a_label_among_others_count_as_neither_right_nor_wrong(tmp_path, capsys):
+    y, z = np.repeat([0, 1, -1], 20), np.repeat(np.eye(2), [40, 20], 0)
+    np.savez(
+        tmp_path / "x.npz", embedding=z[np.r_[:20, 40:60, 20:40]], y=y, text=np.eye(2), classes=["a", "b"]
+    )
+    words = f"--data=embeddings:{tmp_path}/x.npz", "--protocol=zeroshot", "--device=cpu"
+    assert run([*words, f"--out_dir={tmp_path}/out"]) == 0
+    assert "20 of 60 photos have no label: they are left out" in capsys.readouterr().out
+    assert results(tmp_path / "out")["models"].popitem()[1]["metrics"]["average"] == 1

@@ -930,9 +930,10 @@ def tree_of(out):
     return json.loads((out / "protocol.json").read_text())
 
 
-def test_the_feature_of_chosen_classes_goes_with_one_of_them():
-    config = dict(data="digits", classes="three,five", feature="", seed=0)
-    assert script.setting_data(config, 0.99, "five").counts(0).view(2, 2).argmax(1).tolist() == [0, 1]
+def test_the_feature_of_chosen_classes_goes_with_one_of_them(settings):
+    argv, _, scripts = settings
+    assert run([*argv, "--classes=one,zero", "--settings=1"]) == 0
+    assert {words["spurious"] for words in scripts.ran} == {"one"}  # as a number it counts all ten digits
 
 
 def test_controlled_settings_resume_from_what_is_done_and_keep_the_contract(settings, capsys):

@@ -34,7 +34,6 @@ import zlib
 from collections import Counter, namedtuple
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -207,17 +206,15 @@ def flags(script, argv=None):
         if word.startswith("--list"):
             print(listing(value, script["__file__"]))
             sys.exit(0)
-        if not word.startswith("--"):
-            raise Complaint(f"{word}: found a bare word, expected --key=value; --help lists the flags")
-        if key not in config:
-            raise Complaint(f"--{key}: no such flag; {near(key, config)}")
+        require(word.startswith("--"), f"{word}: a bare word, expected --key=value; --help lists the flags")
+        require(key in config, f"--{key}: no such flag; {near(key, config)}")
         config[key] = read_flag(key, value if equals else None, type(config[key]))
     for key, limit in {**LIMITS, **script.get("LIMITS", {})}.items():
         if key in config and isinstance(limit, str):
             low, high = map(float, limit[1:-1].split(","))
-            ends = {low: limit[0] == "[", high: limit[-1] == "]"}
-            inside = low <= config[key] <= high and ends.get(config[key], True)
-            expect(inside, key, config[key], f"a number in {limit}")
+            above = low <= config[key] if limit[0] == "[" else low < config[key]
+            below = config[key] <= high if limit[-1] == "]" else config[key] < high
+            expect(above and below, key, config[key], f"a number in {limit}")
         elif key in config:
             words = [w for word in limit for w in (script[word] if word.isupper() else [word])]
             expect(config[key] in words, key, config[key], " or ".join(word for word in words if word))
@@ -585,11 +582,12 @@ class Picture:
 @functools.cache
 def drawn_by(kind):
     """Hash of the source of a kind of Picture and of what opens and composes them, which people fork."""
-    parts = [open_image, opened, opaque, layer, posed, seen, rle_counts, draw_digit]
+    text = "".join(
+        map(inspect.getsource, (open_image, opened, opaque, layer, posed, seen, rle_counts, draw_digit))
+    )
     with contextlib.suppress(OSError, TypeError):  # of a kind that was typed in there is none
-        inspect.getsource(kind)
-        parts.append(kind)
-    return hashlib.sha256("".join(map(inspect.getsource, parts)).encode()).hexdigest()[:8]
+        text += inspect.getsource(kind)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -1060,9 +1058,9 @@ class Samples:
             return self.prompts
         return [self.prompts[labels[0]] for labels in self.imagenet]
 
-    def counts(self, split):
-        """Images in each group of a split [classes * places]."""
-        return tally(self.group(), self.split, len(self.classes) * len(self.places))[split]
+    def counts(self):
+        """Images in each group of each split, [3, classes * places]."""
+        return tally(self.group(), self.split, len(self.classes) * len(self.places))
 
     def keep(self, index):
         """The samples at an index [k], or where a mask [n] is true."""
@@ -1093,11 +1091,12 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if root == "help":
         say(inspect.getdoc(rows) or f"{name}: its function in data.py has no docstring", True)
         sys.exit(0)
-    facts = Facts(wanted=names_in(places, "places", 1), seed=seed, **planted_by)
-    if os.path.isfile(classes):
-        facts.renamed = names_in(classes, "classes", 2)
-    else:
-        facts.chosen = names_in(classes, "classes", 2)
+    listed = {"renamed" if os.path.isfile(classes) else "chosen": names_in(classes, "classes", 2)}
+    facts = Facts(wanted=names_in(places, "places", 1), seed=seed, **listed, **planted_by)
+    controlled = name in ("digits", "cutouts", "coco")
+    for flag, default in dict(strength=0, spurious="0", feature="").items():
+        there = controlled or getattr(facts, flag) == default
+        expect(there, flag, getattr(facts, flag), f"its default: in {name} no feature is planted")
     expect(not facts.columns or name in ("csv", "waterbirds"), "columns", facts.columns, "none: no table")
     expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
@@ -1105,7 +1104,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         samples = samples_of(spec, rows(Path(root) if root else None, facts), facts)
     finally:
         gc.enable()
-    if name in ("digits", "cutouts", "coco"):  # as a discovery of one setting says nothing of another
+    if controlled:  # as a discovery of one setting says nothing of another
         samples.name += f" V {facts.strength:g} of {facts.spurious} seed {seed}"
     labels, renamed = samples.labels, facts.renamed
     if renamed and facts.classes is not renamed:
@@ -1180,13 +1179,13 @@ def samples_of(name, rows, facts):
     if bare:
         line = f"{bare} of {len(rows)} images have no place, and are in no group nor in the figures of groups"
         notes.append(f"WARNING: {name}: {line}")
-    here = present(picture, name, notes)
-    if not here.all():
-        samples = samples.keep(here)
+    samples = samples.keep(present(picture, name, notes))
     if facts.published:
         compare(samples, facts.published)
     if facts.wanted and len(facts.wanted) == len(classes):
         facts.own = dict(zip(classes, places, strict=True))
+    wanted = "1.0: no class has a place of its own here; --classes=a,b --places=p,q give them one"
+    expect(facts.own or facts.confounder == 1 or name == "scenes", "confounder", facts.confounder, wanted)
     if facts.own:
         samples = correlate(samples, facts.own, facts.confounder)
     if not official:
@@ -1200,21 +1199,18 @@ def only(rows, column, names, flag):
     occurring = {getattr(row, column) for row in rows} - {None}
     spelled = {plain(name): name for name in occurring}
     for name in names:
-        if plain(name) not in spelled:
-            raise Complaint(f"--{flag}: no {name!r} in this data set; {near(name, occurring)}")
+        require(plain(name) in spelled, f"--{flag}: no {name!r} in this data set; {near(name, occurring)}")
     names = [spelled[plain(name)] for name in names]
     return [row for row in rows if getattr(row, column) in names], names
 
 
 def present(pictures, where, notes):
     """Which pictures exist, bool [n], and a note on those that do not; or Complaint, if none does."""
-    folders, here = {}, [True] * len(pictures)
-    for k, path in enumerate(pictures):
-        if isinstance(path, str):
-            at, _, name = path.rpartition("/")
-            if at not in folders:  # folders are listed once, as a million questions take long
-                folders[at] = set(os.listdir(at or "/")) if os.path.isdir(at or "/") else ()
-            here[k] = name in folders[at]
+    names_in_folder = functools.cache(lambda at: set(os.listdir(at)) if os.path.isdir(at) else ())
+    here = []  # folders are listed once, as a million questions take long
+    for path in pictures:
+        at, name = os.path.split(path) if isinstance(path, str) else (None, None)
+        here.append(at is None or name in names_in_folder(at or "."))
     lost = [path for path, there in zip(pictures, here, strict=True) if not there]
     if lost:
         line = f"{where}: {len(lost)} of its {len(pictures)} images do not exist, the first is {lost[0]}"
@@ -1232,7 +1228,8 @@ def numbered(names, order, what):
             raise Complaint(f"--data: two {what} names that are the same, {name!r}; rename one")
     for name in distinct:
         if plain(name) not in at:
-            raise Complaint(f"--classes: no name {name!r}, a {what} of this data set; {near(name, order)}")
+            flag = "--classes" if what == "class" else "--data"
+            raise Complaint(f"{flag}: no name {name!r}, a {what} of this data set; {near(name, order)}")
     number = {name: at[plain(name)] for name in distinct} | {None: -1}
     return torch.from_numpy(np.fromiter(map(number.__getitem__, names), np.int64, len(names))), order
 
@@ -1289,7 +1286,7 @@ def correlate(samples, own, confounder):
 
 def compare(samples, published):
     """Notes whether counts are as published: classes, images, images of each place, groups of each split."""
-    groups = [samples.counts(s).tolist() for s in range(3)]
+    groups = samples.counts().tolist()
     places = tally(samples.place, samples.split, len(samples.places)).sum(0).tolist()
     counts = dict(classes=len(samples.classes), images=len(samples.items), places=places)
     counts |= dict(groups=groups, val_test=groups[1:])
@@ -1319,9 +1316,10 @@ def check(samples, splits=True):
             samples.notes.append(f"{name}: no image of {len(bare)} {what} names: {', '.join(bare[:5])}")
     if not splits:
         return samples
-    train, val, test = grouped = tally(samples.group(), samples.split, n * len(samples.places)) > 0
+    train, val, test = grouped = samples.counts() > 0
     for split, there in zip(SPLITS, grouped.any(1), strict=True):
-        require(there, f"{name}: no image of {split} has a place; --columns=place= reads it without")
+        cure = "; --columns=place= reads it without" * name.startswith(("csv:", "waterbirds:"))
+        require(there, f"{name}: no image of {split} has a place{cure}")
     empty = ((val | test) & ~train).nonzero()[:4, 0].tolist()
     empty = " or ".join(samples.group_name(*divmod(g, len(samples.places))) for g in empty)
     correlated = ": 100 % correlated" * bool((train.view(n, -1).sum(1) == 1).all())
@@ -1390,18 +1388,19 @@ def listed(texts):
 
 def find_masks(paths, masks):
     """For each image the mask NAME.png below the folder masks, or None. NAME: the end of the image's path, as
-    long as possible, or that up to its last '_'. A photo is no mask."""
+    long as possible, or that up to its last '_', if no other image is called so. A photo is no mask."""
+    bases = {os.path.splitext(path)[0] for path in paths}
     masks, photos, files = folder(masks, "masks"), {os.path.realpath(path) for path in paths}, []
     expect(any(paths), "masks", str(masks), "images in files: those of this data set are drawn")
     for path in paths:
         parts = Path(os.path.splitext(path)[0]).parts
         ends = [Path(*parts[-depth:]).as_posix() for depth in range(min(4, len(parts)), 0, -1)]
-        stems = [stem for end in ends for stem in (end, end.rpartition("_")[0])]
-        names = [str(masks / f"{stem}.png") for stem in stems if stem and not stem.endswith("/")]
+        if os.path.splitext(path)[0].rpartition("_")[0] not in bases:
+            ends = [stem for end in ends for stem in (end, end.rpartition("_")[0])]
+        names = [str(masks / f"{stem}.png") for stem in ends if stem and not stem.endswith("/")]
         good = (f for f in names if os.path.isfile(f) and os.path.realpath(f) not in photos)
         files.append(next(good, None))
-    if not any(files):
-        raise Complaint(f"--masks: {masks}: no mask for any image; for {path} one of {', '.join(names[-4:])}")
+    require(any(files), f"--masks: {masks}: no mask for any image; for {path} one of {', '.join(names[-4:])}")
     owner = {}
     for path, file in zip(paths, files, strict=True):
         other = owner.setdefault(file, path) if file else path
@@ -1741,7 +1740,9 @@ def load_predictions(path, columns="", classes=""):
         if len(sure) == k or sure[k] < 0 or sure[k] > 1:
             raise t.complaint(k, f"{at['confidence']}={text[:60]!r}, expected a number from 0 to 1")
     names = [os.path.join(os.path.dirname(path), v) for v in t[at["path"]]] if at["path"] else [""] * n
-    pictures = [Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in enumerate(names, 2)]
+    pictures = [
+        Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in zip(t.lines, names, strict=True)
+    ]
     samples = samples_of(f"predictions:{path}", map(Row, pictures, y, place, [2] * n), facts)
     if at["split"]:
         samples.split = torch.tensor(split)
@@ -2058,7 +2059,11 @@ def in9(root, facts):
         what = 'a map {"ImageNet label": class 0 to 8, or -1, ...}'
         with reading(mapping, what):
             pairs = [(int(k), int(v)) for k, v in read_json(mapping, what).items()]
-        facts.imagenet = [[k for k, v in pairs if v == c] for c in range(len(names))]
+        for c, at in enumerate(
+            sorted(names)
+        ):  # 02_wheeled vehicle is number 2, also where 01_bird is not there
+            number = int(at[:2]) if at[:2].isdecimal() else c
+            facts.imagenet.append([label for label, v in pairs if v == number])
 
 
 STORED = {  # arrays of --data=embeddings:FILE, and what others call them
@@ -2678,10 +2683,18 @@ def grid_regions(spec, pictures, notes):
         yield Regions(picture, boxes, frame)
 
 
+def check_shape(path, mask, picture):
+    """Complaint where a mask has not the shape of its picture; sizes: (width, height), of any resolution."""
+    (w, h), (W, H) = mask, picture
+    shape = f"{path}: a mask of {w}x{h} pixels, its picture has {W}x{H} as its EXIF data turn it"
+    require(abs(w * H - h * W) <= max(w, h, W, H), shape)
+
+
 def mask_regions(spec, pictures, notes):
     masks = find_masks([getattr(p, "path", "") for p, *_ in pictures], spec.removeprefix("masks:"))
-    for (picture, _, frame), path in zip(pictures, masks, strict=True):
+    for (picture, size, frame), path in zip(pictures, masks, strict=True):
         mask, boxes = open_image(path).convert("L") if path else Image.new("L", (0, 0)), {}
+        check_shape(path, mask.size, size)
         values = np.unique(mask).tolist()
         require(len(values) <= 32, f"{path}: {len(values)} grey values, expected at most 32, one a region")
         for value in values:
@@ -2829,7 +2842,7 @@ def aligned(cells, width, words, columns):
     lines = []
     for row in cells:
         each = [textwrap.wrap(row[c], width[c]) or [""] for c in columns]
-        for parts in zip_longest(*each, fillvalue=""):
+        for parts in itertools.zip_longest(*each, fillvalue=""):
             pairs = zip(parts, columns, strict=True)
             texts = [t.ljust(width[c]) if words[c] else t.rjust(width[c]) for t, c in pairs]
             lines.append("  ".join(texts).rstrip())

@@ -1190,7 +1190,7 @@ def reached(config, weights, samples):
     out = kept_tree(path, made)
     if {*FIGURES, "groups"} <= out.keys():
         return out
-    counts = enumerate(test.counts(2).tolist())
+    counts = enumerate(test.counts()[2].tolist())
     few = [f"{test.group_name(*divmod(group, 2))}: {n}" for group, n in counts if n < LEAST]
     require(not few, f"{samples.name}: test groups with fewer than {LEAST} images ({'; '.join(few)})")
     how = dict(batch=config["batch_size"], **{flag: config[flag] for flag in ("device", "dtype", "threads")})

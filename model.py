@@ -40,7 +40,21 @@ from torch import nn
 from tqdm import tqdm
 
 from data import ASSETS, Complaint, Crop, Ground, Photo, Regions, Stored, expect, inside, near, one_line
-from data import SPEECH, Mask, bounded, read_json, reading, require, say, scan, stored_arrays, worded, write
+from data import (
+    SPEECH,
+    Mask,
+    bounded,
+    check_shape,
+    picture_size,
+    read_json,
+    reading,
+    require,
+    say,
+    scan,
+    stored_arrays,
+    worded,
+    write,
+)
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -1390,13 +1404,11 @@ def region_embeddings(encoder, pictures, how="pool", label="regions"):
         pairs = zip(z.to(r).split(1), r.split(n), strict=True)
         return torch.cat([row for pair in pairs for row in pair])  # each image, then its regions
 
-    rows = torch.tensor([1 + len(p.boxes) for p in pictures], dtype=torch.long)
-    both = encoder.embed(pictures, label, compute, how, rows.tolist())
+    rows = [1 + len(p.boxes) for p in pictures]
+    both = encoder.embed(pictures, label, compute, how, rows)
     if both is None:
         return None, None
-    is_image = torch.zeros(len(both), dtype=torch.bool)
-    is_image[rows.cumsum(0) - rows] = True
-    is_image = is_image.to(both.device)
+    is_image = torch.tensor([k == 0 for n in rows for k in range(n)], dtype=torch.bool, device=both.device)
     return both[is_image], both[~is_image]
 
 
@@ -1404,7 +1416,9 @@ def mask_shares(picture, path):
     """Share of each region of a picture (data.Regions) that a mask covers, [R]; NaN where there is none."""
     if path is None:
         return torch.full((len(picture.boxes),), torch.nan)
-    mask = torch.from_numpy(np.array(Mask(path).image()) > 127).float()
+    mask = Mask(path).image()
+    check_shape(path, mask.size, picture_size(picture.picture))
+    mask = torch.from_numpy(np.array(mask) > 127).float()
     boxes = torch.tensor(picture.boxes).view(-1, 4) * torch.tensor(mask.shape[::-1]).repeat(2)
     zeros = torch.zeros(len(boxes), dtype=torch.long)
     return region_pool(rearrange(mask, "h w -> 1 h w 1"), boxes, zeros)[:, 0]
@@ -1513,7 +1527,8 @@ def shares(x, i, j, test):
     total = (x - x.mean(0)).square().sum().clamp(min=1e-300)
     parts = dict(foreground=a[i], background=c[j], residual=x - mu - a[i] - c[j])
     out = {name: float(v.square().sum() / total) for name, v in parts.items()}
-    out.update(r2=1 - out["residual"], cross=1 - sum(out.values()), r2_heldout=None)
+    cross = 1 - sum(out.values())
+    out.update(r2=1 - out["residual"], cross=cross, r2_heldout=None)
     fit = ~test
     test = test & torch.isin(i, i[fit]) & torch.isin(j, j[fit])
     if test.any():
@@ -1777,7 +1792,7 @@ def dfr(x, y, group, seed, scaler=None, strengths=(1.0, 0.7, 0.3, 0.1, 0.07, 0.0
 def unbalanced(samples, split, least=1, of_class=1):
     """Why no groups of a split can be weighed against each other, "" if they can: groups that occur in it
     need `least` images, classes of_class, and some class two places if it has these anywhere."""
-    counts = torch.stack([samples.counts(s).view(len(samples.classes), -1) for s in range(3)])  # [3, C, P]
+    counts = samples.counts().view(3, len(samples.classes), -1)  # [3, C, P]
     name = ("training", "validation", "test")[split]
     here, there = counts[split], (counts.sum(0) > 0).sum(1)  # [C, P], [C]
     if here.sum(1).min() < of_class or here[here > 0].min() < least:
@@ -1807,7 +1822,7 @@ def group_metrics(correct, samples, index):
     (by images per group in train, as WILDS and group_DRO have it), overall, and groups, a list of y, place,
     n, accuracy, interval (Wilson, 95 %)."""
     correct, index = correct.double().cpu(), index.cpu()
-    P, group, train = len(samples.places), samples.group()[index], samples.counts(0).tolist()
+    P, group, train = len(samples.places), samples.group()[index], samples.counts()[0].tolist()
     groups = []
     if not (group >= 0).any():
         raise Complaint(f"{samples.name}: none of {len(index)} images has a place, so there are no groups")

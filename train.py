@@ -389,7 +389,7 @@ def probe_all(maps, x, x_bap, samples, augmented, l2, seed):
     (embeddings, labels) of images that join the training split, see recomposed."""
     y, group, split = (v.to(x.device) for v in (samples.y, samples.group(), samples.split))
     biased, val, test = (split == k for k in range(3))
-    probes, correct, counts = {}, {}, samples.counts(0).to(x.device)
+    probes, correct, counts = {}, {}, samples.counts()[0].to(x.device)
 
     def probe(name, g, mask=biased, joining=None, weight=None):
         inputs = x_bap if name in ("bap", "bap_both", "val_probe_bap") else x
@@ -1003,7 +1003,7 @@ def report(results, fitted):
     compared, bars = tuple(dict.fromkeys(("erm", best, other))), []
     for each in zip(*[methods[name]["groups"] for name in compared], strict=True):
         y, place, n = (each[0][k] for k in ("y", "place", "n"))
-        count = int(samples.counts(0)[y * len(samples.places) + place])
+        count = int(samples.counts()[0, y * len(samples.places) + place])
         note = f"{count or 'none'} in training, n = {n}"
         bars.append((samples.group_name(y, place), note, [(m["accuracy"], m["interval"]) for m in each]))
     picked = torch.linspace(0, len(fitted.cells) - 1, 12 * bool(fitted.cells)).long().tolist()

@@ -2191,6 +2191,8 @@ def stored_composites(path):
     good = all(v.dtype.kind in "iu" for v in numbers)
     require(good, f"{path}: found {', '.join(a)}, expected whole numbers foreground, background [N]")
     i, j = (torch.from_numpy(v.astype(np.int64)) for v in numbers)
+    alone = f"{path}: no foreground stands on two backgrounds: expected several composites of each"
+    require(len(i.unique()) < len(i), alone)
     return [Stored(path, k) for k in range(len(i))], i, j
 
 

@@ -38,7 +38,7 @@ from types import SimpleNamespace
 # first, as it checks the flags before numpy and torch are imported
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, bounded
 from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
-from data import load_data, load_foregrounds, load_regions, one_line, page, picture_size, read_json, reading
+from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading
 from data import require, revision, rng, run, say, stored_composites, synsets, table, tag, thumb, write
 from data import write_json, write_table
 
@@ -157,7 +157,8 @@ LEAST, FEWEST = 1 / 3, 16  # directions of the map: the foreground's share, and 
 LOG_EVERY, WARMUP = 20, 0.1  # steps between lines; share of the steps
 WEIGHT_DECAY, CLIP = 0.1, 1.0  # AdamW's; norm of the gradient
 PARTIAL = ("partial.pt", "training.pt")  # bap: what --resume goes on from: seeds, the encoder
-JTT_WEIGHT = 20.0  # of the images that a first quarter of the steps leaves wrong
+LEFT = "what an interrupted run left", "run without --resume"
+JTT_WEIGHT = 20.0  # times that an image counts, in all, which a first quarter of the steps leaves wrong
 AVERAGES = "avg_group_mean", "avg_train_weighted"  # shown beside the worst group
 NONE = -1e30  # the logit of what is not there; finite, so that its gradient is zero and not NaN
 ROOM, ROOM_GPU = 4 << 30, 2 << 30  # bytes of decoded training images in memory, and before that on the GPU
@@ -199,20 +200,21 @@ def main():
     states = [unfinished(out / name, head, encoder) for name in PARTIAL]  # complains now, not in an hour
     if not any(states) and finished(out / "results.json", head):
         return
-    with resuming(out, any(states)):
-        # of the last seed are the page and the checkpoint: it is run in any case
-        runs = states[0]["runs"][: seeds - 1] if states[0] else []
-        if runs:
-            say(f"{out / PARTIAL[0]}: goes on behind {len(runs)} of {seeds} seeds", True)
-        for k in range(len(runs), seeds):
-            biased = dataset(seed=seed + k)
-            result, fitted = bap(seed + k, encoder, figures, grounds, biased, out, head, by_place)
-            runs.append(result)
-            save_checkpoint(out / PARTIAL[0], dict(head, runs=runs))
-        results = dict(head, notes=encoder.notes + notes + fitted.samples.notes)
-        results.update(average(runs, results["notes"]))
-        results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
-        save_results(out, results, fitted)
+    runs = []
+    if states[0]:  # of the last seed are the page and the checkpoint: it is run in any case
+        with reading(out / PARTIAL[0], *LEFT):
+            runs = list(states[0]["runs"])[: seeds - 1]
+            average([*runs, *runs[:1]], [])  # complains of what the means cannot be made of
+        say(f"{out / PARTIAL[0]}: goes on behind {len(runs)} of {seeds} seeds", True)
+    for k in range(len(runs), seeds):
+        biased = dataset(seed=seed + k)
+        result, fitted = bap(seed + k, encoder, figures, grounds, biased, out, head, by_place)
+        runs.append(result)
+        save_checkpoint(out / PARTIAL[0], dict(head, runs=runs))
+    results = dict(head, notes=encoder.notes + notes + fitted.samples.notes)
+    results.update(average(runs, results["notes"]))
+    results["seconds"] = dict(runs[-1]["seconds"], total=time.time() - started)
+    save_results(out, results, fitted)
     say(f"\n{out}: results.json, report.html, ckpt.pt, map.npz written, {time.time() - started:.0f} s", True)
 
 
@@ -260,7 +262,7 @@ def material(config, encoder, out):
     """What composites are made of: foregrounds, backgrounds, and notes. With embeddings from elsewhere not
     foregrounds but the composites that --foregrounds has, or none: Stored [N], foreground, background [N]."""
     kind, _, file = foregrounds.partition(":")
-    if not config["data"].startswith("embeddings:"):
+    if encoder.kind != "stored":
         wanted = "a folder; embeddings of composites go with --data=embeddings:FILE"
         expect(kind != "embeddings", "foregrounds", foregrounds, wanted)
         grounds, ground_notes = grounds_of(backgrounds, skip_bad)
@@ -280,7 +282,7 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     lap = Laps()
 
     # 1. the composites: an incomplete grid of foreground instances i and backgrounds j
-    stored = isinstance(figures, tuple)  # composites themselves, as embeddings from elsewhere
+    stored = encoder.kind == "stored"  # then figures are composites, as embeddings from elsewhere
     cells, i, j = figures if stored else composites(figures, grounds, instances, per_instance, seed)
     cells, z, i, j = embedded(encoder, cells, "composites", i, j)
     lap("composites", "how additive they are")
@@ -305,27 +307,24 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
 
     # 4. the maps. The two grids are weighed, not pooled: the synthetic one knows many foregrounds, the
     # target's those that matter, and neither is to win by its number of composites
-    synthetic = Grid(1.0, z, i, j, cells)
-    grids, maps, drift = [synthetic], {}, mine and mine.drift
+    grids, drift, maps = [Grid(1.0, z, i, j, cells)], None, {}
     if cells:
         maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener(grids, lam))
-        if mine:
-            maps["bap_synthetic"] = wiener(grids, lam, power, None, LEAST)
-        if mine and mine.foretold < FORETOLD:
-            grids = [synthetic._replace(weight=1 - own), mine.grid._replace(weight=own)]
+    if mine:
+        maps["bap_synthetic"], drift = wiener(grids, lam, power, None, LEAST), mine.drift
+        if mine.independent:
+            grids = [grids[0]._replace(weight=1 - own), mine.grid._replace(weight=own)]
+    if cells:
         maps["bap"] = wiener(grids, lam, power, drift, LEAST)
     # with --train=last_blocks|image the encoder itself learns what the map does, and needs none behind it
-    identity = Map(x.new_zeros(x.shape[1]), eye(x[0]))
+    identity = Map(x.new_zeros(x.shape[1]), torch.eye(x.shape[1]).to(x))
     trained, x_bap, zero, weights = encoder, x, None, b""
     if train in ("last_blocks", "image"):
         trained, weights, grids = pretrain(encoder, grids, samples, seed, out, head)
         x_bap = trained.embed(samples.items, "target, trained")
         both = wiener(grids, lam, power, None, LEAST)  # no drift: it was measured on the encoder as it was
         maps.update(bap_map=maps["bap"], bap_both=both, bap=identity)
-        if encoder.tokenizer:
-            say(samples.nameless or samples.prompt_line())
-        if encoder.tokenizer and not samples.nameless:
-            zero = dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
+        zero = before_and_after(encoder, trained, samples, x, x_bap)
     if bap_map == "linear" and cells:
         name = "bap_both" if "bap_both" in maps else "bap"
         maps[name] = contrast(maps[name], grids[0].z, i, j, seed, steps, learning_rate)
@@ -335,14 +334,13 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     augmented = recomposed(encoder, samples, grounds, by_place, seed)
     probes, methods, reasons, correct = probe_all(maps, x, x_bap, samples, augmented, l2, seed)
     lap("probes")
-    g, invariant = maps.get("bap", identity), None
-    if cells:
-        invariant = invariance(g, grids[0].z, i, x, x_bap, samples, l2, seed)
+    g, invariant, cuts, foretold = maps.get("bap", identity), None, [], None
     if mine:
-        invariant["own_foretold"] = mine.foretold
+        cuts, foretold = mine.cuts, mine.foretold
+    if cells:
+        invariant = invariance(g, grids[0].z, i, x, x_bap, samples, l2, seed) | dict(own_foretold=foretold)
     result = dict(additivity=additive, invariance=invariant, methods=methods, reasons=reasons)
     result.update(seconds=lap.seconds, zero_shot=zero)
-    cuts = mine.cuts if mine else []
     return result, Fitted(trained, weights, g, probes, correct, samples, x_bap, cells, cuts)
 
 
@@ -462,7 +460,7 @@ def wiener(grids, lam=1.0, power=1.0, drift=None, least=0.0):
         S_w = S_w + DRIFT * drift.T @ drift / len(drift)
     value, vector = torch.linalg.eigh(S_f)
     S_f = (vector * value.clamp(min=0)) @ vector.T
-    L = torch.linalg.cholesky(S_f + S_w + lam * (S_f + S_w).trace() / len(mu) * eye(mu))
+    L = torch.linalg.cholesky(S_f + S_w + lam * (S_f + S_w).trace() / len(mu) * torch.eye(len(mu)).to(mu))
     # whitened, L^-1 S_f L^-T is symmetric, and its eigenvalues are the foreground's shares
     half = torch.linalg.solve_triangular(L, S_f, upper=False)
     share, u = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.T, upper=False))
@@ -488,9 +486,13 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     photos, y = (v[biased.to(v.device)][list(cut)] for v in (x, samples.y))
     views = features(photos, power), features(z, power)
     drift, foretold = own_backgrounds(*views, i, turn, y.to(x.device), seed)
-    line = f"of what {len(drift)} photos have beside their foregrounds these foretell {foretold:.3f}: "
-    say(line + ("independent" if foretold < FORETOLD else "they are left out of S_f"))
-    return SimpleNamespace(cuts=cuts, grid=Grid(1.0, z, i, j, cells), drift=drift, foretold=foretold)
+    independent, line = foretold is None or foretold < FORETOLD, "they are too few to tell whether"
+    if foretold is not None:
+        line = f"their foregrounds foretell {foretold:.3f} of it"
+    left_out = "" if independent else ": they are left out of S_f"
+    say(f"what {len(drift)} photos have beside their foregrounds: {line}{left_out}")
+    grid = Grid(1.0, z, i, j, cells)
+    return SimpleNamespace(cuts=cuts, grid=grid, drift=drift, foretold=foretold, independent=independent)
 
 
 def own_backgrounds(photos, v, i, turn, y, seed):
@@ -515,9 +517,10 @@ def own_backgrounds(photos, v, i, turn, y, seed):
 
 def foretold_share(a, d, y, seed, leading=40):
     """Share of the variance of d [n, D] that ridge regression on a [n, D] foretells, by five-fold
-    cross-validation in the leading principal components of each, within classes y [n]; below 0: none."""
+    cross-validation in the leading principal components of each, within classes y [n]; below 0: none. None
+    of fewer than 20."""
     if len(y) < 20:
-        return 0.0
+        return None
     y, columns = renumber(y), []
     for part in (a, d):
         middle = sums(part, y, int(y.max()) + 1) / torch.bincount(y)[:, None]
@@ -527,15 +530,10 @@ def foretold_share(a, d, y, seed, leading=40):
     fold = torch.tensor(some_of(len(y), len(y), seed), device=y.device) % 5
     for k in range(5):
         rest, test = a[fold != k], fold == k
-        ridge = 0.1 * rest.square().sum() / leading * eye(a[0])
+        ridge = 0.1 * rest.square().sum() / leading * torch.eye(a.shape[1]).to(a)
         B = torch.linalg.solve(rest.T @ rest + ridge, rest.T @ d[fold != k])
         lost += (d[test] - a[test] @ B).square().sum()
     return float(1 - lost / d.square().sum())
-
-
-def eye(mu):
-    """The unit matrix [D, D] beside a vector [D]."""
-    return torch.eye(len(mu), dtype=mu.dtype, device=mu.device)
 
 
 def background_effects(z, i, j, k):
@@ -549,7 +547,7 @@ def background_effects(z, i, j, k):
 def nullspace(z, i, j, k=32):
     """A Map that projects out the k leading directions of the background effects c_j of the additive fit."""
     mu, v, _ = background_effects(unit(z), i, j, k)
-    return Map(mu, eye(mu) - v @ v.T)
+    return Map(mu, torch.eye(len(mu)).to(mu) - v @ v.T)
 
 
 def leace(z, i, j, k=32):
@@ -564,19 +562,20 @@ def leace(z, i, j, k=32):
     inverse = torch.where(root > 1e-4 * root.max(), 1 / root, 0)
     whiten, colour = (vector * inverse) @ vector.T, (vector * root) @ vector.T
     q = torch.linalg.qr(whiten @ (x.T @ concept / len(x))).Q
-    return Map(mu, (eye(mu) - colour @ q @ q.T @ whiten).T)
+    return Map(mu, (torch.eye(len(mu)).to(mu) - colour @ q @ q.T @ whiten).T)
 
 
 def contrast(g, z, i, j, seed, steps, learning_rate):
     """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor.
 
-    A virtual composite is a_i + r_k, a_i the effect of foreground i and r_k = z_k - mu - a_i(k) all that is
-    not the foreground in a real composite k: background, interaction, noise. A linear map commutes with the
-    sum, so all pairs are had from the projected parts (kernels/pairwise_loss.py). Starts at the closed form.
+    A virtual composite is a_i + r_k, a_i the anchor of foreground i as the map sees it, less its mean, and
+    r_k all that is not the foreground in a real composite k: background, interaction, noise. A linear map
+    commutes with the sum, so all pairs are had from the projected parts (kernels/pairwise_loss.py). Starts
+    at the closed form.
     """
     x, i = features(z, g.power), renumber(i)
     mu, a, _ = additive_solve(x, i, renumber(j))
-    a, r = a.float(), (x - mu - a[i]).float()  # [n, D], [N, D]
+    a, r = (mu - g.mu + a).float(), (x - mu - a[i]).float()  # [n, D], [N, D]; anchors as the map sees them
     generator, W = torch.Generator().manual_seed(seed), g.W.requires_grad_(True)
     start, gain = W.detach().clone(), 1 / (a @ W.detach()).norm(dim=1).mean()
     optimiser = torch.optim.AdamW([W], learning_rate * float(start.std()), weight_decay=0.0)
@@ -605,24 +604,24 @@ def invariance(g, z, i, x, x_bap, samples, l2, seed):
     place, split = samples.place.to(x.device), samples.split.to(x.device)
     val, test = (split == 1) & (place >= 0), (split == 2) & (place >= 0)
 
-    def linear(v, y, penalty=l2):
-        return fit_probe(v, y, penalty).predict
-
-    def accuracy(v, fit_place=linear):
+    def accuracy(v, penalty):  # None: of a small network
         if len(torch.unique(place[val])) < 2:
             return None  # no place to predict
-        predict = fit_place(v[val], place[val])
+        predict = mlp(v[val], place[val])
+        if penalty is not None:
+            predict = fit_probe(v[val], place[val], penalty).predict
         return float((predict(v[test]) == place[test]).double().mean())
 
-    pick = some_of(len(z), 2000, seed)
+    order = torch.tensor(some_of(int(i.max()) + 1, int(i.max()) + 1, seed))  # foregrounds with all of theirs
+    pick = order[i.cpu()].argsort()[:2000].tolist()
     y, same = unit(g(z[pick])), i[pick][:, None] == i[pick]  # [n, D], [n, n]
     cosine, other = y @ y.T, ~torch.eye(len(pick), dtype=torch.bool, device=z.device)
     mapped = g(x_bap)
     return dict(
-        place_probe_map=accuracy(mapped),
-        place_probe_map_free=accuracy(mapped, functools.partial(linear, penalty=1e-6)),
-        place_probe_map_mlp=accuracy(mapped, mlp),
-        place_probe_raw=accuracy(unit(x)),
+        place_probe_map=accuracy(mapped, l2),
+        place_probe_map_free=accuracy(mapped, 1e-6),
+        place_probe_map_mlp=accuracy(mapped, None),
+        place_probe_raw=accuracy(unit(x), l2),
         cos_within=float(cosine[same & other].mean()),
         cos_between=float(cosine[~same].mean()),
     )
@@ -676,31 +675,6 @@ class Cut(Picture):
         return image
 
 
-class Cutter:
-    """Finds the foreground of pictures like those that composites imitate: a logistic regression on each cell
-    of dense(), trained on composites [n] with their alpha as the target; iou: mean intersection over union
-    on every tenth of them, held out. Kept in the cache. Ours, not in the papers."""
-
-    def __init__(self, encoder, scenes, seed=0):
-        self.encoder = encoder
-        keys = [f"seed {seed}", *[scene.key() for scene in scenes]]
-        learned = encoder.kept("cutter", keys, 3, lambda: learn_cutter(encoder, scenes, seed))  # [3, D' + 2]
-        self.mean, self.scale, self.weight = learned[:, :-2]
-        (h, w), _, (self.bias, self.iou) = learned[:, -2:].tolist()
-        self.grid = int(h), int(w)
-        self.name = f"cutter {sha256(learned.cpu().numpy().tobytes())[:16]}"
-
-    def masks(self, x, _=None):
-        """Images [N, 3, H, W] -> soft masks [N, h * w], for encoder.embed."""
-        m = dense(self.encoder, x)  # [N, h, w, D']
-        return rearrange(soft((m - self.mean) / self.scale @ self.weight + self.bias), "n h w -> n (h w)")
-
-    def cut(self, picture, mask):
-        """A picture and its mask [h * w] -> Cut."""
-        alpha = (mask * 255).round().to(torch.uint8).cpu().numpy().tobytes()
-        return Cut(picture, alpha, self.grid, self.encoder.frame(*picture.image().size))
-
-
 def dense(encoder, x):
     """Images [N, 3, H, W] -> the last three levels of features on the finest one's grid: [N, h, w, D']."""
     tower = getattr(encoder.fast, "visual", encoder.fast)
@@ -712,14 +686,17 @@ def dense(encoder, x):
     return rearrange(same, "n d h w -> n h w d")
 
 
-def soft(logits):
-    """0 below probability 0.2, where most cells are ground, 1 above 0.5."""
-    return ((logits.sigmoid() - 0.2) / 0.3).clamp(0, 1)
+def soft_mask(cells, theta):
+    """Cells [..., D'] of dense() -> soft mask [...]: 0 below probability 0.2, where most cells are ground, 1
+    above 0.5. theta: weight and bias of a logistic regression, [D' + 1]."""
+    return (((cells @ theta[:-1] + theta[-1]).sigmoid() - 0.2) / 0.3).clamp(0, 1)
 
 
 def learn_cutter(encoder, scenes, seed, cells=60):
-    """What a Cutter is made of, as one tensor [3, D' + 2]: mean, h, w; scale; weight, bias, iou. Learned from
-    so many cells of each scene, as neighbours say much the same."""
+    """A logistic regression on the cells of dense(), learned from composites [n] and their alpha, from so
+    many cells of each, as neighbours say much the same; and its mean intersection over union on every tenth
+    composite, held out, though its cut-out may stand in others. Returns weight, bias, h and w of the grid,
+    and IoU, [1, D' + 4]. Ours, not in the papers."""
     generator, rows, target, held_out = torch.Generator().manual_seed(seed), [], [], []
     with ThreadPoolExecutor(encoder.threads) as pool:
         for start in bar("cutter", range(0, len(scenes), 16)):
@@ -747,12 +724,12 @@ def learn_cutter(encoder, scenes, seed, cells=60):
         return value
 
     optimiser.step(step)
-    theta, iou = theta.detach(), []
+    weight, bias = theta.detach()[:-1] / scale, theta.detach()[-1:]
+    theta, iou = torch.cat([weight, bias - mean @ weight]), []  # of cells as they come, not standardised
     for f, a in held_out:
-        on, true = soft((f - mean) / scale @ theta[:-1] + theta[-1]) > 0.5, a > 0.5
+        on, true = soft_mask(f, theta) > 0.5, a > 0.5
         iou.append((on & true).sum((1, 2)) / (on | true).sum((1, 2)).clamp(min=1))
-    rest = theta.new_tensor([[*grid], [0, 0], [float(theta[-1]), float(torch.cat(iou).mean())]])
-    return torch.cat([torch.stack([mean, scale, theta[:-1]]), rest], 1)
+    return torch.cat([theta, theta.new_tensor([*grid, torch.cat(iou).mean()])])[None]
 
 
 def cut_out(encoder, pictures, cells, seed, what):
@@ -760,16 +737,25 @@ def cut_out(encoder, pictures, cells, seed, what):
     it can be trusted; and a line on that. It cannot if it misses the foregrounds of held-out composites (IoU
     below 0.6), nor if it finds one of plausible size, 2 to 50 % of the picture, in less than two thirds of
     the target's: then what it learned from composites does not carry over."""
-    cutter = Cutter(encoder, [cells[k] for k in some_of(len(cells), 640, seed)], seed=seed)
+    scenes = [cells[k] for k in some_of(len(cells), 640, seed)]
+    part, keys = f"cutter {seed} {encoder.precision}", [scene.key() for scene in scenes]
+    learned = encoder.kept(part, keys, 1, lambda: learn_cutter(encoder, scenes, seed))[0]
+    theta, (h, w, iou) = learned[:-3], learned[-3:].tolist()
+
+    def masks(x, _):  # images [N, 3, H, W] -> [N, h * w], for encoder.embed
+        return rearrange(soft_mask(dense(encoder, x), theta), "n h w -> n (h w)")
+
     numbers = sorted(some_of(len(pictures), OWN_MOST, seed))
-    alpha = encoder.embed([pictures[k] for k in numbers], "cut out", cutter.masks, cutter.name)
+    name = f"cutter {sha256(theta.cpu().numpy().tobytes())[:16]}"
+    alpha = encoder.embed([pictures[k] for k in numbers], "cut out", masks, name)
     plausible = (alpha.mean(1) > 0.02) & (alpha.mean(1) < 0.5)
-    share = float(plausible.double().mean())
-    line = f"cutter: IoU {cutter.iou:.2f} on held-out composites"
+    share, cuts = float(plausible.double().mean()), {}
+    for k, mask in zip(itertools.compress(numbers, plausible.tolist()), alpha[plausible], strict=True):
+        raw = (mask * 255).round().to(torch.uint8).cpu().numpy().tobytes()
+        cuts[k] = Cut(pictures[k], raw, (int(h), int(w)), encoder.frame(*picture_size(pictures[k])))
+    line = f"cutter: IoU {iou:.2f} on held-out composites"
     line += f", a plausible foreground in {share:.0%} of the {what}"
-    rows = zip(numbers, alpha, plausible.tolist(), strict=True)
-    cuts = {k: cutter.cut(pictures[k], mask) for k, mask, good in rows if good}
-    return cuts, cutter.iou >= 0.6 and share >= 2 / 3, line
+    return cuts, iou >= 0.6 and share >= 2 / 3, line
 
 
 def some_of(n, most, seed):
@@ -896,7 +882,8 @@ def readout(encoder, samples):
 
 
 def average(runs, notes):
-    """Results of all seeds -> their means; of a method that all have also its spread and the seeds' own."""
+    """Results of all seeds -> their means; of a method that all have also its spread and the seeds' own. The
+    mean of intervals' ends covers the mean at least as often: seeds are read on the same images."""
 
     def mean(values):
         if None in values:
@@ -942,13 +929,12 @@ def summary(results, samples):
     keys, worst = (samples.worst, *AVERAGES), samples.worst.replace("_", " ")
     groups = [(samples.group_name(g["y"], g["place"]), g["n"]) for g in methods["erm"]["groups"]]
     rows = []
-    for name in ROWS:
-        if name in methods:
-            m = methods[name]
+    for name in [name for name in ROWS if name in methods or name in results["reasons"]]:
+        m, over = methods.get(name, {}), results["reasons"].get(name)
+        if m:
             over = "{:+.3f} to {:+.3f}".format(*m["over_erm"])
-            rows.append((name, *[m[k] for k in keys], *[g["accuracy"] for g in m["groups"]], over))
-        elif name in results["reasons"]:
-            rows.append((name, *[None] * (len(keys) + len(groups)), results["reasons"][name]))
+        accuracies = [g["accuracy"] for g in m.get("groups", [dict(accuracy=None)] * len(groups))]
+        rows.append((name, *[m.get(k) for k in keys], *accuracies, over))
     lines, spread = [], ""
     if results["zero_shot"]:
         lines.append("\n" + table(*zero_rows(results["zero_shot"], samples.worst)))
@@ -968,10 +954,10 @@ def summary(results, samples):
 def headline(methods, samples, best, other):
     """The page's title, and the numbers below it."""
     erm, ours, kind = methods["erm"], methods[best], samples.worst.replace("_", " ")
-    low, high = ours["over_erm"]
+    (low, high), least = ours["over_erm"], min(g["interval"][0] for g in ours["groups"])
     if best == "erm":
         title = "A plain probe, as there are no composites for BAP."
-    elif low > 0 and len(samples.places) > 1 and ours[samples.worst] > 1 / len(samples.classes):  # chance
+    elif low > 0 and len(samples.places) > 1 and least > 1 / len(samples.classes):  # chance
         title = "The probe went by the background. With BAP it goes by the foreground."
     elif low > 0:
         title = f"BAP made the {kind} better."
@@ -1011,10 +997,9 @@ def report(results, fitted):
     cuts = [Composite(cut, None, None).image() for cut in fitted.cuts[:6]]
     pictures += [thumb(image, "cut out of the target") for image in cuts]
     keys, rows = (samples.worst, *AVERAGES), []
-    for name in ROWS:
-        if name in methods or name in reasons:
-            m = methods.get(name, {})
-            rows.append((name, *[m.get(k) for k in keys], reasons.get(name, ROWS[name])))
+    for name in [name for name in ROWS if name in methods or name in reasons]:
+        m = methods.get(name, {})
+        rows.append((name, *[m.get(k) for k in keys], reasons.get(name, ROWS[name])))
     header = "method", *[key.replace("_", " ") for key in keys], "what"
     additive, invariant = ["of composites: none"], ""
     if results["additivity"]:
@@ -1095,23 +1080,12 @@ def unfinished(path, head, encoder):
     return None
 
 
-@contextlib.contextmanager
-def resuming(path, state):
-    """Complaint where a run goes on from a state and its damaged file shows only now. Fewer errors than
-    reading() takes for damage: a full disk is none."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
-        if not state or isinstance(problem, torch.OutOfMemoryError):
-            raise
-        what = f"{type(problem).__name__}: {one_line(problem)}"
-        raise Complaint(f"{path}: not what an interrupted run left ({what}); run without --resume") from None
-
-
 def check_same(path, made, head, *free):
     """Complaint where the file of a run says that it was made of other flags, images, labels, discovery."""
-    free += "resume", "threads", "save_every", "wandb", "quiet"  # change no result
-    with reading(path, "what a run of train.py left", "run without --resume"):
+    free += tuple(
+        "resume threads save_every wandb quiet out_dir cache_dir resize_once".split()
+    )  # change nothing
+    with reading(path, *LEFT):
         flags = {k: made["config"].get(k) for k in head["config"]}
         differ = [f"--{k}={v}" for k, v in flags.items() if k not in free and v != head["config"][k]]
     if not differ and made.get("inputs") != head["inputs"]:
@@ -1123,8 +1097,12 @@ def check_same(path, made, head, *free):
 
 @contextlib.contextmanager
 def until_asked():
-    """Ctrl-C waits for the end of a step: gives a list, not empty from then on. A second stops at once."""
+    """Ctrl-C waits for the end of a step: gives a list, not empty from then on. A second stops at once, as
+    the first does where there are several processes: one of them must not stop alone."""
     asked = []
+    if ranks()[1] > 1:
+        yield asked
+        return
 
     def ask(*_):
         if asked:
@@ -1171,9 +1149,12 @@ def finetune(config, encoder, samples):
     if loss == "sigmoid" and getattr(student.module, "logit_bias", None) is None:
         student.module.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device=encoder.device))
     state, checkpoint = unfinished(path, head, encoder), dict(head)
+    if method == "jtt" and state:
+        with reading(path, *LEFT):
+            task.weight = state["weight"].view(len(task.y))
+    elif method == "jtt":
+        task.weight = first_errors(student, task, config)
     if method == "jtt":
-        with resuming(path, state):
-            task.weight = state["weight"] if state else first_errors(student, task, config)
         checkpoint["weight"] = task.weight
     weights, speed = fit_and_keep(student, task, row, checkpoint, path, state)
     if rank:
@@ -1192,19 +1173,22 @@ def finetune(config, encoder, samples):
 def fit_and_keep(student, task, row, head, path, state):
     """fit(), from a state on if there is one, with checkpoints at path that say what head says. Returns the
     trained module as weights.safetensors has it, bytes, None on ranks above 0; and images per second."""
-    config, (rank, world) = head["config"], ranks()
-    waits = until_asked() if world == 1 else contextlib.nullcontext(())  # one of several must not stop alone
-
-    def save(**reached):
-        if rank == 0:
-            save_checkpoint(path, head | reached)
-
-    with waits as asked, resuming(path, state):
-        speed = fit(student, task, row, config, state, save, asked)[-1]["images_per_s"]
-    if rank:
+    with until_asked() as asked:
+        speed = fit(student, task, row, head, path, state, asked)[-1]["images_per_s"]
+    if ranks()[0]:
         return None, speed
-    config = config | dict(resume=False)  # the same bytes, whether it was interrupted or not
+    config = head["config"] | dict(resume=False)  # the same bytes, whether it was interrupted or not
     return weights_bytes(student.module, config=config, git=head["git"]), speed
+
+
+def before_and_after(encoder, trained, samples, x, x_bap):
+    """Zero-shot accuracies by the encoder as it was and as it is trained; None without texts or names."""
+    if not encoder.tokenizer:
+        return None
+    say(samples.nameless or samples.prompt_line())
+    if samples.nameless:
+        return None
+    return dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
 
 
 def zero_shot(encoder, samples, x=None):
@@ -1306,8 +1290,9 @@ def stage_one(path, samples, encoder):
 
 def discovered(samples, encoder, task, path, most):
     """Adds to the task what was discovered: boxes [n, R, 4] of each image's regions in shares of what the
-    model sees; state [n, R], 1 in a discovered cluster, 0 not, -1 no region; feature [n], whether any is.
-    Regions are assigned once, by the fixed medoids and encoder of stage 1. Returns notes."""
+    model sees; state [n, R], 1 in a discovered cluster, 0 not, -1 no region; feature [n], whether any is;
+    group [n], label x feature. Regions are assigned once, by the fixed medoids and encoder of stage 1.
+    Returns notes."""
     d, finder = stage_one(path, samples, encoder)
     pictures, notes = load_regions(d.regions, task.items, finder.frame)
     boxes = not any(p.mask for p in pictures)
@@ -1320,6 +1305,7 @@ def discovered(samples, encoder, task, path, most):
     task.boxes = pad(boxes)  # [n, R, 4]
     task.state = pad(list(inside.split(counts)), padding_value=-1)  # [n, R]
     task.feature = (task.state == 1).any(1)
+    task.group = 2 * task.y + task.feature.long()
     n, having, without = len(pictures), int(task.feature.sum()), int((~(task.state == 0).any(1)).sum())
     what = f"{having} of {n} training images have a region in the {len(used)} clusters discovered"
     nothing = f"{what}, {without} have no other; nothing to learn from"
@@ -1358,7 +1344,7 @@ def first_errors(encoder, task, config):
     the training images that are then wrong, 1 for the rest [n]. The encoder is put back."""
     start = copy.deepcopy(encoder.module.state_dict())
     quarter = max(1, config["steps"] // 4)
-    fit(encoder, task, METHODS["finetune"], dict(config, steps=quarter, wandb=False, out_dir=""))
+    fit(encoder, task, METHODS["finetune"], dict(config=dict(config, steps=quarter, wandb=False)))
     z, g = encoder.embed(task.items, "training images"), encoder.prompts([[text] for text in task.prompts])
     wrong = from_first(None if z is None else (unit(z) @ g.T).argmax(1).cpu() != task.y)
     counts = f"{int(wrong.sum())} of {len(wrong)} training images are wrong after {quarter} steps"
@@ -1405,25 +1391,28 @@ class Towers(torch.nn.Module):
         return out
 
 
-def fit(encoder, task, row, config, state=None, save=None, asked=()):
+def fit(encoder, task, row, head, path=None, state=None, asked=()):
     """Trains encoder.module on a task by a row of METHODS. Returns the rows of the log.
 
-    task: items, y [n], C, seed, and what the row's draw and cost take. state: of a checkpoint to go on from;
-    save(**state) writes one; asked: see until_asked. Embeddings of all processes are gathered before the
+    task: items, y [n], C, seed, and what the row's draw and cost take. head: what a checkpoint says of the
+    run, its flags as config; path: where it is written, if at all; state: of one to go on from, read from
+    there; asked: see until_asked. Embeddings of all processes are gathered before the
     loss, with their gradients, so that their number does not change it. Batch norm keeps its statistics.
     """
-    (rank, world), module, steps, pairs = ranks(), encoder.module, config["steps"], config["pairs"]
+    (rank, world), module, config = ranks(), encoder.module, head["config"]
+    steps, pairs, writes = config["steps"], config["pairs"], path is not None and rank == 0
     parameters = choose_parameters(encoder, row, config)
     optimiser = adamw(parameters, config["learning_rate"])
     forward = forward_of(encoder, task, row, config)
     feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
     task.q, start, rows = torch.full((2 * task.C,), 1 / (2 * task.C)), 0, []  # q: see gdro_cost
     if state:
-        module.load_state_dict(state["module"])
-        optimiser.load_state_dict(state["optimiser"])
-        task.q, start, rows = state["q"], state["step"], state["rows"]
+        with reading(path, *LEFT):
+            module.load_state_dict(state["module"])
+            optimiser.load_state_dict(state["optimiser"])
+            task.q, start, rows = state["q"].view(2 * task.C), int(state["step"]), list(state["rows"])
         say(f"--resume: goes on behind step {start}", True)
-    # what a batch costs is computed on the device, images are drawn on the CPU
+    # what a batch costs is computed on the device, where near.q moves on; images are drawn on the CPU
     tensors = {k: v.to(encoder.device) for k, v in vars(task).items() if isinstance(v, torch.Tensor)}
     near = SimpleNamespace(**vars(task) | tensors)
     amp = config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and encoder.on_gpu and encoder.bf16)
@@ -1431,9 +1420,9 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
     share = slice(rank * pairs // world, (rank + 1) * pairs // world)  # of a batch, this process's images
 
     def keep(step):
-        if save:
+        if writes:
             states = dict(module=module.state_dict(), optimiser=optimiser.state_dict(), q=near.q)
-            save(**states, step=step, rows=rows)
+            save_checkpoint(path, head | states | dict(step=step, rows=rows))
 
     feed.ahead(draw(start)[share])
     for step in range(start, steps):
@@ -1452,9 +1441,9 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             keep(step)
-            kept = f"the state before it is in {config['out_dir']}/training.pt"
+            kept = f"the state before it is in {path}; " * bool(path)
             cure = "start anew with a lower --learning_rate" + ", or with --dtype=float32" * amp
-            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}; {cure}")
+            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}{cure}")
         optimiser.step()
         if hasattr(module, "logit_scale"):
             module.logit_scale.data.clamp_(0, math.log(100))  # as CLIP does
@@ -1462,7 +1451,7 @@ def fit(encoder, task, row, config, state=None, save=None, asked=()):
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             speed = count / (time.time() - clock)
             rows.append(dict(step=step + 1, loss=loss, **values, lr=group["lr"], images_per_s=speed))
-            log(rows, config, save and rank == 0)
+            log(rows, config, writes)
             clock, count = time.time(), 0
         if (step + 1) % config["save_every"] == 0 or step + 1 == steps or asked:
             keep(step + 1)
@@ -1501,6 +1490,8 @@ def rate(step, steps, peak):
 def forward_of(encoder, task, row, config):
     """A function from images [N, 3, H, W] and their rows [N] to embeddings (see Towers) of all processes."""
     towers = Towers(encoder.module, encoder.kind, row is ANCHORS, config["checkpointing"])
+    if config["checkpointing"] and not hasattr(encoder.module, "set_grad_checkpointing"):
+        say(f"WARNING: --checkpointing has no effect: {encoder.name} cannot")
     if config["compile"]:
         towers = torch.compile(towers)
     if ranks()[1] > 1:
@@ -1550,7 +1541,6 @@ def choose_parameters(encoder, row, config):
         chosen.add("logit_scale")
         if config["loss"] != "infonce" and "texts" in row.uses:
             chosen.add("logit_bias")
-    module.requires_grad_(True)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in chosen)
     heads = module.get_classifier() if encoder.kind == "timm" else ()  # of distilled ones a tuple
@@ -1603,9 +1593,8 @@ def erm_cost(e, ids, task):
 
 def gdro_cost(e, ids, task):
     """Group DRO (Sagawa et al. 2020) over label x feature: q <- q exp(0.01 loss), kept in the task."""
-    y, has = task.y[ids], task.feature[ids]
-    ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, y, reduction="none")
-    one_hot = (2 * y[:, None] + has[:, None] == torch.arange(2 * task.C, device=y.device)).to(ce)  # [B, G]
+    ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, task.y[ids], reduction="none")
+    one_hot = F.one_hot(task.group[ids], len(task.q)).to(ce)  # [B, G]
     losses = one_hot.T @ ce / one_hot.sum(0).clamp(min=1)  # zero of a group that is not there
     q = task.q * torch.exp(0.01 * losses.detach())
     task.q = torch.where(losses.isfinite().all(), q / q.sum(), task.q)
@@ -1651,14 +1640,17 @@ def region_terms(cos, state, y, tau=0.07):
     What takes no part is NONE, not cut out: no shape depends on the data, so a GPU is never waited for.
     """
     x = cos.float() / tau
-    s = x.masked_fill((state != 0)[:, :, None], NONE).amax(1)  # [B, C], s_i(y) in row i
-    h = x.masked_fill((state != 1)[:, :, None], NONE).flatten(0, 1)  # [B R, C], of R_B^s
-    absent = (y[:, None] != torch.arange(x.shape[2], device=y.device)).all(0)  # [C], labels
-    s_y, largest = s.gather(1, y[:, None])[:, 0], h.masked_fill(absent, NONE).amax(1)  # [B], [B R]
-    L_R = torch.logaddexp(s.masked_fill(absent, NONE).logsumexp(1), largest.logsumexp(0)) - s_y
-    twins = (y[:, None] == y) & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
-    images = s[:, y].T.masked_fill(twins, NONE)  # [B, B], s_j(y_i) in row i
-    L_A = torch.logaddexp(images.logsumexp(1), h.logsumexp(0)[y]) - s_y
+    s = x.where((state == 0)[:, :, None], NONE).amax(1)  # [B, C], s_i(y) in row i
+    spurious = x.where((state == 1)[:, :, None], NONE).flatten(0, 1)  # [B R, C], R_B^s of all images
+    in_batch = (y[:, None] == torch.arange(x.shape[2], device=y.device)).any(0)  # [C], labels
+    s_y, largest = s.gather(1, y[:, None])[:, 0], spurious.where(in_batch, NONE).amax(1)  # [B], [B R]
+    L_R = torch.logaddexp(s.where(in_batch, NONE).logsumexp(1), largest.logsumexp(0)) - s_y
+    # an image's own term stays in its sum, so that the ratio is below 1
+    others = (y[:, None] != y) | torch.eye(len(y), dtype=torch.bool, device=y.device)
+    images = s[:, y].T.where(others, NONE)  # [B, B], s_j(y_i) in row i
+    L_A = (
+        torch.logaddexp(images.logsumexp(1), spurious.logsumexp(0)[y]) - s_y
+    )  # one sum a label, not an image
     counted = (state == 0).any(1)
     return [v.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1) for v in (L_R, L_A)]
 
@@ -1696,29 +1688,28 @@ def by_weight(task, pairs, weight=None):
 
 def feature_evenly(task, pairs):
     """With and without the discovered feature equally often for each label, as frequent as it is."""
-    group = 2 * task.y + task.feature.long()
-    size = torch.bincount(group, minlength=2 * task.C).double()
+    size = torch.bincount(task.group, minlength=2 * task.C).double()
     kinds = (rearrange(size, "(c f) -> c f", f=2) > 0).sum(1)  # of each label: with, without or both
-    return by_weight(task, pairs, torch.bincount(task.y)[task.y] / kinds[task.y] / size[group])
+    return by_weight(task, pairs, torch.bincount(task.y)[task.y] / kinds[task.y] / size[task.group])
 
 
 def groups_evenly(task, pairs):
     """Each group, label x feature, equally often."""
-    group = 2 * task.y + task.feature.long()
-    return by_weight(task, pairs, 1 / torch.bincount(group).double()[group])
+    return by_weight(task, pairs, 1 / torch.bincount(task.group).double()[task.group])
 
 
 def smallest_groups(task, pairs):
     """Each group, label x feature, cut down to the smallest."""
-    group = 2 * task.y + task.feature.long()
-    least = int(torch.bincount(group)[torch.unique(group)].min())
-    pick = torch.from_numpy(rng(task.seed, "subg").permutation(len(group)))
-    return every_image(task, pairs, torch.cat([pick[group[pick] == g][:least] for g in torch.unique(group)]))
+    pick = torch.from_numpy(rng(task.seed, "subg").permutation(len(task.group)))
+    members = [pick[task.group[pick] == g] for g in torch.unique(task.group)]
+    least = min(map(len, members))
+    say(f"subg: {least} images of each of {len(members)} groups")
+    return every_image(task, pairs, torch.cat([rows[:least] for rows in members]))
 
 
 # How often an image is drawn, what a batch costs, whether a discovery is needed, what the towers see.
 # A cost takes e (see Towers), ids and the task, on e's device: y [n], C, seed, loss, tau, w; with a discovery
-# state [n, R] and feature [n] (see discovered); of jtt weight [n].
+# state [n, R], feature, group [n] (see discovered); of jtt weight [n].
 Method = namedtuple("Method", "draw cost discovery uses", defaults=(False, ("texts",)))
 METHODS = {
     "finetune": Method(every_image, contrast_cost),

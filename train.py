@@ -218,64 +218,6 @@ def main():
     say(f"\n{out}: results.json, report.html, ckpt.pt, map.npz written, {time.time() - started:.0f} s", True)
 
 
-def save_results(out, results, fitted):
-    """Writes what came out: ckpt.pt, report.html, results.json, trained weights.safetensors; and says it."""
-    (out / "results.json").unlink(missing_ok=True)  # it would be of another run than what comes now
-    names, other = ["ckpt.pt", "map.npz", "report.html"], ["finetune.json"]
-    if fitted.weights:
-        write(out / "weights.safetensors", fitted.weights)
-        names.append("weights.safetensors")
-        trained = dict(erm="bap", bap="bap", val_probe_bap="val_probe_bap")  # the probes on its embeddings
-        fitted = fitted._replace(probes={name: fitted.probes[of] for name, of in trained.items()})
-    else:
-        other += ["weights.safetensors", "log.csv"]
-    state = {k: results[k] for k in ("config", "git")} | dict(fingerprint=fitted.encoder.fingerprint)
-    state.update(map=fitted.map.state_dict(), power=fitted.map.power)
-    state.update(probes={name: vars(probe) for name, probe in fitted.probes.items()})
-    state.update(classes=fitted.samples.classes, places=fitted.samples.places)
-    save_checkpoint(out / "ckpt.pt", state)
-    write(out / "map.npz", map_bytes(fitted))
-    write(out / "report.html", report(results, fitted))
-    results["files"] = {name: file_digest(out / name, "") for name in names}
-    write_json(out / "results.json", results)  # at the end: it is there only if all the rest is
-    for name in PARTIAL:
-        (out / name).unlink(missing_ok=True)
-    for line in results["notes"]:
-        say(line)
-    say(summary(results, fitted.samples), True)
-    others_here(out, other)
-
-
-def map_bytes(fitted):
-    """map.npz: the map (mu [D], W [D, D], power) and its probe (weight [D, C], bias [C], classes [C]; of bap,
-    or without composites of erm) for those who have numpy only; the README shows how it is applied."""
-    probe, buffer = fitted.probes.get("bap", fitted.probes["erm"]), io.BytesIO()
-    weight = probe.weight / torch.as_tensor(probe.scale).reshape(-1, 1)  # [D, C]
-    bias = probe.bias - torch.as_tensor(probe.mean) @ weight
-    arrays = dict(weight=weight, bias=bias, **fitted.map.state_dict())
-    arrays = {k: v.detach().cpu().numpy() for k, v in arrays.items()}
-    np.savez(buffer, power=fitted.map.power, classes=np.array(fitted.samples.classes, str), **arrays)
-    return buffer.getvalue()
-
-
-def material(config, encoder, out):
-    """What composites are made of: foregrounds, backgrounds, and notes. With embeddings from elsewhere not
-    foregrounds but the composites that --foregrounds has, or none: Stored [N], foreground, background [N]."""
-    kind, _, file = foregrounds.partition(":")
-    if encoder.kind != "stored":
-        wanted = "a folder; embeddings of composites go with --data=embeddings:FILE"
-        expect(kind != "embeddings", "foregrounds", foregrounds, wanted)
-        grounds, ground_notes = grounds_of(backgrounds, skip_bad)
-        figures, notes = figures_of(foregrounds, grounds, encoder, skip_bad, out)
-        return figures, grounds, notes + ground_notes
-    if kind == "embeddings":
-        grid = stored_composites(file)
-        return grid, [], [f"{file}: embeddings of {len(grid[0])} composites"]
-    none = torch.empty(0, dtype=torch.long)
-    note = "no composites (--foregrounds=embeddings:FILE): no rows of bap, nullspace, leace, no additivity"
-    return ([], none, none), [], [note]
-
-
 def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     """The whole method, for one seed: composites, additivity, maps, probes. Returns the result in plain
     numbers, and a Fitted. figures, grounds: see material; head: see head_of; by_place: see place_grounds."""
@@ -344,85 +286,6 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     return result, Fitted(trained, weights, g, probes, correct, samples, x_bap, cells, cuts)
 
 
-class Laps:
-    """Seconds since the last lap, by name; a call ends a lap, and says what is coming."""
-
-    def __init__(self):
-        self.seconds, self.clock = {}, time.time()
-
-    def __call__(self, name, coming=""):
-        self.seconds[name], self.clock = time.time() - self.clock, time.time()
-        if coming:
-            say(f"{coming} ...")
-
-
-def embedded(encoder, pictures, label, *numbers):
-    """Of pictures, and numbers [N] of them, what can be embedded: list, embeddings [n, D], numbers [n]."""
-    z = encoder.embed(pictures, label)
-    good = z.isfinite().all(1)
-    pictures = list(itertools.compress(pictures, good.tolist()))
-    return pictures, z[good], *[v.to(z.device)[good] for v in numbers]
-
-
-def how_additive(encoder, cells, z, i, j, seed):
-    """The fit of z(f, b) = mu + a_f + c_b + e, and of 200 composites cos(z(f, b), z(f on grey) + z(b))."""
-    additive = additivity(unit(z), i, j, seed=seed)
-    if encoder.kind == "stored":  # neither part alone can be embedded
-        return additive
-    pick = some_of(len(z), 200, seed)
-    f = encoder.embed([replace(cells[k], ground=None) for k in pick], "foregrounds on grey")
-    b = encoder.embed([replace(cells[k], figure=None) for k in pick], "backgrounds alone")
-    parts = torch.stack([unit(v) for v in (z[pick], f, b)])  # [3, N, D]
-    parts = parts[:, parts.isfinite().all(2).all(0)]
-    additive["flat"].update(cos_sum(*parts, seed=seed))
-    logs = sphere_log(rearrange(parts, "k n d -> (k n) d"))
-    additive["sphere"].update(cos_sum(*rearrange(logs, "(k n) d -> k n d", k=3), seed=seed))
-    return additive
-
-
-def probe_all(maps, x, x_bap, samples, augmented, l2, seed):
-    """The probe on every map, and what else could be done: probes, the metrics of ROWS on the test split, of
-    rows that cannot be computed the reasons, and which images are right [n]. maps: name -> g; x, x_bap:
-    embeddings [n, D] of all images, by the encoder and by what BAP made of it; augmented: name ->
-    (embeddings, labels) of images that join the training split, see recomposed."""
-    y, group, split = (v.to(x.device) for v in (samples.y, samples.group(), samples.split))
-    biased, val, test = (split == k for k in range(3))
-    probes, correct, counts = {}, {}, samples.counts()[0].to(x.device)
-
-    def probe(name, g, mask=biased, joining=None, weight=None):
-        inputs = x_bap if name in ("bap", "bap_both", "val_probe_bap") else x
-        rows, labels = g(inputs[mask]), y[mask]
-        if joining:
-            rows, labels = torch.cat([rows, g(joining[0])]), torch.cat([labels, joining[1]])
-        probes[name] = fit_probe(rows, labels, l2, weight, len(samples.classes))
-        correct[name] = probes[name].predict(g(inputs)) == y
-
-    probe("erm", unit)
-    for name, g in maps.items():
-        probe(name, g)
-    probe("val_probe", unit, val)
-    if "bap" in maps:
-        probe("val_probe_bap", maps["bap"], val)
-    for name, joining in augmented.items():
-        probe(name, unit, joining=joining)
-    reasons = dict(group_weighted=unbalanced(samples, 0), dfr=unbalanced(samples, 1, 2, 8))
-    reasons["dfr_val_scaled"] = reasons["dfr"]
-    if not reasons["group_weighted"]:
-        placed = biased & (group >= 0)
-        probe("group_weighted", unit, placed, weight=1 / counts[group[placed]].double())
-    for name, scaler in (("dfr", standard(x[biased])), ("dfr_val_scaled", None)):
-        if not reasons[name]:
-            correct[name] = dfr(x[val], y[val], group[val], seed, scaler).predict(x) == y
-    reasons = {name: reason for name, reason in (reasons | MASKED).items() if name not in correct}
-    methods = {}
-    for name in ROWS:
-        if name in correct:
-            over = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=seed)
-            metrics = group_metrics(correct[name][test], samples, test.nonzero()[:, 0])
-            methods[name] = dict(metrics, over_erm=list(over))
-    return probes, methods, reasons, {name: right.cpu() for name, right in correct.items()}
-
-
 # ----------------------------------------------------------------------------------------------------------
 # the maps: composites z [N, D] of foregrounds i [N] and backgrounds j [N] -> g
 
@@ -468,6 +331,100 @@ def wiener(grids, lam=1.0, power=1.0, drift=None, least=0.0):
     return Map(mu, torch.linalg.solve_triangular(L.T, u * share, upper=True) @ u.T @ L.T, power)
 
 
+def contrast(g, z, i, j, seed, steps, learning_rate):
+    """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor.
+
+    A virtual composite is a_i + r_k, a_i the anchor of foreground i as the map sees it, less its mean, and
+    r_k all that is not the foreground in a real composite k: background, interaction, noise. A linear map
+    commutes with the sum, so all pairs are had from the projected parts (kernels/pairwise_loss.py). Starts
+    at the closed form.
+    """
+    x, i = features(z, g.power), renumber(i)
+    mu, a, _ = additive_solve(x, i, renumber(j))
+    a, r = (mu - g.mu + a).float(), (x - mu - a[i]).float()  # [n, D], [N, D]; anchors as the map sees them
+    generator, W = torch.Generator().manual_seed(seed), g.W.requires_grad_(True)
+    start, gain = W.detach().clone(), 1 / (a @ W.detach()).norm(dim=1).mean()
+    optimiser = torch.optim.AdamW([W], learning_rate * float(start.std()), weight_decay=0.0)
+    slower = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
+    for step in range(steps):
+        n, m = (torch.randperm(len(v), generator=generator)[:256].to(v.device) for v in (a, r))
+        f, b, y = a[n] @ W, r[m] @ W, torch.arange(len(n), device=a.device)
+        value = pairwise_loss(f, b, unit(f), y, 20.0)  # the inverse temperature
+        value = value + 100 * (gain * (W - start)).square().sum() / len(W)  # it stays near the closed form
+        optimiser.zero_grad()
+        value.backward()
+        if not value.isfinite():
+            raise Complaint(f"--bap_map=linear: the loss is not finite in step {step}; lower --learning_rate")
+        optimiser.step()
+        slower.step()
+        if step % 50 == 0 or step == steps - 1:
+            say(f"step {step}: loss {value.item():.4f}")
+    W.requires_grad_(False)
+    return g
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the encoder itself, with --train=last_blocks|image
+
+
+def pretrain(encoder, grids, samples, seed, out, head):
+    """BAP on the encoder itself (--train=last_blocks|image): a copy of it is trained so that each composite
+    lands on the anchor of its foreground (squared distance, in shares of the anchors' variance). What
+    texts (or the rows of its classifier) say of an image is kept: it becomes what they say of the anchor
+    (KL). Anchors, mu + a_f, are those of the encoder as it was: fixed, so nothing can collapse. Contrast
+    among them was worse. Our reading.
+
+    Returns the Encoder, its weights as a file's bytes, and the grids with its embeddings."""
+    config, head = head["config"], dict(head, seed=seed)
+    z, j = (torch.cat(parts) for parts in zip(*[(grid.z, grid.j) for grid in grids], strict=True))
+    # numbers of instances of one grid mean nothing in the other
+    i = renumber(torch.cat([grid.i + n * config["instances"] for n, grid in enumerate(grids)]))
+    mu, a, _ = additive_solve(z, i, renumber(j))
+    a = a.float()
+    task = SimpleNamespace(items=sum((grid.cells for grid in grids), []), y=i.cpu(), C=len(a), seed=seed)
+    task.anchors, task.variance = mu.float() + a, a.square().sum(1).mean()
+    task.weight = torch.cat([torch.full((len(grid.z),), grid.weight / len(grid.z)) for grid in grids])
+    task.read, task.text_weight = readout(encoder, samples), config["text_weight"]
+    student, path = encoder.with_module(copy.deepcopy(encoder.module)), out / PARTIAL[1]
+    # without --resume what lies there is this run's own, of the seed before
+    state = unfinished(path, head, encoder) if config["resume"] else None
+    if state and state["seed"] != seed:
+        state = None
+    weights, _ = fit_and_keep(student, task, ANCHORS, head, path, state)
+    trained = encoder.with_module(student.module, sha256(weights))
+    z = trained.embed(task.items, "composites, trained").split([len(grid.z) for grid in grids])
+    return trained, weights, [grid._replace(z=v) for grid, v in zip(grids, z, strict=True)]
+
+
+def readout(encoder, samples):
+    """A function from embeddings [N, D] to logits [N, V], of the target's and ImageNet's texts, or of a
+    classifier's rows; None without either."""
+    if encoder.tokenizer:
+        prompts = [[f"a photo of a {name}."] for name in synsets()[2]]
+        if not samples.nameless:
+            prompts = samples.class_prompts() + prompts
+        t, scale = encoder.prompts(prompts), encoder.facts["logit_scale"]
+        return lambda z: scale * unit(z) @ t.T
+    if encoder.facts["rows"]:
+        rows, bias = encoder.classifier()
+        return lambda z: z @ rows.T + bias
+    return None
+
+
+def before_and_after(encoder, trained, samples, x, x_bap):
+    """Zero-shot accuracies by the encoder as it was and as it is trained; None without texts or names."""
+    if not encoder.tokenizer:
+        return None
+    say(samples.nameless or samples.prompt_line())
+    if samples.nameless:
+        return None
+    return dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the target's own foregrounds: a cutter learns from composites, whose alpha is known, where the foreground is
+
+
 def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     """The target's own training foregrounds, as a cutter that learned from the composites cells finds them,
     on other backgrounds: cuts, a Grid, and drift and foretold, see own_backgrounds. None if the cutter is not
@@ -493,6 +450,16 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     say(f"what {len(drift)} photos have beside their foregrounds: {line}{left_out}")
     grid = Grid(1.0, z, i, j, cells)
     return SimpleNamespace(cuts=cuts, grid=grid, drift=drift, foretold=foretold, independent=independent)
+
+
+def own_composites(cuts, grounds, seed):
+    """Each own foreground on OWN_PER backgrounds: composites, their foregrounds i and backgrounds j [N]."""
+    items, j = [], []
+    for n, k in np.ndindex(len(cuts), OWN_PER):
+        g = rng(seed, "own", n, k)
+        j.append(int(g.integers(len(grounds))))
+        items.append(Composite(cuts[n], grounds[j[-1]], None, draw_view(g)))
+    return items, torch.arange(len(cuts)).repeat_interleave(OWN_PER), torch.tensor(j)
 
 
 def own_backgrounds(photos, v, i, turn, y, seed):
@@ -536,6 +503,121 @@ def foretold_share(a, d, y, seed, leading=40):
     return float(1 - lost / d.square().sum())
 
 
+def cut_out(encoder, pictures, cells, seed, what):
+    """The foregrounds of pictures, {number: Cut}, by a cutter that learned from the composites cells; whether
+    it can be trusted; and a line on that. It cannot if it misses the foregrounds of held-out composites (IoU
+    below 0.6), nor if it finds one of plausible size, 2 to 50 % of the picture, in less than two thirds of
+    the target's: then what it learned from composites does not carry over."""
+    scenes = [cells[k] for k in some_of(len(cells), 640, seed)]
+    part, keys = f"cutter {seed} {encoder.precision}", [scene.key() for scene in scenes]
+    learned = encoder.kept(part, keys, 1, lambda: learn_cutter(encoder, scenes, seed))[0]
+    theta, (h, w, iou) = learned[:-3], learned[-3:].tolist()
+
+    def masks(x, _):  # images [N, 3, H, W] -> [N, h * w], for encoder.embed
+        return rearrange(soft_mask(dense(encoder, x), theta), "n h w -> n (h w)")
+
+    numbers = sorted(some_of(len(pictures), OWN_MOST, seed))
+    name = f"cutter {sha256(theta.cpu().numpy().tobytes())[:16]}"
+    alpha = encoder.embed([pictures[k] for k in numbers], "cut out", masks, name)
+    plausible = (alpha.mean(1) > 0.02) & (alpha.mean(1) < 0.5)
+    share, cuts = float(plausible.double().mean()), {}
+    for k, mask in zip(itertools.compress(numbers, plausible.tolist()), alpha[plausible], strict=True):
+        raw = (mask * 255).round().to(torch.uint8).cpu().numpy().tobytes()
+        cuts[k] = Cut(pictures[k], raw, (int(h), int(w)), encoder.frame(*picture_size(pictures[k])))
+    line = f"cutter: IoU {iou:.2f} on held-out composites"
+    line += f", a plausible foreground in {share:.0%} of the {what}"
+    return cuts, iou >= 0.6 and share >= 2 / 3, line
+
+
+def learn_cutter(encoder, scenes, seed, cells=60):
+    """A logistic regression on the cells of dense(), learned from composites [n] and their alpha, from so
+    many cells of each, as neighbours say much the same; and its mean intersection over union on every tenth
+    composite, held out, though its cut-out may stand in others. Returns weight, bias, h and w of the grid,
+    and IoU, [1, D' + 4]. Ours, not in the papers."""
+    generator, rows, target, held_out = torch.Generator().manual_seed(seed), [], [], []
+    with ThreadPoolExecutor(encoder.threads) as pool:
+        for start in bar("cutter", range(0, len(scenes), 16)):
+            batch = scenes[start : start + 16]
+            x = encoder.normalised(encoder.onto_device(list(pool.map(encoder.pixels, batch))))
+            f = encoder.run(x, encoder.precision, lambda x, _: dense(encoder, x))  # [N, h, w, D']
+            alphas, grid = [scene.alpha() for scene in batch], f.shape[1:3]
+            a = torch.stack([cell_shares(v, encoder.frame(*v.size), *grid) for v in alphas]).to(f.device)
+            test = torch.arange(start, start + len(batch), device=f.device) % 10 == 9
+            held_out.append((f[test], a[test]))
+            f, a = rearrange(f[~test], "n h w d -> n (h w) d"), rearrange(a[~test], "n h w -> n (h w)")
+            pick = torch.randint(a.shape[1], (len(a), cells), generator=generator).to(f.device)
+            rows.append(f.gather(1, repeat(pick, "n k -> n k d", d=f.shape[2])).flatten(0, 1))
+            target.append(a.gather(1, pick).flatten())
+    x, y = torch.cat(rows), torch.cat(target)
+    mean, scale = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, theta = (x - mean) / scale, x.new_zeros(x.shape[1] + 1).requires_grad_()
+    optimiser = torch.optim.LBFGS([theta], max_iter=100, line_search_fn="strong_wolfe")
+
+    def step():
+        optimiser.zero_grad()
+        ce = F.binary_cross_entropy_with_logits(x @ theta[:-1] + theta[-1], y)
+        value = ce + 1e-4 * theta[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(step)
+    weight, bias = theta.detach()[:-1] / scale, theta.detach()[-1:]
+    theta, iou = torch.cat([weight, bias - mean @ weight]), []  # of cells as they come, not standardised
+    for f, a in held_out:
+        on, true = soft_mask(f, theta) > 0.5, a > 0.5
+        iou.append((on & true).sum((1, 2)) / (on | true).sum((1, 2)).clamp(min=1))
+    return torch.cat([theta, theta.new_tensor([*grid, torch.cat(iou).mean()])])[None]
+
+
+def dense(encoder, x):
+    """Images [N, 3, H, W] -> the last three levels of features on the finest one's grid: [N, h, w, D']."""
+    tower = getattr(encoder.fast, "visual", encoder.fast)
+    levels = tower.forward_intermediates(x, indices=3, intermediates_only=True)
+    if isinstance(levels, dict):  # open_clip's, where timm has a list
+        levels = levels["image_intermediates"]
+    grid = max(tuple(v.shape[2:]) for v in levels)
+    same = torch.cat([F.interpolate(v.float(), size=grid, mode="bilinear") for v in levels], 1)
+    return rearrange(same, "n d h w -> n h w d")
+
+
+def soft_mask(cells, theta):
+    """Cells [..., D'] of dense() -> soft mask [...]: 0 below probability 0.2, where most cells are ground, 1
+    above 0.5. theta: weight and bias of a logistic regression, [D' + 1]."""
+    return (((cells @ theta[:-1] + theta[-1]).sigmoid() - 0.2) / 0.3).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Cut(Picture):
+    """The foreground of a picture by a soft mask that the cutter found, in the picture's own frame: RGBA."""
+
+    picture: Picture
+    alpha: bytes  # of h x w cells
+    shape: tuple  # h, w
+    box: tuple = (0.0, 0.0, 1.0, 1.0)  # that they cover, in shares of the picture; nothing outside it
+
+    @property
+    def path(self):
+        return getattr(self.picture, "path", "a drawn picture")
+
+    def image(self):
+        image = self.picture.image()
+        left, top, right, bottom = (round(v * n) for v, n in zip(self.box, image.size * 2, strict=True))
+        alpha = Image.frombytes("L", self.shape[::-1], self.alpha)
+        mask = Image.new("L", image.size)
+        mask.paste(alpha.resize((right - left, bottom - top), Image.BICUBIC), (left, top))
+        image.putalpha(mask)
+        return image
+
+
+def some_of(n, most, seed):
+    """Up to `most` of the numbers 0 to n - 1, in random order: list."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what BAP is compared with, probes, and whether the map is invariant
+
+
 def background_effects(z, i, j, k):
     """mu [D], and the k leading directions [D, k] and coordinates [m, k] of the backgrounds' effects c_j."""
     mu, _, c = additive_solve(z, renumber(i), renumber(j))
@@ -565,36 +647,63 @@ def leace(z, i, j, k=32):
     return Map(mu, (torch.eye(len(mu)).to(mu) - colour @ q @ q.T @ whiten).T)
 
 
-def contrast(g, z, i, j, seed, steps, learning_rate):
-    """Trains the map by contrast: every virtual composite of foreground i is to point at its own anchor.
+def recomposed(encoder, samples, grounds, by_place, seed):
+    """The training foregrounds, by their masks, on other backgrounds: {"copy_paste": on two of the
+    composites', "balanced_train": on one of each place}, each (embeddings [k, D], labels [k]), if any."""
+    out, masked = {}, [k for k in (samples.split == 0).nonzero()[:, 0].tolist() if samples.cut[k]]
+    for name, choices, copies in (("copy_paste", [grounds], 2), ("balanced_train", by_place, 1)):
+        items, y = [], []
+        for k, which, again in itertools.product(masked, range(len(choices)), range(copies)):
+            g = rng(seed, "recompose", k, which, again)
+            ground = choices[which][g.integers(len(choices[which]))]
+            items.append(replace(samples.cut[k], ground=ground, view=View(flip=bool(g.random() < 0.5))))
+            y.append(int(samples.y[k]))
+        if items:
+            out[name] = embedded(encoder, items, name, torch.tensor(y))[1:]
+    return out
 
-    A virtual composite is a_i + r_k, a_i the anchor of foreground i as the map sees it, less its mean, and
-    r_k all that is not the foreground in a real composite k: background, interaction, noise. A linear map
-    commutes with the sum, so all pairs are had from the projected parts (kernels/pairwise_loss.py). Starts
-    at the closed form.
-    """
-    x, i = features(z, g.power), renumber(i)
-    mu, a, _ = additive_solve(x, i, renumber(j))
-    a, r = (mu - g.mu + a).float(), (x - mu - a[i]).float()  # [n, D], [N, D]; anchors as the map sees them
-    generator, W = torch.Generator().manual_seed(seed), g.W.requires_grad_(True)
-    start, gain = W.detach().clone(), 1 / (a @ W.detach()).norm(dim=1).mean()
-    optimiser = torch.optim.AdamW([W], learning_rate * float(start.std()), weight_decay=0.0)
-    slower = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
-    for step in range(steps):
-        n, m = (torch.randperm(len(v), generator=generator)[:256].to(v.device) for v in (a, r))
-        f, b, y = a[n] @ W, r[m] @ W, torch.arange(len(n), device=a.device)
-        value = pairwise_loss(f, b, unit(f), y, 20.0)  # the inverse temperature
-        value = value + 100 * (gain * (W - start)).square().sum() / len(W)  # it stays near the closed form
-        optimiser.zero_grad()
-        value.backward()
-        if not value.isfinite():
-            raise Complaint(f"--bap_map=linear: the loss is not finite in step {step}; lower --learning_rate")
-        optimiser.step()
-        slower.step()
-        if step % 50 == 0 or step == steps - 1:
-            say(f"step {step}: loss {value.item():.4f}")
-    W.requires_grad_(False)
-    return g
+
+def probe_all(maps, x, x_bap, samples, augmented, l2, seed):
+    """The probe on every map, and what else could be done: probes, the metrics of ROWS on the test split, of
+    rows that cannot be computed the reasons, and which images are right [n]. maps: name -> g; x, x_bap:
+    embeddings [n, D] of all images, by the encoder and by what BAP made of it; augmented: name ->
+    (embeddings, labels) of images that join the training split, see recomposed."""
+    y, group, split = (v.to(x.device) for v in (samples.y, samples.group(), samples.split))
+    biased, val, test = (split == k for k in range(3))
+    probes, correct, counts = {}, {}, samples.counts()[0].to(x.device)
+
+    def probe(name, g, mask=biased, joining=None, weight=None):
+        inputs = x_bap if name in ("bap", "bap_both", "val_probe_bap") else x
+        rows, labels = g(inputs[mask]), y[mask]
+        if joining:
+            rows, labels = torch.cat([rows, g(joining[0])]), torch.cat([labels, joining[1]])
+        probes[name] = fit_probe(rows, labels, l2, weight, len(samples.classes))
+        correct[name] = probes[name].predict(g(inputs)) == y
+
+    probe("erm", unit)
+    for name, g in maps.items():
+        probe(name, g)
+    probe("val_probe", unit, val)
+    if "bap" in maps:
+        probe("val_probe_bap", maps["bap"], val)
+    for name, joining in augmented.items():
+        probe(name, unit, joining=joining)
+    reasons = dict(group_weighted=unbalanced(samples, 0), dfr=unbalanced(samples, 1, 2, 8))
+    reasons["dfr_val_scaled"] = reasons["dfr"]
+    if not reasons["group_weighted"]:
+        placed = biased & (group >= 0)
+        probe("group_weighted", unit, placed, weight=1 / counts[group[placed]].double())
+    for name, scaler in (("dfr", standard(x[biased])), ("dfr_val_scaled", None)):
+        if not reasons[name]:
+            correct[name] = dfr(x[val], y[val], group[val], seed, scaler).predict(x) == y
+    reasons = {name: reason for name, reason in (reasons | MASKED).items() if name not in correct}
+    methods = {}
+    for name in ROWS:
+        if name in correct:
+            over = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=seed)
+            metrics = group_metrics(correct[name][test], samples, test.nonzero()[:, 0])
+            methods[name] = dict(metrics, over_erm=list(over))
+    return probes, methods, reasons, {name: right.cpu() for name, right in correct.items()}
 
 
 def invariance(g, z, i, x, x_bap, samples, l2, seed):
@@ -649,154 +758,25 @@ def mlp(x, y, hidden=64):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# the target's own foregrounds: a cutter learns from composites, whose alpha is known, where the foreground is
+# what composites are made of, and how additive they are
 
 
-@dataclass(frozen=True)
-class Cut(Picture):
-    """The foreground of a picture by a soft mask that the cutter found, in the picture's own frame: RGBA."""
-
-    picture: Picture
-    alpha: bytes  # of h x w cells
-    shape: tuple  # h, w
-    box: tuple = (0.0, 0.0, 1.0, 1.0)  # that they cover, in shares of the picture; nothing outside it
-
-    @property
-    def path(self):
-        return getattr(self.picture, "path", "a drawn picture")
-
-    def image(self):
-        image = self.picture.image()
-        left, top, right, bottom = (round(v * n) for v, n in zip(self.box, image.size * 2, strict=True))
-        alpha = Image.frombytes("L", self.shape[::-1], self.alpha)
-        mask = Image.new("L", image.size)
-        mask.paste(alpha.resize((right - left, bottom - top), Image.BICUBIC), (left, top))
-        image.putalpha(mask)
-        return image
-
-
-def dense(encoder, x):
-    """Images [N, 3, H, W] -> the last three levels of features on the finest one's grid: [N, h, w, D']."""
-    tower = getattr(encoder.fast, "visual", encoder.fast)
-    levels = tower.forward_intermediates(x, indices=3, intermediates_only=True)
-    if isinstance(levels, dict):  # open_clip's, where timm has a list
-        levels = levels["image_intermediates"]
-    grid = max(tuple(v.shape[2:]) for v in levels)
-    same = torch.cat([F.interpolate(v.float(), size=grid, mode="bilinear") for v in levels], 1)
-    return rearrange(same, "n d h w -> n h w d")
-
-
-def soft_mask(cells, theta):
-    """Cells [..., D'] of dense() -> soft mask [...]: 0 below probability 0.2, where most cells are ground, 1
-    above 0.5. theta: weight and bias of a logistic regression, [D' + 1]."""
-    return (((cells @ theta[:-1] + theta[-1]).sigmoid() - 0.2) / 0.3).clamp(0, 1)
-
-
-def learn_cutter(encoder, scenes, seed, cells=60):
-    """A logistic regression on the cells of dense(), learned from composites [n] and their alpha, from so
-    many cells of each, as neighbours say much the same; and its mean intersection over union on every tenth
-    composite, held out, though its cut-out may stand in others. Returns weight, bias, h and w of the grid,
-    and IoU, [1, D' + 4]. Ours, not in the papers."""
-    generator, rows, target, held_out = torch.Generator().manual_seed(seed), [], [], []
-    with ThreadPoolExecutor(encoder.threads) as pool:
-        for start in bar("cutter", range(0, len(scenes), 16)):
-            batch = scenes[start : start + 16]
-            x = encoder.normalised(encoder.onto_device(list(pool.map(encoder.pixels, batch))))
-            f = encoder.run(x, encoder.precision, lambda x, _: dense(encoder, x))  # [N, h, w, D']
-            alphas, grid = [scene.alpha() for scene in batch], f.shape[1:3]
-            a = torch.stack([cell_shares(v, encoder.frame(*v.size), *grid) for v in alphas]).to(f.device)
-            test = torch.arange(start, start + len(batch), device=f.device) % 10 == 9
-            held_out.append((f[test], a[test]))
-            f, a = rearrange(f[~test], "n h w d -> n (h w) d"), rearrange(a[~test], "n h w -> n (h w)")
-            pick = torch.randint(a.shape[1], (len(a), cells), generator=generator).to(f.device)
-            rows.append(f.gather(1, repeat(pick, "n k -> n k d", d=f.shape[2])).flatten(0, 1))
-            target.append(a.gather(1, pick).flatten())
-    x, y = torch.cat(rows), torch.cat(target)
-    mean, scale = x.mean(0), x.std(0).clamp(min=1e-6)
-    x, theta = (x - mean) / scale, x.new_zeros(x.shape[1] + 1).requires_grad_()
-    optimiser = torch.optim.LBFGS([theta], max_iter=100, line_search_fn="strong_wolfe")
-
-    def step():
-        optimiser.zero_grad()
-        ce = F.binary_cross_entropy_with_logits(x @ theta[:-1] + theta[-1], y)
-        value = ce + 1e-4 * theta[:-1].square().sum()
-        value.backward()
-        return value
-
-    optimiser.step(step)
-    weight, bias = theta.detach()[:-1] / scale, theta.detach()[-1:]
-    theta, iou = torch.cat([weight, bias - mean @ weight]), []  # of cells as they come, not standardised
-    for f, a in held_out:
-        on, true = soft_mask(f, theta) > 0.5, a > 0.5
-        iou.append((on & true).sum((1, 2)) / (on | true).sum((1, 2)).clamp(min=1))
-    return torch.cat([theta, theta.new_tensor([*grid, torch.cat(iou).mean()])])[None]
-
-
-def cut_out(encoder, pictures, cells, seed, what):
-    """The foregrounds of pictures, {number: Cut}, by a cutter that learned from the composites cells; whether
-    it can be trusted; and a line on that. It cannot if it misses the foregrounds of held-out composites (IoU
-    below 0.6), nor if it finds one of plausible size, 2 to 50 % of the picture, in less than two thirds of
-    the target's: then what it learned from composites does not carry over."""
-    scenes = [cells[k] for k in some_of(len(cells), 640, seed)]
-    part, keys = f"cutter {seed} {encoder.precision}", [scene.key() for scene in scenes]
-    learned = encoder.kept(part, keys, 1, lambda: learn_cutter(encoder, scenes, seed))[0]
-    theta, (h, w, iou) = learned[:-3], learned[-3:].tolist()
-
-    def masks(x, _):  # images [N, 3, H, W] -> [N, h * w], for encoder.embed
-        return rearrange(soft_mask(dense(encoder, x), theta), "n h w -> n (h w)")
-
-    numbers = sorted(some_of(len(pictures), OWN_MOST, seed))
-    name = f"cutter {sha256(theta.cpu().numpy().tobytes())[:16]}"
-    alpha = encoder.embed([pictures[k] for k in numbers], "cut out", masks, name)
-    plausible = (alpha.mean(1) > 0.02) & (alpha.mean(1) < 0.5)
-    share, cuts = float(plausible.double().mean()), {}
-    for k, mask in zip(itertools.compress(numbers, plausible.tolist()), alpha[plausible], strict=True):
-        raw = (mask * 255).round().to(torch.uint8).cpu().numpy().tobytes()
-        cuts[k] = Cut(pictures[k], raw, (int(h), int(w)), encoder.frame(*picture_size(pictures[k])))
-    line = f"cutter: IoU {iou:.2f} on held-out composites"
-    line += f", a plausible foreground in {share:.0%} of the {what}"
-    return cuts, iou >= 0.6 and share >= 2 / 3, line
-
-
-def some_of(n, most, seed):
-    """Up to `most` of the numbers 0 to n - 1, in random order: list."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].tolist()
-
-
-def own_composites(cuts, grounds, seed):
-    """Each own foreground on OWN_PER backgrounds: composites, their foregrounds i and backgrounds j [N]."""
-    items, j = [], []
-    for n, k in np.ndindex(len(cuts), OWN_PER):
-        g = rng(seed, "own", n, k)
-        j.append(int(g.integers(len(grounds))))
-        items.append(Composite(cuts[n], grounds[j[-1]], None, draw_view(g)))
-    return items, torch.arange(len(cuts)).repeat_interleave(OWN_PER), torch.tensor(j)
-
-
-def recomposed(encoder, samples, grounds, by_place, seed):
-    """The training foregrounds, by their masks, on other backgrounds: {"copy_paste": on two of the
-    composites', "balanced_train": on one of each place}, each (embeddings [k, D], labels [k]), if any."""
-    out, masked = {}, [k for k in (samples.split == 0).nonzero()[:, 0].tolist() if samples.cut[k]]
-    for name, choices, copies in (("copy_paste", [grounds], 2), ("balanced_train", by_place, 1)):
-        items, y = [], []
-        for k, which, again in itertools.product(masked, range(len(choices)), range(copies)):
-            g = rng(seed, "recompose", k, which, again)
-            ground = choices[which][g.integers(len(choices[which]))]
-            items.append(replace(samples.cut[k], ground=ground, view=View(flip=bool(g.random() < 0.5))))
-            y.append(int(samples.y[k]))
-        if items:
-            out[name] = embedded(encoder, items, name, torch.tensor(y))[1:]
-    return out
-
-
-def place_grounds(samples, folders):
-    """For each place a list of backgrounds to recompose on, from --place_backgrounds=DIR,DIR."""
-    folders = folders.split(",") if folders else []
-    wanted = f"one folder for each of the places {', '.join(samples.places)}"
-    expect(len(folders) in (0, len(samples.places)), "place_backgrounds", ",".join(folders), wanted)
-    if samples.name == "scenes" and not folders:
-        folders = [str(ASSETS / "scenes" / "train" / place) for place in samples.places]
-    return [layers(folder, Ground, "place_backgrounds")[0] for folder in folders]
+def material(config, encoder, out):
+    """What composites are made of: foregrounds, backgrounds, and notes. With embeddings from elsewhere not
+    foregrounds but the composites that --foregrounds has, or none: Stored [N], foreground, background [N]."""
+    kind, _, file = foregrounds.partition(":")
+    if encoder.kind != "stored":
+        wanted = "a folder; embeddings of composites go with --data=embeddings:FILE"
+        expect(kind != "embeddings", "foregrounds", foregrounds, wanted)
+        grounds, ground_notes = grounds_of(backgrounds, skip_bad)
+        figures, notes = figures_of(foregrounds, grounds, encoder, skip_bad, out)
+        return figures, grounds, notes + ground_notes
+    if kind == "embeddings":
+        grid = stored_composites(file)
+        return grid, [], [f"{file}: embeddings of {len(grid[0])} composites"]
+    none = torch.empty(0, dtype=torch.long)
+    note = "no composites (--foregrounds=embeddings:FILE): no rows of bap, nullspace, leace, no additivity"
+    return ([], none, none), [], [note]
 
 
 def figures_of(where, grounds, encoder, skip_bad, out):
@@ -833,48 +813,50 @@ def grounds_of(where, skip_bad, most=100):
     return grounds, [f"backgrounds: {len(grounds)} regions that discover.py found the model to rely on"]
 
 
-def pretrain(encoder, grids, samples, seed, out, head):
-    """BAP on the encoder itself (--train=last_blocks|image): a copy of it is trained so that each composite
-    lands on the anchor of its foreground (squared distance, in shares of the anchors' variance). What
-    texts (or the rows of its classifier) say of an image is kept: it becomes what they say of the anchor
-    (KL). Anchors, mu + a_f, are those of the encoder as it was: fixed, so nothing can collapse. Contrast
-    among them was worse. Our reading.
-
-    Returns the Encoder, its weights as a file's bytes, and the grids with its embeddings."""
-    config, head = head["config"], dict(head, seed=seed)
-    z, j = (torch.cat(parts) for parts in zip(*[(grid.z, grid.j) for grid in grids], strict=True))
-    # numbers of instances of one grid mean nothing in the other
-    i = renumber(torch.cat([grid.i + n * config["instances"] for n, grid in enumerate(grids)]))
-    mu, a, _ = additive_solve(z, i, renumber(j))
-    a = a.float()
-    task = SimpleNamespace(items=sum((grid.cells for grid in grids), []), y=i.cpu(), C=len(a), seed=seed)
-    task.anchors, task.variance = mu.float() + a, a.square().sum(1).mean()
-    task.weight = torch.cat([torch.full((len(grid.z),), grid.weight / len(grid.z)) for grid in grids])
-    task.read, task.text_weight = readout(encoder, samples), config["text_weight"]
-    student, path = encoder.with_module(copy.deepcopy(encoder.module)), out / PARTIAL[1]
-    # without --resume what lies there is this run's own, of the seed before
-    state = unfinished(path, head, encoder) if config["resume"] else None
-    if state and state["seed"] != seed:
-        state = None
-    weights, _ = fit_and_keep(student, task, ANCHORS, head, path, state)
-    trained = encoder.with_module(student.module, sha256(weights))
-    z = trained.embed(task.items, "composites, trained").split([len(grid.z) for grid in grids])
-    return trained, weights, [grid._replace(z=v) for grid, v in zip(grids, z, strict=True)]
+def place_grounds(samples, folders):
+    """For each place a list of backgrounds to recompose on, from --place_backgrounds=DIR,DIR."""
+    folders = folders.split(",") if folders else []
+    wanted = f"one folder for each of the places {', '.join(samples.places)}"
+    expect(len(folders) in (0, len(samples.places)), "place_backgrounds", ",".join(folders), wanted)
+    if samples.name == "scenes" and not folders:
+        folders = [str(ASSETS / "scenes" / "train" / place) for place in samples.places]
+    return [layers(folder, Ground, "place_backgrounds")[0] for folder in folders]
 
 
-def readout(encoder, samples):
-    """A function from embeddings [N, D] to logits [N, V], of the target's and ImageNet's texts, or of a
-    classifier's rows; None without either."""
-    if encoder.tokenizer:
-        prompts = [[f"a photo of a {name}."] for name in synsets()[2]]
-        if not samples.nameless:
-            prompts = samples.class_prompts() + prompts
-        t, scale = encoder.prompts(prompts), encoder.facts["logit_scale"]
-        return lambda z: scale * unit(z) @ t.T
-    if encoder.facts["rows"]:
-        rows, bias = encoder.classifier()
-        return lambda z: z @ rows.T + bias
-    return None
+def embedded(encoder, pictures, label, *numbers):
+    """Of pictures, and numbers [N] of them, what can be embedded: list, embeddings [n, D], numbers [n]."""
+    z = encoder.embed(pictures, label)
+    good = z.isfinite().all(1)
+    pictures = list(itertools.compress(pictures, good.tolist()))
+    return pictures, z[good], *[v.to(z.device)[good] for v in numbers]
+
+
+def how_additive(encoder, cells, z, i, j, seed):
+    """The fit of z(f, b) = mu + a_f + c_b + e, and of 200 composites cos(z(f, b), z(f on grey) + z(b))."""
+    additive = additivity(unit(z), i, j, seed=seed)
+    if encoder.kind == "stored":  # neither part alone can be embedded
+        return additive
+    pick = some_of(len(z), 200, seed)
+    f = encoder.embed([replace(cells[k], ground=None) for k in pick], "foregrounds on grey")
+    b = encoder.embed([replace(cells[k], figure=None) for k in pick], "backgrounds alone")
+    parts = torch.stack([unit(v) for v in (z[pick], f, b)])  # [3, N, D]
+    parts = parts[:, parts.isfinite().all(2).all(0)]
+    additive["flat"].update(cos_sum(*parts, seed=seed))
+    logs = sphere_log(rearrange(parts, "k n d -> (k n) d"))
+    additive["sphere"].update(cos_sum(*rearrange(logs, "(k n) d -> k n d", k=3), seed=seed))
+    return additive
+
+
+class Laps:
+    """Seconds since the last lap, by name; a call ends a lap, and says what is coming."""
+
+    def __init__(self):
+        self.seconds, self.clock = {}, time.time()
+
+    def __call__(self, name, coming=""):
+        self.seconds[name], self.clock = time.time() - self.clock, time.time()
+        if coming:
+            say(f"{coming} ...")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1047,6 +1029,50 @@ def others_here(out, names):
         say(f"{out}: {', '.join(there)}: of another run, not of this one")
 
 
+# ----------------------------------------------------------------------------------------------------------
+# what a run leaves, and goes on from
+
+
+def save_results(out, results, fitted):
+    """Writes what came out: ckpt.pt, report.html, results.json, trained weights.safetensors; and says it."""
+    (out / "results.json").unlink(missing_ok=True)  # it would be of another run than what comes now
+    names, other = ["ckpt.pt", "map.npz", "report.html"], ["finetune.json"]
+    if fitted.weights:
+        write(out / "weights.safetensors", fitted.weights)
+        names.append("weights.safetensors")
+        trained = dict(erm="bap", bap="bap", val_probe_bap="val_probe_bap")  # the probes on its embeddings
+        fitted = fitted._replace(probes={name: fitted.probes[of] for name, of in trained.items()})
+    else:
+        other += ["weights.safetensors", "log.csv"]
+    state = {k: results[k] for k in ("config", "git")} | dict(fingerprint=fitted.encoder.fingerprint)
+    state.update(map=fitted.map.state_dict(), power=fitted.map.power)
+    state.update(probes={name: vars(probe) for name, probe in fitted.probes.items()})
+    state.update(classes=fitted.samples.classes, places=fitted.samples.places)
+    save_checkpoint(out / "ckpt.pt", state)
+    write(out / "map.npz", map_bytes(fitted))
+    write(out / "report.html", report(results, fitted))
+    results["files"] = {name: file_digest(out / name, "") for name in names}
+    write_json(out / "results.json", results)  # at the end: it is there only if all the rest is
+    for name in PARTIAL:
+        (out / name).unlink(missing_ok=True)
+    for line in results["notes"]:
+        say(line)
+    say(summary(results, fitted.samples), True)
+    others_here(out, other)
+
+
+def map_bytes(fitted):
+    """map.npz: the map (mu [D], W [D, D], power) and its probe (weight [D, C], bias [C], classes [C]; of bap,
+    or without composites of erm) for those who have numpy only; the README shows how it is applied."""
+    probe, buffer = fitted.probes.get("bap", fitted.probes["erm"]), io.BytesIO()
+    weight = probe.weight / torch.as_tensor(probe.scale).reshape(-1, 1)  # [D, C]
+    bias = probe.bias - torch.as_tensor(probe.mean) @ weight
+    arrays = dict(weight=weight, bias=bias, **fitted.map.state_dict())
+    arrays = {k: v.detach().cpu().numpy() for k, v in arrays.items()}
+    np.savez(buffer, power=fitted.map.power, classes=np.array(fitted.samples.classes, str), **arrays)
+    return buffer.getvalue()
+
+
 def head_of(config, encoder, samples, *parts):
     """What files of a run say of it: its flags, revision, encoder, and a hash of all that it learns from."""
     inputs = sha256(" ".join([encoder.fingerprint, samples.digest, *parts]))
@@ -1179,16 +1205,6 @@ def fit_and_keep(student, task, row, head, path, state):
         return None, speed
     config = head["config"] | dict(resume=False)  # the same bytes, whether it was interrupted or not
     return weights_bytes(student.module, config=config, git=head["git"]), speed
-
-
-def before_and_after(encoder, trained, samples, x, x_bap):
-    """Zero-shot accuracies by the encoder as it was and as it is trained; None without texts or names."""
-    if not encoder.tokenizer:
-        return None
-    say(samples.nameless or samples.prompt_line())
-    if samples.nameless:
-        return None
-    return dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
 
 
 def zero_shot(encoder, samples, x=None):

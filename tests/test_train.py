@@ -259,7 +259,7 @@ def test_results_keep_the_contract(which, train_counts, request):
         assert {"r2", "r2_heldout", "foreground", "background", "residual", "cross"} <= set(part)
         assert 0 < part["r2"] < 1 and -1 <= part["cos_sum"] <= 1 and -1 <= part["cos_sum_shuffled"] <= 1
     probes = {f"place_probe_{name}" for name in ("raw", "map", "map_free", "map_mlp")}
-    assert r["invariance"].keys() - {"own_foretold"} == probes | {"cos_within", "cos_between"}
+    assert r["invariance"].keys() == probes | {"cos_within", "cos_between", "own_foretold"}
     assert {"erm", "nullspace", "leace", "bap_closed", "bap", "val_probe"} <= set(r["methods"])
     assert needy & set(r["methods"]) == (needy if which == "full" else set())
     assert list(r["methods"]) == [name for name in train.ROWS if name in r["methods"]]
@@ -693,9 +693,7 @@ def test_own_foregrounds_have_their_weight_in_the_map_if_they_do_not_foretell_th
     grids = [(0.7, z, i), (0.3, v, k)] if limit > 0 else [(1.0, z, i)]
     wanted = train.wiener(grids, 1.0, power, drift - drift.mean(0), train.LEAST)
     assert torch.allclose(last.map.W, wanted.W, atol=1e-6) and last.cuts == cuts
-    assert (
-        result["methods"]["bap_synthetic"]["groups"] and result["invariance"]["own_foretold"] is None
-    )  # of six
+    assert result["methods"]["bap_synthetic"]["groups"] and result["invariance"]["own_foretold"] == 0
 
 
 @pytest.mark.parametrize("own, places", [(0.0, 0), (0.8, 0), (0.0, 1)])
@@ -1528,3 +1526,10 @@ def test_the_title_claims_no_more_than_the_figures(worst, interval, said):
     methods = dict(erm=erm, bap=bap, val_probe=dict(worst_group=0.9))
     title, numbers = train.headline(methods, samples, "bap", "val_probe")
     assert said in title and numbers[1][0] == f"{worst:.0%}"
+
+
+def test_composites_as_embeddings_of_which_none_share_a_foreground_are_refused(tmp_path, capsys):
+    file, argv = tmp_path / "grid.npz", spurious_vectors(tmp_path / "e.npz")
+    arrays = dict(embedding=np.eye(9, 32), foreground=np.arange(9), background=np.arange(9) % 2)
+    np.savez(file, **arrays)
+    refused(capsys, [*argv, f"--foregrounds=embeddings:{file}"], "grid.npz", "several composites of each")

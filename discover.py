@@ -28,8 +28,8 @@ from types import SimpleNamespace
 
 # first, as it checks the flags before numpy and torch are imported
 from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, find_masks, flags, html_table, linked
-from data import load_data, load_regions, opaque, page, reading, region_truth, revision, rng, run, say, table
-from data import tag, thumb, write, write_json
+from data import load_data, load_regions, opaque, page, reading, region_truth, require, revision, rng, run
+from data import say, table, tag, thumb, write, write_json
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import ImageDraw
 
-from model import auto_device, bar, fit_probe, join, load_checkpoint, load_encoder, load_heads, load_probe
+from kernels.launch import slices
+from model import auto_device, bar, fit_probe, join, load_checkpoint, load_encoder, load_heads
 from model import mask_shares, region_embeddings, repeat_by, sha256, sums, unit, wilson
 
 # fmt: off
@@ -113,7 +114,6 @@ CONE = 0.1  # mean cosine of the regions above which fast takes their mean off: 
 LISTED = 1000  # regions of a cluster in discovery.json, of its n; the labels of all are in discovery.npz
 PICTURED = 6  # kept clusters whose regions the page shows: with more it would weigh more than 2 MB
 FALSE_DISCOVERIES = 0.05  # of the clusters that loss keeps, the share that may be chance
-OF_GAP = "gap", "weight", "acc_in", "acc_out", "n_in", "n_out", "q"
 STEP = 1 << 16  # regions handled at a time
 
 Criterion = namedtuple("Criterion", "weighted gaps influence by", defaults=(True, True, True, "score"))
@@ -143,11 +143,15 @@ def main():
     for note in e.notes:
         say(note)
 
+    # what baselines rank first; they compare regions as they are
+    asked = [name for name in BASELINES if method in (name, "all")]
+    ranked = {name: BASELINES[name](e, seed, l2) for name in bar("baselines", asked)}
+
     # 1. clusters of regions, for each k
     times = [time.time()]
     ks, mean = k_range(low, high, len(e.classes), len(e.x), clustering), torch.zeros_like(e.x[0])
     if clustering == "fast":
-        mean = less_mean(e.x)
+        mean = less_mean(e.x)  # taken off in place: from here on e.x are directions from it
         sweep = kmedoids(e.x, ks, seed)
     else:
         sweep = published(e.x, ks)
@@ -159,26 +163,22 @@ def main():
 
     # 2. which of them are spurious, by each rule
     verdicts = {name: identify(labels, best, e, criterion) for name, criterion in CRITERIA.items()}
-    verdict = verdicts.get(method, verdicts["ravl"])
-    stable = stability(sweep, best, verdict, e, verdict.criterion)
     times.append(time.time())
 
-    # 3. regions, the most typical first; and what baselines rank first
-    similarity = [(e.x[rows] * e.x[medoids[labels[rows]]]).sum(1) for rows in tiles(len(e.x))]
-    similarity = torch.cat(similarity)  # cosine of each region to its cluster's medoid, [N]
+    # 3. regions, the most typical first
+    M = e.x[medoids]  # [k, D]
+    similarity = torch.cat([(e.x[rows] * M[labels[rows]]).sum(1) for rows in slices(len(e.x), STEP)])  # [N]
     order = descending(similarity)
-    order = order[labels[order].argsort(stable=True)]
+    order = order[labels[order].argsort(stable=True)]  # by cluster, within it by cosine to its medoid
     members = order.split(torch.bincount(labels, minlength=best).tolist())
-    ranked = {}
     for name, v in verdicts.items():
         top = v.ranking[0]  # kept, if one is
         ranked[name] = members[top] if v.kept[top] else order[:0]
-    for name in bar("baselines", [name for name in BASELINES if method in (name, "all")]):
-        ranked[name] = BASELINES[name](e, seed, l2)
     if method in BASELINES:
         clusters = listed(method, ranked[method])
     else:
-        clusters = described(verdict, medoids, members, stable, e.classes)
+        v = verdicts.get(method, verdicts["ravl"])  # of all that of ravl is shown
+        clusters = described(v, medoids, members, stability(sweep, best, v, e), e.classes)
     times.append(time.time())
 
     # what is written: numbers, arrays for train.py, the page
@@ -189,8 +189,8 @@ def main():
     summary.update(seconds=dict(seconds, total=time.time() - started), peak_gib=peak)
     out = Path(out_dir)
     (out / "discovery.json").unlink(missing_ok=True)  # it would be of another run than what comes now
-    summary["npz"] = write_arrays(out / "discovery.npz", config, e, labels, e.x[medoids], mean, clusters)
-    write(out / "discovery.html", report(summary, e, similarity, e.x[medoids]))
+    summary["npz"] = write_arrays(out / "discovery.npz", config, e, labels, M, mean, clusters)
+    write(out / "discovery.html", report(summary, e, similarity, M))
     write_json(out / "discovery.json", summary)
     say(console(summary, e), True)
     written = "discovery.json, discovery.npz and discovery.html written"
@@ -260,8 +260,8 @@ def from_images(config):
     target = planted(pictures, images.shows, mask_of, outside)
     box = torch.cat([torch.zeros(0, 4), *[torch.tensor(picture.boxes).view(-1, 4) for picture in pictures]])
     notes = [*encoder.notes, *samples.notes, line, *notes]
-    given = dict(target=target, box=box, pictures=images.items, encoder=encoder)
-    return evidence(x, z, logits, samples.name, samples.classes, images.y, count, notes, **given)
+    facts = samples.name, samples.classes, images.y, count, notes, box, target
+    return evidence(x, z, logits, *facts, images.items, encoder)
 
 
 def of_splits(samples, split):
@@ -277,18 +277,13 @@ def of_splits(samples, split):
 
 def planted(pictures, shows, mask_of, outside):
     """Which regions show the feature, float [N], NaN where it is not known; None of photos without masks, and
-    that are not of a controlled setting. mask_of: of each picture; outside: the least
-    share of a region that must lie outside its mask."""
+    that are not of a controlled setting. mask_of: of each picture; outside: the least share of a region that
+    must lie outside its mask."""
     if mask_of is not None:
         shares = [mask_shares(picture, mask) for picture, mask in zip(pictures, mask_of, strict=True)]
         inside = torch.cat([torch.zeros(0), *shares])
         return (inside <= 1 - outside).float().masked_fill(inside.isnan(), torch.nan)
     return region_truth(pictures, shows)[1].float() if all(shows) else None
-
-
-def tiles(n, step=STEP):
-    """Slices of n things, some at a time."""
-    return [slice(a, min(a + step, n)) for a in range(0, n, step)]
 
 
 def descending(score):
@@ -300,27 +295,25 @@ def descending(score):
 # what is looked at
 
 
-def evidence(x, z, logits, name, classes, y, count, notes, target=None, **rest):
+def evidence(x, z, logits, name, classes, y, count, notes, box, target=None, pictures=None, encoder=None):
     """What steps 2 and 3 ask: n images of C classes, N regions in them, and what a classifier says of both.
 
     x: [N, D] embeddings of regions, made unit-norm in place; z: [n, D] of images; logits: of embeddings
-    [., D] -> [., C]; y: [n] class; count: [n] regions of each image; target: [N], whether a region shows the
-    planted feature, NaN where it is not known, or None; rest: box [N, 4] in shares; pictures and encoder, or
-    None. Returns all of it as a namespace, with predicted [n]; scores [n, C], the probabilities of
-    classes; image [N], that of each region; own [N], the region's score for the class that its image is taken
-    for; and best [n], the image's region with the largest, the first of equals, -1 without any.
+    [., D] -> [., C]; y: [n] class; count: [n] regions of each image; box: [N, 4] in shares;
+    target: [N], whether a region shows the planted feature, NaN where it is not known, or None. Returns all
+    of it as a namespace, with predicted [n]; scores [n, C], the probabilities of classes; image [N], that of
+    each region; own [N], the region's score for the class that its image is taken for; and best [n], the
+    image's region with the largest, the first of equals, -1 without any.
     """
-    if not len(y):
-        raise Complaint(f"{name}: no images")
-    if len(classes) < 2:
-        raise Complaint(f"{name}: one class ({classes[0]}); spurious correlations need two or more")
-    if not len(x):
-        raise Complaint(f"{name}: none of its {len(y)} images has a region")
+    require(len(y), f"{name}: no images")
+    one = f"{name}: one class ({classes[0]}); spurious correlations need two or more"
+    require(len(classes) > 1, one)
+    require(len(x), f"{name}: none of its {len(y)} images has a region")
     n, N, y, of_images = len(y), len(x), y.to(x.device), logits(z)
     predicted, scores = of_images.argmax(1), of_images.softmax(1)
     image = repeat_by(torch.arange(n, device=x.device), count)
     region_score = torch.empty(N, dtype=torch.double, device=x.device)
-    for rows in tiles(N):
+    for rows in slices(N, STEP):
         taken_for = predicted[image[rows], None]
         region_score[rows] = logits(x[rows]).double().softmax(1).gather(1, taken_for)[:, 0]
         norm = x[rows].norm(dim=1, keepdim=True)
@@ -340,10 +333,12 @@ def evidence(x, z, logits, name, classes, y, count, notes, target=None, **rest):
         notes.append(f"the classifier is right on all {n} images: without errors nothing can be found")
     if (y == y[0]).all():
         notes.append(f"all images are of one class ({classes[int(y[0])]}): what harms another cannot show")
-    rest.update(target=None if target is None else target.to(x.device))
-    rest.update(name=name, classes=classes, x=x, z=unit(z.float()), y=y, count=count, notes=notes)
-    rest.update(predicted=predicted, scores=scores, image=image, own=region_score, best=best)
-    return SimpleNamespace(**rest)
+    e = SimpleNamespace(name=name, classes=classes, x=x, z=unit(z.float()), y=y, count=count, notes=notes)
+    e.predicted, e.scores, e.image, e.own, e.best = predicted, scores, image, region_score, best
+    e.box, e.target, e.pictures, e.encoder = box, target, pictures, encoder
+    if target is not None:
+        e.target = target.to(x.device)
+    return e
 
 
 def suspect(encoder, samples, parts, config):
@@ -392,9 +387,8 @@ def probe_classifier(encoder, samples, parts, config):
 def checkpoint_probe(encoder, samples, parts, ckpt, name):
     """The probe of a name in a checkpoint of train.py, on raw embeddings or through the checkpoint's map."""
     state = load_checkpoint(ckpt, encoder)
-    load_probe(state, name)  # complains if it is not there
     heads = load_heads(state, encoder.device)
-    expect(name in heads, "probe", name, f"of {', '.join(heads)}: the map of others is not in the file")
+    expect(name in heads, "probe", name, f"of {', '.join(heads)}: the file has no other, or not its map")
     part = "val" if name.startswith("val_probe") else "train"
     if part in parts:
         raise Complaint(f"--split={','.join(parts)}: {name} was fitted on the {part} split; take another")
@@ -416,9 +410,8 @@ def from_embeddings(name, temperature, seed, device):
     if target is not None:
         target = torch.where(target.isnan(), torch.nan, (target > 0.5).float())
     names = a.get("class_names") or [str(c) for c in range(len(text))]
-    given = dict(target=target, box=torch.zeros(len(x), 4), pictures=None, encoder=None)
-    given.update(name=name, classes=names, y=y, count=count, notes=a.get("notes", []))
-    return evidence(x, z, lambda v: unit(v.double()) @ text.T / temperature, **given)
+    facts = name, names, y, count, a.get("notes", []), torch.zeros(len(x), 4), target
+    return evidence(x, z, lambda v: unit(v.double()) @ text.T / temperature, *facts)
 
 
 ARRAYS = "reg_emb", "num_regions", "true_label", "text_emb", "img_emb"
@@ -443,7 +436,7 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
     kind = C + torch.randint(12, (n,), generator=generator)
     start = torch.arange(images) * per  # an image's first region is its object, its second the feature
     kind[start], kind[start + 1] = y, torch.where(has == 1, C + 12, kind[start + 1])
-    for rows in tiles(n):
+    for rows in slices(n, STEP):
         part = kinds[kind[rows]]
         x[rows] = unit(part + 0.8 * normal(*part.shape))
     other = text[torch.randint(C, (images,), generator=generator)]
@@ -469,7 +462,7 @@ def load_embeddings(path):
             kind = np.int64 if key in ("num_regions", "true_label") else np.float32
             a[key] = torch.from_numpy(np.ascontiguousarray(a[key], kind))
     for key in ("reg_emb", "img_emb", "text_emb") if len(a["reg_emb"]) else ():
-        norm = torch.cat([a[key][rows].norm(dim=1) for rows in tiles(len(a[key]))])
+        norm = torch.cat([a[key][rows].norm(dim=1) for rows in slices(len(a[key]), STEP)])
         odd = (~norm.isfinite() | (norm == 0)).nonzero()[:, 0].tolist()
         if odd and key != "reg_emb":  # those of regions are found when they are normalised
             raise Complaint(f"{path}: {key} has a row that is zero or not finite (row {odd[0]})")
@@ -527,11 +520,11 @@ def k_range(low, high, C, n, clustering):
 def less_mean(x):
     """Takes the mean off unit-norm x [N, D] if they lie in a cone (CONE), and normalises again, in place.
     Returns what was taken off, [D], zeros for nothing."""
-    mean = sum(x[rows].double().sum(0) for rows in tiles(len(x))) / len(x)
+    mean = sum(x[rows].double().sum(0) for rows in slices(len(x), STEP)) / len(x)
     if mean.square().sum() <= CONE:  # |mean|^2 is the mean cosine
         return torch.zeros_like(x[0])
     mean = mean.float()
-    for rows in tiles(len(x)):
+    for rows in slices(len(x), STEP):
         part = x[rows] - mean
         x[rows] = torch.where(part.norm(dim=1, keepdim=True) > 1e-6, unit(part), x[rows])
     return mean
@@ -555,7 +548,7 @@ class Medoids:
 
     def products(self, out, clusters, v):
         """Cosines of vectors v [c, D] and all regions, into the rows of out [K, N] of these clusters [c]."""
-        for rows in tiles(len(self.x)):
+        for rows in slices(len(self.x), STEP):
             out[clusters, rows] = v @ self.x[rows].T
 
     def numbers(self, changed):
@@ -578,7 +571,7 @@ class Medoids:
         if not len(moved):
             return False
         before, after = self.label[moved] + 1, nearest[moved] + 1  # [m]; 0, no cluster: none before
-        for part in tiles(len(moved)):
+        for part in slices(len(moved), STEP):
             v = self.x[moved[part]].double()
             self.S += sums(v, after[part] - 1, K) - sums(v, before[part], K + 1)[1:]
         self.label, count = nearest, torch.zeros_like(self.index)
@@ -608,7 +601,7 @@ class Medoids:
         while len(self.index) > want:
             K = len(self.index)
             gain = self.S.new_zeros(K)
-            for rows in tiles(len(self.x)):
+            for rows in slices(len(self.x), STEP):
                 d, which = (1 - self.cosine[:, rows]).topk(min(3, K), dim=0, largest=False)
                 d1, d2, d3 = d[[0, 1, -1]].clamp(min=1e-6).double()
                 # without its nearest medoid a region has d2 and d3, without its second d1 and d3
@@ -632,7 +625,7 @@ def kmedoids(x, ks, seed):
     for k in bar("clusters", sorted(ks, reverse=True)):
         m.drop(k)
         m.settle()
-        total = sum(silhouettes(m.s[:, r], m.size, m.label[r]).double().sum() for r in tiles(len(x)))
+        total = sum(silhouettes(m.s[:, r], m.size, m.label[r]).double().sum() for r in slices(len(x), STEP))
         out[len(m.index)] = Clustering(float(total) / len(x), m.label.int(), m.index.clone())
     return dict(sorted(out.items()))
 
@@ -674,7 +667,7 @@ def published(x, ks):
     medoids = {k: published_medoids(rows, k) for k in bar("clusters", ks)}
     labels = {k: torch.from_numpy(distances(rows, medoids[k]).argmin(0)) for k in ks}
     total = dict.fromkeys(ks, 0.0)
-    for part in bar("silhouettes", tiles(len(rows), 1024)):  # one tile of distances serves all k
+    for part in bar("silhouettes", slices(len(rows), 1024)):  # one tile of distances serves all k
         near = 1 - torch.from_numpy(distances(rows, np.arange(part.start, part.stop)))
         for k, label in labels.items():
             hot = F.one_hot(label, k).to(near.dtype)
@@ -739,7 +732,7 @@ def on_published_distance(x, label, k, mean, seed):
     order, N = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device), len(x)
     index = order[: N if N <= 10_000 else 1000].sort().values
     others, v, s = order[:STEP].sort().values, given(x[index], mean), x.new_zeros(k, len(index))
-    for rows in bar("silhouette", tiles(len(others), 1024)):
+    for rows in bar("silhouette", slices(len(others), 1024)):
         near = (given(x[others[rows]], mean) @ v.T).clamp(min=0)  # [rows, index]
         s += (label[others[rows]] == torch.arange(k, device=x.device)[:, None]).float() @ near
     size = torch.bincount(label[others], minlength=k).float()
@@ -812,7 +805,7 @@ def identify(label, k, e, criterion):
     ranking = order[kept[order]].tolist() + order[~kept[order]].tolist()
     of_gap = dict(gap=gap, weight=weight, acc_in=acc_in, acc_out=acc_out, n_in=n_in, n_out=n_out, q=q)
     of_cluster = dict(influence=influence, score=score, chance=chance, signs=signs, kept=kept)
-    return SimpleNamespace(ranking=ranking, criterion=criterion, **of_gap, **of_cluster)
+    return SimpleNamespace(ranking=ranking, criterion=criterion, of_gap=of_gap, gap=gap, q=q, **of_cluster)
 
 
 def loss_p(wrong_in, n_in, wrong, n):
@@ -857,14 +850,14 @@ def why(v, c):
     return f"influence {influence:.2f} below {INFLUENCE}"
 
 
-def stability(sweep, best, verdict, e, criterion):
+def stability(sweep, best, verdict, e):
     """{kept cluster: share of up to 15 values of k, spread over the sweep, at which a kept one shares half
     of its regions (Jaccard >= 0.5)}: what hangs on one k is suspect. Ours, not in the paper."""
     hits, label = dict.fromkeys(verdict.kept.nonzero()[:, 0].tolist(), 0), sweep[best].labels
     tried = np.linspace(0, len(sweep) - 1, min(15, len(sweep))).round().astype(int)
     for k in np.array([*sweep])[tried].tolist() if hits else ():
         other = sweep[k].labels.long()
-        kept, size = identify(other, k, e, criterion).kept, torch.bincount(other, minlength=k)
+        kept, size = identify(other, k, e, verdict.criterion).kept, torch.bincount(other, minlength=k)
         for c in hits:
             shared = torch.bincount(other[label == c], minlength=k)
             half = shared >= 0.5 * (size + shared.sum() - shared)
@@ -884,7 +877,7 @@ def listed(method, ranked):
 
 def described(v, medoids, members, stable, classes):
     """The clusters for discovery.json, in their ranking. v: what identify returns."""
-    out, of_gap = [], {key: vars(v)[key].tolist() for key in OF_GAP}
+    out, of_gap = [], {key: values.tolist() for key, values in v.of_gap.items()}
     for c in v.ranking:
         cluster, gaps = dict(id=c, kept=bool(v.kept[c]), reason=why(v, c)), {}
         for y in (~v.gap[:, c].isnan()).nonzero()[:, 0].tolist():
@@ -964,33 +957,33 @@ def george(e, seed, l2):
     return toward(e, e.z[group].mean(0) - e.z[rest].mean(0), images)
 
 
-def domino(e, seed, l2, slices=25, dims=128):
+def domino(e, seed, l2, components=25, dims=128):
     """Domino (Eyuboglu et al. 2022): a mixture over images; the slice with the largest max(p(predicted) -
     p(label)); regions of its images by cosine to the slice's mean less the global mean."""
     z = e.z.double()
     v = z - z.mean(0)
     v = v @ torch.linalg.eigh(v.T @ v).eigenvectors[:, -dims:]  # PCA, not scaled
-    R, excess = mixture(v, e.y, e.scores, slices, seed)
+    R, excess = mixture(v, e.y, e.scores, components, seed)
     of = R.argmax(1)
-    excess[torch.bincount(of, minlength=slices) == 0] = -math.inf
+    excess[torch.bincount(of, minlength=components) == 0] = -math.inf
     worst = int(excess.argmax())
     return toward(e, R[:, worst] @ z / R[:, worst].sum() - z.mean(0), of == worst)
 
 
-def mixture(v, y, scores, slices, seed, steps=100):
+def mixture(v, y, scores, components, seed, steps=100):
     """Gaussians (diagonal, 1e-6 added) x categorical label x categorical prediction (soft), by EM until the
     mean log-likelihood moves by less than 1e-3, as Domino's released package. It starts from the cells of the
     confusion matrix, each for several slices; if there are more, from the most frequent (our reading).
 
-    v: [n, d]; y: [n]; scores: [n, C]. Returns responsibilities [n, slices], max(p(predicted) - p(label)).
+    v: [n, d]; y: [n]; scores: [n, C]. Returns responsibilities [n, components], max(p(predicted) - p(label)).
     """
     C = scores.shape[1]
     soft, cells = scores.double(), torch.arange(C * C, device=v.device)
     hot = (y[:, None] == cells[:C]).double()
-    if C * C > slices:
-        cells = torch.bincount(y * C + soft.argmax(1), minlength=C * C).topk(slices).indices
-    cells = cells.repeat(slices)[:slices]
-    R = hot[:, cells // C] * soft[:, cells % C]  # [n, slices]
+    if C * C > components:
+        cells = torch.bincount(y * C + soft.argmax(1), minlength=C * C).topk(components).indices
+    cells = cells.repeat(components)[:components]
+    R = hot[:, cells // C] * soft[:, cells % C]  # [n, components]
     noise = torch.rand(R.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
     R = R / R.sum(1, keepdim=True).clamp(min=1e-12) + 1e-3 * noise.to(v.device)
     R, before = R / R.sum(1, keepdim=True), -math.inf
@@ -998,7 +991,7 @@ def mixture(v, y, scores, slices, seed, steps=100):
         n = R.sum(0) + 1e-14
         mean = R.T @ v / n[:, None]
         var = (R.T @ v.square() / n[:, None] - mean.square()).clamp(min=0) + 1e-6
-        p_y, p_p = (R.T @ h / n[:, None] for h in (hot, soft))  # [slices, C]
+        p_y, p_p = (R.T @ h / n[:, None] for h in (hot, soft))  # [components, C]
         square = v.square() @ (1 / var).T - 2 * v @ (mean / var).T + (mean.square() / var).sum(1)
         log_p = -0.5 * (square + var.log().sum(1) + v.shape[1] * math.log(2 * math.pi))
         for h, p in ((hot, p_y), (soft, p_p)):
@@ -1036,6 +1029,8 @@ def verdict_line(kept, method):
     rule = "by the paper's rule"
     if method == "loss":
         rule = f"as a class loses by it (false discovery rate {FALSE_DISCOVERIES})"
+    elif method not in ("ravl", "all"):
+        rule = f"by the rule of --method={method}"
     line = f"{len(kept)} cluster{'s' * (len(kept) > 1)} kept {rule}"
     if all(c["chance"] is None for c in kept):
         return f"{line}; how many chance would keep is not known"
@@ -1129,6 +1124,8 @@ def report(summary, e, similarity, M):
     above, title, numbers = clear(kept), "No spurious feature found above chance.", []
     if baseline:
         title = f"Regions as {config['method']} ranks them."
+    elif kept and all(c["chance"] is None for c in kept):
+        title = f"{len(kept)} clusters kept; what chance would keep is not known."
     elif above:
         sure = all(min(gap["q"] for gap in c["gaps"].values()) <= FALSE_DISCOVERIES for c in above)
         verb = "goes" if sure else "may go"
@@ -1136,9 +1133,8 @@ def report(summary, e, similarity, M):
         name, gap = min(above[0]["gaps"].items(), key=lambda gap: gap[1]["gap"])
         numbers = [(f"{gap['acc_out']:.0%}", f"of {name} are right without cluster {above[0]['id']}")]
         numbers.append((f"{gap['acc_in']:.0%}", "with it"))
-    kicker = (
-        f"flock, discover.py: {e.name} by {'given embeddings' if config['embeddings'] else config['model']}"
-    )
+    source = "given embeddings" if config["embeddings"] else config["model"]
+    kicker = f"flock, discover.py: {e.name} by {source}"
     links = linked("how the classifier was trained", config["ckpt"], "report.html", config["out_dir"])
     return page(kicker, title, lead, sections, config, summary["git"], summary["notes"], numbers, links)
 

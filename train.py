@@ -259,7 +259,7 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     if cells:
         maps["bap"] = wiener(grids, lam, power, drift, LEAST)
     # with --train=last_blocks|image the encoder itself learns what the map does, and needs none behind it
-    identity = Map(x.new_zeros(x.shape[1]), torch.eye(x.shape[1]).to(x))
+    identity = Map(x.new_zeros(x.shape[1]), torch.ones_like(x[0]).diag())
     trained, x_bap, zero, weights = encoder, x, None, b""
     if train in ("last_blocks", "image"):
         trained, weights, grids = pretrain(encoder, grids, samples, seed, out, head)
@@ -323,7 +323,8 @@ def wiener(grids, lam=1.0, power=1.0, drift=None, least=0.0):
         S_w = S_w + DRIFT * drift.T @ drift / len(drift)
     value, vector = torch.linalg.eigh(S_f)
     S_f = (vector * value.clamp(min=0)) @ vector.T
-    L = torch.linalg.cholesky(S_f + S_w + lam * (S_f + S_w).trace() / len(mu) * torch.eye(len(mu)).to(mu))
+    ridge = lam * (S_f + S_w).trace() / len(mu) * torch.ones_like(mu).diag()
+    L = torch.linalg.cholesky(S_f + S_w + ridge)
     # whitened, L^-1 S_f L^-T is symmetric, and its eigenvalues are the foreground's shares
     half = torch.linalg.solve_triangular(L, S_f, upper=False)
     share, u = torch.linalg.eigh(torch.linalg.solve_triangular(L, half.T, upper=False))
@@ -497,7 +498,7 @@ def foretold_share(a, d, y, seed, leading=40):
     fold = torch.tensor(some_of(len(y), len(y), seed), device=y.device) % 5
     for k in range(5):
         rest, test = a[fold != k], fold == k
-        ridge = 0.1 * rest.square().sum() / leading * torch.eye(a.shape[1]).to(a)
+        ridge = 0.1 * rest.square().sum() / leading * torch.ones_like(a[0]).diag()
         B = torch.linalg.solve(rest.T @ rest + ridge, rest.T @ d[fold != k])
         lost += (d[test] - a[test] @ B).square().sum()
     return float(1 - lost / d.square().sum())
@@ -629,7 +630,7 @@ def background_effects(z, i, j, k):
 def nullspace(z, i, j, k=32):
     """A Map that projects out the k leading directions of the background effects c_j of the additive fit."""
     mu, v, _ = background_effects(unit(z), i, j, k)
-    return Map(mu, torch.eye(len(mu)).to(mu) - v @ v.T)
+    return Map(mu, torch.ones_like(mu).diag() - v @ v.T)
 
 
 def leace(z, i, j, k=32):
@@ -644,7 +645,7 @@ def leace(z, i, j, k=32):
     inverse = torch.where(root > 1e-4 * root.max(), 1 / root, 0)
     whiten, colour = (vector * inverse) @ vector.T, (vector * root) @ vector.T
     q = torch.linalg.qr(whiten @ (x.T @ concept / len(x))).Q
-    return Map(mu, (torch.eye(len(mu)).to(mu) - colour @ q @ q.T @ whiten).T)
+    return Map(mu, (torch.ones_like(mu).diag() - colour @ q @ q.T @ whiten).T)
 
 
 def recomposed(encoder, samples, grounds, by_place, seed):

@@ -214,7 +214,7 @@ def test_waits_are_counted(gpu):
 Z, FORE, BACK, G = drawn(60, 6), torch.arange(60) % 12, torch.arange(60) // 12, torch.arange(60) % 4
 Y2, Y3, RIGHT = (Z[:, 0] + Z[:, 1] > 0).long(), torch.arange(60) % 3, Z[:, 2] > 0
 KIND = types.SimpleNamespace(places="ab", y=Y2, worst="worst_group", group=lambda: G)
-KIND.counts = lambda split: torch.tensor([9, 1, 2, 8])
+KIND.counts = lambda: torch.tensor([9, 1, 2, 8]).expand(3, 4)
 
 
 def predicted(probe, x):

@@ -152,7 +152,7 @@ def check_clusters(x, sweep):
 @pytest.mark.parametrize("tile", [1 << 16, 64])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_medoids_labels_and_silhouettes_are_exact(monkeypatch, name, tile):
-    monkeypatch.setattr(discover.tiles, "__defaults__", (tile,))
+    monkeypatch.setattr(discover, "STEP", tile)
     x = some_rows(name)
     sweep = discover.kmedoids(x, range(2, 13), 0)
     assert list(sweep) == list(range(2, 13))
@@ -370,7 +370,7 @@ def same_as_oracle(v, expected):
                 assert v.gap[l, c].isnan()
                 continue
             assert float(v.gap[l, c]) == pytest.approx(e["gap"][l], abs=1e-12)
-            assert {name: float(vars(v)[name][l, c]) for name in e["gaps"][l]} == pytest.approx(e["gaps"][l])
+            assert {name: float(v.of_gap[name][l, c]) for name in e["gaps"][l]} == pytest.approx(e["gaps"][l])
 
 
 def judged(label, k, e, method="ravl"):
@@ -782,12 +782,12 @@ def test_stability_is_the_share_of_k_at_which_a_kept_cluster_shares_half_of_the_
     sweep = {k: clustering_of(v) for k, v in {2: (n >= 6).long(), 3: n // 4, 4: n // 3}.items()}
     first = lambda label, k, e, criterion: SimpleNamespace(kept=torch.arange(k) == 0)  # noqa: E731
     monkeypatch.setattr(discover, "identify", first)
-    both = SimpleNamespace(kept=torch.tensor([True, True]))
+    both = SimpleNamespace(kept=torch.tensor([True, True]), criterion=None)
     # cluster 0 is 0..5: itself; 0..3 of 4 shares 4 of 6; 0..2 shares 3 of 6. Cluster 1 is 6..11: never
-    assert discover.stability(sweep, 2, both, None, None) == {0: 1.0, 1: 0.0}
+    assert discover.stability(sweep, 2, both, None) == {0: 1.0, 1: 0.0}
     sweep = {6: clustering_of(n // 2), 2: sweep[2]}
-    one = SimpleNamespace(kept=torch.tensor([True, False]))
-    assert discover.stability(sweep, 2, one, None, None) == {0: 0.5}
+    one = SimpleNamespace(kept=torch.tensor([True, False]), criterion=None)
+    assert discover.stability(sweep, 2, one, None) == {0: 0.5}
 
 
 @pytest.mark.parametrize("n", [1, 2, 14, 15, 16, 23, 40])
@@ -799,7 +799,7 @@ def test_stability_asks_up_to_15_k_from_the_first_to_the_last(monkeypatch, n):
         return SimpleNamespace(kept=torch.ones(k, dtype=torch.bool))
 
     monkeypatch.setattr(discover, "identify", note)
-    discover.stability(sweep, 2, SimpleNamespace(kept=torch.tensor([True, False])), None, None)
+    discover.stability(sweep, 2, SimpleNamespace(kept=torch.tensor([True, False]), criterion=None), None)
     steps = np.diff(tried)
     assert len(tried) == min(n, 15) and (tried[0], tried[-1]) == (2, 1 + n)
     assert n == 1 or 0 < steps.min() >= steps.max() - 1
@@ -1412,8 +1412,8 @@ def test_which_probes_may_be_looked_at_on_what(photos, trained, tmp_path, capsys
         ("--probe=val_probe", "--split=val", "val_probe was fitted on the val split"),
         ("--split=train", "--split=train", "erm was fitted on the train split"),
         ("--classifier=text", "--ckpt", "--classifier=text"),
-        ("--probe=magic", "--probe=magic", "erm"),
-        ("--probe=leace", "--probe", "leace", "the map of others is not in the file"),
+        ("--probe=magic", "--probe", "magic", "erm"),
+        ("--probe=leace", "--probe", "leace", "no other, or not its map"),
         (f"--ckpt={tmp_path / 'none.pt'}", "none.pt", "no such file"),
         ("--ckpt=", "--probe", "--ckpt=FILE"),
     ):

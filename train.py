@@ -567,7 +567,7 @@ def learn_cutter(encoder, scenes, seed, cells=60):
     for f, a in held_out:
         on, true = soft_mask(f, theta) > 0.5, a > 0.5
         iou.append((on & true).sum((1, 2)) / (on | true).sum((1, 2)).clamp(min=1))
-    return torch.cat([theta, theta.new_tensor([*grid, torch.cat(iou).mean()])])[None]
+    return torch.cat([theta, theta.new_tensor([*grid, float(torch.cat(iou).mean())])])[None]
 
 
 def dense(encoder, x):

@@ -28,17 +28,9 @@ from kernels.region_pool import check, mean, pool_torch, readable, region_pool_r
 MAX_C = 256  # texts that the kernel walks over; more go to a product of matrices behind it
 
 
-def region_logits_ref(features, regions, image_index, texts):
-    """The definition; arguments as region_logits."""
-    means = region_pool_ref(features, regions, image_index)
-    return F.normalize(means, dim=1) @ F.normalize(texts, dim=1).T, means
-
-
-# The PyTorch path; autograd has its gradient.
-
-
-def logits_torch(features, regions, image_index, texts):
-    means = pool_torch(features, regions, image_index)
+def region_logits_ref(features, regions, image_index, texts, pool=region_pool_ref):
+    """The definition; arguments as region_logits. With pool_torch it is the PyTorch path, too."""
+    means = pool(features, regions, image_index)
     return F.normalize(means, dim=1) @ F.normalize(texts.to(means.dtype), dim=1).T, means
 
 
@@ -109,6 +101,8 @@ def region_logits(features, regions, image_index, texts):
     check(features, regions, image_index)
     if texts.dim() != 2 or texts.shape[1] != features.shape[3]:
         raise ValueError(f"texts: found {list(texts.shape)}, expected [C, {features.shape[3]}]")
-    op = RegionLogits.apply if launch.use_triton(features, texts) else logits_torch
+    inputs = features, regions.detach(), image_index.long(), texts
     with torch.autocast(features.device.type, enabled=False):
-        return op(features, regions.detach(), image_index.long(), texts)
+        if launch.use_triton(features, texts):
+            return RegionLogits.apply(*inputs)
+        return region_logits_ref(*inputs, pool_torch)

@@ -44,16 +44,6 @@ def overlaps(boxes, H, W):
     return rows, columns
 
 
-def totals(boxes, H, W):
-    """Sum of the weights of each region [K], 1 where it is 0."""
-    if boxes.dim() == 3:
-        total = boxes.sum((1, 2), dtype=accumulator(boxes.dtype))
-    else:
-        edge = torch.tensor([W, H], device=boxes.device)
-        total = (boxes[:, 2:].minimum(edge) - boxes[:, :2].clamp(min=0)).clamp(min=0).prod(1)
-    return torch.where(total == 0, 1, total)
-
-
 # The PyTorch path: each region is a weighted bag of rows of the feature map; embedding_bag has the gradient.
 # Products of whole weight matrices are faster only where regions cover most of their maps (see LOG.md).
 
@@ -67,14 +57,14 @@ def bags(boxes, image, H, W):
     in B*H*W; where each region's begin [K]. Of the K*H lines of cells only the L that a box touches are seen.
     """
     K, device = len(boxes), boxes.device
-    total = totals(boxes, H, W)
     if boxes.dim() == 3:
-        line = torch.arange(K * H, device=device)  # k * H + row [L]
+        line, total = torch.arange(K * H, device=device), boxes.sum((1, 2))  # k * H + row [L], [K]
         k = line // H
-        w = boxes / total[:, None, None]
+        w = boxes / torch.where(total == 0, 1, total)[:, None, None]
     else:
         rows, columns = overlaps(boxes, H, W)
-        rows = (rows / total[:, None]).view(-1)
+        total = rows.sum(1) * columns.sum(1)
+        rows = (rows / torch.where(total == 0, 1, total)[:, None]).view(-1)
         (line,) = rows.nonzero(as_tuple=True)  # [L]
         k = line // H
         # index_select and not indexing, here and below: it is several times faster

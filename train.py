@@ -151,6 +151,7 @@ ROWS = {  # of the table, in this order
 MASKED = {"copy_paste": "needs --masks", "balanced_train": "needs --masks and --place_backgrounds"}
 BAP_TRAINS = "auto", "map", "last_blocks", "image"  # what --train may be
 TUNE_TRAINS = "auto", "all", "image", "text", "projection"
+# The next three lines were chosen on sets that LOG.md names, with the figures, 2026-11-22 to 29
 OWN_MOST, OWN_PER = 1000, 5  # of the target's own foregrounds at most so many, on so many backgrounds each
 DRIFT, FORETOLD = 0.2, 0.1  # weight of its photos' own backgrounds; see own_backgrounds
 LEAST, FEWEST = 1 / 3, 16  # directions of the map: the foreground's share, and how many stay anyway
@@ -242,9 +243,9 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     lap("target", "own foregrounds")
     # after a ReLU no embedding is below zero, and a few large channels outshout the rest: roots even them out
     power = 1.0 if (z < 0).any() else 0.5
-    mine = None
+    target = None
     if own and not stored:
-        mine = own_foregrounds(encoder, cells, grounds, samples, x, power, seed)
+        target = own_foregrounds(encoder, cells, grounds, samples, x, power, seed)
     lap("own", "maps")
 
     # 4. the maps. The two grids are weighed, not pooled: the synthetic one knows many foregrounds, the
@@ -252,10 +253,10 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     grids, drift, maps = [Grid(1.0, z, i, j, cells)], None, {}
     if cells:
         maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener(grids, lam))
-    if mine:
-        maps["bap_synthetic"], drift = wiener(grids, lam, power, None, LEAST), mine.drift
-        if mine.independent:
-            grids = [grids[0]._replace(weight=1 - own), mine.grid._replace(weight=own)]
+    if target:
+        maps["bap_synthetic"], drift = wiener(grids, lam, power, None, LEAST), target.drift
+        if target.independent:
+            grids = [grids[0]._replace(weight=1 - own), target.grid._replace(weight=own)]
     if cells:
         maps["bap"] = wiener(grids, lam, power, drift, LEAST)
     # with --train=last_blocks|image the encoder itself learns what the map does, and needs none behind it
@@ -277,8 +278,8 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     probes, methods, reasons, correct = probe_all(maps, x, x_bap, samples, augmented, l2, seed)
     lap("probes")
     g, invariant, cuts, foretold = maps.get("bap", identity), None, [], None
-    if mine:
-        cuts, foretold = mine.cuts, mine.foretold
+    if target:
+        cuts, foretold = target.cuts, target.foretold
     if cells:
         invariant = invariance(g, grids[0].z, i, x, x_bap, samples, l2, seed) | dict(own_foretold=foretold)
     result = dict(additivity=additive, invariance=invariant, methods=methods, reasons=reasons)
@@ -378,7 +379,7 @@ def pretrain(encoder, grids, samples, seed, out, head):
     Returns the Encoder, its weights as a file's bytes, and the grids with its embeddings."""
     config, head = head["config"], dict(head, seed=seed)
     z, j = (torch.cat(parts) for parts in zip(*[(grid.z, grid.j) for grid in grids], strict=True))
-    # numbers of instances of one grid mean nothing in the other
+    # numbers of one grid mean nothing in the other, and none of the first is as large as --instances
     i = renumber(torch.cat([grid.i + n * config["instances"] for n, grid in enumerate(grids)]))
     mu, a, _ = additive_solve(z, i, renumber(j))
     a = a.float()
@@ -476,10 +477,10 @@ def own_backgrounds(photos, v, i, turn, y, seed):
     for half in (turn < 2, turn >= 2):  # apart, so that the two sides share no composite's noise
         means.append(sums(v[half].double(), i[half], n) / torch.bincount(i[half], minlength=n)[:, None])
     good = sum(means).isfinite().all(1)  # NaN where no composite of a foreground could be embedded
-    (f, rest), photos, y = (m[good] for m in means), photos[good], y[good]
-    drift = photos.double() - (2 * f + (OWN_PER - 2) * rest) / OWN_PER
+    (f, f_again), photos, y = (m[good] for m in means), photos[good], y[good]
+    drift = photos.double() - (2 * f + (OWN_PER - 2) * f_again) / OWN_PER  # the mean of all of its composites
     pick = some_of(len(drift), 400, seed)
-    share = foretold_share(f[pick], (photos - rest)[pick], y[pick], seed)
+    share = foretold_share(f[pick], (photos - f_again)[pick], y[pick], seed)
     return drift - drift.mean(0), share
 
 
@@ -642,7 +643,7 @@ def leace(z, i, j, k=32):
     concept = concept - concept.mean(0)
     value, vector = torch.linalg.eigh(x.T @ x / len(x))
     root = value.clamp(min=0).sqrt()
-    inverse = torch.where(root > 1e-4 * root.max(), 1 / root, 0)
+    inverse = torch.where(root > 1e-4 * root.max(), 1 / root, 0)  # float32's noise is not whitened
     whiten, colour = (vector * inverse) @ vector.T, (vector * root) @ vector.T
     q = torch.linalg.qr(whiten @ (x.T @ concept / len(x))).Q
     return Map(mu, (torch.ones_like(mu).diag() - colour @ q @ q.T @ whiten).T)
@@ -1174,7 +1175,8 @@ def finetune(config, encoder, samples):
         return
     before, student = zero_shot(encoder, samples), encoder.with_module(copy.deepcopy(encoder.module))
     if loss == "sigmoid" and getattr(student.module, "logit_bias", None) is None:
-        student.module.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device=encoder.device))
+        bias = torch.tensor(-10.0, device=encoder.device)  # as SigLIP starts: nearly all pairs are no pairs
+        student.module.logit_bias = torch.nn.Parameter(bias)
     state, checkpoint = unfinished(path, head, encoder), dict(head)
     if method == "jtt" and state:
         with reading(path, *LEFT):
@@ -1422,7 +1424,11 @@ def fit(encoder, task, row, head, path=None, state=None, asked=()):
     optimiser = adamw(parameters, config["learning_rate"])
     forward = forward_of(encoder, task, row, config)
     feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
-    task.q, start, rows = torch.full((2 * task.C,), 1 / (2 * task.C)), 0, []  # q: see gdro_cost
+    task.q, start, rows = (
+        torch.full((2 * task.C,), 1 / (2 * task.C)),
+        0,
+        [],
+    )  # q, of gdro_cost: label x feature
     if state:
         with reading(path, *LEFT):
             module.load_state_dict(state["module"])
@@ -1564,6 +1570,7 @@ def choose_parameters(encoder, row, config):
     for head in heads if isinstance(heads, tuple) else (heads,):
         head.requires_grad_(False)
     visual = getattr(module, "visual", None)
+    # averaged tokens leave the class token without a gradient
     if getattr(visual, "pool_type", "") == "avg" and not visual.positional_embedding.requires_grad:
         visual.class_embedding.requires_grad_(False)
     return [p for p in module.parameters() if p.requires_grad]

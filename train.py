@@ -202,10 +202,10 @@ def main():
     if not any(states) and finished(out / "results.json", head):
         return
     runs = []
-    if states[0]:  # of the last seed are the page and the checkpoint: it is run in any case
+    if states[0]:
         with reading(out / PARTIAL[0], *LEFT):
-            runs = list(states[0]["runs"])[: seeds - 1]
-            average([*runs, *runs[:1]], [])  # complains of what the means cannot be made of
+            average(states[0]["runs"], [])  # complains of what no means can be made of
+        runs = states[0]["runs"][: seeds - 1]  # of the last seed are page and checkpoint: it is run anew
         say(f"{out / PARTIAL[0]}: goes on behind {len(runs)} of {seeds} seeds", True)
     for k in range(len(runs), seeds):
         biased = dataset(seed=seed + k)

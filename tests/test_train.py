@@ -382,6 +382,8 @@ def test_seeds_are_averaged_and_resume_between_them(files, plain, tmp_path, ctrl
     model.save_checkpoint(cut / "partial.pt", state | dict(runs=3))
     refused(capsys, words(files, cut, "--seeds=2 --resume"), "run without --resume")
     model.save_checkpoint(cut / "partial.pt", state)
+    model.save_checkpoint(tmp_path / "one/partial.pt", state)  # as a run of one seed is killed at its end
+    assert bap(files, tmp_path / "one", "--resume") == 0 and numbers(tmp_path / "one") == numbers(plain)
     assert bap(files, cut, "--seeds=2 --resume") == 0
     assert "goes on behind 1 of 2 seeds" in capsys.readouterr().out
     assert numbers(cut) == numbers(two) and "partial.pt" not in os.listdir(cut)

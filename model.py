@@ -106,7 +106,7 @@ class Encoder:
         resize_once=False,
     ):
         """Sets how pictures are embedded (see load_encoder), before anything else; returns the encoder."""
-        self.__dict__.pop("fast", None)
+        self.__dict__.pop("halved", None)
         self.device, self.dtype = auto_device(device), dtype
         self.on_gpu = self.device.startswith("cuda")
         self.batch = int(batch) if batch != "auto" else 256 if self.on_gpu else 8
@@ -154,10 +154,10 @@ class Encoder:
 
     @functools.cached_property
     @torch.inference_mode(False)
-    def fast(self):
-        """The same; for bfloat16 on a GPU a copy whose matrices are in it, so that autocast, which would
-        cast them at every batch, gives the same numbers and casts nothing. Not where the weights change."""
-        if not (self.on_gpu and self.digest and self.precision == "bfloat16"):
+    def halved(self):
+        """The same for bfloat16: on a GPU a copy whose matrices are in it, so that autocast, which would cast
+        them at every batch, gives the same numbers and casts nothing. Not where the weights change."""
+        if not (self.on_gpu and self.digest):
             return self.folded
         module = copy.deepcopy(self.folded)
         for part in module.modules():
@@ -165,10 +165,14 @@ class Encoder:
                 part.to(torch.bfloat16)
         return module
 
+    @property
+    def fast(self):
+        return self.halved if self.precision == "bfloat16" else self.folded
+
     def with_module(self, module, digest=""):
         """The same encoder with another module, and the digest of its weights once they are final."""
         twin = copy.copy(self)
-        for name in ("folded", "fast", "facts"):
+        for name in ("folded", "halved", "facts"):
             twin.__dict__.pop(name, None)
         module = module.eval().to(self.device, memory_format=torch.channels_last)  # of what is resumed, too
         twin.module, twin.digest = module, digest
@@ -188,12 +192,12 @@ class Encoder:
         photos = [Ground(str(folder.joinpath(*parts))) for parts in scan(folder, "assets")[:8]]
         x = self.normalised(self.onto_device([self.pixels(photo) for photo in photos]))
 
-        def compute(x, _):  # not by fast, which asks for the precision
-            return embeddings(self.folded, self.kind, x)
+        def by(module):  # not by fast, which asks for the precision
+            return lambda x, _: embeddings(module, self.kind, x)
 
-        z, facts = self.run(x, "float32", compute), dict(precision="float32", rows=False)
+        z, facts = self.run(x, "float32", by(self.folded)), dict(precision="float32", rows=False)
         with contextlib.suppress(Exception):  # whatever a network raises that cannot compute in bfloat16
-            if able and F.cosine_similarity(z, self.run(x, "bfloat16", compute)).median() > 0.98:
+            if able and F.cosine_similarity(z, self.run(x, "bfloat16", by(self.halved))).median() > 0.98:
                 facts["precision"] = "bfloat16"
         scale = getattr(self.module, "logit_scale", None)
         facts.update(dim=z.shape[1], logit_scale=None if scale is None else scale.exp().item())
@@ -1511,8 +1515,8 @@ def additivity(z, i, j, heldout=0.1, seed=0):
     i, j = renumber(i), renumber(j)
     n, m = int(i.max()) + 1, int(j.max()) + 1
     if len(i) < n + m:  # else there is a cycle
-        both = torch.cat([F.one_hot(i, n), F.one_hot(j, m)], 1).double()
-        if torch.linalg.matrix_rank(both.cpu()) == len(i):
+        both = torch.cat([F.one_hot(i.cpu(), n), F.one_hot(j.cpu(), m)], 1).double()
+        if torch.linalg.matrix_rank(both) == len(i):
             return {name: dict.fromkeys(SHARES) for name in ("flat", "sphere")}
     test = torch.rand(len(z), generator=torch.Generator().manual_seed(seed)).to(z.device) < heldout
     return {name: shares(x, i, j, test) for name, x in (("flat", z.double()), ("sphere", sphere_log(z)))}

@@ -1618,7 +1618,7 @@ def erm_cost(e, ids, task):
 def gdro_cost(e, ids, task):
     """Group DRO (Sagawa et al. 2020) over label x feature: q <- q exp(0.01 loss), kept in the task."""
     ce = F.cross_entropy(e["scale"] * e["z"] @ e["g"].T, task.y[ids], reduction="none")
-    one_hot = F.one_hot(task.group[ids], len(task.q)).to(ce)  # [B, G]
+    one_hot = (task.group[ids][:, None] == torch.arange(len(task.q), device=ids.device)).to(ce)  # [B, G]
     losses = one_hot.T @ ce / one_hot.sum(0).clamp(min=1)  # zero of a group that is not there
     q = task.q * torch.exp(0.01 * losses.detach())
     task.q = torch.where(losses.isfinite().all(), q / q.sum(), task.q)

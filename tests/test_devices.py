@@ -433,3 +433,13 @@ def test_fine_tuning_waits_twice_a_step_at_most(method, gpu, at):
     waits = [script(gpu, at, "train", f"{words} --steps={n}") for n in (2, 4)]
     most = 5 if method == "ravl" else 2  # pooling in PyTorch, as here, waits three times; its kernel does not
     assert waits[1] - waits[0] <= 2 * most, WAITS
+
+
+def test_a_gpu_whose_network_cannot_run_with_halved_weights_takes_float32(gpu, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("Input type and weight type should be the same")
+
+    monkeypatch.setattr(model.Encoder, "halved", property(refuse))
+    with gpu():
+        encoder = tiny(device="cuda", dtype="auto")
+        assert encoder.precision == "float32" and encoder.fast is encoder.folded

@@ -1151,7 +1151,12 @@ def names_in(text, flag, least):
 
 def samples_of(name, rows, facts):
     """Samples of a generator of Rows: numbers names, makes splits, leaves out what does not exist."""
-    rows, notes = list(rows), facts.notes
+    everything, notes = list(rows), facts.notes
+    rows = [row for row in everything if row.split != len(SPLITS)]
+    if len(rows) < len(everything) and not facts.renamed:  # nor do the others' names count
+        classes, places = {row.y for row in rows}, {row.place for row in rows}
+        facts.chosen = facts.chosen or [name for name in facts.classes if name in classes]
+        facts.places = [name for name in facts.places if name in places]
     if facts.chosen:
         rows, chosen = only(rows, "y", facts.chosen, "classes")
         facts.imagenet = facts.imagenet and [facts.imagenet[facts.classes.index(c)] for c in chosen]
@@ -1163,10 +1168,11 @@ def samples_of(name, rows, facts):
     y, classes = numbered(y, facts.classes, "class")
     place, places = numbered(place, facts.places, "place")
     place, places = place if places else torch.zeros_like(place), places or ["anywhere"]
-    P, official = len(places), facts.official and None not in split
+    drawn = None in split or not any(split)  # where all is train, too
+    P, official = len(places), facts.official and not drawn
     group = (y * P + place).where(place >= 0, len(classes) * P + y)  # without a place: of each class one more
     group = group.clamp(min=-1)  # the unlabelled are one
-    split = make_splits(group) if None in split else completed(torch.tensor(split), group, notes)
+    split = make_splits(group) if drawn else completed(torch.tensor(split), group, notes)
     items = [Photo(p) if isinstance(p, str) else p for p in picture]
     samples = Samples(name, items, y, place, split, classes, places, captions, cut, shows, notes)
     samples.labels, samples.imagenet, samples.official = facts.labels or classes, facts.imagenet, official
@@ -1424,18 +1430,23 @@ def inverted(where, files):
 # --------------------------------------------------------------------------------------------------------
 # tables of images: columns under the names that people use, classes by names or numbers, splits
 
-EMPTY = {"", "nan", "na", "n/a", "null", "<na>"}  # no value
+EMPTY = {"", "nan", "na", "n/a", "null", "<na>"}  # no value, as is Python's None
 COLUMNS = {  # what we call them, and what people do, the likeliest first
     "path": "path file_name filename img_filename filepath file_path image_path img_path image_file image "
     "file img image_name img_name image_id",
     "y": "y label target class class_name label_name category y_true true_label class_id label_id "
-    "category_id",
+    "category_id ground_truth gt labels targets",
     "place": "place a background attribute env environment confounder group domain context spurious attr",
     "split": "split partition subset set phase",
-    "predicted": "predicted prediction pred y_pred yhat y_hat predicted_label pred_label predicted_class",
+    "predicted": "predicted prediction pred y_pred yhat y_hat predicted_label pred_label predicted_class "
+    "predictions preds",
     "confidence": "confidence conf probability prob score",
 }
 BOXES = {"x1": "x1 xmin left", "y1": "y1 ymin top", "x2": "x2 xmax right", "y2": "y2 ymax bottom"}
+
+
+def empty(text):
+    return text.strip().casefold() in EMPTY or text.strip() == "None"
 
 
 class Table(dict):
@@ -1482,10 +1493,14 @@ def read_table(path):
 
 
 def records(path, text):
-    """The Table in JSON: a list of objects, or one a line, as Hugging Face's metadata.jsonl."""
+    """The Table in JSON: a list of objects, or one a line, as Hugging Face's metadata.jsonl; or an object of
+    columns, as pandas writes it."""
     pairs = [(k, line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
     listed = text.lstrip()[0] == "["  # then the k-th object is said to be in line k
     trees = json.loads(text) if listed else [json.loads(line) for _, line in pairs]
+    if len(trees) == 1 and all(isinstance(v, (dict, list)) for v in trees[0].values()):
+        columns = [v.values() if isinstance(v, dict) else v for v in trees[0].values()]
+        trees, listed = [dict(zip(trees[0], row, strict=True)) for row in zip(*columns, strict=True)], True
     names = dict.fromkeys(name for tree in trees for name in tree)
     columns = {n: tuple("" if (v := tree.get(n)) is None else str(v) for tree in trees) for n in names}
     return Table(path, columns, list(range(1, len(trees) + 1)) if listed else [k for k, _ in pairs])
@@ -1522,7 +1537,7 @@ def named(table, column, names=()):
     """A column of classes or places -> for each row its name, None where it is empty; all names in order; and
     notes. Whole numbers, also as 1.0, are those that occur. names: of --classes=FILE, in order."""
     values, where = table[column], f"{table.path}: {column}"
-    text = {v: v.strip() for v in set(values) if v.strip().casefold() not in EMPTY}
+    text = {v: v.strip() for v in set(values) if not empty(v)}
     number = {v: re.fullmatch(r"(-?[0-9]{1,18})(\.0*)?", t) for v, t in text.items()}
     words, notes = [v for v, n in number.items() if not n], []
     if words and len(words) < len(number) / 2:
@@ -1550,8 +1565,9 @@ def named(table, column, names=()):
     return list(map(number.get, values)), list(names) or list(name_of.values()), notes
 
 
-def split_numbers(values, name, complaint):
-    """0, 1, 2 of values such as 0, 1.0, train, val; else raises complaint(k, what is wrong)."""
+def split_numbers(values, name, complaint, notes):
+    """0, 1, 2 of values such as 0, 1.0, train, val; 3 of others, as WILDS's id_val, if each of these occurs;
+    else raises complaint(k, what is wrong)."""
     if re.fullmatch("(is |in )?(train|training|val|test|testing)( image| set)?", plain(name)):
         raise complaint(0, f"{name} says whether, not which; expected a column of train, val, test")
     numbers = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
@@ -1561,8 +1577,10 @@ def split_numbers(values, name, complaint):
         k = split.index(None)
         n, cure = split.count(None), "leave such rows out, or read it without: --columns=split="
         there = f"{name}={str(values[k])[:60]!r}, so {n} of {len(split)}"
-        raise complaint(k, f"{there}, expected 0, 1, 2 or train, val, test; {cure}")
-    return split
+        if not {0, 1, 2} <= {*split}:
+            raise complaint(k, f"{there}, expected 0, 1, 2 or train, val, test; {cure}")
+        notes.append(f"WARNING: {there} rows are neither train, val nor test, and are left out")
+    return [len(SPLITS) if s is None else s for s in split]
 
 
 def places_and_splits(table, at, facts):
@@ -1572,7 +1590,7 @@ def places_and_splits(table, at, facts):
         place, facts.places, notes = named(table, at["place"])
         facts.notes += notes
     if at["split"]:
-        split = split_numbers(table[at["split"]], at["split"], table.complaint)
+        split = split_numbers(table[at["split"]], at["split"], table.complaint, facts.notes)
     return place, split
 
 
@@ -1587,7 +1605,8 @@ def table_rows(table, facts, needed):
     facts.notes += [line, *notes]
     place, split = places_and_splits(table, at, facts)
     names, root = table[at["path"]], os.path.dirname(table.path) or "."
-    if all(map(os.path.isabs, names)):
+    if any(map(os.path.isabs, names)):
+        names = [os.path.join(os.path.abspath(root), name) for name in names]
         root = os.path.commonpath({os.path.dirname(name) for name in names})
         names = [name[len(root) :].lstrip("/") for name in names]
     return inside_root(root, table, names), y, place, split
@@ -1609,7 +1628,7 @@ def inside_root(root, table, names):
 def csv_table(path, facts):
     """csv:FILE       any table of images and groups with a header: between commas, semicolons or tabs;
     also JSON, a list of objects or one a line
-    path      relative to the table's folder, or all absolute
+    path      relative to the table's folder, or absolute
     y         class: names, or whole numbers
     split     0, 1, 2 or train, val, test; may be missing: 3/5, 1/5, 1/5 of each group
     place     names or numbers; may be missing. Images whose place is empty or nan count in no group.
@@ -1727,7 +1746,8 @@ def load_predictions(path, columns="", classes=""):
     renamed = names_in(classes, "classes", 2) if os.path.isfile(classes) else []
     words, facts.classes, of_names = named(t, "y and predicted", renamed)
     y, taken = words[:n], words[n:]
-    both = f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names"
+    both = f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names, or others "
+    both += "by --columns=y=...,predicted=..."
     require(set(y) & set(taken) - {None}, both)
     facts.notes = [*notes, note, *of_names, *numbered_alike(t, at)]
     twice = len(t[at["path"]]) - len(set(t[at["path"]])) if at["path"] else 0
@@ -1736,9 +1756,10 @@ def load_predictions(path, columns="", classes=""):
     sure = []  # from 0 to 1
     for k, text in enumerate(t[at["confidence"]] if at["confidence"] else [""] * n):
         with contextlib.suppress(ValueError):
-            sure.append(float(text) if text.strip().casefold() not in EMPTY else math.nan)
-        if len(sure) == k or sure[k] < 0 or sure[k] > 1:
-            raise t.complaint(k, f"{at['confidence']}={text[:60]!r}, expected a number from 0 to 1")
+            sure.append(math.nan if empty(text) else float(text))
+        if len(sure) == k or sure[k] < 0 or sure[k] > 1 + 1e-5:  # of float32's sums
+            wanted = "expected a number from 0 to 1; scale it, or read none: --columns=confidence="
+            raise t.complaint(k, f"{at['confidence']}={text[:60]!r}, {wanted}")
     names = [os.path.join(os.path.dirname(path), v) for v in t[at["path"]]] if at["path"] else [""] * n
     pictures = [
         Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in zip(t.lines, names, strict=True)
@@ -1748,10 +1769,11 @@ def load_predictions(path, columns="", classes=""):
         samples.split = torch.tensor(split)
     samples.prompts = [[name] for name in samples.classes]
     taken = numbered(taken, facts.classes, "class")[0]
-    sure = of_predicted(torch.tensor(sure), taken, samples)
+    sure = of_predicted(torch.tensor(sure).clamp(max=1), taken, samples)
     keep = (samples.y >= 0) & (taken >= 0)
     if not keep.all():
         facts.notes.append(f"WARNING: {path}: {int((~keep).sum())} of {n} rows lack y or predicted; left out")
+    keep &= samples.split < len(SPLITS)
     return check(samples.keep(keep), False), taken[keep], sure[keep]
 
 
@@ -1833,7 +1855,7 @@ def scenes(root, facts):
 def image_folder(root, facts):
     """folder:DIR       your own images, in one of the layouts
     DIR/split/class/place/*    split: train, val or test; the folder below the class is the place (the group)
-    DIR/split/class/*    DIR/class/place/*    DIR/class/*
+    DIR/split/class/*    DIR/class/place/*    DIR/class/*    or place/class/*, if --classes names these
     DIR/*                unlabelled; --classes says what to choose from
     Folders named by WordNet's ids, n01440764, have their names.
     --classes=FILE: names in order, one a line; a class folder must bear one of them (but for case and _).
@@ -1849,7 +1871,7 @@ def image_folder(root, facts):
     official = bool(splits) and splits == top
     if len(splits) > 1 and not official:
         raise Complaint(f"{where}: {max(splits)} is a split, {min(top - splits)!r} beside it is not")
-    rest = [p[1:] if official and len(p) > 1 else p for p in moved]
+    rest = class_first(root, [p[1:] if official and len(p) > 1 else p for p in moved], facts)
     classes, stray = {r[0] for r in rest if len(r) > 1}, sum(len(r) == 1 for r in rest)
     if stray == len(paths):
         facts.classes, facts.chosen = facts.renamed or facts.chosen or facts.names, []
@@ -1862,16 +1884,32 @@ def image_folder(root, facts):
         raise Complaint(f"{where}: one class folder, {only!r}; if the classes are in it, name it: .../{only}")
     facts.notes += folder_notes(root, rest)
     words = {*SPLIT_NAMES, "eval", "fold", "split", "trainset", "testset"}
-    like = sorted({r[0] for r in rest if len(r) > 2 and words & {*re.split(r"[\W\d_]+", r[0].lower())}})
-    if like and not facts.renamed:
+    like = sorted(c for c in classes if words & {*re.split(r"[\W\d_]+", c.lower())})
+    deep = any(len(r) > 2 for r in rest)
+    if like and (deep or len(like) == len(classes)) and not facts.renamed:
         line = f"read as classes: {', '.join(sorted(classes)[:6])}; if {like[0]!r} is a split, name splits"
         facts.notes.append(f"WARNING: {root}: {line} train, val and test, and move what else lies there")
-    deep, names = any(len(r) > 2 for r in rest), spoken(classes, facts)
+    names = spoken(classes, facts)
     for (p, path), r in zip(moved.items(), rest, strict=True):
         if len(r) > 1:
             place = r[1] if len(r) > 2 else "elsewhere" if deep else None
             split = SPLIT_NAMES[p[0].lower()] if official else None
             yield Row(os.path.join(root, *path), names.get(r[0], r[0]), place, split)
+
+
+def class_first(root, rest, facts):
+    """The parts of the paths of images below a split, place/class/... turned if --classes names the second
+    folders; and a note which are taken for what, as DomainBed's sets have their places first."""
+    named = {*map(plain, facts.renamed or facts.chosen)}
+    classes, places = ({r[k] for r in rest if len(r) > 2} for k in (0, 1))
+    cure = "; if it is the other way round, name the classes, --classes=a,b"
+    if named & {*map(plain, places)} and not named & {plain(r[0]) for r in rest if len(r) > 1}:
+        rest = [(r[1], r[0], *r[2:]) if len(r) > 2 else r[-1:] for r in rest]
+        classes, places, cure = places, classes, ""
+    if places:
+        line = f"classes are {', '.join(sorted(classes)[:5])}, places {', '.join(sorted(places)[:5])}{cure}"
+        facts.notes.append(f"{root}: {line}")
+    return rest
 
 
 def folder_notes(root, rest):
@@ -1884,7 +1922,7 @@ def folder_notes(root, rest):
         f"{depth[1]} images lie outside the class folders, and are left out": depth[1],
         f"{depth[2]} images lie beside the place folders; their place is 'elsewhere'": depth[2] and pairs,
         f"{depth[4]} images lie below class/place, as {deep}; such folders do not count": depth[4],
-        f"{one}. If the second folders are the classes, move them up": single,
+        f"{one}. Are the second folders the classes? Then name them, --classes=a,b": single,
     }
     return [f"WARNING: {root}: {line}" for line, holds in lines.items() if holds]
 
@@ -1897,9 +1935,9 @@ def imagenet(root, facts):
     paths, (ids, _, short) = scan(root), synsets()
     label = [p[0] if len(p) > 1 else p[0].split("_")[0].split(".")[0] for p in paths]
     if not set(label) <= set(ids):
-        order = sorted({p[0] for p in paths})
+        order, odd = sorted({p[0] for p in paths}), sorted(set(label) - set(ids))
         good = len(order) == 1000 and len({len(p) > 1 for p in paths}) == 1
-        what = f"{len(paths)} images, the first is {'/'.join(paths[0])}"
+        what = f"{len(odd)} names, as {odd[0]!r}, are not of ImageNet's 1000"
         require(good, f"{root}: {what}; expected n01440764 ... or 1000 folders in order of classes")
         number = dict(zip(order, ids, strict=True))
         label = [number[p[0]] for p in paths]
@@ -1932,7 +1970,9 @@ def spoken(ids, facts):
     from timm.data import ImageNetInfo
 
     info, (of_1000, _, short) = ImageNetInfo("imagenet22k"), synsets()
-    if not ids <= {*info.label_names(), *of_1000}:
+    if odd := sorted(ids - {*info.label_names(), *of_1000}):
+        unknown = f"{len(odd)} of {len(ids)} ids of WordNet are unknown, as {odd[0]}"
+        facts.notes.append(f"WARNING: {unknown}: classes keep the ids as names")
         return {}
     ids, number = sorted(ids), {w: k for k, w in enumerate(of_1000)}
     names = [short[number[w]] if w in number else info.label_name_to_description(w) for w in ids]
@@ -2092,6 +2132,8 @@ def torch_arrays(path):
         except pickle.UnpicklingError:  # PyTorch's words would advise to run it
             line = "neither of numpy nor of torch.save, or more than tensors, which could run code"
             raise ValueError(line) from None
+    if not isinstance(tree, (dict, torch.Tensor)):
+        raise ValueError(f"a {type(tree).__name__}, expected a dict such as dict(embedding=z, y=y)")
     tree = {str(k): v for k, v in tree.items()} if isinstance(tree, dict) else dict(embedding=tree)
     tensors = {k: v.detach() for k, v in tree.items() if torch.is_tensor(v)}
     tensors = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in tensors.items()}
@@ -2116,7 +2158,7 @@ def stored_arrays(path):
         a = {ours: there[name] for ours, name in taken.items()}
     z = a.get("embedding")
     if z is None:
-        have = ", ".join(there) or inside(path)
+        have = ", ".join([*there][:9]) or "no arrays"
         raise Complaint(f"{path}: no array 'embedding' (found: {have}); see --data=embeddings:help")
     if taken.get("place", "place") != "place" and a["place"].shape[:1] != (a["place"].size,):
         del a["place"], taken["place"]  # attributes [n, 40]
@@ -2164,7 +2206,7 @@ def stored(path, facts):
     if "split" in a:
         where = functools.partial("{}: row {}: {}".format, path)
         values = a["split"].astype(str) if a["split"].dtype.kind == "S" else a["split"]
-        split = split_numbers(values.tolist(), "split", lambda *what: Complaint(where(*what)))
+        split = split_numbers(values.tolist(), "split", lambda *what: Complaint(where(*what)), facts.notes)
     for k, row in enumerate(zip(y, place, split, strict=True)):
         yield Row(Stored(str(path), k), *row)
 
@@ -2173,7 +2215,7 @@ def labels_in(path, key, values, names):
     """An array [n] of names or numbers -> list of names, or None, and all in order: given, or that occur."""
     if values.dtype.kind in "SU":
         words = [word.strip() for word in values.astype(str).tolist()]
-        return [word if word.lower() not in ("", "nan") else None for word in words], names
+        return [None if empty(word) else word for word in words], names
     x = values.astype(float)
     there = [k for k in np.unique(x[~np.isnan(x)]).tolist() if k != -1]
     name = dict(enumerate(names)) if names else {k: f"{k:.0f}" for k in there if k >= 0 and k % 1 == 0}

@@ -884,7 +884,9 @@ class StoredEncoder(Encoder):
     @property
     def facts(self):
         with reading(self.file, "embeddings with one number as logit_scale"):
-            scale = float(self.arrays.get("logit_scale", 100))
+            scale = float(np.asarray(self.arrays.get("logit_scale", 100)).item())
+        cure = "save its exp(), if it is the logarithm, as in state dicts"
+        require(scale > 5, f"{self.file}: logit_scale {scale:g}, CLIP's are from 10 to 100; {cure}")
         return dict(dim=self.recipe[1], precision="float32", logit_scale=scale, rows=False)
 
     def embed(self, pictures, label="images", compute=None, part="", rows=None):
@@ -973,7 +975,8 @@ def weights_record(path):
                 record["quick_gelu"] = activation == "quick_gelu"
             if not clip and "image_mean" in scaling:
                 crop = "shortest" if scaling.get("do_center_crop") else "squash"
-                how = dict(resize_mode=crop, interpolation="bicubic")
+                how = dict(resize_mode=crop)
+                how["interpolation"] = {2: "bilinear", 3: "bicubic"}[scaling.get("resample", 3)]  # Pillow's
                 record["preprocess"] = dict(mean=scaling["image_mean"], std=scaling["image_std"], **how)
         scaling = record["preprocess"] = dict(record.get("preprocess") or {})
         scaling.update({k: tuple(map(float, scaling[k])) for k in ("mean", "std") if k in scaling})
@@ -992,7 +995,7 @@ def weights_bytes(module, **metadata):
 
 WEIGHTS = "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model", "adapter_model"
 USUAL = re.compile(  # before names: dicts of a file that hold others, and what training wraps modules in
-    "^((weights|params|module|base_model|network|net|teacher|student|model_state_dict|(model|state_dict)(_ema)?)[.])+"
+    "^((weights|params|module|base_model|network|net|clip|teacher|student|model_state_dict|(model|state_dict)(_ema)?)[.])+"
 )
 SHELLS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # of torch, anywhere
 
@@ -1041,6 +1044,8 @@ def load_file(module, path):
                 state[k] = v.view(needed)
             elif v.shape != needed:
                 odd.append(sizes)
+            elif v.is_floating_point() != has[k].is_floating_point():
+                odd.append(f"{k} is {v.dtype}, expected {has[k].dtype}: quantised weights are not read")
             elif made != needed:
                 if "pos" in k:
                     sizes = f"positions of {made[-2]} tokens, {needed[-2]} are needed"
@@ -1072,6 +1077,10 @@ def without_prefix(state, has, path):
     within = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     beside = sorted({".".join(k.split(".")[:2]) for k in state if not k.startswith(prefix)})
     others = f"; left out {len(state) - len(within)} of {', '.join(beside[:6])}" * bool(beside)
+    equal = [p for p, n in counts.items() if n == counts[prefix] and p != prefix]
+    others += f"; WARNING: as many are behind {', '.join(equal)}: a file of one of them says which" * bool(
+        equal
+    )
     say(f"{path}: the weights behind {prefix!r}{others}")
     return within
 
@@ -1092,7 +1101,7 @@ def without_classifier(state, module, path):
     theirs = {k: v.shape for k, v in state.items() if k.startswith(names)}
     if ours == theirs or not ours:
         return state
-    classes = f"a classifier of {next(iter(theirs.values()))[0]} classes" if theirs else "no classifier"
+    classes = f"a classifier of {[*theirs.values()][-1][0]} classes" if theirs else "no classifier"
     say(f"{path}: {classes} in it, not {module.num_classes}: left out, probes and features need none")
     module.reset_classifier(0)
     return {k: v for k, v in state.items() if k not in theirs}
@@ -1255,6 +1264,7 @@ def with_lora(state, path):
     alpha and r as the adapter_config.json at path says."""
     made = read_json(path, "the adapter_config.json of peft, which says how LoRA's parts are merged")
     odd = [k for k in ("use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out") if made.get(k)]
+    odd += [k for k in state if re.search(r"\.lora_(?![AB]\.)", k)]  # of embeddings
     if odd:
         raise Complaint(f"{path}: LoRA with {odd[0]}, which only peft can merge, by merge_and_unload()")
     with reading(path, "a LoRA adapter of the weights beside it"):

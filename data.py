@@ -1566,8 +1566,8 @@ def named(table, column, names=()):
 
 
 def split_numbers(values, name, complaint, notes):
-    """0, 1, 2 of values such as 0, 1.0, train, val; 3 of others, as WILDS's id_val, if each of these occurs;
-    else raises complaint(k, what is wrong)."""
+    """0, 1, 2 of values such as 0, 1.0, train, val; if each of these occurs 3 of other words, as WILDS's
+    id_val; else raises complaint(k, what is wrong)."""
     if re.fullmatch("(is |in )?(train|training|val|test|testing)( image| set)?", plain(name)):
         raise complaint(0, f"{name} says whether, not which; expected a column of train, val, test")
     numbers = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
@@ -1577,7 +1577,7 @@ def split_numbers(values, name, complaint, notes):
         k = split.index(None)
         n, cure = split.count(None), "leave such rows out, or read it without: --columns=split="
         there = f"{name}={str(values[k])[:60]!r}, so {n} of {len(split)}"
-        if not {0, 1, 2} <= {*split}:
+        if not {0, 1, 2} <= {*split} or any(re.search(r"\d", str(v)) for v, s in number.items() if s is None):
             raise complaint(k, f"{there}, expected 0, 1, 2 or train, val, test; {cure}")
         notes.append(f"WARNING: {there} rows are neither train, val nor test, and are left out")
     return [len(SPLITS) if s is None else s for s in split]
@@ -1605,8 +1605,8 @@ def table_rows(table, facts, needed):
     facts.notes += [line, *notes]
     place, split = places_and_splits(table, at, facts)
     names, root = table[at["path"]], os.path.dirname(table.path) or "."
-    if any(map(os.path.isabs, names)):
-        names = [os.path.join(os.path.abspath(root), name) for name in names]
+    names = [name.removeprefix(os.path.abspath(root) + "/") for name in names]
+    if all(map(os.path.isabs, names)):
         root = os.path.commonpath({os.path.dirname(name) for name in names})
         names = [name[len(root) :].lstrip("/") for name in names]
     return inside_root(root, table, names), y, place, split
@@ -1628,7 +1628,7 @@ def inside_root(root, table, names):
 def csv_table(path, facts):
     """csv:FILE       any table of images and groups with a header: between commas, semicolons or tabs;
     also JSON, a list of objects or one a line
-    path      relative to the table's folder, or absolute
+    path      relative to the table's folder, or below it; or all absolute
     y         class: names, or whole numbers
     split     0, 1, 2 or train, val, test; may be missing: 3/5, 1/5, 1/5 of each group
     place     names or numbers; may be missing. Images whose place is empty or nan count in no group.
@@ -1937,7 +1937,7 @@ def imagenet(root, facts):
     if not set(label) <= set(ids):
         order, odd = sorted({p[0] for p in paths}), sorted(set(label) - set(ids))
         good = len(order) == 1000 and len({len(p) > 1 for p in paths}) == 1
-        what = f"{len(odd)} names, as {odd[0]!r}, are not of ImageNet's 1000"
+        what = f"{len(paths)} images, {len(odd)} names, as {odd[0]!r}, are none of its 1000 classes'"
         require(good, f"{root}: {what}; expected n01440764 ... or 1000 folders in order of classes")
         number = dict(zip(order, ids, strict=True))
         label = [number[p[0]] for p in paths]
@@ -2158,7 +2158,7 @@ def stored_arrays(path):
         a = {ours: there[name] for ours, name in taken.items()}
     z = a.get("embedding")
     if z is None:
-        have = ", ".join([*there][:9]) or "no arrays"
+        have = ", ".join([*there][:9]) or (inside(path) if os.path.isdir(path) else "none")
         raise Complaint(f"{path}: no array 'embedding' (found: {have}); see --data=embeddings:help")
     if taken.get("place", "place") != "place" and a["place"].shape[:1] != (a["place"].size,):
         del a["place"], taken["place"]  # attributes [n, 40]
@@ -2763,7 +2763,9 @@ def box_regions(spec, pictures, notes):
         if end and isinstance(picture, Photo):
             with opened(path) as image:
                 said["turned"] += image.getexif().get(274, 1) in range(2, 9)
-        for line, x1, y1, x2, y2 in rows.get(end, ()):
+        for line, x1, y1, x2, y2, *stated in rows.get(end, ()):
+            sizes = f"{where}: boxes for {stated} pixels, but {path} has {[W, H]}; give photos of that size"
+            require(stated in ([], [W, H], [H, W]), sizes)
             box = (max(0.0, x1 / W), max(0.0, y1 / H), min(1.0, x2 / W), min(1.0, y2 / H))
             if x1 != x2 and y1 != y2 and (box[2] <= box[0] or box[3] <= box[1]):
                 wrong = "has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H}"
@@ -2807,12 +2809,14 @@ def coco_boxes(path):
     with reading(path, "a COCO instances file: images with id, file_name, annotations with image_id, bbox"):
         tree = read_json(path, "JSON")
         names = {i["id"]: os.fspath(i["file_name"]) for i in tree["images"]}
+        sizes = {i["id"]: [i[k] for k in ("width", "height") if k in i] for i in tree["images"]}
         for name, n in Counter(names.values()).items():
             if n > 1:
                 raise ValueError(f"two images have the file_name {name}")
         for a in tree["annotations"]:
             if not a.get("iscrowd"):
-                boxes.setdefault(names[a["image_id"]], []).append((f"annotation {a.get('id')}", *corners(a)))
+                row = f"annotation {a.get('id')}", *corners(a), *sizes[a["image_id"]]
+                boxes.setdefault(names[a["image_id"]], []).append(row)
     return boxes
 
 

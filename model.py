@@ -1078,9 +1078,8 @@ def without_prefix(state, has, path):
     beside = sorted({".".join(k.split(".")[:2]) for k in state if not k.startswith(prefix)})
     others = f"; left out {len(state) - len(within)} of {', '.join(beside[:6])}" * bool(beside)
     equal = [p for p, n in counts.items() if n == counts[prefix] and p != prefix]
-    others += f"; WARNING: as many are behind {', '.join(equal)}: a file of one of them says which" * bool(
-        equal
-    )
+    if equal and not AVERAGED.search(prefix) and "teacher" not in prefix:
+        others += f"; WARNING: as many are behind {', '.join(equal)}: save those that you mean"
     say(f"{path}: the weights behind {prefix!r}{others}")
     return within
 

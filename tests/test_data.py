@@ -3048,3 +3048,104 @@ def test_masks_as_regions_are_refused_where_they_have_not_the_shape_of_the_turne
         )
         with turned:
             data.load_regions(f"masks:{tmp_path}/masks", [data.Photo(f"{tmp_path}/a.jpg")], lambda *_: WHOLE)
+
+
+def test_rows_of_other_splits_are_left_out_with_a_count_where_all_three_are_named(tmp_path):
+    words = ["train", "val", "test", "id_val", "train", "val", "test", ""]
+    touch(tmp_path, *[f"{k}.png" for k in range(8)])
+    lines = [f"{k}.png,{['cat', 'dog', 'owl'][k % 2 + (k == 7)]},sea,{w}" for k, w in enumerate(words)]
+    samples = loaded(f"csv:{text(tmp_path / 'a.csv', 'path,y,place,split', *lines)}")
+    assert samples.classes == ["cat", "dog"]  # the owl is among those left out
+    assert samples.split.tolist() == [0, 1, 2, 0, 1, 2] and samples.y.tolist() == [0, 1, 0, 0, 1, 0]
+    assert noted(samples, "WARNING", "'id_val', so 2 of 8", "left out")
+    for line in ("7.png,owl,sea,fold2", "7.png,owl,sea,3"):
+        path = text(tmp_path / "b.csv", "path,y,place,split", *lines[:-1], line)
+        with complaint("b.csv:5", "id_val"):
+            loaded(f"csv:{path}")
+    path = text(tmp_path / "p.csv", "y,pred,split", *[f"{k % 2},1,{w}" for k, w in enumerate(words)])
+    assert data.load_predictions(path)[0].split.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_paths_below_the_table_may_be_absolute_beside_relative_ones(tmp_path):
+    touch(tmp_path, "a/0.png", "a/1.png")
+    samples = loaded(f"csv:{text(tmp_path / 't.csv', 'path,y', 'a/0.png,x', f'{tmp_path}/a/1.png,y')}")
+    assert [item.path for item in samples.items] == [f"{tmp_path}/a/{k}.png" for k in (0, 1)]
+
+
+def test_none_as_python_writes_it_is_no_place_and_as_a_word_is_one(tmp_path):
+    touch(tmp_path, *[f"{k}.png" for k in range(4)])
+    lines = [f"{k}.png,{k % 2},{place}" for k, place in enumerate(("None", "none", "sea", "sea"))]
+    samples = loaded(f"csv:{text(tmp_path / 't.csv', 'path,y,place', *lines)}")
+    assert samples.places == ["none", "sea"] and samples.place.tolist() == [-1, 0, 1, 1]
+    samples = load_data(vectors(tmp_path / "e.npz", y=[0, 1, 0, 1, 1], place=["None", *"aabb"]), splits=False)
+    assert samples.places == ["a", "b"] and samples.place.tolist() == [-1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("names", ["dog,cat", "file"])
+def test_folders_with_the_place_first_are_turned_by_the_names_of_classes(tmp_path, names):
+    root = tmp_path / "d"
+    touch(
+        root, *[f"{place}/{y}/{k}.png" for place in ("photo", "sketch") for y in ("cat", "dog") for k in "ab"]
+    )
+    assert noted(loaded(f"folder:{root}"), "classes are photo, sketch, places cat, dog", "--classes=a,b")
+    if names == "file":
+        names = text(tmp_path / "names", "dog", "cat")
+    samples = loaded(f"folder:{root}", classes=names)
+    assert samples.classes == ["dog", "cat"] and samples.places == ["photo", "sketch"]
+    assert all(
+        item.path.split("/")[-2] == samples.classes[y]
+        for item, y in zip(samples.items, samples.y, strict=True)
+    )
+    assert noted(samples, "classes are cat, dog, places photo, sketch") and not noted(samples, "other way")
+
+
+def test_a_training_split_alone_is_split_and_folders_of_splits_only_are_no_classes(tmp_path):
+    touch(tmp_path / "a", *[f"train/{y}/{k}.png" for y in ("cat", "dog") for k in range(5)], "test/0.png")
+    samples = loaded(f"folder:{tmp_path}/a", True)
+    assert torch.bincount(samples.split).tolist() == [6, 2, 2] and not samples.official
+    assert noted(samples, "1 images lie outside the class folders") and noted(samples, "are drawn here")
+    touch(tmp_path / "b", "train/cat.0.png", "train/dog.0.png", "test1/0.png")
+    assert noted(loaded(f"folder:{tmp_path}/b"), "WARNING", "if 'test1' is a split")
+    touch(tmp_path / "c", "train/0.png", "bus/0.png")  # a class of vehicles
+    assert not noted(loaded(f"folder:{tmp_path}/c"), "is a split")
+
+
+def test_ids_that_wordnet_does_not_know_are_named(tmp_path):
+    touch(tmp_path, "n01440764/a.png", "n99999999/a.png")
+    samples = loaded(f"folder:{tmp_path}")
+    assert samples.classes[0] == "n01440764" and noted(samples, "WARNING: 1 of 2 ids", "n99999999")
+    with complaint("1 names, as 'n99999999'"):
+        loaded(f"imagenet:{tmp_path}")
+
+
+def test_predictions_as_pandas_and_softmax_write_them(tmp_path):
+    table = dict(ground_truth={"0": "a", "1": "b", "2": "b"}, preds={"0": "a", "1": "a", "2": "b"})
+    table["confidence"] = {"0": 1.0000001, "1": 0.75, "2": 0.5}
+    for tree in (table, {k: list(v.values()) for k, v in table.items()}):
+        samples, taken, sure = data.load_predictions(text(tmp_path / "p.json", json.dumps(tree)))
+        assert (
+            samples.y.tolist() == [0, 1, 1]
+            and taken.tolist() == [0, 0, 1]
+            and sure.tolist() == [1, 0.75, 0.5]
+        )
+    with complaint("p.csv:2", "70%", "--columns=confidence="):
+        data.load_predictions(text(tmp_path / "p.csv", "y,pred,confidence", "1,1,70%"))
+
+
+def test_embeddings_in_tuples_and_nested_dicts_are_one_line(tmp_path):
+    z = torch.ones(4, 3)
+    for tree, words in (((z, z[:, 0]), "a tuple, expected a dict"), (dict(train=dict(z=z)), "found: none")):
+        torch.save(tree, tmp_path / "e.pt")
+        with complaint("e.pt", words):
+            loaded(f"embeddings:{tmp_path}/e.pt")
+
+
+def test_boxes_for_pictures_of_another_size_are_refused(tmp_path):
+    touch(tmp_path, "x.png")
+    boxes = [dict(id=1, image_id=5, bbox=[1, 2, 3, 4])]
+    for w, h in ((16, 12), (12, 16), (32, 24)):
+        tree = dict(images=[dict(id=5, file_name="x.png", width=w, height=h)], annotations=boxes)
+        path = text(tmp_path / "c.json", json.dumps(tree))
+        with complaint("[32, 24]", "[16, 12]") if w == 32 else contextlib.nullcontext():
+            found = data.load_regions(f"coco:{path}", [data.Photo(f"{tmp_path}/x.png")], middle)[0][0]
+            assert found.boxes == ((1 / 16, 2 / 12, 4 / 16, 6 / 12),)

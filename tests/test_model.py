@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from safetensors.torch import load_file as load_safe
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import transforms
@@ -900,6 +901,12 @@ def test_a_folder_of_transformers_says_activation_and_preprocessing(tmp_path, ge
     for path in (tmp_path, tmp_path / "model.safetensors"):
         encoder = load_encoder("flock-vit", str(path), device="cpu")
         assert is_quick(encoder) and tuple(encoder.transform.transforms[-1].std) == (0.25,) * 3
+        assert encoder.transform.transforms[0].interpolation.value == "bicubic"
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(seen | dict(resample=2))
+    )  # as Pillow counts
+    resize = load_encoder("flock-vit", str(tmp_path), device="cpu").transform.transforms[0]
+    assert resize.interpolation.value == "bilinear"
     (tmp_path / "config.json").write_text(
         json.dumps(dict(model_type="clip", vision_config=dict(hidden_act="gelu")))
     )
@@ -935,6 +942,11 @@ def test_lora_is_merged_as_peft_s_file_says_and_else_is_one_line(tmp_path, get, 
     assert encoder.fingerprint != load_encoder("flock-vit", str(base), device="cpu").fingerprint
     lora(folder, base, dict(use_dora=True))
     with complaint("adapter_config.json", "use_dora", "merge_and_unload"):
+        load_encoder("flock-vit", str(folder), device="cpu").module.eval()
+    parts = folder / "adapter_model.safetensors"
+    lora(folder, base)
+    save_file(load_safe(parts) | {"base_model.model.text_model.x.lora_embedding_A": torch.ones(2, 3)}, parts)
+    with complaint("adapter_config.json", "lora_embedding_A", "merge_and_unload"):
         load_encoder("flock-vit", str(folder), device="cpu").module.eval()
     lora(folder, "openai/clip-vit-base-patch32")
     with complaint("LoRA adapter of openai/clip-vit-base-patch32", "adapter_config.json"):
@@ -2046,3 +2058,39 @@ def test_numbers_of_numpy_take_no_more_room_than_the_file(tmp_path):
     torch.save(dict(best=Bomb()), tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="no file of torch.save"):
         model.unpickled(tmp_path / "bad.pt")
+
+
+def test_weights_in_whole_numbers_are_refused(tmp_path):
+    module, state = resnet()
+    whole = {k: (100 * v).to(torch.int8) if v.ndim == 4 else v for k, v in state.items()}
+    with complaint("w.pt", "torch.int8", "quantised"):
+        loaded(tmp_path / "w.pt", whole)
+
+
+def test_of_two_equal_sets_of_weights_the_one_taken_and_the_other_are_said(tmp_path, capsys):
+    state = resnet()[1]
+    loaded(tmp_path / "w.pt", dict(biased=state, debiased=state))
+    assert (
+        "behind 'debiased.'" in (said := capsys.readouterr().out)
+        and "WARNING: as many are behind biased." in said
+    )
+    loaded(tmp_path / "w.pt", dict(student=state, teacher=state))
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_transformers_clip_in_a_module_of_ones_own(tmp_path, get):
+    state = weights(get("flock-vit"))
+    for prefix in ("clip.", "state_dict.model.clip."):
+        theirs = {f"{prefix}{k}": v for k, v in hugging_face(state, False).items()}
+        torch.save(theirs | {"state_dict.model.head.weight": torch.ones(2, 3)}, tmp_path / "w.pt")
+        module = load_encoder("flock-vit", str(tmp_path / "w.pt"), device="cpu").module
+        assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+
+
+def test_a_logit_scale_as_state_dicts_have_it_is_refused(tmp_path):
+    arrays = dict(embedding=np.eye(3), text=np.eye(3))
+    np.savez(tmp_path / "a.npz", **arrays, logit_scale=np.array([50.0]))
+    assert load_encoder(f"embeddings:{tmp_path}/a.npz").facts["logit_scale"] == 50
+    np.savez(tmp_path / "b.npz", **arrays, logit_scale=np.log(100))
+    with complaint("b.npz", "logit_scale 4.605", "exp()"):
+        load_encoder(f"embeddings:{tmp_path}/b.npz").facts["logit_scale"]

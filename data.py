@@ -2156,6 +2156,7 @@ def stored_arrays(path):
             if names := [spelled[n] for n in (ours, *usual.split()) if n in spelled]:
                 taken[ours] = names[0]
         a = {ours: there[name] for ours, name in taken.items()}
+        a = {k: np.char.decode(v, "utf-8") if v.dtype.kind == "S" else v for k, v in a.items()}
     z = a.get("embedding")
     if z is None:
         have = ", ".join([*there][:9]) or (inside(path) if os.path.isdir(path) else "none")
@@ -2205,21 +2206,26 @@ def stored(path, facts):
     split = [None] * n
     if "split" in a:
         where = functools.partial("{}: row {}: {}".format, path)
-        values = a["split"].astype(str) if a["split"].dtype.kind == "S" else a["split"]
-        split = split_numbers(values.tolist(), "split", lambda *what: Complaint(where(*what)), facts.notes)
+        values = a["split"].tolist()
+        split = split_numbers(values, "split", lambda *what: Complaint(where(*what)), facts.notes)
     for k, row in enumerate(zip(y, place, split, strict=True)):
         yield Row(Stored(str(path), k), *row)
 
 
 def labels_in(path, key, values, names):
     """An array [n] of names or numbers -> list of names, or None, and all in order: given, or that occur."""
-    if values.dtype.kind in "SU":
-        words = [word.strip() for word in values.astype(str).tolist()]
+    if values.dtype.kind == "U":
+        words = [word.strip() for word in values.tolist()]
         return [None if empty(word) else word for word in words], names
     x = values.astype(float)
-    there = [k for k in np.unique(x[~np.isnan(x)]).tolist() if k != -1]
-    name = dict(enumerate(names)) if names else {k: f"{k:.0f}" for k in there if k >= 0 and k % 1 == 0}
-    odd = [k for k in there if k not in name]
+    there = np.unique(x[~np.isnan(x)]).tolist()
+    if there == [-1, 1] and len(names) in (0, 2):  # no and yes, as in tables
+        name = dict(zip(there, names or ("-1", "1"), strict=True))
+    elif names:
+        name = dict(enumerate(names))
+    else:
+        name = {k: f"{k:.0f}" for k in there if k >= 0 and k % 1 == 0}
+    odd = [k for k in there if k not in name and k != -1]
     if odd:
         wanted = f"whole numbers from 0 to {len(names) - 1}, of {len(names)} names" if names else "from 0"
         raise Complaint(f"{path}: {key} has {odd[0]:g}, expected {wanted}")

@@ -457,7 +457,7 @@ def load_embeddings(path):
             raise Complaint(f"{path}: no array {absent[0]!r} (found: {there}); expected {', '.join(ARRAYS)}")
         a = {key: file[key] for key in (*ARRAYS, "region_target", "class_names") if key in file.files}
         check_arrays(path, a)
-        names, notes = [str(name) for name in a.pop("class_names", [])], []
+        names, notes = a.pop("class_names", np.array([])).astype(str).tolist(), []
         for key in a:
             kind = np.int64 if key in ("num_regions", "true_label") else np.float32
             a[key] = torch.from_numpy(np.ascontiguousarray(a[key], kind))

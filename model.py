@@ -913,7 +913,10 @@ class StoredEncoder(Encoder):
         text = self.arrays["text"]
         names = list(map(str, self.arrays.get("classes", range(len(text)))))
         rows = range(len(text)) if len(prompts) == len(text) else [names.index(p) for (p,) in prompts]
-        return unit(torch.from_numpy(np.array(text[list(rows)], np.float32))).to(self.device)
+        texts = torch.from_numpy(np.array(text[list(rows)], np.float32))
+        good = texts.isfinite().all() and texts.any(1).all()
+        require(good, f"{self.file}: text has rows that are zero or not finite; mend them")
+        return unit(texts).to(self.device)
 
 
 def snapshot(model, pretrained, quick_gelu, cache):

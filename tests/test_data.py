@@ -2776,6 +2776,10 @@ STORED = [  # arrays -> y, classes, place, places
     (dict(y=[0.0, 1.0, np.nan, -1, 1], classes=["cat", "dog"]), [0, 1, -1, -1, 1], ["cat", "dog"], None),
     (dict(labels=["b", "a", " ", "a ", "nan"], group=["x", "y", "x", "x", "y"]),
      [1, 0, -1, 0, -1], ["a", "b"], ([0, 1, 0, 0, 1], ["x", "y"])),
+    (dict(y=[b"caf\xc3\xa9", b"a", b"", b"a", b"a"], place=[-1, 1, 1, -1, 1], places=[b"sea", b"wood"]),
+     [1, 0, -1, 0, 0], ["a", "caf\u00e9"], ([0, 1, 1, 0, 1], ["sea", "wood"])),
+    (dict(y=[1, -1, -1, 1, 1], classes=[b"cat", b"dog"], place=[-1, 1, 1, -1, 1]),
+     [1, 0, 0, 1, 1], ["cat", "dog"], ([0, 1, 1, 0, 1], ["-1", "1"])),
     (dict(y=[[0], [1], [0], [1], [1]], places=["sea", "wood"], place=[1, 1, 0, 0, 1]),
      [0, 1, 0, 1, 1], ["0", "1"], ([1, 1, 0, 0, 1], ["sea", "wood"])),
 ]  # fmt: skip

@@ -2087,10 +2087,14 @@ def test_transformers_clip_in_a_module_of_ones_own(tmp_path, get):
         assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
 
 
-def test_a_logit_scale_as_state_dicts_have_it_is_refused(tmp_path):
+def test_a_logit_scale_as_state_dicts_have_it_and_texts_that_are_none_are_refused(tmp_path):
     arrays = dict(embedding=np.eye(3), text=np.eye(3))
     np.savez(tmp_path / "a.npz", **arrays, logit_scale=np.array([50.0]))
     assert load_encoder(f"embeddings:{tmp_path}/a.npz").facts["logit_scale"] == 50
+    for bad in (0, np.nan):
+        np.savez(tmp_path / "c.npz", embedding=np.eye(3), text=np.eye(3) * [[1], [1], [bad]])
+        with complaint("c.npz", "text has rows that are zero or not finite"):
+            load_encoder(f"embeddings:{tmp_path}/c.npz").prompts([["a"], ["b"], ["c"]])
     np.savez(tmp_path / "b.npz", **arrays, logit_scale=np.log(100))
     with complaint("b.npz", "logit_scale 4.605", "exp()"):
         load_encoder(f"embeddings:{tmp_path}/b.npz").facts["logit_scale"]

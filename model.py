@@ -820,13 +820,14 @@ def from_hub(repository, files, model):
 def clip_model(model, pretrained, quick_gelu, cache):
     """Any model of open_clip, with a tag or a local file or folder; or local-dir:FOLDER."""
     import open_clip
+    import timm
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
     of_hub, tags = model.startswith("local-dir:"), []
     if not of_hub:
         if model not in open_clip.list_models():
-            names = near(model, [*FAMILIES, *open_clip.list_models()])
-            raise Complaint(f"--model={model}: no such model; {names} (or timm:NAME)")
+            names = [*FAMILIES, *open_clip.list_models(), *(f"timm:{name}" for name in timm.list_models())]
+            raise Complaint(f"--model={model}: no such model; {near(model, names)} (or timm:NAME)")
         tags = open_clip.list_pretrained_tags_by_model(model)
     local = os.path.isfile(pretrained) or (os.path.isdir(pretrained) and pretrained not in tags)
     if not local and pretrained not in ("none", *tags):

@@ -1406,6 +1406,16 @@ def test_probe_of_a_checkpoint(photos, tiny, trained, tmp_path, name, capsys):
     check_step_2(tmp_path, x, z, lambda v: fitted.logits(g(v)), [9] * 22, y.tolist(), NAMES[:2])
 
 
+def test_a_checkpoint_s_classes_may_come_in_another_order_and_case(photos, tiny, trained):
+    right = []
+    for names in (NAMES[:2], [NAMES[1].upper(), NAMES[0]]):
+        samples = data.load_data(f"waterbirds:{photos / 'set'}", classes="", splits=False)
+        samples.classes, samples.y = names, samples.y if names == NAMES[:2] else 1 - samples.y
+        head, _ = discover.checkpoint_probe(tiny, samples, ["val"], str(trained), "erm")
+        right.append((head(tiny.embed(samples.items)).argmax(1) == samples.y).tolist())
+    assert right[0] == right[1] and any(right[0])
+
+
 def test_which_probes_may_be_looked_at_on_what(photos, trained, tmp_path, capsys):
     argv = words_of(photos, tmp_path / "o", f"--ckpt={trained}")
     for word, *expected in (

@@ -720,6 +720,8 @@ class Masked(Picture):
         image, (w, h) = self.photo.image(), picture_size(self.mask)  # before it is drawn: it may be anything
         sizes = f"a mask of {w}x{h} pixels, the photo {self.path} has {image.width}x{image.height}"
         require(image.size == (w, h), f"{self.mask.path}: {sizes}")
+        if turned(self.photo):
+            warn_once(self.path, "turned by its EXIF data; its mask counts in the turned picture")
         image.putalpha(self.mask.image())
         return image
 
@@ -756,6 +758,14 @@ def picture_size(picture):
     with opened(picture.path) as image:
         w, h = image.size
         return (h, w) if image.getexif().get(274) in (5, 6, 7, 8) else (w, h)
+
+
+def turned(picture):
+    """Whether the EXIF data of a picture in a file turns or mirrors it."""
+    if not isinstance(picture, Photo):
+        return False
+    with opened(picture.path) as image:
+        return image.getexif().get(274, 1) in range(2, 9)
 
 
 @dataclass(frozen=True)
@@ -1520,8 +1530,10 @@ def columns_of(table, chosen, ours, needed=()):
     if {"x", "y"} <= spelled.keys() and set(map(plain, usual.get("y", [])[1:])) & spelled.keys():
         usual["y"].remove("y")  # beside x and a label it is a coordinate
     at = {name: next((spelled[plain(c)] for c in usual[name] if plain(c) in spelled), None) for name in ours}
+    headless = any(re.search(r"\.(jpe?g|png)$", c, re.I) for c in table)
     for name in needed:
         cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(ours)}"
+        cure = f"the first line is no header; write one above it, as {','.join(ours)}" if headless else cure
         line = f"{table.path}: no column {name!r} (found: {', '.join(table) or 'no rows'}); {cure}"
         require(at[name] is not None, line)
     rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
@@ -1902,10 +1914,10 @@ def class_first(root, rest, facts):
     folders; and a note which are taken for what, as DomainBed's sets have their places first."""
     named = {*map(plain, facts.renamed or facts.chosen)}
     classes, places = ({r[k] for r in rest if len(r) > 2} for k in (0, 1))
-    cure = "; if it is the other way round, name the classes, --classes=a,b"
+    cure = "; if it is the other way round, name the classes, --classes=a,b" * (not named)
     if named & {*map(plain, places)} and not named & {plain(r[0]) for r in rest if len(r) > 1}:
         rest = [(r[1], r[0], *r[2:]) if len(r) > 2 else r[-1:] for r in rest]
-        classes, places, cure = places, classes, ""
+        classes, places = places, classes
     if places:
         line = f"classes are {', '.join(sorted(classes)[:5])}, places {', '.join(sorted(places)[:5])}{cure}"
         facts.notes.append(f"{root}: {line}")
@@ -2766,9 +2778,7 @@ def box_regions(spec, pictures, notes):
         said["unlisted"] += not end
         if end and owner.setdefault(end, path) != path:
             raise Complaint(f"{where}: {end} is the end of two paths, {owner[end]} and {path}; add folders")
-        if end and isinstance(picture, Photo):
-            with opened(path) as image:
-                said["turned"] += image.getexif().get(274, 1) in range(2, 9)
+        said["turned"] += bool(end) and turned(picture)
         for line, x1, y1, x2, y2, *stated in rows.get(end, ()):
             sizes = f"{where}: boxes for {stated} pixels, but {path} has {[W, H]}; give photos of that size"
             require(stated in ([], [W, H], [H, W]), sizes)

@@ -469,9 +469,9 @@ def fewshot_heads(e, shots):
 
 
 def ckpt_heads(e):
-    """{name: head} of the checkpoint's own probes, whose classes are the samples', in any order."""
-    names = [plain(name) for name in e.samples.classes]
-    owner = torch.tensor([names.index(plain(name)) for name in e.state["classes"]], device=e.z.device)
+    """{name: head} of the checkpoint's own probes, whose classes are the samples', in any order, or more."""
+    number = {plain(name): k for k, name in enumerate(e.samples.classes)}
+    owner = torch.tensor([number.get(plain(name), -1) for name in e.state["classes"]], device=e.z.device)
     return {name: (head, owner) for name, head in load_heads(e.state, e.z.device).items()}
 
 
@@ -534,9 +534,10 @@ def lacking(encoder, samples, state=None):
     """{what a protocol needs: the line that says that it is not there}."""
     lacks, name = {}, f"--model={encoder.name}"
     made = (state or {}).get("classes")
+    here, known = {*map(plain, samples.classes)}, {*map(plain, made or [])}
     if made is None:
         lacks["ckpt"] = "{p}: the probes of a checkpoint need it, --ckpt=FILE of train.py"
-    elif {plain(c) for c in made} != {plain(c) for c in samples.classes}:
+    elif here != known and not (here < known and samples.y.max() >= 0):
         kinds = ", ".join(samples.classes[:6])
         lacks["ckpt"] = f"--ckpt: made for {', '.join(made[:6])}, {samples.name} has {kinds}; take the same"
     if encoder.tokenizer is None:

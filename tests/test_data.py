@@ -3153,3 +3153,16 @@ def test_boxes_for_pictures_of_another_size_are_refused(tmp_path):
         with complaint("[32, 24]", "[16, 12]") if w == 32 else contextlib.nullcontext():
             found = data.load_regions(f"coco:{path}", [data.Photo(f"{tmp_path}/x.png")], middle)[0][0]
             assert found.boxes == ((1 / 16, 2 / 12, 4 / 16, 6 / 12),)
+
+
+def test_a_table_without_a_header_and_a_turned_photo_with_a_mask_are_said(tmp_path, capsys):
+    with complaint("list.txt", "no header", "path,y"):
+        loaded(f"csv:{text(tmp_path / 'list.txt', 'a/0.jpg 0', 'a/1.jpg 1')}")
+    photo(tmp_path / "plain.png", 0, (20, 20))
+    exif = Image.Exif()
+    exif[274] = 3
+    Image.open(tmp_path / "plain.png").save(tmp_path / "turned.png", exif=exif)
+    for name, said in (("plain", False), ("turned", True)):
+        mask = data.Outline("", ((0.0, 0.0, 9.0, 0.0, 9.0, 9.0),), (20, 20))
+        data.Masked(data.Photo(f"{tmp_path}/{name}.png"), mask).image()
+        assert ("turned by its EXIF" in capsys.readouterr().out) == said

@@ -638,6 +638,33 @@ def test_probes_of_a_checkpoint_are_rows_of_their_names_on_other_data(
     refused(capsys, words(files, tmp_path, "--protocol=ckpt"), "--ckpt=FILE")
 
 
+def test_a_checkpoint_of_more_classes_may_be_wrong_by_another(files, tmp_path, trained, embedded, capsys):
+    (samples, z), state = embedded, trained[1]
+    bird = torch.randn(64, 1, generator=torch.Generator().manual_seed(5)).double()
+    erm = dict(state["probes"]["erm"], bias=torch.zeros(3).double())
+    erm["weight"] = torch.cat([erm["weight"], bird], 1)
+    made = dict(state, classes=["dog", "cat", "bird"], probes=dict(erm=erm))
+    model.save_checkpoint(tmp_path / "more.pt", made)
+    assert run(words(files, tmp_path, "--protocol=ckpt", f"--ckpt={tmp_path}/more.pt")) == 0
+    taken = (unit(z.double()) @ erm["weight"]).argmax(1).tolist()
+    test = [k for k in range(len(taken)) if samples.split[k] == 2]
+    names = [["dog", "cat", "none of them"][taken[k]] for k in test]
+    assert [r["tiny erm"] for r in table_of(tmp_path / "predictions.csv")] == names and 2 in taken
+    right = [samples.classes[samples.y[k]] == name for k, name in zip(test, names, strict=True)]
+    assert entry(tmp_path)["protocols"]["erm"]["metrics"]["average"] == pytest.approx(np.mean(right))
+    for k in range(2):
+        picture(tmp_path / f"photos/{k}.png", k, "cat", "sea")
+    argv = [
+        f"--data=folder:{tmp_path / 'photos'}",
+        "--model=tiny",
+        f"--ckpt={tmp_path}/more.pt",
+        "--classes=cat,dog",
+    ]
+    refused(
+        capsys, [*argv, "--protocol=ckpt", f"--out_dir={tmp_path}"], "made for dog, cat, bird", "cat, dog"
+    )
+
+
 def test_probes_of_a_checkpoint_of_the_same_data_say_that_they_have_seen_it(files, tmp_path, trained, capsys):
     state = dict(trained[1], config=dict(trained[1]["config"], data=f"folder:{files / 'set'}"))
     model.save_checkpoint(tmp_path / "same.pt", state)

@@ -1230,7 +1230,7 @@ def present(pictures, where, notes):
     lost = [path for path, there in zip(pictures, here, strict=True) if not there]
     if lost:
         line = f"{where}: {len(lost)} of its {len(pictures)} images do not exist, the first is {lost[0]}"
-        require(any(here), f"{line}; complete the folder")
+        require(any(here), f"{line}; complete the folder, or mend the paths")
         notes.append(f"WARNING: {line}; they are left out")
     return torch.tensor(here, dtype=torch.bool)
 
@@ -1942,17 +1942,18 @@ def folder_notes(root, rest):
 def imagenet(root, facts):
     """imagenet:DIR       ImageNet's 1000 classes, or some of them (ImageNet-R, -A: folders n01440764, ...)
     Download ILSVRC2012's validation images from image-net.org and sort them into folders of their classes:
-    DIR/n01440764/*.JPEG    or files n01440764_*.JPEG; or 1000 files or folders that sort as the classes do"""
+    DIR/n01440764/*.JPEG    or files n01440764_*.JPEG; or 1000 files or folders numbered from 0 to 999"""
     root = first_folder(folder(root, "data imagenet"), "val")
     paths, (ids, _, short) = scan(root), synsets()
-    label = [p[0] if len(p) > 1 else p[0].split("_")[0].split(".")[0] for p in paths]
-    if not set(label) <= set(ids):
-        order, odd = sorted({p[0] for p in paths}), sorted(set(label) - set(ids))
-        good = len(order) == 1000 and len({len(p) > 1 for p in paths}) == 1
+    label = [(re.match(r"n\d{8}", p[0]) or p)[0] for p in paths]
+    odd = sorted(set(label) - set(ids))
+    if odd:
+        number = {name: int(n[0]) for name in set(label) if (n := re.search(r"\d+", name))}
+        good = sorted(number.values()) == list(range(1000)) and number.keys() == set(label)
         what = f"{len(paths)} images, {len(odd)} names, as {odd[0]!r}, are none of its 1000 classes'"
-        require(good, f"{root}: {what}; expected n01440764 ... or 1000 folders in order of classes")
-        number = dict(zip(order, ids, strict=True))
-        label = [number[p[0]] for p in paths]
+        require(good, f"{root}: {what}; expected n01440764 ..., or all of the numbers 0 to 999")
+        facts.notes.append(f"{root}: classes by number: {max(number, key=number.get)!r} is {short[999]!r}")
+        label = [ids[number[name]] for name in label]
     names = spoken(set(label), Facts(notes=facts.notes))
     facts.classes, facts.imagenet = [*names.values()], [[ids.index(w)] for w in names]
     if len(names) < 1000:

@@ -1738,6 +1738,18 @@ def test_imagenet_by_wordnet_id_or_by_order(tmp_path):
     for k in range(1000):
         text(tmp_path / f"order/class_{k:04}.jpg")
     assert loaded(f"imagenet:{tmp_path}/order").y.tolist() == list(range(1000))
+    for k in range(1000):
+        text(tmp_path / f"V2/{k}/a.jpg")  # as ImageNet-V2 is released, where 10 sorts before 2
+        text(tmp_path / f"val/ILSVRC2012_val_{k + 1:08}.JPEG")
+    samples = loaded(f"imagenet:{tmp_path}/V2")
+    numbers = [int(Path(item.path).parent.name) for item in samples.items]
+    assert [samples.imagenet[y][0] for y in samples.y] == numbers and noted(
+        samples, "'999' is 'toilet paper'"
+    )
+    with complaint("ILSVRC2012_val_00000001", "numbers 0 to 999"):
+        loaded(f"imagenet:{tmp_path}/val")
+    touch(tmp_path / "named", "n01440764_tench/a.jpg", "n15075141 toilet paper/b.jpg")
+    assert loaded(f"imagenet:{tmp_path}/named").imagenet == [[0], [999]]
     (tmp_path / "order/class_0500.jpg").unlink()
     with complaint("999 images", "n01440764"):
         loaded(f"imagenet:{tmp_path}/order")

@@ -1610,14 +1610,16 @@ def table_rows(table, facts, needed):
     """Of each row of a table its image's path, class, place and split: lists."""
     at, line = columns_of(table, facts.columns, ("path", "y", "place", "split"), needed)
     y, facts.classes, notes = named(table, at["y"], facts.renamed)
-    if None in y:
-        raise table.complaint(y.index(None), f"{at['y']} is empty or -1; give every image its class")
-    words = spoken(set(y), facts)
-    y = [words.get(name, name) for name in y]
     facts.notes += [line, *notes]
     place, split = places_and_splits(table, at, facts)
+    bare = [k for k, name in enumerate(y) if name is None and split[k] != len(SPLITS)]
+    if bare:
+        raise table.complaint(bare[0], f"{at['y']} is empty or -1; give every image its class")
+    words = spoken(set(y) - {None}, facts)
+    y = [words.get(name, name) for name in y]
     names, root = table[at["path"]], os.path.dirname(table.path) or "."
-    names = [name.removeprefix(os.path.abspath(root) + "/") for name in names]
+    below = os.path.abspath(root) + "/"
+    names = [name.removeprefix(below) for name in names]
     if all(map(os.path.isabs, names)):
         root = os.path.commonpath({os.path.dirname(name) for name in names})
         names = [name[len(root) :].lstrip("/") for name in names]

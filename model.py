@@ -827,7 +827,9 @@ def clip_model(model, pretrained, quick_gelu, cache):
     if not of_hub:
         if model not in open_clip.list_models():
             names = [*FAMILIES, *open_clip.list_models(), *(f"timm:{name}" for name in timm.list_models())]
-            raise Complaint(f"--model={model}: no such model; {near(model, names)} (or timm:NAME)")
+            raise Complaint(
+                f"--model={model}: no such model; {near(model, names)} (or timm:NAME, local-dir:FOLDER)"
+            )
         tags = open_clip.list_pretrained_tags_by_model(model)
     local = os.path.isfile(pretrained) or (os.path.isdir(pretrained) and pretrained not in tags)
     if not local and pretrained not in ("none", *tags):

@@ -644,8 +644,9 @@ def layer(path, source=None, cut=False):
     """A background or foreground, kept at 512 pixels at most: thousands of composites share it."""
     image = source.image() if source else open_image(path)
     if cut:
-        bare = image.mode != "RGBA" or image.getchannel("A").getextrema()[0] == 255
-        require(not bare, f"{path}: no transparency around the foreground; cut it out, or use --skip_bad")
+        least, most = image.getchannel("A").getextrema() if image.mode == "RGBA" else (255, 255)
+        require(least < 255, f"{path}: no transparency around the foreground; cut it out, or use --skip_bad")
+        require(not 8 < most < 128, f"{path}: its largest alpha is {most}, expected 255 on the foreground")
         box = image.getchannel("A").point([0] * 9 + [255] * 247).getbbox() or (0, 0, 0, 0)
         tiny = min(box[2] - box[0], box[3] - box[1]) < 8
         require(not tiny, f"{path}: nothing visible in it, or not 8x8 pixels; move it away, or --skip_bad")
@@ -2298,7 +2299,7 @@ def coco_photos(root, notes, outlines=False):
                     continue
                 photo.objects.setdefault(name[0], []).append(box)
                 if outlines:
-                    photo.outlines.append((name[0], box, outline_of(a)))
+                    photo.outlines.append((name[0], box, outline_of(a, photo.size[1::-1])))
             for k in photos.keys() & everything.keys():  # of 2014 and 2017: it would be in train and in test
                 raise Complaint(f"{file}: photo {k} is in {everything[k].part} too; keep one year's files")
             categories.update(names.values())
@@ -2318,11 +2319,15 @@ def corners(annotation):
     return x, y, x + w, y + h
 
 
-def outline_of(annotation):
-    """The segmentation of one of COCO's annotations, as Outline has it; () for none."""
+def outline_of(annotation, size):
+    """The segmentation of one of COCO's annotations, as Outline has it; () for none. size: height, width."""
     parts = annotation.get("segmentation") or ()
     if isinstance(parts, dict):
         counts = parts["counts"]
+        if tuple(parts.get("size", size)) != size:
+            raise ValueError(
+                f"annotation {annotation.get('id')}: an RLE of {parts['size']}, its photo {size}"
+            )
         return (counts if isinstance(counts, str) else tuple(map(int, counts)),) if counts else ()
     return tuple(tuple(map(float, p)) for p in parts if len(p) >= 6 and len(p) % 2 == 0)
 

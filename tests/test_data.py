@@ -1919,7 +1919,18 @@ def test_an_outline_takes_no_memory_before_its_size_is_that_of_its_photo(tmp_pat
 
 def test_outlines_that_are_none_are_left_out():
     for odd in ([], [[1, 2, 3, 4, 5, 6, 7]], [[1, 2]], dict(counts=[]), dict(counts="")):
-        assert data.outline_of(dict(segmentation=odd)) == ()
+        assert data.outline_of(dict(segmentation=odd), (4, 6)) == ()
+    for size in ([4, 6], (4, 6)):
+        assert data.outline_of(dict(segmentation=dict(counts=[24], size=size)), (4, 6)) == ((24,),)
+    with pytest.raises(ValueError, match="RLE"):  # a mask that someone encoded with its axes exchanged
+        data.outline_of(dict(segmentation=dict(counts=[24], size=[6, 4])), (4, 6))
+
+
+def test_a_cutout_with_alpha_in_per_cent_is_refused(tmp_path):
+    mask = Image.fromarray(np.pad(np.full((16, 16), 100, "uint8"), 8))
+    Image.merge("RGBA", [mask] * 4).save(tmp_path / "a.png")
+    with complaint("a.png", "largest alpha is 100"):
+        data.Cutout(f"{tmp_path}/a.png").image()
 
 
 def test_help_of_foregrounds_says_the_forms(capsys):

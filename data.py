@@ -1761,8 +1761,9 @@ def load_predictions(path, columns="", classes=""):
     renamed = names_in(classes, "classes", 2) if os.path.isfile(classes) else []
     words, facts.classes, of_names = named(t, "y and predicted", renamed)
     y, taken = words[:n], words[n:]
-    both = f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names, or others "
-    both += "by --columns=y=...,predicted=..."
+    both = (
+        f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names, or --columns="
+    )
     require(set(y) & set(taken) - {None}, both)
     facts.notes = [*notes, note, *of_names, *numbered_alike(t, at)]
     twice = len(t[at["path"]]) - len(set(t[at["path"]])) if at["path"] else 0
@@ -1875,7 +1876,8 @@ def image_folder(root, facts):
     Folders named by WordNet's ids, n01440764, have their names.
     --classes=FILE: names in order, one a line; a class folder must bear one of them (but for case and _).
     --prompts=FILE: templates with {} for the name, or lines class<TAB>prompt; several are averaged.
-    Without split folders 3/5, 1/5, 1/5 of each group are train, val, test; without val 1/5 of train is."""
+    Without split folders, or with train alone, 3/5, 1/5, 1/5 of each group are train, val, test; without val
+    1/5 of train is."""
     paths, facts.classes, where = scan(root, notes=facts.notes), facts.renamed, f"--data=folder:{root}"
     moved = {p: p for p in paths}
     if all(len(p) > 2 and p[1].lower() in SPLIT_NAMES for p in paths):
@@ -2325,9 +2327,7 @@ def outline_of(annotation, size):
     if isinstance(parts, dict):
         counts = parts["counts"]
         if tuple(parts.get("size", size)) != size:
-            raise ValueError(
-                f"annotation {annotation.get('id')}: an RLE of {parts['size']}, its photo {size}"
-            )
+            raise ValueError(f"an RLE of {parts['size']} pixels, its photo has {list(size)}")
         return (counts if isinstance(counts, str) else tuple(map(int, counts)),) if counts else ()
     return tuple(tuple(map(float, p)) for p in parts if len(p) >= 6 and len(p) % 2 == 0)
 

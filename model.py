@@ -827,9 +827,8 @@ def clip_model(model, pretrained, quick_gelu, cache):
     if not of_hub:
         if model not in open_clip.list_models():
             names = [*FAMILIES, *open_clip.list_models(), *(f"timm:{name}" for name in timm.list_models())]
-            raise Complaint(
-                f"--model={model}: no such model; {near(model, names)} (or timm:NAME, local-dir:FOLDER)"
-            )
+            others = "(or timm:NAME, local-dir:FOLDER)"
+            raise Complaint(f"--model={model}: no such model; {near(model, names)} {others}")
         tags = open_clip.list_pretrained_tags_by_model(model)
     local = os.path.isfile(pretrained) or (os.path.isdir(pretrained) and pretrained not in tags)
     if not local and pretrained not in ("none", *tags):
@@ -981,8 +980,8 @@ def weights_record(path):
                 record["quick_gelu"] = activation == "quick_gelu"
             if not clip and "image_mean" in scaling:
                 crop = "shortest" if scaling.get("do_center_crop") else "squash"
-                how = dict(resize_mode=crop)
-                how["interpolation"] = {2: "bilinear", 3: "bicubic"}[scaling.get("resample", 3)]  # Pillow's
+                bend = {2: "bilinear", 3: "bicubic"}[scaling.get("resample", 3)]  # Pillow's numbers
+                how = dict(resize_mode=crop, interpolation=bend)
                 record["preprocess"] = dict(mean=scaling["image_mean"], std=scaling["image_std"], **how)
         scaling = record["preprocess"] = dict(record.get("preprocess") or {})
         scaling.update({k: tuple(map(float, scaling[k])) for k in ("mean", "std") if k in scaling})
@@ -1106,7 +1105,7 @@ def without_classifier(state, module, path):
     theirs = {k: v.shape for k, v in state.items() if k.startswith(names)}
     if ours == theirs or not ours:
         return state
-    classes = f"a classifier of {[*theirs.values()][-1][0]} classes" if theirs else "no classifier"
+    classes = f"a classifier of {next(iter(theirs.values()))[0]} classes" if theirs else "no classifier"
     say(f"{path}: {classes} in it, not {module.num_classes}: left out, probes and features need none")
     module.reset_classifier(0)
     return {k: v for k, v in state.items() if k not in theirs}

@@ -1013,7 +1013,7 @@ def number(dtype, raw):
 # numpy's numbers, as of accuracies beside weights: no code
 NUMBERS = [np.dtype, *((number, f"numpy.{at}.multiarray.scalar") for at in ("core", "_core"))]
 NUMBERS += [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
-AVERAGED = re.compile(r"(\b|_)(ema|averaged)(\b|_)", re.I)  # in names of averaged weights
+AVERAGED = re.compile(r"(\b|_)(ema|averaged|teacher|target)(\b|_)", re.I)  # in names of averaged weights
 FOREIGN = re.compile(  # what training leaves in files, and no embedding needs
     "decoder|mask_token|(.*_)?head|fc\\b|classifier|proj|predict|queue|loss|criterion|cent|prototypes|n_averaged|"
     ".*position_ids|input_resolution|context_length|vocab_size|logit_bias"
@@ -1076,15 +1076,18 @@ def without_prefix(state, has, path):
         if shell := USUAL.match(name):
             usual[shell[0]] += 1
     counts = behind if max(behind.values(), default=0) >= len(has) / 2 else usual
-    prefix = max(counts, key=lambda p: (counts[p], bool(AVERAGED.search(p)), p), default="")
+    most = max(counts.values(), default=0)
+    alike = [p for p in counts if counts[p] >= 0.9 * most]  # one may lack a classifier
+    prefix = max(alike, key=lambda p: (bool(AVERAGED.search(p)), counts[p], p), default="")
     if not prefix or counts[prefix] < len(has) / 2:
         return state
     within = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     beside = sorted({".".join(k.split(".")[:2]) for k in state if not k.startswith(prefix)})
     others = f"; left out {len(state) - len(within)} of {', '.join(beside[:6])}" * bool(beside)
-    equal = [p for p, n in counts.items() if n == counts[prefix] and p != prefix]
-    if equal and not AVERAGED.search(prefix) and "teacher" not in prefix:
-        others += f"; WARNING: as many are behind {', '.join(equal)}: save those that you mean"
+    if len(alike) > 1 and not AVERAGED.search(prefix):
+        others += (
+            f"; WARNING: as good as {' and '.join(sorted({*alike} - {prefix}))}: save those that you mean"
+        )
     say(f"{path}: the weights behind {prefix!r}{others}")
     return within
 

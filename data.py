@@ -1141,8 +1141,9 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
 
 
 def worded(labels):
-    """Names as prompts say them: underscores as spaces, without numbers that all have, as 001.Blue_Jay."""
-    bare = [re.sub(r"^\d+[._]+(?=[^\W\d_])", "", name) for name in labels]
+    """Names as prompts say them: underscores as spaces, without numbers that all have, as 001.Blue_Jay, or
+    ids, as n02085620-Chihuahua."""
+    bare = [re.sub(r"^n?\d+[-._ ]+(?=[^\W\d_])", "", name) for name in labels]
     coded = len({*map(plain, bare)} - {*map(plain, labels)}) == len(labels)  # all differ, and still do
     names = bare if coded else labels
     return [n if re.fullmatch(CODE, n.strip().lower()) else n.replace("_", " ") for n in names]

@@ -2988,6 +2988,9 @@ def test_prompts_say_names_as_words(tmp_path):
     assert samples.classes[1] == "002.Laysan_Albatross"
     assert samples.prompts[1] == ["a photo of a Laysan Albatross."]
     assert data.worded(["great_white", "7_up"]) == ["great white", "7 up"]
+    touch(tmp_path / "dogs", "n02085620-Chihuahua/a.png", "n02099601-golden_retriever/a.png")  # Stanford's
+    texts = [["a photo of a Chihuahua."], ["a photo of a golden retriever."]]
+    assert loaded(f"folder:{tmp_path}/dogs").prompts == texts
 
 
 def test_attributes_of_celeba_in_other_writing(tmp_path):

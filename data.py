@@ -1585,16 +1585,17 @@ def split_numbers(values, name, complaint, notes):
     if re.fullmatch("(is |in )?(train|training|val|test|testing)( image| set)?", plain(name)):
         raise complaint(0, f"{name} says whether, not which; expected a column of train, val, test")
     numbers = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
-    number = {v: numbers.get(str(v).strip().lower().removesuffix(".0")) for v in set(values)}
+    out = len(SPLITS)
+    number = {v: numbers.get(str(v).strip().lower().removesuffix(".0"), out) for v in set(values)}
     split = [number[v] for v in values]
-    if None in split:
-        k = split.index(None)
-        n, cure = split.count(None), "leave such rows out, or read it without: --columns=split="
-        there = f"{name}={str(values[k])[:60]!r}, so {n} of {len(split)}"
-        if not {0, 1, 2} <= {*split} or any(re.search(r"\d", str(v)) for v, s in number.items() if s is None):
+    if out in split:
+        k, odd = split.index(out), "".join(str(v) for v, s in number.items() if s == out)
+        there = f"{name}={str(values[k])[:60]!r}, so {split.count(out)} of {len(split)}"
+        if not {0, 1, 2} <= {*split} or re.search(r"\d", odd):
+            cure = "leave such rows out, or read it without: --columns=split="
             raise complaint(k, f"{there}, expected 0, 1, 2 or train, val, test; {cure}")
         notes.append(f"WARNING: {there} rows are neither train, val nor test, and are left out")
-    return [len(SPLITS) if s is None else s for s in split]
+    return split
 
 
 def places_and_splits(table, at, facts):

@@ -782,6 +782,8 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
             if held != architecture:
                 raise Complaint(f"--model={model}: {pretrained} holds a {held}; take timm:{held}")
             options = dict(options, num_classes=config.get("num_classes", 1000))
+            if "img_size" in options:  # of which the record of its preprocessing need not know
+                config = dict(config, input_size=(3, *np.broadcast_to(options["img_size"], 2).tolist()))
     line = f"--model={model}: an old name, of which timm says nothing"
     require(config, f"{line}; {near(name, timm.list_models())}")
     sizes = [resolve_data_config({}, config, None, test, False) for test in (False, True)]

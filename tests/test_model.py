@@ -1013,6 +1013,18 @@ def test_folders_of_a_hub_are_models_with_their_preprocessing(hub, get):
         load_encoder(f"local-dir:{hub / 'timm'}", "x", device="cpu")
 
 
+def test_a_model_of_another_size_in_a_hub_s_folder_has_pictures_of_its_size(tmp_path):
+    save_file(timm.create_model("test_vit", img_size=48).state_dict(), tmp_path / "model.safetensors")
+    cfg = dict(input_size=[3, 160, 160], num_classes=1000, classifier="head", first_conv="patch_embed.proj")
+    config = dict(architecture="test_vit", num_classes=1000, model_args=dict(img_size=48), pretrained_cfg=cfg)
+    (tmp_path / "config.json").write_text(json.dumps(config))  # as timm's save_for_hf writes it
+    encoder = load_encoder(f"local-dir:{tmp_path}", device="cpu", dtype="float32")
+    assert encoder.embed([Noise(0)]).isfinite().all() and tuple(encoder.transform.transforms[1].size) == (
+        48,
+        48,
+    )
+
+
 def test_models_of_the_hub_are_fetched_config_first_then_one_file_of_weights(hub, monkeypatch):
     from huggingface_hub.utils import EntryNotFoundError
 

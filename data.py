@@ -2769,12 +2769,20 @@ def mask_regions(spec, pictures, notes):
         check_shape(path, mask.size, size)
         values = np.unique(mask).tolist()
         require(len(values) <= 32, f"{path}: {len(values)} grey values, expected at most 32, one a region")
+        merged = f"{path}: some of its colours, or values of 16 bits, are one grey; expected 8-bit grey"
+        require(not path or len(values) == colours_in(path), merged)
         for value in values:
             span = mask.point([v == value for v in range(256)]).getbbox()
             box = tuple(v / n for v, n in zip(span, mask.size * 2, strict=True))
             if overlap(box, frame) > 0:
                 boxes[value] = box
         yield Regions(picture, tuple(boxes.values()), frame, path and Photo(path), tuple(boxes))
+
+
+def colours_in(path):
+    """How many values, or colours, a picture has in its file; 0 for more than 32."""
+    with opened(path) as image:
+        return len(np.unique(image) if image.mode.startswith("I") else image.getcolors(32) or ())
 
 
 def box_regions(spec, pictures, notes):

@@ -2665,6 +2665,15 @@ def test_regions_by_masks_are_the_values_that_the_model_sees(tmp_path):
     Image.fromarray(np.arange(400).reshape(20, 20).astype("uint8")).save(tmp_path / "m/1.png")
     with complaint("m/1.png", "256 grey values", "at most 32"):
         data.load_regions(spec, pictures, middle)
+    ids = np.where(np.arange(400).reshape(20, 20) < 200, 300, 301)
+    coloured = np.where(ids[..., None] == 300, (255, 0, 0), (0, 130, 0)).astype("uint8")  # of one luma, 76
+    for odd in (ids.astype("uint16"), coloured):
+        Image.fromarray(odd).save(tmp_path / "m/1.png")
+        with complaint("m/1.png", "one grey"):
+            data.load_regions(spec, pictures, middle)
+    Image.fromarray(coloured).quantize(2).save(tmp_path / "m/1.png")
+    with complaint("m/1.png", "one grey"):
+        data.load_regions(spec, pictures, middle)
 
 
 def test_region_truth_is_by_the_smaller_of_region_and_thing():

@@ -1763,9 +1763,7 @@ def load_predictions(path, columns="", classes=""):
     renamed = names_in(classes, "classes", 2) if os.path.isfile(classes) else []
     words, facts.classes, of_names = named(t, "y and predicted", renamed)
     y, taken = words[:n], words[n:]
-    both = (
-        f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names, or --columns="
-    )
+    both = f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names"
     require(set(y) & set(taken) - {None}, both)
     facts.notes = [*notes, note, *of_names, *numbered_alike(t, at)]
     twice = len(t[at["path"]]) - len(set(t[at["path"]])) if at["path"] else 0
@@ -2221,8 +2219,8 @@ def stored(path, facts):
     if C and names and len(names) != C or C and not names and a.get("y", none).dtype.kind in "SUO":
         have = f"{len(names)} names" if names else "names in y, in no order"
         raise Complaint(f"{path}: {C} rows of text and {have} of classes; give classes, {C} names in order")
-    y, facts.classes = labels_in(path, "y", a.get("y", none), names or list(map(str, range(C))))
-    place, facts.places = labels_in(path, "place", a.get("place", none), places)
+    y, facts.classes = labels_in(path, "y", a.get("y", none), names or list(map(str, range(C))), facts.notes)
+    place, facts.places = labels_in(path, "place", a.get("place", none), places, facts.notes)
     split = [None] * n
     if "split" in a:
         where = functools.partial("{}: row {}: {}".format, path)
@@ -2232,7 +2230,7 @@ def stored(path, facts):
         yield Row(Stored(str(path), k), *row)
 
 
-def labels_in(path, key, values, names):
+def labels_in(path, key, values, names, notes):
     """An array [n] of names or numbers -> list of names, or None, and all in order: given, or that occur."""
     if values.dtype.kind == "U":
         words = [word.strip() for word in values.tolist()]
@@ -2241,6 +2239,7 @@ def labels_in(path, key, values, names):
     there = np.unique(x[~np.isnan(x)]).tolist()
     if there == [-1, 1] and len(names) in (0, 2):  # no and yes, as in tables
         name = dict(zip(there, names or ("-1", "1"), strict=True))
+        notes.append(f"{path}: {key} is -1 or 1: {' or '.join(name.values())}, not unlabelled")
     elif names:
         name = dict(enumerate(names))
     else:

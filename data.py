@@ -1118,7 +1118,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if controlled:  # as a discovery of one setting says nothing of another
         samples.name += f" V {facts.strength:g} of {facts.spurious} seed {seed}"
     labels, renamed = samples.labels, facts.renamed
-    if renamed and facts.classes is not renamed:
+    if renamed and facts.classes is not renamed:  # it is where a folder was numbered by these names already
         n = f"{len(labels)} ({', '.join(labels[:5])}, ...)"
         expect(len(renamed) == len(labels), "classes", classes, f"{n} names, it has {len(renamed)}")
         if labels is samples.classes:
@@ -1197,7 +1197,9 @@ def samples_of(name, rows, facts):
     if bare:
         line = f"{bare} of {len(rows)} images have no place, and are in no group nor in the figures of groups"
         notes.append(f"WARNING: {name}: {line}")
-    samples = samples.keep(present(picture, name, notes))
+    samples = samples.keep(
+        present(picture, name, notes)
+    )  # after the splits, which do not hang on what is lost
     if facts.published:
         compare(samples, facts.published)
     if facts.wanted and len(facts.wanted) == len(classes):
@@ -1262,7 +1264,8 @@ def make_splits(group, shares=(0.6, 0.2, 0.2)):
     group, split = np.asarray(group), np.zeros(len(group), np.int64)
     order = np.argsort(group, kind="stable")
     for members in np.split(order, np.unique(group[order], return_index=True)[1][1:]):
-        members = members[rng(0, "split", int(group[members[0]]) + 1).permutation(len(members))]
+        g = rng(0, "split", int(group[members[0]]) + 1)  # 0: for every seed the same; + 1: -1 is a group, too
+        members = members[g.permutation(len(members))]
         at = (np.arange(len(members)) + 0.5) / len(members)
         split[members] = np.searchsorted(np.cumsum(shares)[:2], at, side="right")
     return torch.from_numpy(split)
@@ -1470,7 +1473,7 @@ class Table(dict):
         self.path, self.lines, self.count = path, lines, len(lines)
 
     def complaint(self, k, problem):
-        return Complaint(f"{self.path}:{self.lines[k % self.count]}: {problem}")
+        return Complaint(f"{self.path}:{self.lines[k % self.count]}: {problem}")  # of two columns in one, too
 
 
 def read_table(path):

@@ -301,7 +301,9 @@ class Encoder:
             results = ahead(both, each, self.threads, self.threads + 1)
         for chunk, parts in zip(chunks, batches, strict=True):
             z = []
-            for batch, v in zip(parts, results, strict=False):
+            for batch, v in zip(
+                parts, results, strict=False
+            ):  # parts first: results go on with the next chunk
                 z.append(v)
                 done.update(len(batch))
             z, owner = torch.cat(z).cpu(), repeat_by(torch.tensor(chunk), [rows[k] for k in chunk])  # [rows]
@@ -360,7 +362,7 @@ class Encoder:
         k, z, wanted = 0, [], self.batch
         while k < len(x):
             part = slice(k, k + self.batch)
-            with contextlib.suppress(torch.OutOfMemoryError):
+            with contextlib.suppress(torch.OutOfMemoryError):  # in an except its tensors would still be held
                 z.append(self.run(x[part], self.precision, compute, pictures[part]))
                 k += self.batch
                 continue
@@ -907,8 +909,7 @@ class StoredEncoder(Encoder):
         bad = ~z.isfinite().all(1) | (z == 0).all(1)
         if bad.any():
             line = f"{pictures[int(bad.int().argmax())].path}: an embedding that is zero or not finite"
-            if not self.skip_bad:
-                raise Complaint(f"{line}; mend it, or leave such rows out with --skip_bad")
+            require(self.skip_bad, f"{line}; mend it, or leave such rows out with --skip_bad")
             say(f"skipped {line}; {label}: {int(bad.sum())} of {len(z)} skipped")
         return z.masked_fill(bad[:, None], torch.nan).to(self.device)
 
@@ -1964,8 +1965,7 @@ def load_probe(state, name, device="cpu"):
     """A probe of a checkpoint of train.py. Complaint if it has none of that name."""
     with reading("the checkpoint", f"one with a probe {name} of train.py", "train anew"):
         probes = state["probes"]
-        if name not in probes:
-            raise Complaint(f"--probe={name}: the checkpoint has {', '.join(probes)}")
+        require(name in probes, f"--probe={name}: the checkpoint has {', '.join(probes)}")
         parts = {k: torch.as_tensor(v, dtype=torch.double).to(device) for k, v in probes[name].items()}
         probe = Probe(**parts)
         if len(probe.logits(torch.zeros(1, len(probe.weight), device=device))) != 1:

@@ -172,8 +172,6 @@ Fitted = namedtuple("Fitted", "encoder weights map probes correct samples x cell
 
 def main():
     config = flags(globals())
-    if foregrounds == "help":
-        load_foregrounds("help")
     trains = BAP_TRAINS if method == "bap" else TUNE_TRAINS
     expect(train in trains, "train", train, f"with --method={method} {', '.join(trains)}")
     alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1

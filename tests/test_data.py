@@ -256,6 +256,7 @@ def forked(folder):
         "train.py --model=mine --own=0 --instances=8 --per_instance=2": "\nmine ",
         "discover.py --model=mine --region_encoder=crop --method=mine --k=2:3": "ranked list of mine",
         "eval.py --model=mine --protocol=mine": "\nmine   mine ",
+        "eval.py --list=data": "\nmine\n",
     }
     for words, said in commands.items():
         argv = [sys.executable, *words.split(), "--data=mine:birds", "--device=cpu", "--out_dir=out"]
@@ -1432,10 +1433,28 @@ def test_a_table_is_read_and_checked_in_little_more_than_reading_it_row_by_row(t
 @pytest.mark.parametrize("name", list(data.SETS))
 def test_help_of_every_data_set_says_how_it_looks_line_by_line(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        load_data(f"{name}:help")
+        data.flags({}, [f"--data={name}:help"])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0 and lines[0].startswith(name) and len(lines) > 2
     assert name in ("csv", "embeddings") or any(line.startswith(("DIR/", "--")) for line in lines)
+
+
+def test_help_of_a_data_set_waits_neither_for_torch_nor_for_another_run_into_out_dir(tmp_path):
+    block = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['eval.py', '--data=csv:help', sys.argv[1]]; "
+    )
+    run_it = "import runpy; runpy.run_path('eval.py', run_name='__main__')"
+    with open(tmp_path / ".lock", "a") as file:
+        data.fcntl.flock(file, data.fcntl.LOCK_EX)
+        argv = [sys.executable, "-c", block + run_it, f"--out_dir={tmp_path}"]
+        job = subprocess.run(argv, cwd=data.ASSETS.parent, env=ENV, capture_output=True, text=True)
+    assert (job.returncode, job.stderr) == (0, "") and job.stdout.startswith("csv:FILE")
+
+
+def test_lists_say_each_name_once_and_no_half_sentence():
+    lines = data.listing("data", data.__file__).splitlines()
+    assert all(line.startswith(name) for line, name in zip(lines, data.SETS, strict=True))
+    assert not [line for line in lines if line.endswith((";", ":")) or line.split()[0] == line]
 
 
 @pytest.mark.parametrize("name", [n for n in data.SETS if n not in ("scenes", "csv", "digits", "cutouts")])
@@ -1912,7 +1931,7 @@ def test_outlines_that_are_none_are_left_out():
 
 def test_help_of_foregrounds_says_the_forms(capsys):
     with pytest.raises(SystemExit) as stop:
-        data.load_foregrounds("help")
+        data.flags({}, ["--foregrounds=help"])
     said = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(f"--foregrounds={form}" in said for form in ("DIR", "masked:", "coco:DIR", "cut:DIR"))

@@ -723,7 +723,7 @@ def test_console_says_what_was_found(planted, tmp_path, capsys):
     above = sum(c["score"] > 2 * c["chance"] for c in kept)
     assert f"{len(kept)} clusters kept by the paper's rule, {above} with a score above twice" in said
     assert f"k = {tree['k']}, silhouette {tree['silhouette']:.3f}" in said and "negative cosine" in said
-    rate = f"{tree['base_rate']:.3f} show the target"
+    rate = f"of regions at random {tree['base_rate']:.3f}"
     assert "Precision@10 of the first: 1.00" in said and rate in said
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html", ".json", ".npz"]
 
@@ -744,7 +744,7 @@ def test_without_a_target_there_is_no_precision(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method(tmp_path, method):
+def test_each_method(tmp_path, method, capsys):
     a = plant(tmp_path / "e.npz", 4000 if method == "loss" else 400)  # in 10 images of a class none is shown
     assert run(words(tmp_path / "e.npz", tmp_path, f"--method={method}")) == 0
     tree = tree_of(tmp_path)
@@ -753,6 +753,12 @@ def test_each_method(tmp_path, method):
     if method in discover.BASELINES:
         assert len(tree["clusters"]) == 1 and len(set(first["regions"])) == len(first["regions"]) > 3
         assert f"ranked list of {method}" in first["reason"] and set(first) == OF_CLUSTER
+        text = (tmp_path / "discovery.html").read_text()
+        assert (
+            "medoid" not in text
+            and "no class" not in text
+            and f"ranked by {method}" in capsys.readouterr().out
+        )
     else:
         assert sorted(c["id"] for c in tree["clusters"]) == list(range(tree["k"]))
     check_page(tmp_path / "discovery.html")

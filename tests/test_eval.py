@@ -311,7 +311,7 @@ def test_more_shots_than_images_are_said(files, tmp_path, capsys):
     assert run(words(files, tmp_path, "--protocol=fewshot", "--shots=10,99")) == 0
     said = capsys.readouterr().out
     assert "fewshot_99: 2 of 2 classes have fewer training images, cat the fewest, 10;" in said
-    assert "fewshot_10:" not in said
+    assert "WARNING: fewshot_10" not in said and "\nfewshot_10:" not in said
 
 
 def test_classifier_rows_over_all_labels_and_among_those_of_a_pair(tmp_path):
@@ -702,6 +702,19 @@ def test_models_are_compared_one_that_fails_is_reported_and_the_others_go_on(fil
     page = (tmp_path / "out/eval.html").read_text()
     assert "Accuracy on the line" in page and "nonsense" in page
     assert {row["model"] for row in table_of(tmp_path / "out/eval.csv")} == {"tiny", other}
+
+
+def test_of_several_models_one_that_cannot_have_a_protocol_has_the_others(files, tmp_path, capsys):
+    flags = "--models=lite0,tiny", "--protocol=zeroshot,probe"
+    assert run(words(files, tmp_path, *flags)) == 0
+    r, said = results(tmp_path), capsys.readouterr().out
+    assert {name: list(m["protocols"]) for name, m in r["models"].items()} == dict(
+        lite0=["probe"], tiny=["zeroshot", "probe"]
+    )
+    assert (
+        list(r["failed"]) == ["lite0 zeroshot"] and "FAILED lite0 zeroshot: --model=lite0: it has no" in said
+    )
+    refused(capsys, words(files, tmp_path, "--model=lite0", flags[1]), "it has no text tower")
 
 
 def test_a_model_whose_measuring_fails_is_reported_and_the_others_go_on(files, tmp_path, monkeypatch):

@@ -1313,9 +1313,11 @@ def compare(samples, published):
     places = tally(samples.place, samples.split, len(samples.places)).sum(0).tolist()
     counts = dict(classes=len(samples.classes), images=len(samples.items), places=places)
     counts |= dict(groups=groups, val_test=groups[1:])
-    counts, line = {k: counts[k] for k in published}, f"{samples.name}: the published counts, {published}"
+    counts = {k: counts[k] for k in published}
+    there, known = (re.sub("[{}':]", "", str(each)) for each in (counts, published))
+    line = f"{samples.name}: the published counts, {known}"
     if counts != published:
-        line = f"WARNING: {samples.name}: found {counts}, published {published}: incomplete or another making"
+        line = f"WARNING: {samples.name}: found {there}; published {known}: incomplete or another making"
     samples.notes.append(line)
 
 
@@ -1532,13 +1534,13 @@ def columns_of(table, chosen, ours, needed=()):
         cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(ours)}"
         line = f"{table.path}: no column {name!r} (found: {', '.join(table) or 'no rows'}); {cure}"
         require(at[name] is not None, line)
-    rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
+    rest = ", ".join(c for c in table if c and c not in at.values())
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
-    cure = " (see --columns)" * (rest != "none")
+    cure = f"; columns not used: {rest} (see --columns)" * bool(rest)
     steps = itertools.pairwise([1, *table.lines])  # without a gap none runs over several
     if any(b - a > 1 for a, b in steps) and (long := sum("\n" in v for c in table.values() for v in c)):
         cure += f"; WARNING: {long} fields run over several lines; if a quote opens by mistake, rows are lost"
-    return at, f"{table.path}: {used}; columns not used: {rest}{cure}"
+    return at, f"{table.path}: {used}{cure}"
 
 
 def named(table, column, names=()):
@@ -2831,7 +2833,7 @@ def shown(value, missing="-"):
     """A cell of a table: numbers with three decimals, None as a dash."""
     if value is None:
         return missing
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)  # not -0.000
 
 
 def table(header, rows, most=100):

@@ -836,6 +836,10 @@ def blocks_of(results, outcomes, samples, failed):
     title = f"What each class is taken for, {name} {head['protocol']}"
     rows = sorted(rows, key=itemgetter(1))[:45]
     blocks.append(Block(title, ("class", "accuracy", "n", "taken for"), rows))
+    taken = [(c, m["predicted"]) for c, m in head["classes"].items() if m.get("predicted")]
+    taken = sorted(taken, key=itemgetter(1), reverse=True)[:45]  # without labels
+    title = f"What photos are taken for, {name} {head['protocol']}"
+    blocks.append(Block(title, ("class", "photos"), taken, said=True))
     for name, entry in list(results.items())[:3] if rows else ():
         figures = worst(outcomes[name][entry["protocol"]], samples) or [tag("p", "none")]
         blocks.append(Block(f"Worst confusions: wrong and sure, {name} {entry['protocol']}", parts=figures))
@@ -1252,7 +1256,7 @@ def setting_page(tree, blocks, classes):
     if precision:
         mean, n = f"{precision['all']['mean']:.2f}", precision["all"]["n"]
         title = f"RaVL finds the planted feature with a Precision@10 of {mean}."
-        numbers = [(mean, f"Precision@10, mean of {n} settings")]
+        numbers = [(mean, f"mean Precision@10, n = {n}")]
     methods = tree["summary"]["mitigation"]["precision_above_0.6"]["methods"]
     for name in ("ravl", "finetune") if methods else ():
         numbers.append((f"{methods[name]['image_worst_group']:.0%}", f"worst group of {name}"))
@@ -1273,12 +1277,16 @@ def setting_blocks(tree, classes):
         cells = ["{mean:.3f} ({low:.2f} to {high:.2f})".format(**share) for share in shares.values()]
         rows.append((m, *cells))
         chart.append((m, f"n = {every['n']}", [(every["mean"], (every["low"], every["high"]))]))
-    of = f"{summary['valid']} valid settings of {summary['settings']}, by Cramer's V"
-    title = f"Discovery: Precision@10 over {of}, mean and 95 % interval"
+    of = f"valid settings, {summary['valid']} of {summary['settings']}, by Cramer's V"
+    title = f"Discovery: Precision@10 over the {of}, mean and 95 % interval"
     blocks = [Block(title, header, rows, [dots("Precision@10", chart)] if chart else [], said=True)]
     series = tuple(key.replace("_", " ") for key in reversed(FIGURES))
     for name, part in reversed(summary["mitigation"].items()):
-        title = f"Mitigation, mean of {part['n']} settings with Precision@10 > {name.rpartition('_')[2]}"
+        title = (
+            f"Mitigation, mean over settings with Precision@10 > {name.rpartition('_')[2]}, n = {part['n']}"
+        )
+        if blocks[1:] and part == summary["mitigation"]["precision_above_0.8"]:
+            continue  # the same settings
         rows, methods = [], part["methods"].items()
         for m, figures in methods:
             rows.append((m, *[figures[key] for key in FIGURES]))

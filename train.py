@@ -967,7 +967,8 @@ def report(results, fitted):
     names = [samples.group_name(*pair) for pair in zip(samples.y, samples.place, strict=True)]
     predicted = fitted.probes[best].predict(fitted.map.to(fitted.x.device)(fitted.x)).tolist()
     taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
-    mended = test & fitted.correct[best] & ~fitted.correct["erm"]
+    mended, wrong = test & fitted.correct[best] & ~fitted.correct["erm"], test & ~fitted.correct[best]
+    gained = f"{int(mended.sum())} of {int((test & ~fitted.correct['erm']).sum())}"
     compared, bars = tuple(dict.fromkeys(("erm", best, other))), []
     for each in zip(*[methods[name]["groups"] for name in compared], strict=True):
         y, place, n = (each[0][k] for k in ("y", "place", "n"))
@@ -990,8 +991,8 @@ def report(results, fitted):
         additive = tag("p", fit), html_table(*shares), tag("p", sums)
     sections = [
         ("Accuracy of each group, with 95 % intervals", dots("groups", bars, compared)),
-        ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
-        ("What is still wrong", *examples(samples, test & ~fitted.correct[best], taken)),
+        (f"What the plain probe got wrong, and BAP gets right, {gained}", *examples(samples, mended, names)),
+        (f"What is still wrong, {int(wrong.sum())} of {int(test.sum())}", *examples(samples, wrong, taken)),
         ("The training data", *examples(samples, samples.split == 0, names)),
         ("Composites to pre-train on", *(pictures or ["none"])),
         ("Methods", html_table(header, rows)),
@@ -1194,7 +1195,8 @@ def finetune(config, encoder, samples):
     path.unlink(missing_ok=True)
     say(table(*zero_rows(dict(before=before, after=after), samples.worst)), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
-    say(f"\n{out}: weights.safetensors, finetune.json, log.csv written, {time.time() - started:.0f} s", True)
+    what = "weights.safetensors (for --pretrained), finetune.json, log.csv"
+    say(f"\n{out}: {what} written, {time.time() - started:.0f} s", True)
 
 
 def fit_and_keep(student, task, row, head, path, state):

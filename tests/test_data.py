@@ -948,7 +948,8 @@ def test_waterbirds_are_known_by_their_counts_not_by_the_name_of_the_folder(tmp_
     assert samples.classes == (["landbird", "waterbird"] if official else ["0", "1"])
     assert samples.places == (["land", "water"] if official else ["0", "1"])
     assert noted(samples, "the published counts") == official
-    assert noted(samples, "WARNING", "[2256, 2254, 642, 642]", "another making") == (not official)
+    wrong = "WARNING", "published groups [[", "[2256, 2254, 642, 642]", "another making"
+    assert noted(samples, *wrong) == (not official)
 
 
 def test_waterbirds_are_known_by_species_and_backgrounds_whichever_number_they_have(tmp_path):
@@ -2678,6 +2679,10 @@ def test_region_truth_is_by_the_smaller_of_region_and_thing():
 
 
 # --- tables and pages
+
+
+def test_a_number_that_rounds_to_zero_has_no_sign():
+    assert [data.shown(v) for v in (-0.0, -0.0004, -0.0006)] == ["0.000", "0.000", "-0.001"]
 
 
 def test_table_aligns_and_shows_three_decimals_and_a_dash():

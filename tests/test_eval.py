@@ -381,7 +381,7 @@ def test_without_places_there_is_a_worst_class_and_no_worst_group(tmp_path, caps
         )
 
 
-def test_unlabelled_photos_are_classified(files, tmp_path):
+def test_unlabelled_photos_are_classified(files, tmp_path, capsys):
     for k in range(3):
         picture(tmp_path / f"new/{k}.png", k, "cat")
     (tmp_path / "names.txt").write_text("cat\ndog\n")
@@ -391,6 +391,9 @@ def test_unlabelled_photos_are_classified(files, tmp_path):
     assert len(rows) == 3 and {row["tiny zeroshot"] for row in rows} <= {"cat", "dog"}
     page = (tmp_path / "out/eval.html").read_text()
     assert "sure of photos without labels" in page and "Worst confusions" not in page
+    assert re.search(
+        r"What photos are taken for, tiny .*\nclass +photos\n[- ]+\n(cat|dog) +\d+\n", capsys.readouterr().out
+    )
     assert sum(c["predicted"] for c in entry(tmp_path / "out")["classes"].values()) == 3
 
 
@@ -941,6 +944,12 @@ def settings(tmp_path, monkeypatch):
 
 def tree_of(out):
     return json.loads((out / "protocol.json").read_text())
+
+
+def test_the_same_settings_are_shown_once(settings, capsys):
+    assert run([*settings[0], "--settings=1", "--mitigate=1"]) == 0
+    assert capsys.readouterr().out.count("Mitigation, mean over settings with Precision@10 > 0.8, n = 1") == 1
+    assert (settings[1] / "protocol.html").read_text().count("<h2>Mitigation, mean") == 1
 
 
 def test_the_feature_of_chosen_classes_goes_with_one_of_them(settings):

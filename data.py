@@ -289,9 +289,7 @@ def listing(what, path):
         return "\n".join(lines + sorted(file.stem for file in folder.glob("*.json")))
     docs, table = sourced(__file__ if what == "data" else path, LISTS.get(what, ()))
     rows = {"bap": docs["bap"].partition(".")[0]} if what == "methods" and "bap" in docs else {}
-    for key, row in table.items():
-        names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
-        texts = [docs[name] for name in names if docs.get(name)]
+    for key, (row, texts) in table.items():
         if what == "protocols":  # a row says what it is
             texts = [row.args[0].value]
         firsts = [re.split("[.;:]?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
@@ -308,12 +306,12 @@ def manual(word):
     if not name:
         return docs["load_foregrounds"].partition("\n\n")[2]
     expect(name in table, "data", word, f"NAME:help of {', '.join(table)}")
-    texts = [docs.get(part.id) for part in ast.walk(table[name]) if isinstance(part, ast.Name)]
-    return next(filter(None, texts), f"{name}: its function in data.py has no docstring")
+    return next(iter(table[name][1]), f"{name}: its function in data.py has no docstring")
 
 
 def sourced(path, tables):
-    """The docstrings of a file's functions, and the rows of its tables of these names: {key: node}."""
+    """The docstrings of a file's functions; and of its tables of these names {key: (row, docstrings of the
+    functions that it names)}."""
     docs, rows = {}, {}
     for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef):
@@ -323,6 +321,9 @@ def sourced(path, tables):
             rows.update(zip([key.value for key in node.value.keys], node.value.values, strict=True))
         if isinstance(target, ast.Subscript) and getattr(target.value, "id", "") in tables:
             rows[target.slice.value] = node.value  # TABLE["key"] = row
+    for key, row in rows.items():
+        names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
+        rows[key] = row, [docs[name] for name in names if docs.get(name)]
     return docs, rows
 
 

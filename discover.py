@@ -1113,14 +1113,13 @@ def report(summary, e, similarity, M):
     figures = itemgetter("reason", "score", "chance", "influence", "n")
     rows = [(str(c["id"]), *figures(c)) for c in clusters[:60]]
     header = ("cluster", "kept?", "score", "by chance", "influence", "regions")
-    if not baseline:
-        sections.append(("All clusters", html_table(header, rows)))
+    sections += [("All clusters", html_table(header, rows))] * (not baseline)
     if len(summary["methods"]) > 1 and summary["base_rate"] is not None:
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         sections.append(("Methods", html_table(("method", "Precision@10"), rows)))
     lead = verdict_line(kept, config["method"]).removeprefix("No spurious feature was found. ")
     lead += f", among {summary['k']} clusters of {len(e.x)} regions. {dropped(clusters)}"
-    if bool((e.predicted == e.y).all()):
+    if (e.predicted == e.y).all():
         lead = f"The classifier is right on all images: without errors nothing can be found. {lead}"
     if baseline:
         lead = f"A ranking of {len(e.x)} regions."

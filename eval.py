@@ -238,7 +238,7 @@ def report(results, samples, blocks, config, git):
     else:
         title = f"{name} is right on {m['average'] or 0:.0%} of the photos."
     numbers = [(f"{m[key]:.0%}", key.replace("_", " ")) for key in numbers if m[key] is not None]
-    if is_counteranimal(samples) and numbers:
+    if numbers and numbers[-1][1] == "drop":
         numbers[-1] = f"{100 * m['drop']:.0f}", "points of drop"
     links = linked("the report of the map", ckpt, "report.html", config["out_dir"])
     what = f"the checkpoint's probe {head['protocol']}"

@@ -12,6 +12,7 @@
 BAP is arXiv 2605.11107; its equations are not public, those here are our reading.
 
     python train.py --method=finetune --model=ViT-B-32 --pretrained=openai --data=...
+    python discover.py --model=ViT-B-32 --pretrained=out/weights.safetensors --data=...
     python train.py --method=ravl --discovery=out --model=ViT-B-32 --pretrained=openai --data=...
 
 The second half of this file: contrastive fine-tuning, then RaVL's region-aware loss, which holds down what
@@ -968,7 +969,6 @@ def report(results, fitted):
     predicted = fitted.probes[best].predict(fitted.map.to(fitted.x.device)(fitted.x)).tolist()
     taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
     mended, wrong = test & fitted.correct[best] & ~fitted.correct["erm"], test & ~fitted.correct[best]
-    gained = f"{int(mended.sum())} of {int((test & ~fitted.correct['erm']).sum())}"
     compared, bars = tuple(dict.fromkeys(("erm", best, other))), []
     for each in zip(*[methods[name]["groups"] for name in compared], strict=True):
         y, place, n = (each[0][k] for k in ("y", "place", "n"))
@@ -991,8 +991,8 @@ def report(results, fitted):
         additive = tag("p", fit), html_table(*shares), tag("p", sums)
     sections = [
         ("Accuracy of each group, with 95 % intervals", dots("groups", bars, compared)),
-        (f"What the plain probe got wrong, and BAP gets right, {gained}", *examples(samples, mended, names)),
-        (f"What is still wrong, {int(wrong.sum())} of {int(test.sum())}", *examples(samples, wrong, taken)),
+        ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
+        (f"What is still wrong: {int(wrong.sum())} of {int(test.sum())}", *examples(samples, wrong, taken)),
         ("The training data", *examples(samples, samples.split == 0, names)),
         ("Composites to pre-train on", *(pictures or ["none"])),
         ("Methods", html_table(header, rows)),

@@ -948,7 +948,7 @@ def test_waterbirds_are_known_by_their_counts_not_by_the_name_of_the_folder(tmp_
     assert samples.classes == (["landbird", "waterbird"] if official else ["0", "1"])
     assert samples.places == (["land", "water"] if official else ["0", "1"])
     assert noted(samples, "the published counts") == official
-    wrong = "WARNING", "published groups [[", "[2256, 2254, 642, 642]", "another making"
+    wrong = "WARNING", "found val_test [[", "[2256, 2254, 642, 642]]; published val_test [[", "another making"
     assert noted(samples, *wrong) == (not official)
 
 

@@ -505,9 +505,7 @@ PROTOCOLS = {
     "probe": Protocol("linear probe, class-balanced, on unit embeddings", "training", probe_heads),
     "clip_probe": Protocol("linear probe as CLIP's authors run it, C = 0.316", "training", clip_probe_heads),
     "dfr": Protocol("last-layer retraining on validation groups, as published", "validation", dfr_heads),
-    "dfr_val_scaled": Protocol(
-        "dfr, scaled by these, bias free", "validation", lambda e: dfr_heads(e, False)
-    ),
+    "dfr_val_scaled": Protocol("dfr scaled by them, bias free", "validation", lambda e: dfr_heads(e, False)),
     "ckpt": Protocol("the checkpoint's own probes, in rows of their names", "ckpt", ckpt_heads),
     "fewshot": Protocol("probe on a few images of each class", "training", fewshot_heads),
 }
@@ -836,10 +834,9 @@ def blocks_of(results, outcomes, samples, failed):
     title = f"What each class is taken for, {name} {head['protocol']}"
     rows = sorted(rows, key=itemgetter(1))[:45]
     blocks.append(Block(title, ("class", "accuracy", "n", "taken for"), rows))
-    taken = [(c, m["predicted"]) for c, m in head["classes"].items() if m.get("predicted")]
-    taken = sorted(taken, key=itemgetter(1), reverse=True)[:45]  # without labels
-    title = f"What photos are taken for, {name} {head['protocol']}"
-    blocks.append(Block(title, ("class", "photos"), taken, said=True))
+    taken = Counter({c: m["predicted"] for c, m in head["classes"].items() if m.get("predicted")})
+    title = f"What photos are taken for, {name} {head['protocol']}"  # without labels
+    blocks.append(Block(title, ("class", "photos"), taken.most_common(45), said=True))
     for name, entry in list(results.items())[:3] if rows else ():
         figures = worst(outcomes[name][entry["protocol"]], samples) or [tag("p", "none")]
         blocks.append(Block(f"Worst confusions: wrong and sure, {name} {entry['protocol']}", parts=figures))
@@ -1282,9 +1279,7 @@ def setting_blocks(tree, classes):
     blocks = [Block(title, header, rows, [dots("Precision@10", chart)] if chart else [], said=True)]
     series = tuple(key.replace("_", " ") for key in reversed(FIGURES))
     for name, part in reversed(summary["mitigation"].items()):
-        title = (
-            f"Mitigation, mean over settings with Precision@10 > {name.rpartition('_')[2]}, n = {part['n']}"
-        )
+        title = f"Mitigation, mean of settings, Precision@10 > {name.rpartition('_')[2]}, n = {part['n']}"
         if blocks[1:] and part == summary["mitigation"]["precision_above_0.8"]:
             continue  # the same settings
         rows, methods = [], part["methods"].items()

@@ -978,7 +978,9 @@ def test_perfect_classifier_finds_nothing_and_says_why(tmp_path, capsys, method)
         assert "No spurious feature was found. The nearest candidates:" in said
         assert not any(c["kept"] for c in tree["clusters"]) and tree["precision_at_10"] is None
         assert all(c["influence"] is None for c in tree["clusters"])
-        assert "No spurious feature found above chance" in check_page(tmp_path / "discovery.html")[1]
+        text = check_page(tmp_path / "discovery.html")[1]
+        assert "No spurious feature found above chance" in text and "is right on all images" in text
+        assert "No spurious feature was found" not in text  # said once
         assert train.load_discovery(tmp_path).kept == []
 
 

@@ -861,6 +861,7 @@ def test_incomplete_set_warns_once_and_goes_on(tmp_path, capsys):
         capsys.readouterr().out.count("WARNING: counteranimal") == 1
         and len(entry(tmp_path / "out")["classes"]) == 2
     )
+    assert "points of drop" in (tmp_path / "out/eval.html").read_text()
 
 
 def test_full_disk_leaves_nothing_half_written(files, tmp_path, monkeypatch, capsys):
@@ -948,7 +949,7 @@ def tree_of(out):
 
 def test_the_same_settings_are_shown_once(settings, capsys):
     assert run([*settings[0], "--settings=1", "--mitigate=1"]) == 0
-    assert capsys.readouterr().out.count("Mitigation, mean over settings with Precision@10 > 0.8, n = 1") == 1
+    assert capsys.readouterr().out.count("Mitigation, mean of settings, Precision@10 > 0.8, n = 1") == 1
     assert (settings[1] / "protocol.html").read_text().count("<h2>Mitigation, mean") == 1
 
 

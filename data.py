@@ -206,6 +206,9 @@ def flags(script, argv=None):
         if word.startswith("--list"):
             print(listing(value, script["__file__"]))
             sys.exit(0)
+        if word == "--foregrounds=help" or (key == "data" and value.endswith(":help")):
+            print(manual(value))
+            sys.exit(0)
         require(word.startswith("--"), f"{word}: a bare word, expected --key=value; --help lists the flags")
         require(key in config, f"--{key}: no such flag; {near(key, config)}")
         config[key] = read_flag(key, value if equals else None, type(config[key]))
@@ -278,26 +281,50 @@ LISTS = {"data": ["SETS"], "methods": ["METHODS", "CRITERIA", "BASELINES"], "pro
 
 def listing(what, path):
     """What --list=WHAT prints: names, and the first line that the source says of each. path: the script's."""
-    source = Path(__file__ if what == "data" else path).read_text(encoding="utf-8")
     if what == "models":
+        source = Path(path).read_text(encoding="utf-8")
         comment = re.search("\nmodel = .*?# (.*(?:\n  +# .*)*)", source)[1]
         lines = [re.sub("\\s*\n +# ", " ", comment), "open_clip's names, with --pretrained=TAG|FILE|FOLDER:"]
         folder = Path(find_spec("open_clip").origin).parent / "model_configs"
         return "\n".join(lines + sorted(file.stem for file in folder.glob("*.json")))
-    body = ast.parse(source).body
-    docs = {node.name: ast.get_docstring(node) or "" for node in body if isinstance(node, ast.FunctionDef)}
+    docs, table = sourced(__file__ if what == "data" else path, LISTS.get(what, ()))
     rows = {"bap": docs["bap"].partition(".")[0]} if what == "methods" and "bap" in docs else {}
-    for node in body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in LISTS.get(what, ()):
-            for key, row in zip(node.value.keys, node.value.values, strict=True):
-                names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
-                texts = [docs[name] for name in names if docs.get(name)]
-                if what == "protocols":  # a row says what it is
-                    texts = [row.args[0].value]
-                firsts = [re.split("\\.?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
-                rows[key.value] = "; ".join(firsts)
+    for key, (row, texts) in table.items():
+        if what == "protocols":  # a row says what it is
+            texts = [row.args[0].value]
+        firsts = [re.split("[.;:]?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
+        rows[key] = "; ".join(firsts)
     expect(rows, "list", what, ", ".join(LISTS) + " or models (of what this script has)")
-    return "\n".join(re.sub("  +", "  ", f"{name}  {text}".rstrip()) for name, text in rows.items())
+    lines = [text if what == "data" and text else f"{name}  {text}" for name, text in rows.items()]
+    return "\n".join(re.sub("  +", "  ", line.rstrip()) for line in lines)
+
+
+def manual(word):
+    """What --foregrounds=help and --data=NAME:help print: a docstring of this file."""
+    docs, table = sourced(__file__, LISTS["data"])
+    name = word.rpartition(":")[0]
+    if not name:
+        return docs["load_foregrounds"].partition("\n\n")[2]
+    expect(name in table, "data", word, f"NAME:help of {', '.join(table)}")
+    return next(iter(table[name][1]), f"{name}: its function in data.py has no docstring")
+
+
+def sourced(path, tables):
+    """The docstrings of a file's functions; and of its tables of these names {key: (row, docstrings of the
+    functions that it names)}."""
+    docs, rows = {}, {}
+    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            docs[node.name] = ast.get_docstring(node) or ""
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if getattr(target, "id", "") in tables:
+            rows.update(zip([key.value for key in node.value.keys], node.value.values, strict=True))
+        if isinstance(target, ast.Subscript) and getattr(target.value, "id", "") in tables:
+            rows[target.slice.value] = node.value  # TABLE["key"] = row
+    for key, row in rows.items():
+        names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
+        rows[key] = row, [docs[name] for name in names if docs.get(name)]
+    return docs, rows
 
 
 # a script that imports this file has its flags checked before the slow imports
@@ -1089,7 +1116,7 @@ def tally(number, split, most):
 
 
 def load_data(spec, classes="", places="", prompts="", masks="", splits=True, seed=0, **planted_by):
-    """The data set that --data names, as Samples; NAME:help prints how it must look, and exits.
+    """The data set that --data names, as Samples.
 
     classes: a file of names, one a line, or a,b: only these of the set's. places: p,q, only these; where as
     many are named as classes, the k-th is the k-th class's own. prompts: see read_prompts. masks: a folder of
@@ -1099,9 +1126,6 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if name not in SETS or not (root or SETS[name].alone):
         raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {', '.join(SETS)}; see NAME:help")
     rows, template, _ = SETS[name]
-    if root == "help":
-        say(inspect.getdoc(rows) or f"{name}: its function in data.py has no docstring", True)
-        sys.exit(0)
     listed = {"renamed" if os.path.isfile(classes) else "chosen": names_in(classes, "classes", 2)}
     facts = Facts(wanted=names_in(places, "places", 1), seed=seed, **listed, **planted_by)
     controlled = name in ("digits", "cutouts", "coco")
@@ -1311,9 +1335,11 @@ def compare(samples, published):
     places = tally(samples.place, samples.split, len(samples.places)).sum(0).tolist()
     counts = dict(classes=len(samples.classes), images=len(samples.items), places=places)
     counts |= dict(groups=groups, val_test=groups[1:])
-    counts, line = {k: counts[k] for k in published}, f"{samples.name}: the published counts, {published}"
+    counts = {k: counts[k] for k in published}
+    there, known = (re.sub("[{}':]", "", str(each)) for each in (counts, published))
+    line = f"{samples.name}: the published counts, {known}"
     if counts != published:
-        line = f"WARNING: {samples.name}: found {counts}, published {published}: incomplete or another making"
+        line = f"WARNING: {samples.name}: found {there}; published {known}: incomplete or another making"
     samples.notes.append(line)
 
 
@@ -1541,13 +1567,13 @@ def columns_of(table, chosen, ours, needed=()):
         cure = f"the first line is no header; write one above it, as {','.join(ours)}" if headless else cure
         line = f"{table.path}: no column {name!r} (found: {', '.join(table) or 'no rows'}); {cure}"
         require(at[name] is not None, line)
-    rest = ", ".join(c for c in table if c and c not in at.values()) or "none"
+    rest = ", ".join(c for c in table if c and c not in at.values())
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
-    cure = " (see --columns)" * (rest != "none")
+    cure = f"; columns not used: {rest} (see --columns)" * bool(rest)
     steps = itertools.pairwise([1, *table.lines])  # without a gap none runs over several
     if any(b - a > 1 for a, b in steps) and (long := sum("\n" in v for c in table.values() for v in c)):
         cure += f"; WARNING: {long} fields run over several lines; if a quote opens by mistake, rows are lost"
-    return at, f"{table.path}: {used}; columns not used: {rest}{cure}"
+    return at, f"{table.path}: {used}{cure}"
 
 
 def named(table, column, names=()):
@@ -1659,7 +1685,7 @@ def csv_table(path, facts):
 
 
 def waterbirds(root, facts):
-    """waterbirds:DIR
+    """waterbirds:DIR       land- or waterbird? Groups: bird x place; also your own of this layout
     Download waterbird_complete95_forest2water2.tar.gz, linked from the README of the repository
     kohpangwei/group_DRO (the 100 % set, waterbird_1.0_forest2water2, from spetryk/GALS), and unpack it.
     Any folder of this layout will do, with any number of classes and places:
@@ -2615,9 +2641,6 @@ def load_foregrounds(spec, skip_bad=False):
     --foregrounds=cut:DIR                photos of one object each, which train.py cuts out; see cuts.html
     """
     kind, *rest = spec.split(":")
-    if spec == "help":
-        say(inspect.getdoc(load_foregrounds).partition("\n\n")[2], True)
-        sys.exit(0)
     if kind not in FOREGROUNDS or os.path.isdir(spec):
         expect(kind != "cut", "foregrounds", spec, "another kind here: only train.py cuts out; see help")
         return layers(spec, Cutout, "foregrounds", skip_bad)
@@ -2893,7 +2916,7 @@ def shown(value, missing="-"):
     """A cell of a table: numbers with three decimals, None as a dash."""
     if value is None:
         return missing
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)  # not -0.000
 
 
 def table(header, rows, most=100):

@@ -927,7 +927,7 @@ def toward(e, direction, images):
 
 
 def failures(e, seed, l2):
-    """Distilling failures: in each class a linear classifier of right against wrong images; its regions by
+    """Distilling failures: regions by a linear classifier of right against wrong images of their class,
     their score toward wrong, the least accurate class first."""
     wrong, lists = (e.predicted != e.y).long(), []
     errors = {y: float(wrong[e.y == y].double().mean()) for y in torch.unique(e.y).tolist()}
@@ -940,8 +940,8 @@ def failures(e, seed, l2):
 
 
 def george(e, seed, l2):
-    """George: the least accurate cluster of image embeddings within a class; regions of its images by cosine
-    to its mean less the mean of the class's rest."""
+    """George: the least accurate cluster of image embeddings within a class; regions of its images
+    by cosine to its mean less the mean of the class's rest."""
     right, least = (e.predicted == e.y).double(), math.inf
     for y in torch.unique(e.y).tolist():
         images = (e.y == y).nonzero()[:, 0]
@@ -961,8 +961,8 @@ def george(e, seed, l2):
 
 
 def domino(e, seed, l2, components=25, dims=128):
-    """Domino (Eyuboglu et al. 2022): a mixture over images; the slice with the largest max(p(predicted) -
-    p(label)); regions of its images by cosine to the slice's mean less the global mean."""
+    """Domino (Eyuboglu et al. 2022): of a mixture over images the slice that is wrong most surely,
+    by max(p(predicted) - p(label)); regions of its images by cosine to its mean less the global mean."""
     z = e.z.double()
     v = z - z.mean(0)
     v = v @ torch.linalg.eigh(v.T @ v).eigenvectors[:, -dims:]  # PCA, not scaled
@@ -1086,12 +1086,14 @@ def console(summary, e):
         header = ("cluster", "score", "by chance", "influence", "regions", "stability", "P@10", tied)
         lines += [verdict_line(kept, config["method"]) + ":", table(header, rows)]
         lines += filter(None, [dropped(clusters)])
+    else:
+        lines.append(f"{N} regions, ranked by {config['method']}: see discovery.html")
     if config["method"] == "all" and summary["base_rate"] is not None:
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         lines.append("\n" + table(("method", "precision_at_10"), rows))
     if summary["base_rate"] is not None:
         at_10 = "-" if summary["precision_at_10"] is None else f"{summary['precision_at_10']:.2f}"
-        rate = f"of all regions {summary['base_rate']:.3f} show the target"
+        rate = f"of regions at random {summary['base_rate']:.3f}"
         lines.append(f"Precision@10 of the first: {at_10}; {rate}")
     seconds = ", ".join(f"{name} {value:.2f}" for name, value in summary["seconds"].items())
     lines.append(f"seconds: {seconds}; peak memory {summary['peak_gib']:.1f} GiB")
@@ -1106,23 +1108,25 @@ def report(summary, e, similarity, M):
     if kept and not baseline and e.encoder and e.encoder.tokenizer and not e.encoder.untrained:
         words = nearest_words(e.encoder, M, summary["mean_removed"])
     for place, c in enumerate(kept[:PICTURED] or clusters[:3], 1):
-        head = f"{place}. Cluster {c['id']}"
+        head = "The first of the ranking" if baseline else f"{place}. Cluster {c['id']}"
         if c["chance"] is not None:
             head += f", score {c['score']:.2f} (by chance {c['chance']:.2f})"
         sections.append((head, *cluster_parts(c, words.get(c["id"]), e, similarity)))
     figures = itemgetter("reason", "score", "chance", "influence", "n")
     rows = [(str(c["id"]), *figures(c)) for c in clusters[:60]]
     header = ("cluster", "kept?", "score", "by chance", "influence", "regions")
-    sections.append(("All clusters", html_table(header, rows)))
+    sections += [("All clusters", html_table(header, rows))] * (not baseline)
     if len(summary["methods"]) > 1 and summary["base_rate"] is not None:
         rows = [(name, m["precision_at_10"]) for name, m in summary["methods"].items()]
         sections.append(("Methods", html_table(("method", "Precision@10"), rows)))
-    lead = f"{verdict_line(kept, config['method'])}, among {summary['k']} clusters of {len(e.x)} regions. "
-    lead += dropped(clusters)
+    lead = verdict_line(kept, config["method"]).removeprefix("No spurious feature was found. ")
+    lead += f", among {summary['k']} clusters of {len(e.x)} regions. {dropped(clusters)}"
+    if (e.predicted == e.y).all():
+        lead = f"The classifier is right on all images: without errors nothing can be found. {lead}"
     if baseline:
         lead = f"A ranking of {len(e.x)} regions."
     if summary["precision_at_10"] is not None:
-        rate = f"{summary['base_rate']:.2f} of all regions show the target"
+        rate = f"of regions at random {summary['base_rate']:.2f}"
         lead += f" Precision@10 {summary['precision_at_10']:.2f}, {rate}."
     above, title, numbers = clear(kept), "No spurious feature found above chance.", []
     if baseline:
@@ -1134,7 +1138,7 @@ def report(summary, e, similarity, M):
         verb = "goes" if sure else "may go"
         title = f"The model {verb} by {len(above)} spurious feature{'s' * (len(above) > 1)}."
         name, gap = min(above[0]["gaps"].items(), key=lambda gap: gap[1]["gap"])
-        numbers = [(f"{gap['acc_out']:.0%}", f"of {name} are right without cluster {above[0]['id']}")]
+        numbers = [(f"{gap['acc_out']:.0%}", f"of class {name} are right without cluster {above[0]['id']}")]
         numbers.append((f"{gap['acc_in']:.0%}", "with it"))
     source = "given embeddings" if config["embeddings"] else config["model"]
     kicker = f"flock, discover.py: {e.name} by {source}"
@@ -1153,7 +1157,7 @@ def nearest_words(encoder, M, mean_removed):
 
 
 def cluster_parts(c, words, e, similarity):
-    """What the page says and shows of a cluster."""
+    """What the page says and shows of a cluster, or of a baseline's ranking, which has no score."""
     lead = f"Better with it: {gains(c, 1) or 'no class'}; worse: {gains(c, -1) or 'no class'}. "
     if c["influence"] is not None:
         lead += f"Influence {c['influence']:.2f}. "
@@ -1161,20 +1165,23 @@ def cluster_parts(c, words, e, similarity):
         lead += f"Found at {c['stability']:.0%} of the k tried. "
     if not c["kept"]:
         lead += f"Not kept: {c['reason']}."
-    parts = [tag("p", lead)]
+    ranking = c["reason"].startswith("ranked")
+    parts = [] if ranking else [tag("p", lead)]
     if words:
         parts.append(tag("p", f"Nearest words: {words}"))
     if e.pictures:
-        parts.append(tag("h3", "Its regions, the most typical first, with their cosine to the medoid"))
+        what = "Its regions, the most typical first, with their cosine to the medoid"
+        parts.append(tag("h3", "Its regions" if ranking else what))
         crops, typical = [], {}
         for r in c["regions"][:10]:
             crop = Crop(e.pictures[e.image[r]], tuple(e.box[r].tolist()))
-            crops.append(thumb(crop.image(), f"{similarity[r]:.2f}", 84, f"region {r}"))
+            crops.append(thumb(crop.image(), "" if ranking else f"{similarity[r]:.2f}", 84, f"region {r}"))
         parts += [tag("div", *crops, class_="small"), tag("h3", "In their images")]
         for r in c["regions"]:
             typical.setdefault(int(e.image[r]), r)
         for i, r in list(typical.items())[:6]:
-            caption = f"{e.classes[e.y[i]]}, taken for {e.classes[e.predicted[i]]}"
+            right = e.predicted[i] == e.y[i]
+            caption = f"{e.classes[e.y[i]]}, {'right' if right else 'taken for ' + e.classes[e.predicted[i]]}"
             parts.append(thumb(outlined(e.pictures[i].image(), e.box[r].tolist()), caption))
     rows = []
     for name, gap in sorted(c["gaps"].items(), key=lambda gap: -abs(gap[1]["gap"]))[:8]:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 # first, as it checks the flags before numpy and torch are imported
 from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers
-from data import linked, load_data, load_foregrounds, load_predictions, load_regions, near, page, plain
+from data import linked, load_data, load_foregrounds, load_predictions, load_regions, page, plain
 from data import read_json, reading, region_truth, require, revision, rng, run, say, table, tag, text
 from data import thumb, unrun, write, write_json, write_table
 from data import composites as compose
@@ -153,7 +153,7 @@ def main():
 
     for name in names:
         try:
-            outcomes[name], additive = given if predictions else evaluate(name, samples, asked)
+            outcomes[name], additive = given if predictions else evaluate(name, samples, asked, failed)
             if rank == 0:
                 results[name] = measured(outcomes[name], additive, samples, seed) | through
         except Exception as problem:
@@ -187,7 +187,7 @@ def asked_protocols():
     """The protocols that --protocol names, none for auto; complains of --shots, too."""
     asked = [] if protocol == "auto" else protocol.split(",")
     for p in asked:
-        expect(p in PROTOCOLS, "protocol", p, f"of {', '.join(PROTOCOLS)}; {near(p, PROTOCOLS)}")
+        expect(p in PROTOCOLS, "protocol", p, ", ".join(PROTOCOLS))
     for n in shots.split(","):
         expect(n.isdecimal() and int(n), "shots", shots, "whole numbers from 1, comma-separated")
     return asked
@@ -238,6 +238,8 @@ def report(results, samples, blocks, config, git):
     else:
         title = f"{name} is right on {m['average'] or 0:.0%} of the photos."
     numbers = [(f"{m[key]:.0%}", key.replace("_", " ")) for key in numbers if m[key] is not None]
+    if numbers and numbers[-1][1] == "drop":
+        numbers[-1] = f"{100 * m['drop']:.0f}", "points of drop"
     links = linked("the report of the map", ckpt, "report.html", config["out_dir"])
     what = f"the checkpoint's probe {head['protocol']}"
     if predictions:
@@ -277,15 +279,19 @@ heads were fitted on; skipped: how many could not be read; of_20: [m], CounterAn
 picker chose; region_photo, region_predicted: [K], of regions that show the object."""
 
 
-def evaluate(name, samples, asked):
-    """({protocol: Outcome}, additivity) of one model; (None, None) on ranks above 0, which only embed."""
+def evaluate(name, samples, asked, failed):
+    """({protocol: Outcome}, additivity) of one model; (None, None) on ranks above 0, which only embed. Of
+    several models one that cannot have all protocols has the others, and failed says of which and why."""
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
     how.update(skip_bad=skip_bad, resize_once=resize_once)
     encoder = load_encoder(*name.partition("@")[::2], quick_gelu, test_size, **how)
     for note in encoder.notes:
         say(note)
     state = load_checkpoint(ckpt, encoder) if ckpt else None
-    todo = offered(encoder, samples, asked, state)
+    todo, reasons = offered(encoder, samples, asked, state)
+    if reasons and not (todo and models):
+        raise Complaint(next(iter(reasons.values())))
+    failed.update({f"{name} {p}": reason for p, reason in reasons.items()})
     z = encoder.embed(samples.items, name)
     judge, judged, picks = encoder, z, ""
     if is_counteranimal(samples) and {"zeroshot", "classifier"} & set(todo):
@@ -499,7 +505,7 @@ PROTOCOLS = {
     "probe": Protocol("linear probe, class-balanced, on unit embeddings", "training", probe_heads),
     "clip_probe": Protocol("linear probe as CLIP's authors run it, C = 0.316", "training", clip_probe_heads),
     "dfr": Protocol("last-layer retraining on validation groups, as published", "validation", dfr_heads),
-    "dfr_val_scaled": Protocol("scaled by these, bias free", "validation", lambda e: dfr_heads(e, False)),
+    "dfr_val_scaled": Protocol("dfr scaled by them, bias free", "validation", lambda e: dfr_heads(e, False)),
     "ckpt": Protocol("the checkpoint's own probes, in rows of their names", "ckpt", ckpt_heads),
     "fewshot": Protocol("probe on a few images of each class", "training", fewshot_heads),
 }
@@ -511,13 +517,11 @@ def protocol_of(row):
 
 
 def offered(encoder, samples, asked, state=None):
-    """The protocols to run: those asked for, Complaint if one cannot be; else what model and data allow."""
+    """Protocols to run, those asked for or what model and data allow; and {protocol: why it cannot be}."""
     lacks = lacking(encoder, samples, state)
-    for p in asked:
-        if PROTOCOLS[p].needs in lacks:
-            raise Complaint(lacks[PROTOCOLS[p].needs].format(p=p))
+    reasons = {p: lacks[PROTOCOLS[p].needs].format(p=p) for p in asked if PROTOCOLS[p].needs in lacks}
     if asked:
-        return sorted(set(asked), key=list(PROTOCOLS).index)
+        return [p for p in PROTOCOLS if p in asked and p not in reasons], reasons
     can = [p for p in ("zeroshot", "classifier") if PROTOCOLS[p].needs not in lacks]
     if "training" not in lacks and (samples.official or len(samples.classes) == 2 or not can):
         can.append("probe")
@@ -527,7 +531,7 @@ def offered(encoder, samples, asked, state=None):
         raise Complaint(lacks["texts"])
     if encoder.tokenizer and samples.nameless:
         say(f"zeroshot is not run: {samples.nameless}")
-    return can
+    return can, reasons
 
 
 def lacking(encoder, samples, state=None):
@@ -831,6 +835,9 @@ def blocks_of(results, outcomes, samples, failed):
     title = f"What each class is taken for, {name} {head['protocol']}"
     rows = sorted(rows, key=itemgetter(1))[:45]
     blocks.append(Block(title, ("class", "accuracy", "n", "taken for"), rows))
+    taken = Counter({c: m["predicted"] for c, m in head["classes"].items() if m.get("predicted")})
+    title = f"What photos are taken for, {name} {head['protocol']}"  # without labels
+    blocks.append(Block(title, ("class", "photos"), taken.most_common(45), said=True))
     for name, entry in list(results.items())[:3] if rows else ():
         figures = worst(outcomes[name][entry["protocol"]], samples) or [tag("p", "none")]
         blocks.append(Block(f"Worst confusions: wrong and sure, {name} {entry['protocol']}", parts=figures))
@@ -873,7 +880,7 @@ def results_block(results, samples, failed):
         notes.append(f"bap: through the map of {Path(head['ckpt']).name}")
     for key in [key for key in ("drop", samples.worst, "bg_gap") if m.get(key + "_interval")][:1]:
         low, high = m[key + "_interval"]
-        notes.append(f"{name}: {key} {m[key]:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+        notes.append(f"{name} {head['protocol']}: {key} {m[key]:.3f}, 95 % interval {low:.3f} to {high:.3f}")
     for model in results if is_counteranimal(samples) else ():
         if model in PUBLISHED:
             notes.append("{}: published {:.2f} common, {:.2f} counter".format(model, *PUBLISHED[model]))
@@ -1247,7 +1254,7 @@ def setting_page(tree, blocks, classes):
     if precision:
         mean, n = f"{precision['all']['mean']:.2f}", precision["all"]["n"]
         title = f"RaVL finds the planted feature with a Precision@10 of {mean}."
-        numbers = [(mean, f"Precision@10, mean of {n} settings")]
+        numbers = [(mean, f"mean Precision@10, n = {n}")]
     methods = tree["summary"]["mitigation"]["precision_above_0.6"]["methods"]
     for name in ("ravl", "finetune") if methods else ():
         numbers.append((f"{methods[name]['image_worst_group']:.0%}", f"worst group of {name}"))
@@ -1268,12 +1275,14 @@ def setting_blocks(tree, classes):
         cells = ["{mean:.3f} ({low:.2f} to {high:.2f})".format(**share) for share in shares.values()]
         rows.append((m, *cells))
         chart.append((m, f"n = {every['n']}", [(every["mean"], (every["low"], every["high"]))]))
-    of = f"{summary['valid']} valid settings of {summary['settings']}, by Cramer's V"
-    title = f"Discovery: Precision@10 over {of}, mean and 95 % interval"
+    of = f"valid settings, {summary['valid']} of {summary['settings']}, by Cramer's V"
+    title = f"Discovery: Precision@10 over the {of}, mean and 95 % interval"
     blocks = [Block(title, header, rows, [dots("Precision@10", chart)] if chart else [], said=True)]
     series = tuple(key.replace("_", " ") for key in reversed(FIGURES))
     for name, part in reversed(summary["mitigation"].items()):
-        title = f"Mitigation, mean of {part['n']} settings with Precision@10 > {name.rpartition('_')[2]}"
+        title = f"Mitigation, mean of settings, Precision@10 > {name.rpartition('_')[2]}, n = {part['n']}"
+        if blocks[1:] and part == summary["mitigation"]["precision_above_0.8"]:
+            continue  # the same settings
         rows, methods = [], part["methods"].items()
         for m, figures in methods:
             rows.append((m, *[figures[key] for key in FIGURES]))

@@ -12,6 +12,7 @@
 BAP is arXiv 2605.11107; its equations are not public, those here are our reading.
 
     python train.py --method=finetune --model=ViT-B-32 --pretrained=openai --data=...
+    python discover.py --model=ViT-B-32 --pretrained=out/weights.safetensors --data=...
     python train.py --method=ravl --discovery=out --model=ViT-B-32 --pretrained=openai --data=...
 
 The second half of this file: contrastive fine-tuning, then RaVL's region-aware loss, which holds down what
@@ -172,8 +173,6 @@ Fitted = namedtuple("Fitted", "encoder weights map probes correct samples x cell
 
 def main():
     config = flags(globals())
-    if foregrounds == "help":
-        load_foregrounds("help")
     trains = BAP_TRAINS if method == "bap" else TUNE_TRAINS
     expect(train in trains, "train", train, f"with --method={method} {', '.join(trains)}")
     alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -969,7 +968,7 @@ def report(results, fitted):
     names = [samples.group_name(*pair) for pair in zip(samples.y, samples.place, strict=True)]
     predicted = fitted.probes[best].predict(fitted.map.to(fitted.x.device)(fitted.x)).tolist()
     taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
-    mended = test & fitted.correct[best] & ~fitted.correct["erm"]
+    mended, wrong = test & fitted.correct[best] & ~fitted.correct["erm"], test & ~fitted.correct[best]
     compared, bars = tuple(dict.fromkeys(("erm", best, other))), []
     for each in zip(*[methods[name]["groups"] for name in compared], strict=True):
         y, place, n = (each[0][k] for k in ("y", "place", "n"))
@@ -993,7 +992,7 @@ def report(results, fitted):
     sections = [
         ("Accuracy of each group, with 95 % intervals", dots("groups", bars, compared)),
         ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
-        ("What is still wrong", *examples(samples, test & ~fitted.correct[best], taken)),
+        (f"What is still wrong: {int(wrong.sum())} of {int(test.sum())}", *examples(samples, wrong, taken)),
         ("The training data", *examples(samples, samples.split == 0, names)),
         ("Composites to pre-train on", *(pictures or ["none"])),
         ("Methods", html_table(header, rows)),
@@ -1196,7 +1195,8 @@ def finetune(config, encoder, samples):
     path.unlink(missing_ok=True)
     say(table(*zero_rows(dict(before=before, after=after), samples.worst)), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
-    say(f"\n{out}: weights.safetensors, finetune.json, log.csv written, {time.time() - started:.0f} s", True)
+    what = "weights.safetensors (for --pretrained), finetune.json, log.csv"
+    say(f"\n{out}: {what} written, {time.time() - started:.0f} s", True)
 
 
 def fit_and_keep(student, task, row, head, path, state):

@@ -256,6 +256,7 @@ def forked(folder):
         "train.py --model=mine --own=0 --instances=8 --per_instance=2": "\nmine ",
         "discover.py --model=mine --region_encoder=crop --method=mine --k=2:3": "ranked list of mine",
         "eval.py --model=mine --protocol=mine": "\nmine   mine ",
+        "eval.py --list=data": "\nmine\n",
     }
     for words, said in commands.items():
         argv = [sys.executable, *words.split(), "--data=mine:birds", "--device=cpu", "--out_dir=out"]
@@ -947,7 +948,8 @@ def test_waterbirds_are_known_by_their_counts_not_by_the_name_of_the_folder(tmp_
     assert samples.classes == (["landbird", "waterbird"] if official else ["0", "1"])
     assert samples.places == (["land", "water"] if official else ["0", "1"])
     assert noted(samples, "the published counts") == official
-    assert noted(samples, "WARNING", "[2256, 2254, 642, 642]", "another making") == (not official)
+    wrong = "WARNING", "found val_test [[", "[2256, 2254, 642, 642]]; published val_test [[", "another making"
+    assert noted(samples, *wrong) == (not official)
 
 
 def test_waterbirds_are_known_by_species_and_backgrounds_whichever_number_they_have(tmp_path):
@@ -1432,10 +1434,28 @@ def test_a_table_is_read_and_checked_in_little_more_than_reading_it_row_by_row(t
 @pytest.mark.parametrize("name", list(data.SETS))
 def test_help_of_every_data_set_says_how_it_looks_line_by_line(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        load_data(f"{name}:help")
+        data.flags({}, [f"--data={name}:help"])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0 and lines[0].startswith(name) and len(lines) > 2
     assert name in ("csv", "embeddings") or any(line.startswith(("DIR/", "--")) for line in lines)
+
+
+def test_help_of_a_data_set_waits_neither_for_torch_nor_for_another_run_into_out_dir(tmp_path):
+    block = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['eval.py', '--data=csv:help', sys.argv[1]]; "
+    )
+    run_it = "import runpy; runpy.run_path('eval.py', run_name='__main__')"
+    with open(tmp_path / ".lock", "a") as file:
+        data.fcntl.flock(file, data.fcntl.LOCK_EX)
+        argv = [sys.executable, "-c", block + run_it, f"--out_dir={tmp_path}"]
+        job = subprocess.run(argv, cwd=data.ASSETS.parent, env=ENV, capture_output=True, text=True)
+    assert (job.returncode, job.stderr) == (0, "") and job.stdout.startswith("csv:FILE")
+
+
+def test_lists_say_each_name_once_and_no_half_sentence():
+    lines = data.listing("data", data.__file__).splitlines()
+    assert all(line.startswith(name) for line, name in zip(lines, data.SETS, strict=True))
+    assert not [line for line in lines if line.endswith((";", ":")) or line.split()[0] == line]
 
 
 @pytest.mark.parametrize("name", [n for n in data.SETS if n not in ("scenes", "csv", "digits", "cutouts")])
@@ -1935,7 +1955,7 @@ def test_a_cutout_with_alpha_in_per_cent_is_refused(tmp_path):
 
 def test_help_of_foregrounds_says_the_forms(capsys):
     with pytest.raises(SystemExit) as stop:
-        data.load_foregrounds("help")
+        data.flags({}, ["--foregrounds=help"])
     said = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(f"--foregrounds={form}" in said for form in ("DIR", "masked:", "coco:DIR", "cut:DIR"))
@@ -2691,6 +2711,10 @@ def test_region_truth_is_by_the_smaller_of_region_and_thing():
 
 
 # --- tables and pages
+
+
+def test_a_number_that_rounds_to_zero_has_no_sign():
+    assert [data.shown(v) for v in (-0.0, -0.0004, -0.0006)] == ["0.000", "0.000", "-0.001"]
 
 
 def test_table_aligns_and_shows_three_decimals_and_a_dash():

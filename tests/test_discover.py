@@ -723,7 +723,7 @@ def test_console_says_what_was_found(planted, tmp_path, capsys):
     above = sum(c["score"] > 2 * c["chance"] for c in kept)
     assert f"{len(kept)} clusters kept by the paper's rule, {above} with a score above twice" in said
     assert f"k = {tree['k']}, silhouette {tree['silhouette']:.3f}" in said and "negative cosine" in said
-    rate = f"{tree['base_rate']:.3f} show the target"
+    rate = f"of regions at random {tree['base_rate']:.3f}"
     assert "Precision@10 of the first: 1.00" in said and rate in said
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html", ".json", ".npz"]
 
@@ -744,7 +744,7 @@ def test_without_a_target_there_is_no_precision(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method(tmp_path, method):
+def test_each_method(tmp_path, method, capsys):
     a = plant(tmp_path / "e.npz", 4000 if method == "loss" else 400)  # in 10 images of a class none is shown
     assert run(words(tmp_path / "e.npz", tmp_path, f"--method={method}")) == 0
     tree = tree_of(tmp_path)
@@ -753,6 +753,12 @@ def test_each_method(tmp_path, method):
     if method in discover.BASELINES:
         assert len(tree["clusters"]) == 1 and len(set(first["regions"])) == len(first["regions"]) > 3
         assert f"ranked list of {method}" in first["reason"] and set(first) == OF_CLUSTER
+        text = (tmp_path / "discovery.html").read_text()
+        assert (
+            "medoid" not in text
+            and "no class" not in text
+            and f"ranked by {method}" in capsys.readouterr().out
+        )
     else:
         assert sorted(c["id"] for c in tree["clusters"]) == list(range(tree["k"]))
     check_page(tmp_path / "discovery.html")
@@ -972,7 +978,9 @@ def test_perfect_classifier_finds_nothing_and_says_why(tmp_path, capsys, method)
         assert "No spurious feature was found. The nearest candidates:" in said
         assert not any(c["kept"] for c in tree["clusters"]) and tree["precision_at_10"] is None
         assert all(c["influence"] is None for c in tree["clusters"])
-        assert "No spurious feature found above chance" in check_page(tmp_path / "discovery.html")[1]
+        text = check_page(tmp_path / "discovery.html")[1]
+        assert "No spurious feature found above chance" in text and "is right on all images" in text
+        assert "No spurious feature was found" not in text  # said once
         assert train.load_discovery(tmp_path).kept == []
 
 

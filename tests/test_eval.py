@@ -311,7 +311,7 @@ def test_more_shots_than_images_are_said(files, tmp_path, capsys):
     assert run(words(files, tmp_path, "--protocol=fewshot", "--shots=10,99")) == 0
     said = capsys.readouterr().out
     assert "fewshot_99: 2 of 2 classes have fewer training images, cat the fewest, 10;" in said
-    assert "fewshot_10:" not in said
+    assert "WARNING: fewshot_10" not in said and "\nfewshot_10:" not in said
 
 
 def test_classifier_rows_over_all_labels_and_among_those_of_a_pair(tmp_path):
@@ -381,7 +381,7 @@ def test_without_places_there_is_a_worst_class_and_no_worst_group(tmp_path, caps
         )
 
 
-def test_unlabelled_photos_are_classified(files, tmp_path):
+def test_unlabelled_photos_are_classified(files, tmp_path, capsys):
     for k in range(3):
         picture(tmp_path / f"new/{k}.png", k, "cat")
     (tmp_path / "names.txt").write_text("cat\ndog\n")
@@ -391,6 +391,9 @@ def test_unlabelled_photos_are_classified(files, tmp_path):
     assert len(rows) == 3 and {row["tiny zeroshot"] for row in rows} <= {"cat", "dog"}
     page = (tmp_path / "out/eval.html").read_text()
     assert "sure of photos without labels" in page and "Worst confusions" not in page
+    assert re.search(
+        r"What photos are taken for, tiny .*\nclass +photos\n[- ]+\n(cat|dog) +\d+\n", capsys.readouterr().out
+    )
     assert sum(c["predicted"] for c in entry(tmp_path / "out")["classes"].values()) == 3
 
 
@@ -731,6 +734,19 @@ def test_models_are_compared_one_that_fails_is_reported_and_the_others_go_on(fil
     assert {row["model"] for row in table_of(tmp_path / "out/eval.csv")} == {"tiny", other}
 
 
+def test_of_several_models_one_that_cannot_have_a_protocol_has_the_others(files, tmp_path, capsys):
+    flags = "--models=lite0,tiny", "--protocol=zeroshot,probe"
+    assert run(words(files, tmp_path, *flags)) == 0
+    r, said = results(tmp_path), capsys.readouterr().out
+    assert {name: list(m["protocols"]) for name, m in r["models"].items()} == dict(
+        lite0=["probe"], tiny=["zeroshot", "probe"]
+    )
+    assert (
+        list(r["failed"]) == ["lite0 zeroshot"] and "FAILED lite0 zeroshot: --model=lite0: it has no" in said
+    )
+    refused(capsys, words(files, tmp_path, "--model=lite0", flags[1]), "it has no text tower")
+
+
 def test_a_model_whose_measuring_fails_is_reported_and_the_others_go_on(files, tmp_path, monkeypatch):
     real, calls = model.wilson, []
 
@@ -872,6 +888,7 @@ def test_incomplete_set_warns_once_and_goes_on(tmp_path, capsys):
         capsys.readouterr().out.count("WARNING: counteranimal") == 1
         and len(entry(tmp_path / "out")["classes"]) == 2
     )
+    assert "points of drop" in (tmp_path / "out/eval.html").read_text()
 
 
 def test_full_disk_leaves_nothing_half_written(files, tmp_path, monkeypatch, capsys):
@@ -955,6 +972,12 @@ def settings(tmp_path, monkeypatch):
 
 def tree_of(out):
     return json.loads((out / "protocol.json").read_text())
+
+
+def test_the_same_settings_are_shown_once(settings, capsys):
+    assert run([*settings[0], "--settings=1", "--mitigate=1"]) == 0
+    assert capsys.readouterr().out.count("Mitigation, mean of settings, Precision@10 > 0.8, n = 1") == 1
+    assert (settings[1] / "protocol.html").read_text().count("<h2>Mitigation, mean") == 1
 
 
 def test_the_feature_of_chosen_classes_goes_with_one_of_them(settings):

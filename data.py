@@ -2248,36 +2248,21 @@ def stored(path, facts):
     if C and names and len(names) != C or C and not names and a.get("y", none).dtype.kind in "SUO":
         have = f"{len(names)} names" if names else "names in y, in no order"
         raise Complaint(f"{path}: {C} rows of text and {have} of classes; give classes, {C} names in order")
-    y, facts.classes = labels_in(path, "y", a.get("y", none), names or list(map(str, range(C))), facts.notes)
-    place, facts.places = labels_in(path, "place", a.get("place", none), places, facts.notes)
+    columns = {}
+    for key in ("y", "place", "split"):
+        values = a.get(key, none)
+        whole = values.dtype.kind != "f" or not (values % 1 > 0).any()
+        require(whole, f"{path}: {key} has fractions, expected whole numbers or names")
+        columns[key] = tuple(map(str, (values + 0 if values.dtype.kind == "b" else values).tolist()))
+    table = Table(path, columns, range(n))
+    y, facts.classes, notes = named(table, "y", names or list(map(str, range(C))))
+    place, facts.places, of_place = named(table, "place", places)
+    facts.notes += notes + of_place
     split = [None] * n
     if "split" in a:
-        where = functools.partial("{}: row {}: {}".format, path)
-        values = a["split"].tolist()
-        split = split_numbers(values, "split", lambda *what: Complaint(where(*what)), facts.notes)
+        split = split_numbers(columns["split"], "split", table.complaint, facts.notes)
     for k, row in enumerate(zip(y, place, split, strict=True)):
         yield Row(Stored(str(path), k), *row)
-
-
-def labels_in(path, key, values, names, notes):
-    """An array [n] of names or numbers -> list of names, or None, and all in order: given, or that occur."""
-    if values.dtype.kind == "U":
-        words = [word.strip() for word in values.tolist()]
-        return [None if empty(word) else word for word in words], names
-    x = values.astype(float)
-    there = np.unique(x[~np.isnan(x)]).tolist()
-    if there == [-1, 1] and len(names) in (0, 2):  # no and yes, as in tables
-        name = dict(zip(there, names or ("-1", "1"), strict=True))
-        notes.append(f"{path}: {key} is -1 or 1: {' or '.join(name.values())}, not unlabelled")
-    elif names:
-        name = dict(enumerate(names))
-    else:
-        name = {k: f"{k:.0f}" for k in there if k >= 0 and k % 1 == 0}
-    odd = [k for k in there if k not in name and k != -1]
-    if odd:
-        wanted = f"whole numbers from 0 to {len(names) - 1}, of {len(names)} names" if names else "from 0"
-        raise Complaint(f"{path}: {key} has {odd[0]:g}, expected {wanted}")
-    return [name.get(k) for k in x.tolist()], [*name.values()]
 
 
 def stored_composites(path):

@@ -2669,15 +2669,17 @@ def coco_figures(words, notes):
 FOREGROUNDS = {"masked": masked_figures, "coco": coco_figures}
 
 
-def composites(figures, grounds, instances, per, seed):
-    """An incomplete grid of composites: so many foreground instances, a figure in a pose of its own, each on
-    `per` backgrounds. Returns (list of Composite [N], instance i [N], background j [N], an index)."""
+def composites(figures, grounds, instances, per, seed, posed=True):
+    """An incomplete grid of composites: so many foreground instances, each on `per` backgrounds. posed: a
+    figure is put into a pose of its own, else it stays in its frame. Returns (list of Composite [N], instance
+    i [N], background j [N], an index)."""
     wanted = f"at most {MOST:,} composites; {instances:,} instances with {per:,} backgrounds each are more"
     expect(instances * per <= MOST, "instances", instances, wanted)
     items, j = [], []
     for a in range(instances):
-        g = rng(seed, "pose", a)
-        figure, pose = figures[a % len(figures)], draw_pose(g)
+        g, figure, pose = rng(seed, "pose" if posed else "own", a), figures[a % len(figures)], None
+        if posed:
+            pose = draw_pose(g)
         for b in g.choice(len(grounds), per, replace=len(grounds) < per):
             items.append(Composite(figure, grounds[b], pose, draw_view(g)))
             j.append(int(b))

@@ -38,7 +38,7 @@ from types import SimpleNamespace
 
 # first, as it checks the flags before numpy and torch are imported
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, bounded
-from data import cell_shares, check, composites, dots, draw_view, expect, flags, html_table, layers, linked
+from data import cell_shares, check, composites, dots, expect, flags, html_table, layers, linked
 from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading
 from data import require, revision, rng, run, say, stored_composites, synsets, table, tag, thumb, write
 from data import write_json, write_table
@@ -438,7 +438,7 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
         return None
     say(line)
     cuts = list(cut.values())
-    cells, i, j = own_composites(cuts, grounds, seed)
+    cells, i, j = composites(cuts, grounds, len(cuts), OWN_PER, seed, posed=False)
     turn = torch.arange(len(cells)) % OWN_PER
     cells, z, i, j, turn = embedded(encoder, cells, "own foregrounds", i, j, turn)
     photos, y = (v[biased.to(v.device)][list(cut)] for v in (x, samples.y))
@@ -451,16 +451,6 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     say(f"what {len(drift)} photos have beside their foregrounds: {line}{left_out}")
     grid = Grid(1.0, z, i, j, cells)
     return SimpleNamespace(cuts=cuts, grid=grid, drift=drift, foretold=foretold, independent=independent)
-
-
-def own_composites(cuts, grounds, seed):
-    """Each own foreground on OWN_PER backgrounds: composites, their foregrounds i and backgrounds j [N]."""
-    items, j = [], []
-    for n, k in np.ndindex(len(cuts), OWN_PER):
-        g = rng(seed, "own", n, k)
-        j.append(int(g.integers(len(grounds))))
-        items.append(Composite(cuts[n], grounds[j[-1]], None, draw_view(g)))
-    return items, torch.arange(len(cuts)).repeat_interleave(OWN_PER), torch.tensor(j)
 
 
 def own_backgrounds(photos, v, i, turn, y, seed):

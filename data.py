@@ -2669,16 +2669,16 @@ def coco_figures(words, notes):
 FOREGROUNDS = {"masked": masked_figures, "coco": coco_figures}
 
 
-def composites(figures, grounds, instances, per, seed, posed=True):
-    """An incomplete grid of composites: so many foreground instances, each on `per` backgrounds. posed: a
+def composites(figures, grounds, instances, per, seed, in_pose=True):
+    """An incomplete grid of composites: so many foreground instances, each on `per` backgrounds. in_pose: a
     figure is put into a pose of its own, else it stays in its frame. Returns (list of Composite [N], instance
     i [N], background j [N], an index)."""
     wanted = f"at most {MOST:,} composites; {instances:,} instances with {per:,} backgrounds each are more"
     expect(instances * per <= MOST, "instances", instances, wanted)
     items, j = [], []
     for a in range(instances):
-        g, figure, pose = rng(seed, "pose" if posed else "own", a), figures[a % len(figures)], None
-        if posed:
+        g, figure, pose = rng(seed, "pose" if in_pose else "own", a), figures[a % len(figures)], None
+        if in_pose:
             pose = draw_pose(g)
         for b in g.choice(len(grounds), per, replace=len(grounds) < per):
             items.append(Composite(figure, grounds[b], pose, draw_view(g)))

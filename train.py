@@ -438,7 +438,7 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
         return None
     say(line)
     cuts = list(cut.values())
-    cells, i, j = composites(cuts, grounds, len(cuts), OWN_PER, seed, posed=False)
+    cells, i, j = composites(cuts, grounds, len(cuts), OWN_PER, seed, in_pose=False)
     turn = torch.arange(len(cells)) % OWN_PER
     cells, z, i, j, turn = embedded(encoder, cells, "own foregrounds", i, j, turn)
     photos, y = (v[biased.to(v.device)][list(cut)] for v in (x, samples.y))

@@ -653,7 +653,7 @@ def test_a_cut_lies_in_the_box_that_the_encoder_saw_and_stands_on_several_backgr
     whole = SimpleNamespace(image=lambda: Image.new("RGB", (40, 20), "red"))
     cut = train.Cut(whole, bytes([255]), (1, 1), (0.25, 0.0, 0.75, 1.0)).image()
     assert cut.mode == "RGBA" and cut.getchannel("A").getbbox() == (10, 0, 30, 20)
-    items, i, j = train.composites(["x", "y"], list("abcdefgh"), 2, train.OWN_PER, 3, posed=False)
+    items, i, j = train.composites(["x", "y"], list("abcdefgh"), 2, train.OWN_PER, 3, in_pose=False)
     assert (
         i.tolist() == [0] * train.OWN_PER + [1] * train.OWN_PER
         and len({*j[: train.OWN_PER].tolist()}) == train.OWN_PER
@@ -690,7 +690,7 @@ def test_own_foregrounds_have_their_weight_in_the_map_if_they_do_not_foretell_th
     for name, value in changed.items():
         monkeypatch.setattr(train, name, value)
     result, last = train.bap(0, encoder, figures, grounds, samples, tmp_path, dict(config={}))
-    items, k, _ = train.composites(cuts, grounds, 6, train.OWN_PER, 0, posed=False)
+    items, k, _ = train.composites(cuts, grounds, 6, train.OWN_PER, 0, in_pose=False)
     z, v, photos = (encoder.embed(some) for some in (cells, items, samples.items))
     power = last.map.power
     v_root, root = train.features(v, power), train.features(photos[samples.split == 0][:6], power)

@@ -610,7 +610,7 @@ class Picture:
 def drawn_by(kind):
     """Hash of the source of a kind of Picture and of what opens and composes them, which people fork."""
     text = "".join(
-        map(inspect.getsource, (open_image, opened, opaque, layer, posed, seen, rle_counts, draw_digit))
+        map(inspect.getsource, (open_image, opened, opaque, layer, posed, view_of, rle_counts, draw_digit))
     )
     with contextlib.suppress(OSError, TypeError):  # of a kind that was typed in there is none
         text += inspect.getsource(kind)
@@ -854,7 +854,7 @@ class Composite(Picture):
         frame = figure.size if figure and self.pose is None else (self.size, self.size)
         image = Image.new("RGB", frame, GREY)
         if self.ground:
-            image = seen(self.ground.image(), self.view, frame)
+            image = view_of(self.ground.image(), self.view, frame)
         if figure:
             figure, at = posed(figure, self.pose, self.size) if self.pose else (figure, (0, 0))
             image.paste(figure, at, figure)
@@ -888,7 +888,7 @@ def posed(figure, pose, size):
     return figure, (round(pose.x * (size - w)), round(pose.y * (size - h)))
 
 
-def seen(ground, view, frame):
+def view_of(ground, view, frame):
     """RGB background -> its view, frame = (width, height) in size."""
     box = [v * n for v, n in zip(view.box, ground.size * 2, strict=True)]
     ground = ground.resize(frame, Image.BICUBIC, box)
@@ -916,7 +916,7 @@ class Quadrants(Picture):
     def image(self):
         canvas, things = Image.new("RGB", (self.size, self.size)), (self.figure, self.mark)
         if self.ground:
-            canvas = seen(self.ground.image(), self.view, canvas.size)
+            canvas = view_of(self.ground.image(), self.view, canvas.size)
         for thing, box, flip in zip(things, (self.at, self.mark_at), self.flips, strict=True):
             if thing:
                 left, top, right, bottom = (round(v * self.size) for v in box)
@@ -1036,7 +1036,7 @@ class Facts:
     places: list = field(default_factory=list)
     labels: list = field(default_factory=list)  # what a model chooses from, if not the classes
     imagenet: list = field(default_factory=list)  # of each class the ImageNet labels
-    own: dict = field(default_factory=dict)  # of each class the place that it goes with in training
+    home_of: dict = field(default_factory=dict)  # of each class the place that it goes with in training
     official: bool = True  # whether splits are the set's own
     published: dict = field(default_factory=dict)  # counts; see compare
 
@@ -1168,7 +1168,7 @@ def worded(labels):
     """Names as prompts say them: underscores as spaces, without numbers that all have, as 001.Blue_Jay, or
     ids, as n02085620-Chihuahua."""
     bare = [re.sub(r"^n?\d+[-._ ]+(?=[^\W\d_])", "", name) for name in labels]
-    coded = len({*map(plain, bare)} - {*map(plain, labels)}) == len(labels)  # all differ, and still do
+    coded = len({*map(folded, bare)} - {*map(folded, labels)}) == len(labels)  # all differ, and still do
     names = bare if coded else labels
     return [n if re.fullmatch(CODE, n.strip().lower()) else n.replace("_", " ") for n in names]
 
@@ -1178,7 +1178,7 @@ def names_in(text, flag, least):
     names = [name.strip() for name in text.split(",") if text]
     if os.path.isfile(text):
         names, least = [name for _, name in read_lines(text, flag)], 1
-    twice = [name for name, n in Counter(map(plain, names)).items() if n > 1]
+    twice = [name for name, n in Counter(map(folded, names)).items() if n > 1]
     good = not text or least <= len(names) and not twice and "" not in names
     text += f" (twice: {', '.join(twice[:5])})" * bool(twice)
     expect(good, flag, text, "a file, or different names, a,b")
@@ -1227,11 +1227,11 @@ def samples_of(name, rows, facts):
     if facts.published:
         compare(samples, facts.published)
     if facts.wanted and len(facts.wanted) == len(classes):
-        facts.own = dict(zip(classes, places, strict=True))
+        facts.home_of = dict(zip(classes, places, strict=True))
     wanted = "1.0: no class has a place of its own here; --classes=a,b --places=p,q give them one"
-    expect(facts.own or facts.confounder == 1 or name == "scenes", "confounder", facts.confounder, wanted)
-    if facts.own:
-        samples = correlate(samples, facts.own, facts.confounder)
+    expect(facts.home_of or facts.confounder == 1 or name == "scenes", "confounder", facts.confounder, wanted)
+    if facts.home_of:
+        samples = correlate(samples, facts.home_of, facts.confounder)
     if not official:
         n = ", ".join(map(str, torch.bincount(samples.split, minlength=3).tolist()))
         notes.append(f"{name}: train, val and test are drawn here, the same each time: {n} images")
@@ -1241,10 +1241,10 @@ def samples_of(name, rows, facts):
 def only(rows, column, names, flag):
     """The rows whose class (or place) is one of the names; and these names, as the set spells them."""
     occurring = {getattr(row, column) for row in rows} - {None}
-    spelled = {plain(name): name for name in occurring}
+    spelled = {folded(name): name for name in occurring}
     for name in names:
-        require(plain(name) in spelled, f"--{flag}: no {name!r} in this data set; {near(name, occurring)}")
-    names = [spelled[plain(name)] for name in names]
+        require(folded(name) in spelled, f"--{flag}: no {name!r} in this data set; {near(name, occurring)}")
+    names = [spelled[folded(name)] for name in names]
     return [row for row in rows if getattr(row, column) in names], names
 
 
@@ -1268,17 +1268,17 @@ def numbered(names, order, what):
     distinct = sorted(set(names) - {None})
     order, at = list(order or distinct), {}
     for k, name in enumerate(order):
-        if at.setdefault(plain(name), k) < k:
+        if at.setdefault(folded(name), k) < k:
             raise Complaint(f"--data: two {what} names that are the same, {name!r}; rename one")
     for name in distinct:
-        if plain(name) not in at:
+        if folded(name) not in at:
             flag = "--classes" if what == "class" else "--data"
             raise Complaint(f"{flag}: no name {name!r}, a {what} of this data set; {near(name, order)}")
-    number = {name: at[plain(name)] for name in distinct} | {None: -1}
+    number = {name: at[folded(name)] for name in distinct} | {None: -1}
     return torch.from_numpy(np.fromiter(map(number.__getitem__, names), np.int64, len(names))), order
 
 
-def plain(name):
+def folded(name):
     """A name as it is compared: without case, underscores as spaces, accents as one letter or two."""
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())
 
@@ -1308,18 +1308,19 @@ def completed(split, group, notes):
     return split
 
 
-def correlate(samples, own, confounder):
-    """The samples with a biased training split: of each class the share confounder on own, {class: place}.
-    Further training images on other places go to test where splits are ours, else out."""
+def correlate(samples, home_of, confounder):
+    """The samples with a biased training split: of each class the share confounder on its own place, home_of
+    {class: place}. Further training images on other places go to test where splits are ours, else out."""
     extra, said, short = torch.zeros(len(samples.y), dtype=torch.bool), [], ""
     for y, name in enumerate(samples.classes):
-        expect(own[name] in samples.places, "places", samples.places, f"{own[name]}, of {name}, too")
-        train, on = (samples.y == y) & (samples.split == 0), samples.place == samples.places.index(own[name])
+        place = home_of[name]
+        expect(place in samples.places, "places", samples.places, f"{place}, of {name}, too")
+        train, on = (samples.y == y) & (samples.split == 0), samples.place == samples.places.index(place)
         home, away = int((train & on).sum()), (train & ~on).nonzero()[:, 0]
         allowed = round(home * (1 - confounder) / confounder)
         away = away[torch.from_numpy(rng(0, "confounder", y).permutation(len(away)))]
         extra[away[allowed:]] = True
-        said.append(f"{home / max(1, home + min(allowed, len(away))):.0%} of {name} on {own[name]}")
+        said.append(f"{home / max(1, home + min(allowed, len(away))):.0%} of {name} on {place}")
         if len(away) < allowed:
             short = f"WARNING: --confounder={confounder:g} is not reached: too few images on other places; "
     samples.notes.append(f"{short}training split: {', '.join(said)}")
@@ -1336,10 +1337,10 @@ def compare(samples, published):
     counts = dict(classes=len(samples.classes), images=len(samples.items), places=places)
     counts |= dict(groups=groups, val_test=groups[1:])
     counts = {k: counts[k] for k in published}
-    there, known = (re.sub("[{}':]", "", str(each)) for each in (counts, published))
-    line = f"{samples.name}: the published counts, {known}"
+    there, stated = (re.sub("[{}':]", "", str(each)) for each in (counts, published))
+    line = f"{samples.name}: the published counts, {stated}"
     if counts != published:
-        line = f"WARNING: {samples.name}: found {there}; published {known}: incomplete or another making"
+        line = f"WARNING: {samples.name}: found {there}; published {stated}: incomplete or another making"
     samples.notes.append(line)
 
 
@@ -1382,8 +1383,8 @@ def read_prompts(path, labels, notes):
 
         return [[t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]] * len(labels)
     texts_of, others, lines = {"": []}, {}, read_lines(path, "prompts")  # "": templates
-    tree, names = literal("\n".join(line for _, line in lines)), {plain(label) for label in labels}
-    if isinstance(tree, dict) and len(tree) == 1 and plain(next(iter(tree))) not in names:
+    tree, names = literal("\n".join(line for _, line in lines)), {folded(label) for label in labels}
+    if isinstance(tree, dict) and len(tree) == 1 and folded(next(iter(tree))) not in names:
         tree = next(iter(tree.values()))  # templates under a name
     with reading(path, "templates, or a dict of class: descriptions"):
         if isinstance(tree, dict):
@@ -1393,20 +1394,20 @@ def read_prompts(path, labels, notes):
     for number, line in lines:
         name, tab, prompt = line.partition("\t") if "\t" in line else ("", "", line)
         text = re.sub(r"\{[a-z_]*\}", "{}", prompt.strip())
-        if tab and plain(name) not in names:
+        if tab and folded(name) not in names:
             others.setdefault(name, number)
         elif not tab and "{}" not in text:
             raise Complaint(f"--prompts={path}:{number}: {line!r}, expected a {{}}, or class<TAB>prompt")
-        texts_of.setdefault(plain(name), []).append(text)
+        texts_of.setdefault(folded(name), []).append(text)
     if others and (not isinstance(tree, dict) or len(others) == len(tree)):
         name, number = next(iter(others.items()))
         raise Complaint(f"--prompts={path}:{number}: no class {name!r}; {near(name, labels)}")
-    texts = [texts_of.get(plain(label), texts_of[""]) for label in labels]
+    texts = [texts_of.get(folded(label), texts_of[""]) for label in labels]
     if not all(texts):
         bare = labels[texts.index([])]
         raise Complaint(f"--prompts={path}: no prompt for class {bare!r}; add one, or a template with {{}}")
-    pairs = [(plain(c), text) for c, forms in zip(labels, texts, strict=True) for text in forms]
-    mute = sum("{}" not in text and c not in plain(text) for c, text in pairs)
+    pairs = [(folded(c), text) for c, forms in zip(labels, texts, strict=True) for text in forms]
+    mute = sum("{}" not in text and c not in folded(text) for c, text in pairs)
     notes += [f"--prompts={path}: {len(others)} classes in it are none of these, and not used"] * bool(others)
     notes += [f"--prompts={path}: {mute} prompts do not name their class; read as they are"] * bool(mute)
     return texts
@@ -1551,16 +1552,18 @@ def columns_of(table, chosen, ours, needed=()):
     """Which column of a table is what: {name of ours, of COLUMNS or BOXES: theirs, or None}, and a line that
     says so. chosen: --columns, ours=theirs,...; nothing behind = for none."""
     usual = {name: (COLUMNS | BOXES)[name].split() for name in ours}
-    spelled = {plain(c): c for c in table if c}
+    spelled = {folded(c): c for c in table if c}
     for pair in chosen.split(",") if chosen else ():
         name, equals, theirs = map(str.strip, pair.partition("="))
         expect(equals and name in usual, "columns", chosen, f"ours=theirs,..., ours of {', '.join(ours)}")
-        there = not theirs or plain(theirs) in spelled
+        there = not theirs or folded(theirs) in spelled
         expect(there, "columns", theirs, f"a column of {table.path}; {near(theirs, spelled.values())}")
         usual[name] = [theirs] if theirs else []
-    if {"x", "y"} <= spelled.keys() and set(map(plain, usual.get("y", [])[1:])) & spelled.keys():
+    if {"x", "y"} <= spelled.keys() and set(map(folded, usual.get("y", [])[1:])) & spelled.keys():
         usual["y"].remove("y")  # beside x and a label it is a coordinate
-    at = {name: next((spelled[plain(c)] for c in usual[name] if plain(c) in spelled), None) for name in ours}
+    at = {}
+    for name in ours:
+        at[name] = next((spelled[folded(c)] for c in usual[name] if folded(c) in spelled), None)
     headless = any(re.search(r"\.(jpe?g|png)$", c, re.I) for c in table)
     for name in needed:
         cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(ours)}"
@@ -1611,7 +1614,7 @@ def named(table, column, names=()):
 def split_numbers(values, name, complaint, notes):
     """0, 1, 2 of values such as 0, 1.0, train, val; if each of these occurs 3 of other words, as WILDS's
     id_val; else raises complaint(k, what is wrong)."""
-    if re.fullmatch("(is |in )?(train|training|val|test|testing)( image| set)?", plain(name)):
+    if re.fullmatch("(is |in )?(train|training|val|test|testing)( image| set)?", folded(name)):
         raise complaint(0, f"{name} says whether, not which; expected a column of train, val, test")
     numbers = SPLIT_NAMES | {"0": 0, "1": 1, "2": 2}
     out = len(SPLITS)
@@ -1697,7 +1700,7 @@ def waterbirds(root, facts):
     table = folder(root, "data waterbirds") / "metadata.csv"
     needs(table.is_file(), root, "metadata.csv", "waterbirds")
     table = read_table(table)
-    grounds = next((c for c in table if plain(c) == "place filename"), "")
+    grounds = next((c for c in table if folded(c) == "place filename"), "")
     grounds = table.pop(grounds, ())  # what the place's name is read off
     paths, y, place, split = table_rows(table, facts, ("path", "y", "split", "place"))
     each = slice(None, None, max(1, len(y) // 5000))
@@ -1786,7 +1789,7 @@ def load_predictions(path, columns="", classes=""):
     at, note = columns_of(t, columns, tuple(COLUMNS), ("y", "predicted"))
     n, facts = t.count, Facts()
     both = t[at["y"]] + t[at["predicted"]]
-    kind = {v: plain(v) for v in dict.fromkeys(both)}
+    kind = {v: folded(v) for v in dict.fromkeys(both)}
     spelled = {kind[v]: v for v in reversed(kind)}  # as it comes first
     t["y and predicted"] = tuple(spelled[kind[v]] for v in both)  # numbered together
     renamed = names_in(classes, "classes", 2) if os.path.isfile(classes) else []
@@ -1834,9 +1837,9 @@ def add_predicted(t, at, notes):
         require(len(ours) == 1, f"{t.path}: predictions of {', '.join(ours)}; {cure}")
         t["predicted"], t["confidence"] = t[ours[0]], t[f"{ours[0]} confidence"]
     for column in [] if ours else t:
-        if match := re.fullmatch(SCORES, plain(column)):
+        if match := re.fullmatch(SCORES, folded(column)):
             kinds.setdefault(match[1], {})[match[2] or match[3]] = column
-    classes = {plain(v).removesuffix(".0") for v in set(t[at["y"]])} - EMPTY - {"-1"}
+    classes = {folded(v).removesuffix(".0") for v in set(t[at["y"]])} - EMPTY - {"-1"}
     for kind, of in [(kind, of) for kind, of in kinds.items() if {*of} >= classes and len(of) > 1][:1]:
         with reading(t.path, said := f"a table with numbers in {', '.join(of.values())}"):
             x = torch.tensor([[*map(float, t[column])] for column in of.values()])  # [C, n]
@@ -1946,10 +1949,10 @@ def image_folder(root, facts):
 def class_first(root, rest, facts):
     """The parts of the paths of images below a split, place/class/... turned if --classes names the second
     folders; and a note which are taken for what, as DomainBed's sets have their places first."""
-    named = {*map(plain, facts.renamed or facts.chosen)}
+    named = {*map(folded, facts.renamed or facts.chosen)}
     classes, places = ({r[k] for r in rest if len(r) > 2} for k in (0, 1))
     cure = "; if it is the other way round, name the classes, --classes=a,b" * (not named)
-    if named & {*map(plain, places)} and not named & {plain(r[0]) for r in rest if len(r) > 1}:
+    if named & {*map(folded, places)} and not named & {folded(r[0]) for r in rest if len(r) > 1}:
         rest = [(r[1], r[0], *r[2:]) if len(r) > 2 else r[-1:] for r in rest]
         classes, places = places, classes
     if places:
@@ -2057,8 +2060,8 @@ def counteranimal(root, facts):
         facts.notes.append(f"WARNING: {root}: {len(skipped)} files or folders left out, as {min(skipped)}")
     needs(rows, root, "photos in common-... and counter-... folders", "counteranimal")
     number = {name: number for number, name, *_ in sorted(rows)}
-    labels, spelled = imagenet_names((root, outer), facts.notes), {plain(name): name for name in number}
-    pair = [spelled.get(plain(name), name) for name in facts.chosen]
+    labels, spelled = imagenet_names((root, outer), facts.notes), {folded(name): name for name in number}
+    pair = [spelled.get(folded(name), name) for name in facts.chosen]
     facts.classes, facts.official, facts.labels = list(number), False, labels
     if pair and set(pair) <= set(number):
         facts.classes, facts.labels = pair, [labels[number[name]] for name in pair]
@@ -2072,7 +2075,7 @@ def counteranimal(root, facts):
     split = torch.where(common, make_splits(group), counter).tolist()
     for name in pair:
         home = sorted(row[3] for row in rows if row[1] == name and row[2])
-        facts.own[name] = max(home, key=home.count, default="no common photos")
+        facts.home_of[name] = max(home, key=home.count, default="no common photos")
     for (_, name, common, place, path), s in zip(rows, split, strict=True):
         yield Row(path, name, place if pair else "common" if common else "counter", s)
 
@@ -2102,16 +2105,16 @@ def nico(root, facts):
     needs(paths, root, "context/class/ folders of images", "nico")
     if len(paths) < len(outer):
         facts.notes.append(f"{root}: {len(outer) - len(paths)} images beside context/class folders; not used")
-    contexts = {"autumn", "dim", "grass", "outdoor", "rock", "water", *map(plain, facts.wanted)}
-    outside, within = {plain(p[0]) for p in paths}, {plain(p[1]) for p in paths}
+    contexts = {"autumn", "dim", "grass", "outdoor", "rock", "water", *map(folded, facts.wanted)}
+    outside, within = {folded(p[0]) for p in paths}, {folded(p[1]) for p in paths}
     y, place = 1, 0
-    if contexts & within and not contexts & outside or {*map(plain, facts.chosen)} & (outside - within):
+    if contexts & within and not contexts & outside or {*map(folded, facts.chosen)} & (outside - within):
         y, place = 0, 1  # the older NICO
         facts.notes.append(f"WARNING: {root}: class/context folders, NICO++ has context/class; read so")
     if not facts.chosen:
         facts.published = dict(classes=60, images=88866)
     elif not facts.wanted:
-        count, classes = Counter((plain(p[y]), p[place]) for p in paths), [plain(c) for c in facts.chosen]
+        count, classes = Counter((folded(p[y]), p[place]) for p in paths), [folded(c) for c in facts.chosen]
         smallest = {p: min(count[c, p] for c in classes) for p in sorted({p[place] for p in paths})}
         expect(len(smallest) >= len(classes), "data", ", ".join(smallest), "a place for each of the classes")
         limit = sorted(smallest.values())[-len(classes)]
@@ -2251,8 +2254,8 @@ def stored(path, facts):
     columns = {}
     for key in ("y", "place", "split"):
         values = a.get(key, none)
-        whole = values.dtype.kind != "f" or not (values % 1 > 0).any()
-        require(whole, f"{path}: {key} has fractions, expected whole numbers or names")
+        integers = values.dtype.kind != "f" or not (values % 1 > 0).any()
+        require(integers, f"{path}: {key} has fractions, expected whole numbers or names")
         columns[key] = tuple(map(str, (values + 0 if values.dtype.kind == "b" else values).tolist()))
     table = Table(path, columns, range(n))
     y, facts.classes, notes = named(table, "y", names or list(map(str, range(C))))
@@ -2358,7 +2361,7 @@ def cocogender(root, facts):
     the training split the share --confounder of men has sports, of women kitchen objects."""
     facts.classes, facts.places, facts.wanted = ["man", "woman"], facts.wanted or ["sports", "kitchen"], []
     expect(len(facts.places) == 2, "places", ",".join(facts.places), "two kinds of objects")
-    facts.own, people, n = dict(zip(facts.classes, facts.places, strict=True)), {}, 0
+    facts.home_of, people, n = dict(zip(facts.classes, facts.places, strict=True)), {}, 0
     photos, categories = coco_photos(root, facts.notes)
     kinds, genders = [set(place.split("+")) for place in facts.places], [set(g.split()) for g in GENDERS]
     odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
@@ -2395,8 +2398,8 @@ def planted(facts, each, most=None):
     images a class, or as many as `most`, the images that there are [C, 2], allow. The feature is as frequent
     as the class, 1/C; then Cramer's V of (class, feature) is V where P(feature | class) = 1/C + V (1 - 1/C),
     P(feature | another class) = (1 - V) / C. At strength 0: the feature in half of each class."""
-    C, V, names = len(facts.classes), facts.strength, [plain(c) for c in facts.classes]
-    words, word = [*names, *map(str, range(C))], plain(str(facts.spurious))
+    C, V, names = len(facts.classes), facts.strength, [folded(c) for c in facts.classes]
+    words, word = [*names, *map(str, range(C))], folded(str(facts.spurious))
     expect(word in words, "spurious", facts.spurious, f"a number or class of {', '.join(names)}")
     spurious = words.index(word) % C
     share = torch.full((C,), (1 - V) / C if V else 0.5)
@@ -2482,17 +2485,17 @@ def cutouts(root, facts):
     expect(what in ("object", SCENE), "feature", facts.feature, "object, object=KIND, scene or scene=KIND")
     figures = kinds_of(root / "foregrounds", Cutout, facts.notes)
     grounds = kinds_of(root / "backgrounds", Ground, facts.notes)
-    kinds = {plain(kind): kind for kind in (sorted(grounds) if what == SCENE else figures)}
+    kinds = {folded(kind): kind for kind in (sorted(grounds) if what == SCENE else figures)}
     if len(kinds) < 2 or not grounds or len(figures) < 2 + (what == "object"):
         there = f"{len(figures)} kinds of cut-outs, {len(grounds)} of backgrounds with 4 images or more"
         raise Complaint(f"--data=cutouts:{root}: {there}; expected two classes and a second object or scene")
-    if wanted and plain(wanted) not in kinds:
+    if wanted and folded(wanted) not in kinds:
         raise Complaint(f"--feature={facts.feature}: no kind {wanted!r}; {near(wanted, kinds)}")
-    mark = kinds[plain(wanted)] if wanted else list(kinds.values())[-1 if what == "object" else 0]
+    mark = kinds[folded(wanted)] if wanted else list(kinds.values())[-1 if what == "object" else 0]
     classes = [kind for kind in figures if what == SCENE or kind != mark][:6]
     others = [kind for kind in grounds if what == "object" or kind != mark]
-    facts.classes = [plain(c) for c in classes]
-    facts.places = ["other scenes" if what == SCENE else "plain", plain(mark)]
+    facts.classes = [folded(c) for c in classes]
+    facts.places = ["other scenes" if what == SCENE else "plain", folded(mark)]
     for split, y, on, k, _ in cells(planted(facts, 10_000 // len(classes)), LEAST):
         g = rng(facts.seed, "cutouts", split, y, on, k)
         at, mark_at = (box_in(QUADRANTS[q], g) for q in g.permutation(4)[:2])
@@ -2707,7 +2710,7 @@ class Regions(Picture):
         where = zlib.crc32(repr((self.boxes, self.values, self.frame)).encode())
         return f"{self.picture.key()} regions {where} {self.mask and self.mask.key()}"
 
-    def seen(self):
+    def in_frame(self):
         """The boxes in shares of what the model sees, [R, 4], what lies outside cut off."""
         left, top, right, bottom = self.frame
         origin, side = torch.tensor([left, top] * 2), torch.tensor([right - left, bottom - top] * 2)

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 
 # first, as it checks the flags before numpy and torch are imported
 from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, find_masks, flags, html_table, linked
-from data import load_data, load_regions, opaque, page, plain, reading, region_truth, require, revision
+from data import load_data, load_regions, opaque, page, folded, reading, region_truth, require, revision
 from data import rng, run, say, table, tag, thumb, write, write_json
 
 import numpy as np
@@ -392,7 +392,7 @@ def checkpoint_probe(encoder, samples, parts, ckpt, name):
     part = "val" if name.startswith("val_probe") else "train"
     if part in parts:
         raise Complaint(f"--split={','.join(parts)}: {name} was fitted on the {part} split; take another")
-    made, here = ([*map(plain, classes)] for classes in (state["classes"], samples.classes))
+    made, here = ([*map(folded, classes)] for classes in (state["classes"], samples.classes))
     if sorted(made) != sorted(here):
         raise Complaint(f"--ckpt={ckpt}: made for {state['classes']}, {samples.name} has {samples.classes}")
     order = [made.index(c) for c in here]

@@ -28,7 +28,7 @@ from pathlib import Path
 
 # first, as it checks the flags before numpy and torch are imported
 from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers
-from data import linked, load_data, load_foregrounds, load_predictions, load_regions, page, plain
+from data import linked, load_data, load_foregrounds, load_predictions, load_regions, page, folded
 from data import read_json, reading, region_truth, require, revision, rng, run, say, table, tag, text
 from data import thumb, unrun, write, write_json, write_table
 from data import composites as compose
@@ -476,8 +476,8 @@ def fewshot_heads(e, shots):
 
 def ckpt_heads(e):
     """{name: head} of the checkpoint's own probes, whose classes are the samples', in any order, or more."""
-    number = {plain(name): k for k, name in enumerate(e.samples.classes)}
-    owner = torch.tensor([number.get(plain(name), -1) for name in e.state["classes"]], device=e.z.device)
+    number = {folded(name): k for k, name in enumerate(e.samples.classes)}
+    owner = torch.tensor([number.get(folded(name), -1) for name in e.state["classes"]], device=e.z.device)
     return {name: (head, owner) for name, head in load_heads(e.state, e.z.device).items()}
 
 
@@ -538,10 +538,10 @@ def lacking(encoder, samples, state=None):
     """{what a protocol needs: the line that says that it is not there}."""
     lacks, name = {}, f"--model={encoder.name}"
     made = (state or {}).get("classes")
-    here, known = {*map(plain, samples.classes)}, {*map(plain, made or [])}
+    here, theirs = {*map(folded, samples.classes)}, {*map(folded, made or [])}
     if made is None:
         lacks["ckpt"] = "{p}: the probes of a checkpoint need it, --ckpt=FILE of train.py"
-    elif here != known and not (here < known and samples.y.max() >= 0):
+    elif here != theirs and not (here < theirs and samples.y.max() >= 0):
         kinds = ", ".join(samples.classes[:6])
         lacks["ckpt"] = f"--ckpt: made for {', '.join(made[:6])}, {samples.name} has {kinds}; take the same"
     if encoder.tokenizer is None:

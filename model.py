@@ -1241,8 +1241,8 @@ def unpickled(path, cure=""):
     names = " ".join(zipfile.ZipFile(path).namelist()) if zipfile.is_zipfile(path) else ""
     if "constants.pkl" in names:
         jit = "use --pretrained=openai, or save torch.jit.load(FILE).state_dict() with safetensors"
-        found = "a TorchScript archive, which holds code" + " (OpenAI's original format)" * bool(cure)
-        raise Complaint(f"{path}: {found}; {jit if cure else 'give the ckpt.pt of train.py'}")
+        kind = "a TorchScript archive, which holds code" + " (OpenAI's original format)" * bool(cure)
+        raise Complaint(f"{path}: {kind}; {jit if cure else 'give the ckpt.pt of train.py'}")
     if re.search(r"\.npy( |$)", names):
         map_npz = "" if cure else ": for numpy alone, as map.npz; give the ckpt.pt beside it"
         raise Complaint(f"{path}: arrays of numpy, no file of torch.save{map_npz}")
@@ -1417,11 +1417,11 @@ def region_embeddings(encoder, pictures, how="pool", label="regions"):
     def compute(x, batch):
         n = [len(p.boxes) for p in batch]
         if how == "roi":
-            z, r = roi_regions(encoder.fast, x, [p.seen() for p in batch])
+            z, r = roi_regions(encoder.fast, x, [p.in_frame() for p in batch])
         else:
             z, m = with_map(encoder.fast, encoder.kind, x)  # [N, D], [N, h, w, D]
             h, w = m.shape[1:3]
-            where = [p.weights(h, w) if masked else p.seen() * torch.tensor([w, h, w, h]) for p in batch]
+            where = [p.weights(h, w) if masked else p.in_frame() * torch.tensor([w, h, w, h]) for p in batch]
             image = repeat_by(torch.arange(len(batch)), n)
             where, image = (v.to(m.device, non_blocking=True) for v in (torch.cat(where).float(), image))
             r = region_pool(m.float().contiguous(), where, image)

@@ -1309,7 +1309,7 @@ def discovered(samples, encoder, task, path, most):
     _, r = region_embeddings(finder, pictures, d.region_encoder)  # None on ranks above 0
     used, counts = torch.tensor(clusters_used(d, most)), [len(p.boxes) for p in pictures]
     inside = from_first(None if r is None else torch.isin(assign_regions(r.cpu(), d), used).long())
-    boxes = [replace(p, frame=encoder.frame(*picture_size(p.picture))).seen() for p in pictures]
+    boxes = [replace(p, frame=encoder.frame(*picture_size(p.picture))).in_frame() for p in pictures]
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     task.boxes = pad(boxes)  # [n, R, 4]
     task.state = pad(list(inside.split(counts)), padding_value=-1)  # [n, R]

@@ -2451,7 +2451,7 @@ def test_regions_of_a_grid_lie_in_what_the_model_sees_and_are_shares_of_the_orig
     assert tall.boxes[0] == pytest.approx((0, 0.3, 0.5, 0.5))
     assert tall.boxes[3] == pytest.approx((0.5, 0.5, 1, 0.7))
     for regions in (wide, square, tall):
-        assert torch.allclose(regions.seen(), grid_of("grid:2"), atol=1e-6)
+        assert torch.allclose(regions.in_frame(), grid_of("grid:2"), atol=1e-6)
     assert data.load_regions("grid:2", [], None) == ([], [])
 
 
@@ -2469,13 +2469,15 @@ def test_regions_key_tells_boxes_masks_and_files_apart(tmp_path):
     kinds += [((WHOLE,), mask, (1,)), ((WHOLE,), mask, (2,))]
     keys = {data.Regions(p, boxes, WHOLE, m, v).key() for p in pictures for boxes, m, v in kinds}
     regions = data.Regions(pictures[0], (), WHOLE)
-    assert len(keys) == 15 and regions.image().size == (40, 20) and regions.seen().shape == (0, 4)
+    assert len(keys) == 15 and regions.image().size == (40, 20) and regions.in_frame().shape == (0, 4)
 
 
 def test_seen_cuts_off_what_the_model_does_not_see():
     boxes = WHOLE, (0.25, 0.5, 0.5, 1.0), (0.6, 0.0, 0.9, 0.1)
     regions = data.Regions(None, boxes, (0.25, 0.0, 0.75, 1.0))
-    assert torch.allclose(regions.seen(), torch.tensor([[0, 0, 1, 1], [0, 0.5, 0.5, 1], [0.7, 0, 1, 0.1]]))
+    assert torch.allclose(
+        regions.in_frame(), torch.tensor([[0, 0, 1, 1], [0, 0.5, 0.5, 1], [0.7, 0, 1, 0.1]])
+    )
 
 
 def test_mask_weights_are_shares_of_cells_in_the_frame(tmp_path):
@@ -2494,7 +2496,7 @@ def test_a_padded_frame_has_its_cells_in_the_picture_and_nothing_beyond_it(tmp_p
     frame = -0.5, 0.0, 1.5, 1.0  # a tall picture in the middle of a square
     (regions,), _ = data.load_regions("grid:2", some_photos(tmp_path, ((20, 40),)), lambda *_: frame)
     assert regions.boxes[3] == (0.5, 0.5, 1, 1) and regions.frame == frame
-    assert regions.seen()[3].tolist() == [0.5, 0.5, 0.75, 1]
+    assert regions.in_frame()[3].tolist() == [0.5, 0.5, 0.75, 1]
     white = Image.new("L", (20, 40), 255)
     assert torch.allclose(data.cell_shares(white, frame, 4, 2), torch.full((4, 2), 0.5), atol=0.01)
     assert data.cell_shares(white, frame, 1, 4).tolist() == [[0, 1, 1, 0]]
@@ -2584,7 +2586,7 @@ def test_boxes_are_found_by_the_end_of_the_path_the_longest_first(tmp_path):
     (a, b, c), notes = data.load_regions(f"boxes:{path}", some_photos(tmp_path), middle)
     assert a.boxes == ((0.25, 0, 0.5, 1),) and b.boxes == ((0, 0, 0.25, 0.25),) and notes == []
     assert c.boxes == ((0, 0.4, 1, 0.6), (0, 0.5, 0.5, 0.6))
-    assert torch.allclose(a.seen(), torch.tensor([[0.0, 0, 0.5, 1]]))
+    assert torch.allclose(a.in_frame(), torch.tensor([[0.0, 0, 0.5, 1]]))
     pictures = some_photos(tmp_path)
     path = boxes_file(tmp_path, f"{pictures[1].path},0,0,5,5")
     assert [len(r.boxes) for r in data.load_regions(f"boxes:{path}", pictures, middle)[0]] == [0, 1, 0]

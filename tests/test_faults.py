@@ -390,7 +390,7 @@ def read_outlines(root):
     items = [data.Photo(str(path)) for path in sorted((root / "train2017").glob("*.png"))[:10]]
     file = root / "annotations/instances_train2017.json"
     regions = data.load_regions(f"coco:{file}", items, lambda w, h: (0, 0, 1, 1), True)[0]
-    [(r.key(), r.seen()) for r in regions]
+    [(r.key(), r.in_frame()) for r in regions]
 
 
 def read_coco(root):
@@ -415,7 +415,7 @@ def read_regions(root):
     for spec in (f"boxes:{root / 'boxes.csv'}", f"masks:{root / 'masks'}"):
         with contextlib.suppress(Complaint):
             for r in data.load_regions(spec, items, lambda w, h: (0, 0, 1, 1), bool(len(items) % 2))[0]:
-                r.key(), r.seen(), r.weights(3, 3)
+                r.key(), r.in_frame(), r.weights(3, 3)
     data.load_foregrounds(f"masked:{root / 'photos'}:{root / 'masks'}", True)
 
 

@@ -338,7 +338,7 @@ def test_a_box_of_a_picture_is_where_the_network_gets_it(steps, size):
     marked = torch.tensor([ends[0] / w, ends[1] / h, (ends[2] + 1) / w, (ends[3] + 1) / h])
     frame = model.Encoder.frame(types.SimpleNamespace(transform=steps), *size)
     exact = (left / size[0], top / size[1], right / size[0], bottom / size[1])
-    seen = data.Regions(None, (exact,), frame).seen()[0]
+    seen = data.Regions(None, (exact,), frame).in_frame()[0]
     assert torch.allclose(seen, marked, atol=1.6 / min(h, w))
 
 
@@ -1439,7 +1439,7 @@ def test_roi_region_embeddings_come_through_the_cache(get, tmp_path):
     first, again = (model.region_embeddings(encoder, pictures, "roi") for _ in range(2))
     x = torch.stack([encoder.transform(p.image()) for p in pictures[2:]])
     with torch.inference_mode():
-        _, r = model.roi_regions(encoder.fast, x, [pictures[2].seen()])
+        _, r = model.roi_regions(encoder.fast, x, [pictures[2].in_frame()])
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert first[1].shape == (12, 24) and torch.allclose(first[1][8:], r, atol=1e-3 * float(r.abs().max()))
 

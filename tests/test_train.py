@@ -1094,7 +1094,7 @@ def test_one_pass_gives_images_their_regions_and_their_texts(files):
     pictures, _ = data.load_regions("grid:2", samples.items[:6], encoder.frame)
     z, r = (unit(v) for v in model.region_embeddings(encoder, pictures))
     task, bare = train.pairs_of(samples, "place", 8), dict(checkpointing=False, compile=False)
-    task.boxes = torch.stack([p.seen() for p in pictures])
+    task.boxes = torch.stack([p.in_frame() for p in pictures])
     forward = train.forward_of(encoder, task, train.METHODS["ravl"], bare)
     with torch.no_grad():
         e = forward(torch.stack([encoder.transform(samples.items[k].image()) for k in ids]), ids)

@@ -4,6 +4,8 @@ import functools
 import io
 import os
 import runpy
+import socket
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -78,3 +80,17 @@ def run_script(path, argv):
     finally:
         sys.argv = before
     return 0
+
+
+def in_two_processes(*argv):
+    """Python in two processes, with what torchrun tells them: [(exit code, output, errors) of each]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    there = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    started, how = [], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for rank in "01":
+        env = {**os.environ, **there, "RANK": rank, "LOCAL_RANK": rank}
+        started.append(subprocess.Popen([sys.executable, *map(str, argv)], env=env, **how))
+    said = [process.communicate(timeout=200) for process in started]
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]

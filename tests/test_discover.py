@@ -7,8 +7,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import in_two_processes, run_script
 from einops import repeat
 from PIL import Image, ImageDraw
 
@@ -1516,19 +1514,10 @@ def test_two_processes_share_the_embedding_and_give_what_one_gives(photos, tmp_p
     flags = "--classifier=probe", f"--masks={photos / 'masks'}", "--regions=grid:2"
     argv = words_of(photos, tmp_path / "two", *flags, f"--cache_dir={tmp_path / 'cache'}")
     assert run(words_of(photos, tmp_path / "one", *flags)) == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        DISCOVER,
-        *argv,
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, timeout=300)
-    assert job.returncode == 0, job.stderr
-    assert job.stdout.count("discovery.json, discovery.npz and discovery.html written") == 1
+    jobs = in_two_processes(DISCOVER, *argv)
+    assert [code for code, *_ in jobs] == [0, 0], jobs
+    said = "".join(out for _, out, _ in jobs)
+    assert said.count("discovery.json, discovery.npz and discovery.html written") == 1
     one, two = tree_of(tmp_path / "one"), tree_of(tmp_path / "two")
     assert all(one[k] == two[k] for k in ("k", "clusters", "precision_at_10", "base_rate", "silhouettes"))
 

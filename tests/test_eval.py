@@ -9,7 +9,6 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +18,13 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import in_two_processes, run_script
 from PIL import Image
 from safetensors import safe_open
 
 import data
 import eval as script
 import model
-from conftest import run_script
 from data import Facts, Row, load_data
 from model import load_encoder, unit
 
@@ -807,20 +806,13 @@ def test_a_warm_run_loads_no_weights_and_gives_the_same(files, tmp_path, monkeyp
     assert run(second) == 0 and results(tmp_path / "a")["models"] == results(tmp_path / "b")["models"]
 
 
-def in_two_processes(argv):
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29541", EVAL]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    said = dict(capture_output=True, text=True, timeout=200, env=environment)
-    return subprocess.run([sys.executable, *launch, *argv], **said)
-
-
 def test_two_processes_give_the_numbers_of_one(files, tmp_path):
     one, two = (
         words(files, tmp_path / name, "--protocol=zeroshot,probe", f"--cache_dir={tmp_path / name}/cache")
         for name in ("one", "two")
     )
-    job = in_two_processes(two)
-    assert run(one) == 0 and job.returncode == 0, job.stderr
+    jobs = in_two_processes(EVAL, *two)
+    assert run(one) == 0 and [code for code, *_ in jobs] == [0, 0], jobs
     assert results(tmp_path / "one")["models"] == results(tmp_path / "two")["models"]
 
 

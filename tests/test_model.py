@@ -5,9 +5,6 @@ import functools
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
 import time
 import types
 from math import comb
@@ -19,6 +16,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import in_two_processes
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file as load_safe
@@ -1363,17 +1361,11 @@ except data.Complaint as problem:
 
 def test_two_processes_share_the_cache_and_the_first_gets_the_numbers_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "CHUNK", 3)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        there = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
-    words = [sys.executable, "-c", TWO, *(str(tmp_path / name) for name in ("two", "z.pt", "bad.png"))]
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    processes = []
-    for rank in ("0", "1"):
-        env = {**os.environ, **there, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT)}
-        processes.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    jobs = in_two_processes("-c", TWO, *(tmp_path / name for name in ("two", "z.pt", "bad.png")))
+    assert [code for code, *_ in jobs] == [0, 0], jobs
+    said = [out for _, out, _ in jobs]
     assert "0 2 0" in said[0] and "shared: 6 embedded" in said[0] and "alone: 11 embedded" in said[0]
     own, refused = said[1].splitlines()
     assert own == "1 2 0 True"  # from the first comes 0; it embedded, and said nothing

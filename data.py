@@ -292,7 +292,7 @@ def listing(what, path):
     for key, (row, texts) in table.items():
         if what == "protocols":  # a row says what it is
             texts = [row.args[0].value]
-        firsts = [re.split("[.;:]?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
+        firsts = [re.split("[.,;:]?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
         rows[key] = "; ".join(firsts)
     expect(rows, "list", what, ", ".join(LISTS) + " or models (of what this script has)")
     lines = [text if what == "data" and text else f"{name}  {text}" for name, text in rows.items()]
@@ -303,7 +303,7 @@ def manual(word):
     """What --foregrounds=help and --data=NAME:help print: a docstring of this file."""
     docs, table = sourced(__file__, LISTS["data"])
     name = word.rpartition(":")[0]
-    if not name:
+    if word == "help":
         return docs["load_foregrounds"].partition("\n\n")[2]
     expect(name in table, "data", word, f"NAME:help of {', '.join(table)}")
     return next(iter(table[name][1]), f"{name}: its function in data.py has no docstring")
@@ -421,6 +421,8 @@ def reading(path, what, cure="mend it, or fetch it again"):
     except FileNotFoundError as problem:  # of several files that make it up, the one that is missing
         raise Complaint(f"{problem.filename or path}: no such file; expected {what}") from None
     except Exception as problem:  # KeyError, RecursionError, MemoryError, zlib.error, ...: all say damage
+        if type(problem).__name__ == "OutOfMemoryError":  # the GPU's, see run
+            raise
         damage = f"{type(problem).__name__}: {one_line(problem)}"
         with contextlib.suppress(OSError), open(path, "rb") as file:
             head = file.read(99).lower()
@@ -1167,7 +1169,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
 def worded(labels):
     """Names as prompts say them: underscores as spaces, without numbers that all have, as 001.Blue_Jay, or
     ids, as n02085620-Chihuahua."""
-    bare = [re.sub(r"^n?\d+[-._ ]+(?=[^\W\d_])", "", name) for name in labels]
+    bare = [re.sub(r"^(n\d+[-._ ]+|\d+[-._]+)(?=[^\W\d_])", "", name) for name in labels]
     coded = len({*map(folded, bare)} - {*map(folded, labels)}) == len(labels)  # all differ, and still do
     names = bare if coded else labels
     return [n if re.fullmatch(CODE, n.strip().lower()) else n.replace("_", " ") for n in names]
@@ -1189,10 +1191,13 @@ def samples_of(name, rows, facts):
     """Samples of a generator of Rows: numbers names, makes splits, leaves out what does not exist."""
     everything, notes = list(rows), facts.notes
     rows = [row for row in everything if row.split != len(SPLITS)]
-    if len(rows) < len(everything) and not facts.renamed:  # nor do the others' names count
-        classes, places = {row.y for row in rows}, {row.place for row in rows}
-        facts.chosen = facts.chosen or [name for name in facts.classes if name in classes]
-        facts.places = [name for name in facts.places if name in places]
+    if len(rows) < len(everything) and not facts.renamed:  # nor do names count that only the others have
+        gone = {row.y for row in everything} - {row.y for row in rows}
+        there = [k for k, name in enumerate(facts.classes) if name not in gone]
+        facts.imagenet = facts.imagenet and [facts.imagenet[k] for k in there]
+        facts.classes = [facts.classes[k] for k in there]
+        gone = {row.place for row in everything} - {row.place for row in rows}
+        facts.places = [name for name in facts.places if name not in gone]
     if facts.chosen:
         rows, chosen = only(rows, "y", facts.chosen, "classes")
         facts.imagenet = facts.imagenet and [facts.imagenet[facts.classes.index(c)] for c in chosen]
@@ -1221,15 +1226,15 @@ def samples_of(name, rows, facts):
     if bare:
         line = f"{bare} of {len(rows)} images have no place, and are in no group nor in the figures of groups"
         notes.append(f"WARNING: {name}: {line}")
-    samples = samples.keep(
-        present(picture, name, notes)
-    )  # after the splits, which do not hang on what is lost
+    # after the splits, which do not hang on what is lost
+    samples = samples.keep(present(picture, name, notes))
     if facts.published:
         compare(samples, facts.published)
     if facts.wanted and len(facts.wanted) == len(classes):
         facts.home_of = dict(zip(classes, places, strict=True))
     wanted = "1.0: no class has a place of its own here; --classes=a,b --places=p,q give them one"
-    expect(facts.home_of or facts.confounder == 1 or name == "scenes", "confounder", facts.confounder, wanted)
+    asked = facts.confounder == 1 or name.partition(":")[0] == "scenes"  # which draws it itself
+    expect(facts.home_of or asked, "confounder", facts.confounder, wanted)
     if facts.home_of:
         samples = correlate(samples, facts.home_of, facts.confounder)
     if not official:
@@ -1541,7 +1546,10 @@ def records(path, text):
     listed = text.lstrip()[0] == "["  # then the k-th object is said to be in line k
     trees = json.loads(text) if listed else [json.loads(line) for _, line in pairs]
     if len(trees) == 1 and all(isinstance(v, (dict, list)) for v in trees[0].values()):
-        columns = [v.values() if isinstance(v, dict) else v for v in trees[0].values()]
+        columns = [v if isinstance(v, dict) else dict(enumerate(v)) for v in trees[0].values()]
+        if any(list(v) != list(columns[0]) for v in columns):
+            raise ValueError("its columns have different rows")
+        columns = [v.values() for v in columns]
         trees, listed = [dict(zip(trees[0], row, strict=True)) for row in zip(*columns, strict=True)], True
     names = dict.fromkeys(name for tree in trees for name in tree)
     columns = {n: tuple("" if (v := tree.get(n)) is None else str(v) for tree in trees) for n in names}
@@ -1624,7 +1632,7 @@ def split_numbers(values, name, complaint, notes):
         k, odd = split.index(out), "".join(str(v) for v, s in number.items() if s == out)
         there = f"{name}={str(values[k])[:60]!r}, so {split.count(out)} of {len(split)}"
         if not {0, 1, 2} <= {*split} or re.search(r"\d", odd):
-            cure = "leave such rows out, or read it without: --columns=split="
+            cure = "leave such rows out, or read it without that column"
             raise complaint(k, f"{there}, expected 0, 1, 2 or train, val, test; {cure}")
         notes.append(f"WARNING: {there} rows are neither train, val nor test, and are left out")
     return split
@@ -1819,8 +1827,8 @@ def load_predictions(path, columns="", classes=""):
     taken = numbered(taken, facts.classes, "class")[0]
     sure = of_predicted(torch.tensor(sure).clamp(max=1), taken, samples)
     keep = (samples.y >= 0) & (taken >= 0)
-    if not keep.all():
-        facts.notes.append(f"WARNING: {path}: {int((~keep).sum())} of {n} rows lack y or predicted; left out")
+    bare = int((~keep & (samples.split < len(SPLITS))).sum())
+    facts.notes += [f"WARNING: {path}: {bare} of {n} rows lack y or predicted; left out"] * bool(bare)
     keep &= samples.split < len(SPLITS)
     return check(samples.keep(keep), False), taken[keep], sure[keep]
 
@@ -2149,9 +2157,8 @@ def in9(root, facts):
         what = 'a map {"ImageNet label": class 0 to 8, or -1, ...}'
         with reading(mapping, what):
             pairs = [(int(k), int(v)) for k, v in read_json(mapping, what).items()]
-        for c, at in enumerate(
-            sorted(names)
-        ):  # 02_wheeled vehicle is number 2, also where 01_bird is not there
+        # 02_wheeled vehicle is number 2, also where 01_bird is not there
+        for c, at in enumerate(sorted(names)):
             number = int(at[:2]) if at[:2].isdecimal() else c
             facts.imagenet.append([label for label, v in pairs if v == number])
 
@@ -2254,10 +2261,10 @@ def stored(path, facts):
     columns = {}
     for key in ("y", "place", "split"):
         values = a.get(key, none)
-        integers = values.dtype.kind != "f" or not (values % 1 > 0).any()
+        integers = values.dtype.kind != "f" or not (values[np.isfinite(values)] % 1).any()
         require(integers, f"{path}: {key} has fractions, expected whole numbers or names")
         columns[key] = tuple(map(str, (values + 0 if values.dtype.kind == "b" else values).tolist()))
-    table = Table(path, columns, range(n))
+    table = Table(path, columns, [f" row {k}" for k in range(n)])
     y, facts.classes, notes = named(table, "y", names or list(map(str, range(C))))
     place, facts.places, of_place = named(table, "place", places)
     facts.notes += notes + of_place
@@ -2265,7 +2272,8 @@ def stored(path, facts):
     if "split" in a:
         split = split_numbers(columns["split"], "split", table.complaint, facts.notes)
     for k, row in enumerate(zip(y, place, split, strict=True)):
-        yield Row(Stored(str(path), k), *row)
+        if row[2] != len(SPLITS):  # what texts choose among stays as it is
+            yield Row(Stored(str(path), k), *row)
 
 
 def stored_composites(path):
@@ -2858,13 +2866,14 @@ def coco_boxes(path):
     with reading(path, "a COCO instances file: images with id, file_name, annotations with image_id, bbox"):
         tree = read_json(path, "JSON")
         names = {i["id"]: os.fspath(i["file_name"]) for i in tree["images"]}
-        sizes = {i["id"]: [i[k] for k in ("width", "height") if k in i] for i in tree["images"]}
+        sizes = {i["id"]: [i.get("width"), i.get("height")] for i in tree["images"]}
         for name, n in Counter(names.values()).items():
             if n > 1:
                 raise ValueError(f"two images have the file_name {name}")
         for a in tree["annotations"]:
             if not a.get("iscrowd"):
-                row = f"annotation {a.get('id')}", *corners(a), *sizes[a["image_id"]]
+                size = sizes[a["image_id"]] if all(sizes[a["image_id"]]) else ()  # not stated
+                row = f"annotation {a.get('id')}", *corners(a), *size
                 boxes.setdefault(names[a["image_id"]], []).append(row)
     return boxes
 

@@ -144,6 +144,7 @@ def main():
         say(note)
 
     # what baselines rank first; they compare regions as they are
+    begun = time.time()
     asked = [name for name in BASELINES if method in (name, "all")]
     ranked = {name: BASELINES[name](e, seed, l2) for name in bar("baselines", asked)}
 
@@ -184,6 +185,7 @@ def main():
     # what is written: numbers, arrays for train.py, the page
     summary = summarised(config, e, sweep, best, mean, clusters, ranked)
     seconds = dict(zip(("cluster", "identify", "rank"), np.diff(times).tolist(), strict=True))
+    seconds["rank"] += times[0] - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but for macOS
     peak = peak / 2 ** (20 if os.uname().sysname == "Linux" else 30)
     summary.update(seconds=dict(seconds, total=time.time() - started), peak_gib=peak)
@@ -241,7 +243,9 @@ def from_images(config):
         notes.append(f"{model}: its text tower is untrained: no nearest words")
     mask_of = None
     if masks:
-        mask_of = find_masks([getattr(picture, "path", "") for picture in images.items], masks)
+        files = [getattr(picture, "path", "") for picture in samples.items]  # whose mask it is hangs on all
+        of_file = dict(zip(files, find_masks(files, masks), strict=True))
+        mask_of = [of_file[getattr(picture, "path", "")] for picture in images.items]
         if None in mask_of:
             have = f"masks for {len(mask_of) - mask_of.count(None)} of {len(mask_of)} images"
             notes.append(f"--masks: {have}; Precision@10 and the base rate are of their regions only")

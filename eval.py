@@ -505,7 +505,7 @@ PROTOCOLS = {
     "probe": Protocol("linear probe, class-balanced, on unit embeddings", "training", probe_heads),
     "clip_probe": Protocol("linear probe as CLIP's authors run it, C = 0.316", "training", clip_probe_heads),
     "dfr": Protocol("last-layer retraining on validation groups, as published", "validation", dfr_heads),
-    "dfr_val_scaled": Protocol("dfr scaled by them, bias free", "validation", lambda e: dfr_heads(e, False)),
+    "dfr_val_scaled": Protocol("dfr, scaled by validation", "validation", lambda e: dfr_heads(e, False)),
     "ckpt": Protocol("the checkpoint's own probes, in rows of their names", "ckpt", ckpt_heads),
     "fewshot": Protocol("probe on a few images of each class", "training", fewshot_heads),
 }

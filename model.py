@@ -39,22 +39,9 @@ from einops import rearrange, repeat
 from torch import nn
 from tqdm import tqdm
 
-from data import ASSETS, Complaint, Crop, Ground, Photo, Regions, Stored, expect, inside, near, one_line
-from data import (
-    SPEECH,
-    Mask,
-    bounded,
-    check_shape,
-    picture_size,
-    read_json,
-    reading,
-    require,
-    say,
-    scan,
-    stored_arrays,
-    worded,
-    write,
-)
+from data import ASSETS, SPEECH, Complaint, Crop, Ground, Mask, Photo, Regions, Stored, bounded, check_shape
+from data import expect, inside, near, one_line, picture_size, read_json, reading, require, say, scan
+from data import stored_arrays, worded, write
 from kernels import pairwise_additivity, region_pool
 
 CHUNK = 512  # images in one file of the cache
@@ -199,6 +186,8 @@ class Encoder:
         with contextlib.suppress(Exception):  # whatever a network raises that cannot compute in bfloat16
             if able and F.cosine_similarity(z, self.run(x, "bfloat16", by(self.halved))).median() > 0.98:
                 facts["precision"] = "bfloat16"
+        if "bfloat16" not in (facts["precision"], self.dtype):
+            self.__dict__.pop("halved", None)  # half the weights once more
         scale = getattr(self.module, "logit_scale", None)
         facts.update(dim=z.shape[1], logit_scale=None if scale is None else scale.exp().item())
         head = self.module.get_classifier() if self.kind == "timm" else None
@@ -301,9 +290,8 @@ class Encoder:
             results = ahead(both, each, self.threads, self.threads + 1)
         for chunk, parts in zip(chunks, batches, strict=True):
             z = []
-            for batch, v in zip(
-                parts, results, strict=False
-            ):  # parts first: results go on with the next chunk
+            # parts first: results go on with the next chunk
+            for batch, v in zip(parts, results, strict=False):
                 z.append(v)
                 done.update(len(batch))
             z, owner = torch.cat(z).cpu(), repeat_by(torch.tensor(chunk), [rows[k] for k in chunk])  # [rows]
@@ -983,7 +971,9 @@ def weights_record(path):
                 record["quick_gelu"] = activation == "quick_gelu"
             if not clip and "image_mean" in scaling:
                 crop = "shortest" if scaling.get("do_center_crop") else "squash"
-                bend = {2: "bilinear", 3: "bicubic"}[scaling.get("resample", 3)]  # Pillow's numbers
+                bend = {2: "bilinear", 3: "bicubic"}.get(kind := scaling.get("resample", 3))
+                if not bend:
+                    raise ValueError(f"resample {kind}, expected 2 or 3, Pillow's bilinear or bicubic")
                 how = dict(resize_mode=crop, interpolation=bend)
                 record["preprocess"] = dict(mean=scaling["image_mean"], std=scaling["image_std"], **how)
         scaling = record["preprocess"] = dict(record.get("preprocess") or {})
@@ -1088,9 +1078,8 @@ def without_prefix(state, has, path):
     beside = sorted({".".join(k.split(".")[:2]) for k in state if not k.startswith(prefix)})
     others = f"; left out {len(state) - len(within)} of {', '.join(beside[:6])}" * bool(beside)
     if len(alike) > 1 and not AVERAGED.search(prefix):
-        others += (
-            f"; WARNING: as good as {' and '.join(sorted({*alike} - {prefix}))}: save those that you mean"
-        )
+        those = " and ".join(p or "names without one" for p in sorted({*alike} - {prefix}))
+        others += f"; WARNING: as good as {those}: save those that you mean"
     say(f"{path}: the weights behind {prefix!r}{others}")
     return within
 

@@ -184,6 +184,8 @@ def main():
         for flag, usable in dict(method=["bap"], model=["lite0"], train=["auto", "map"]).items():
             expect(config[flag] in usable, flag, config[flag], wanted)
         config["model"] = data
+    network = stored or not model.startswith("embeddings:")
+    expect(network, "model", model, "a network; embeddings go with --data=embeddings:FILE")
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     dataset = functools.partial(load_data, data, classes, places, masks=masks, columns=columns, **planted)
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
@@ -205,7 +207,8 @@ def main():
         with reading(out / PARTIAL[0], *LEFT):
             average(states[0]["runs"], [])  # complains of what no means can be made of
         runs = states[0]["runs"][: seeds - 1]  # of the last seed are page and checkpoint: it is run anew
-        say(f"{out / PARTIAL[0]}: goes on behind {len(runs)} of {seeds} seeds", True)
+        if runs:
+            say(f"{out / PARTIAL[0]}: goes on behind {len(runs)} of {seeds} seeds", True)
     for k in range(len(runs), seeds):
         biased = dataset(seed=seed + k)
         result, fitted = bap(seed + k, encoder, figures, grounds, biased, out, head, by_place)
@@ -712,8 +715,9 @@ def invariance(g, z, i, x, x_bap, samples, l2, seed):
             predict = fit_probe(v[val], place[val], penalty).predict
         return float((predict(v[test]) == place[test]).double().mean())
 
-    order = torch.tensor(some_of(int(i.max()) + 1, int(i.max()) + 1, seed))  # foregrounds with all of theirs
-    pick = order[i.cpu()].argsort()[:2000].tolist()
+    at = renumber(i.cpu())
+    order = torch.tensor(some_of(int(at.max()) + 1, len(at), seed))  # foregrounds with all of theirs
+    pick = order[at].argsort(stable=True)[:2000].tolist()
     y, same = unit(g(z[pick])), i[pick][:, None] == i[pick]  # [n, D], [n, n]
     cosine, other = y @ y.T, ~torch.eye(len(pick), dtype=torch.bool, device=z.device)
     mapped = g(x_bap)
@@ -1099,9 +1103,8 @@ def unfinished(path, head, encoder):
 
 def check_same(path, made, head, *free):
     """Complaint where the file of a run says that it was made of other flags, images, labels, discovery."""
-    free += tuple(
-        "resume threads save_every wandb quiet out_dir cache_dir resize_once".split()
-    )  # change nothing
+    free += "resume", "threads", "save_every", "wandb", "quiet"  # change no result, nor do these
+    free += "out_dir", "cache_dir", "resize_once"
     with reading(path, *LEFT):
         flags = {k: made["config"].get(k) for k in head["config"]}
         differ = [f"--{k}={v}" for k, v in flags.items() if k not in free and v != head["config"][k]]
@@ -1414,16 +1417,14 @@ def fit(encoder, task, row, head, path=None, state=None, asked=()):
     optimiser = adamw(parameters, config["learning_rate"])
     forward = forward_of(encoder, task, row, config)
     feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
-    task.q, start, rows = (
-        torch.full((2 * task.C,), 1 / (2 * task.C)),
-        0,
-        [],
-    )  # q, of gdro_cost: label x feature
+    start, rows = 0, []
+    task.q = torch.full((2 * task.C,), 1 / (2 * task.C))  # of gdro_cost, label x feature
     if state:
         with reading(path, *LEFT):
             module.load_state_dict(state["module"])
             optimiser.load_state_dict(state["optimiser"])
-            task.q, start, rows = state["q"].view(2 * task.C), int(state["step"]), list(state["rows"])
+            task.q, rows = state["q"].view(2 * task.C), list(map(dict, state["rows"]))
+            start = range(steps + 1).index(state["step"])
         say(f"--resume: goes on behind step {start}", True)
     # what a batch costs is computed on the device, where near.q moves on; images are drawn on the CPU
     tensors = {k: v.to(encoder.device) for k, v in vars(task).items() if isinstance(v, torch.Tensor)}
@@ -1662,9 +1663,7 @@ def region_terms(cos, state, y, tau=0.07):
     # an image's own term stays in its sum, so that the ratio is below 1
     others = (y[:, None] != y) | torch.eye(len(y), dtype=torch.bool, device=y.device)
     images = s[:, y].T.where(others, NONE)  # [B, B], s_j(y_i) in row i
-    L_A = (
-        torch.logaddexp(images.logsumexp(1), spurious.logsumexp(0)[y]) - s_y
-    )  # one sum a label, not an image
+    L_A = torch.logaddexp(images.logsumexp(1), spurious.logsumexp(0)[y]) - s_y
     counted = (state == 0).any(1)
     return [v.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1) for v in (L_R, L_A)]
 

@@ -29,7 +29,8 @@ def pytest_collection_finish(session):
     alone = session.config.option.collectonly or "TRITON_INTERPRET" in os.environ  # begun by one of them
     session.items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
     for item in session.items:
-        if item.get_closest_marker("ahead") and not alone:
+        skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
+        if item.get_closest_marker("ahead") and not alone and not skipped:
             arguments = item.callspec.params if hasattr(item, "callspec") else {}
             AHEAD[item.nodeid] = OTHER_CORE.submit(item.obj, **arguments)
 

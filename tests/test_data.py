@@ -2872,7 +2872,7 @@ def test_embeddings_in_a_folder_are_mapped_and_what_is_not_used_is_said(tmp_path
         (dict(embedding=[["a", "b"]]), "expected embedding [n, D]"),
         (dict(y=[0, 1]), "y int64[2]"),
         (dict(y=[0, 1, 0.5, 1, 1]), "y has fractions"),
-        (dict(y=[0, 1, 2, 1, 1], classes=["a", "b"]), ":2: y='2', expected 0 to 1"),
+        (dict(y=[0, 1, 2, 1, 1], classes=["a", "b"]), "row 2: y='2', expected 0 to 1"),
         (dict(y=[0, 1, 0, 1, 1], text=np.ones((2, 4))), "text float64[2, 4]"),
         (dict(y=[0, 1, 0, 1, 1], text=np.ones((0, 3))), "text float64[0, 3]"),
         (
@@ -2880,7 +2880,7 @@ def test_embeddings_in_a_folder_are_mapped_and_what_is_not_used_is_said(tmp_path
             "2 rows of text and 3 names",
         ),
         (dict(y=list("abaab"), text=np.ones((2, 3))), "names in y, in no order"),
-        (dict(y=[0, 1, 0, 1, 1], split=[0, 1, 2, 3, 0]), ":3: split='3'"),
+        (dict(y=[0, 1, 0, 1, 1], split=[0, 1, 2, 3, 0]), "row 3: split='3'"),
     ],
 )
 def test_embeddings_that_do_not_fit_are_one_line(tmp_path, arrays, expected):
@@ -3227,3 +3227,21 @@ def test_a_table_without_a_header_and_a_turned_photo_with_a_mask_are_said(tmp_pa
         mask = data.Outline("", ((0.0, 0.0, 9.0, 0.0, 9.0, 9.0),), (20, 20))
         data.Masked(data.Photo(f"{tmp_path}/{name}.png"), mask).image()
         assert ("turned by its EXIF" in capsys.readouterr().out) == said
+
+
+def test_rows_of_other_splits_take_neither_names_without_images_nor_the_unlabelled_along(tmp_path):
+    y, split = [0, 1, 2, 0, 1, 2, -1, 4], ["train", "val", "test"] * 2 + ["test", "id_val"]
+    arrays = dict(embedding=np.eye(8), y=y, split=split, text=np.eye(8)[:5], classes=list("abcde"))
+    np.savez(tmp_path / "x.npz", **arrays)
+    samples = load_data(f"embeddings:{tmp_path}/x.npz", splits=False)
+    assert samples.y.tolist() == y[:7] and samples.classes == list("abcde")  # d and e have no image
+
+
+def test_scenes_of_one_s_own_stand_on_their_places_as_often_as_asked():
+    assert len(load_data(f"scenes:{data.ASSETS / 'scenes'}", confounder=0.9).y)
+
+
+def test_columns_of_json_with_rows_of_other_names_are_refused(tmp_path):
+    path = text(tmp_path / "t.json", '{"path": {"0": "a.png", "1": "b.png"}, "y": {"1": "cat", "0": "dog"}}')
+    with complaint("t.json", "different rows"):
+        data.read_table(path)

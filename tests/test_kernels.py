@@ -31,9 +31,6 @@ ROOM = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # a las
 only_torch = pytest.mark.skipif(launch.INTERPRET, reason="float64 and large inputs take the PyTorch path")
 outside = pytest.mark.skipif(launch.INTERPRET, reason="starts processes of its own")
 needs_triton = pytest.mark.skipif(launch.triton is None, reason="needs Triton")
-ahead = (
-    pytest.mark.skipif(False, reason="") if launch.INTERPRET or launch.triton is None else pytest.mark.ahead
-)
 
 
 @pytest.fixture(autouse=True)

@@ -828,7 +828,16 @@ def test_a_damaged_file_of_an_interrupted_run_is_one_line(files, tmp_path, ctrl_
     assert tune(files, tmp_path, "--save_every=2") == 130
     state, again = saved(tmp_path / "training.pt"), tune_words(files, tmp_path, "--save_every=2 --resume")
     odd = dict(state["config"], pairs=torch.zeros(0))
-    for part in (dict(module={}), dict(optimiser=1), dict(step="two"), dict(rows=3), dict(config=odd)):
+    for part in (
+        dict(module={}),
+        dict(optimiser=1),
+        dict(step="two"),
+        dict(rows=3),
+        dict(rows=[1]),
+        dict(step=99),
+        dict(step=-1),
+        dict(config=odd),
+    ):
         model.save_checkpoint(tmp_path / "training.pt", state | part)
         refused(capsys, again, "training.pt", "run without --resume")
     model.save_checkpoint(tmp_path / "training.pt", state)
@@ -1538,3 +1547,16 @@ def test_composites_as_embeddings_of_which_none_share_a_foreground_are_refused(t
     arrays = dict(embedding=np.eye(9, 32), foreground=np.arange(9), background=np.arange(9) % 2)
     np.savez(file, **arrays)
     refused(capsys, [*argv, f"--foregrounds=embeddings:{file}"], "grid.npz", "several composites of each")
+
+
+def test_embeddings_as_a_model_of_pictures_are_refused(files, tmp_path, capsys):
+    spurious_vectors(tmp_path / "e.npz")
+    argv = words(files, tmp_path / "out", f"--model=embeddings:{tmp_path}/e.npz")
+    refused(capsys, argv, "--model", "--data=embeddings:FILE")
+
+
+def test_invariance_does_not_hang_on_how_foregrounds_are_numbered():
+    z, i = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) // 4
+    samples = SimpleNamespace(place=torch.zeros(40).long(), split=torch.arange(40) % 3)
+    a, b = (train.invariance(lambda z: z, z, k, z, z, samples, 1.0, 0) for k in (i, 10**12 + 3 * i))
+    assert a == b

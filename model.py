@@ -425,7 +425,7 @@ class Encoder:
                 if name in text.casefold() and name not in read:
                     raise Complaint(f"--prompts: {cut[-1]}, before its class {label!r}; shorten it")
         if cut:
-            say(f"WARNING: {len(cut)} prompts are longer than {self.name} reads, and are cut, as {cut[0]}")
+            say(f"WARNING: prompts longer than {self.name} reads are cut, {len(cut)} of them, as {cut[0]}")
 
     def classifier(self):
         """The rows [C, D] and biases [C] of its ImageNet classifier. Complaint if it has none."""

@@ -230,7 +230,7 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     stored = encoder.kind == "stored"  # then figures are composites, as embeddings from elsewhere
     cells, i, j = figures if stored else composites(figures, grounds, instances, per_instance, seed)
     cells, z, i, j = embedded(encoder, cells, "composites", i, j)
-    lap("composites", "how additive they are")
+    lap("composites", "how additive they are" * bool(cells))
 
     # 2. how additive are they?
     additive = how_additive(encoder, cells, z, i, j, seed) if cells else None
@@ -242,7 +242,7 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     good = x.isfinite().all(1)
     if not good.all():
         samples, x = check(samples.keep(good.cpu())), x[good]
-    lap("target", "own foregrounds")
+    lap("target", "own foregrounds" * bool(own and not stored))
     # after a ReLU no embedding is below zero, and a few large channels outshout the rest: roots even them out
     power = 1.0 if (z < 0).any() else 0.5
     target = None
@@ -278,6 +278,7 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     # 5. probes, all with the same penalty, trained on the biased data, read on the test split
     augmented = recomposed(encoder, samples, grounds, by_place, seed)
     probes, methods, reasons, correct = probe_all(maps, x, x_bap, samples, augmented, l2, seed)
+    reasons.update(dict.fromkeys(MASKED if stored else (), "needs pictures"))
     lap("probes")
     g, invariant, cuts, foretold = maps.get("bap", identity), None, [], None
     if target:

@@ -420,7 +420,7 @@ def test_prompts_that_the_tokenizer_cuts_are_said_and_must_keep_the_class(get, c
     assert not capsys.readouterr().out
     tiny.prompts([["a cat", long + " and a dog"], ["a dog"]], ["cat", "dog"])
     said = capsys.readouterr().out
-    assert "1 prompts are longer than tiny reads" in said and "after 'is red that'" in said
+    assert "prompts longer than tiny reads are cut, 1 of them" in said and "after 'is red that'" in said
     with pytest.raises(Complaint, match="--prompts: .*before its class 'dog'; shorten"):
         tiny.prompts([["a cat"], [long.replace("cat", "pet") + " and a dog"]], ["cat", "dog"])
 

@@ -448,11 +448,12 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     photos, y = (v[biased.to(v.device)][list(cut)] for v in (x, samples.y))
     views = features(photos, power), features(z, power)
     drift, foretold = own_backgrounds(*views, i, turn, y.to(x.device), seed)
-    independent, line = foretold is None or foretold < FORETOLD, "they are too few to tell whether"
+    independent, line = True, "too few to tell whether their foregrounds foretell it"
     if foretold is not None:
-        line = f"their foregrounds foretell {foretold:.3f} of it"
-    left_out = "" if independent else ": they are left out of S_f"
-    say(f"what {len(drift)} photos have beside their foregrounds: {line}{left_out}")
+        independent = foretold < FORETOLD
+        verdict = "independent" if independent else "they are left out of S_f"
+        line = f"their foregrounds foretell {foretold:.3f} of it: {verdict}"
+    say(f"what {len(drift)} photos have beside their foregrounds: {line}")
     grid = Grid(1.0, z, i, j, cells)
     return SimpleNamespace(cuts=cuts, grid=grid, drift=drift, foretold=foretold, independent=independent)
 

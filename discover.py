@@ -27,9 +27,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # first, as it checks the flags before numpy and torch are imported
-from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, find_masks, flags, html_table, linked
-from data import load_data, load_regions, opaque, page, folded, reading, region_truth, require, revision
-from data import rng, run, say, table, tag, thumb, write, write_json
+from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, find_masks, flags, folded, html_table
+from data import linked, load_data, load_regions, opaque, page, reading, region_truth, require, revision, rng
+from data import run, say, table, tag, thumb, write, write_json
 
 import numpy as np
 import torch

@@ -27,8 +27,8 @@ from operator import itemgetter
 from pathlib import Path
 
 # first, as it checks the flags before numpy and torch are imported
-from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, flags, html_table, layers
-from data import linked, load_data, load_foregrounds, load_predictions, load_regions, page, folded
+from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, flags, folded, html_table
+from data import layers, linked, load_data, load_foregrounds, load_predictions, load_regions, page
 from data import read_json, reading, region_truth, require, revision, rng, run, say, table, tag, text
 from data import thumb, unrun, write, write_json, write_table
 from data import composites as compose
@@ -868,7 +868,10 @@ def results_block(results, samples, failed):
     if is_counteranimal(samples) or len(groups) > 8:
         groups = {}
     if groups:
-        named = [samples.group_name(*pair) + f" (n={g[0]['n']})" * alike for pair, g in groups.items()]
+        named = []
+        for pair, cells in groups.items():
+            n = next(cell["n"] for cell in cells if cell)
+            named.append(samples.group_name(*pair) + f" (n={n})" * alike)
         notes.append("groups: " + ", ".join(f"{k} {group}" for k, group in enumerate(named, 1)))
     for column, (model, p, entry) in enumerate(each_outcome(results)):
         values = [entry["metrics"].get(key) for key in keys]
@@ -1280,9 +1283,9 @@ def setting_blocks(tree, classes):
     blocks = [Block(title, header, rows, [dots("Precision@10", chart)] if chart else [], said=True)]
     series = tuple(key.replace("_", " ") for key in reversed(FIGURES))
     for name, part in reversed(summary["mitigation"].items()):
-        title = f"Mitigation, mean of settings, Precision@10 > {name.rpartition('_')[2]}, n = {part['n']}"
         if blocks[1:] and part == summary["mitigation"]["precision_above_0.8"]:
             continue  # the same settings
+        title = f"Mitigation, mean of settings, Precision@10 > {name.rpartition('_')[2]}, n = {part['n']}"
         rows, methods = [], part["methods"].items()
         for m, figures in methods:
             rows.append((m, *[figures[key] for key in FIGURES]))

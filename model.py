@@ -626,7 +626,7 @@ def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how
     sized = dict(test_size=test_size) if family is timm_model else {}
     encoder = family(model, pretrained, quick_gelu, how.get("cache", ""), **sized).embeds_with(**how)
     if test_size and not sized:
-        encoder.notes.append(f"{model}: --test_size has no effect, only timm's models have such a size")
+        encoder.notes.append(f"{model}: --test_size has no effect, only with --model=timm:NAME")
     return encoder
 
 

@@ -709,11 +709,12 @@ def invariance(g, z, i, x, x_bap, samples, l2, seed):
     place, split = samples.place.to(x.device), samples.split.to(x.device)
     val, test = (split == 1) & (place >= 0), (split == 2) & (place >= 0)
 
-    def accuracy(v, penalty):  # None: of a small network
+    def accuracy(v, penalty):
         if len(torch.unique(place[val])) < 2:
             return None  # no place to predict
-        predict = mlp(v[val], place[val])
-        if penalty is not None:
+        if penalty is None:  # by a small network
+            predict = mlp(v[val], place[val])
+        else:
             predict = fit_probe(v[val], place[val], penalty).predict
         return float((predict(v[test]) == place[test]).double().mean())
 

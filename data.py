@@ -987,8 +987,8 @@ def draw_digit(digit, seed):
     pencil = ImageDraw.Draw(image)
     for p in curves:
         p = (p - (low + high) / 2) * scale + shift
-        pencil.line(p.ravel().tolist(), 255, round(pen), joint="curve")
-        for x, y in (p[0], p[-1]):
+        pencil.line(p.ravel().tolist(), 255, round(pen))
+        for x, y in p.tolist():  # round joints and ends
             pencil.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), 255)
     return image.resize((28, 28), Image.BOX)
 
@@ -2427,15 +2427,23 @@ def planted(facts, each, most=None):
 def cells(train, held):
     """(split, class, feature, k-th of these, n-th of the class) of images; held: a group of val and test."""
     for split, counts in enumerate((train, torch.full_like(train, held), torch.full_like(train, held))):
-        for y, on in np.ndindex(*counts.shape):
-            for k in range(int(counts[y, on])):
-                yield split, y, on, k, k + on * int(counts[y, 0])
+        for y, (without, having) in enumerate(counts.tolist()):
+            for on, n in enumerate((without, having)):
+                for k in range(n):
+                    yield split, y, on, k, k + on * without
 
 
-def planted_row(picture, y, on, split, facts, g, boxes, mark):
+def planted_row(picture, y, on, split, facts, caption, boxes, mark):
     """A Row of a controlled setting; boxes and mark: as of Row.shows; on: whether it has the mark."""
-    caption = draw_one(CAPTIONS, g).format(facts.classes[y])
+    caption = caption.format(facts.classes[y])
     return Row(picture, facts.classes[y], facts.places[on], split, caption, None, (boxes, mark if on else ()))
+
+
+@functools.lru_cache(1 << 15)  # settings share most of them
+def draw_quadrants(seed, *index):
+    """The boxes of digit and mark, and the caption."""
+    g = rng(seed, "quadrants", *index)
+    return *(QUADRANTS[q] for q in g.permutation(4)[:2]), draw_one(CAPTIONS, g)
 
 
 def digits(root, facts):
@@ -2447,11 +2455,11 @@ def digits(root, facts):
     train = planted(facts, 1000)
     source = mnist(root, facts.seed) if root else None
     for split, y, on, k, n in cells(train, 100):
-        g, of = rng(facts.seed, "quadrants", split, y, on, k), (facts.seed, split, on, k)
-        at, mark_at = (QUADRANTS[q] for q in g.permutation(4)[:2])
+        at, mark_at, caption = draw_quadrants(facts.seed, split, y, on, k)
+        of = facts.seed, split, on, k
         digit = Digit(y, pixels=source[split][y][n].tobytes()) if source else Digit(y, of)
         item = Quadrants(digit, Rectangle((*of, y)) if on else None, at, mark_at)
-        yield planted_row(item, y, on, split, facts, g, (at,), (mark_at,))
+        yield planted_row(item, y, on, split, facts, caption, (at,), (mark_at,))
 
 
 def mnist(root, seed):
@@ -2512,7 +2520,8 @@ def cutouts(root, facts):
         thing = draw_one(figures[mark][split], g) if what == "object" and on else None
         flips = tuple((g.random(2) < 0.5).tolist())
         item = Quadrants(figure, thing, at, mark_at, ground, 224, draw_view(g, 0.3, 0.15), flips)
-        yield planted_row(item, y, on, split, facts, g, (at,), SCENE if what == SCENE else (mark_at,))
+        where = SCENE if what == SCENE else (mark_at,)
+        yield planted_row(item, y, on, split, facts, draw_one(CAPTIONS, g), (at,), where)
 
 
 def box_in(quadrant, g):
@@ -2574,7 +2583,8 @@ def coco(root, facts):
         for split, part in enumerate((drawn, val, test)):
             for k in part.tolist():
                 boxes = [tuple(photos[k].objects.get(name, ())) for name in (classes[y], feature)]
-                yield planted_row(photos[k].path, y, on, split, facts, rng(facts.seed, "caption", k), *boxes)
+                caption = draw_one(CAPTIONS, rng(facts.seed, "caption", k))
+                yield planted_row(photos[k].path, y, on, split, facts, caption, *boxes)
 
 
 DataSet = namedtuple("DataSet", "rows template alone", defaults=("a photo of a {}.", False))

@@ -76,7 +76,7 @@ test_size = False         # timm: pictures at the size and crop of its published
 ckpt = ""                 # ckpt.pt of train.py: its map is applied first
 device = "auto"           # auto, cpu, cuda
 dtype = "auto"            # of the forward pass: auto, float32, bfloat16
-batch_size = "auto"       # images at a time; auto: 256 on a GPU, fewer if memory asks for it; 8 on a CPU
+batch_size = "auto"       # images at a time; auto: 256 on a GPU, fewer if memory asks for it; CPU: 8 to 64
 threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
 # --- protocols ----------------------------------------------------------------------------------------------
 protocol = "auto"         # of zeroshot, classifier, probe, clip_probe, dfr, ckpt (the probes in --ckpt),

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -96,7 +97,13 @@ class Encoder:
         self.__dict__.pop("halved", None)
         self.device, self.dtype = auto_device(device), dtype
         self.on_gpu = self.device.startswith("cuda")
-        self.batch = int(batch) if batch != "auto" else 256 if self.on_gpu else 8
+        self.batch = 256 if self.on_gpu else 8
+        if batch != "auto":
+            self.batch = int(batch)
+        elif self.kind != "stored" and not self.on_gpu:
+            with contextlib.suppress(Complaint):  # said when pictures are embedded
+                w, h = self.transform_parts[0](Image.new("RGB", (256, 256))).size
+                self.batch *= min(8, max(1, 224**2 // (w * h)))
         able = dtype != "bfloat16" or not self.on_gpu or self.bf16
         expect(able, "dtype", dtype, f"float32 or auto: {self.device} does not compute in it")
         self.threads = threads or cores()
@@ -618,9 +625,9 @@ def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how
     model: a name in FAMILIES, one of open_clip, or behind one of SCHEMES. pretrained: a tag, a local file or
     folder, or "none" for random weights; "" means what the model has by default. quick_gelu: auto, on, off.
     test_size: see timm_model. how: of embedding: device, dtype (float32, bfloat16, or auto: see
-    Encoder.facts), batch (a number, or auto: 256 on a GPU, 8 on a CPU, where small ones are faster), threads
-    (that decode and, on a CPU, run the network; 0 for one per core), cache (a folder, "" for none), skip_bad,
-    resize_once (see Encoder.pixels).
+    Encoder.facts), batch (a number, or auto: 256 on a GPU; on a CPU, where small ones are faster, 8, or up to
+    64 of pictures below 224 pixels), threads (that decode and, on a CPU, run the network; 0: one per core),
+    cache (a folder, "" for none), skip_bad, resize_once (see Encoder.pixels).
     """
     family = FAMILIES.get(model, SCHEMES.get(model.partition(":")[0], clip_model))
     sized = dict(test_size=test_size) if family is timm_model else {}
@@ -716,7 +723,7 @@ class Cells(nn.Module):
         super().__init__()
         layers = []
         for sizes in ((3, a, 4, 2, 1), (a, b, 3, 2, 1), (b, c, 3, 2, 1), (c, c, 3, 1, 1), (c, c, 1)):
-            layers += [nn.Conv2d(*sizes), nn.ReLU()]
+            layers += [nn.Conv2d(*sizes), nn.ReLU(inplace=True)]
         self.body = nn.Sequential(*layers[:-1])
         for conv in self.body[::2]:
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")

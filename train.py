@@ -91,7 +91,7 @@ quick_gelu = "auto"       # auto follows the record of the weights; on, off
 test_size = False         # timm: pictures at the size and crop of its published accuracies, not of training
 device = "auto"           # auto, cpu, cuda
 dtype = "auto"            # of the forward pass: auto, float32, bfloat16
-batch_size = "auto"       # images at a time; auto: 256 on a GPU, fewer if memory asks for it; 8 on a CPU
+batch_size = "auto"       # images at a time; auto: 256 on a GPU, fewer if memory asks for it; CPU: 8 to 64
 threads = 0               # that decode images and, on a CPU, embed them; 0 for one per core
 # --- method -------------------------------------------------------------------------------------------------
 method = "bap"            # bap; or fine-tuning: finetune, ravl, upsampled, ... (see METHODS)

@@ -2427,21 +2427,21 @@ def planted(facts, each, most=None):
 def cells(train, held):
     """(split, class, feature, k-th of these, n-th of the class) of images; held: a group of val and test."""
     for split, counts in enumerate((train, torch.full_like(train, held), torch.full_like(train, held))):
-        for y, (without, having) in enumerate(counts.tolist()):
-            for on, n in enumerate((without, having)):
+        for y, sizes in enumerate(counts.tolist()):  # without, with
+            for on, n in enumerate(sizes):
                 for k in range(n):
-                    yield split, y, on, k, k + on * without
+                    yield split, y, on, k, k + on * sizes[0]
 
 
 def planted_row(picture, y, on, split, facts, caption, boxes, mark):
-    """A Row of a controlled setting; boxes and mark: as of Row.shows; on: whether it has the mark."""
+    """A Row of a controlled setting; caption: of CAPTIONS; boxes, mark: as of Row.shows; on: has the mark."""
     caption = caption.format(facts.classes[y])
     return Row(picture, facts.classes[y], facts.places[on], split, caption, None, (boxes, mark if on else ()))
 
 
 @functools.lru_cache(1 << 15)  # settings share most of them
 def draw_quadrants(seed, *index):
-    """The boxes of digit and mark, and the caption."""
+    """The boxes of digit and mark, in shares, and the caption's template. index: split, class, feature, k."""
     g = rng(seed, "quadrants", *index)
     return *(QUADRANTS[q] for q in g.permutation(4)[:2]), draw_one(CAPTIONS, g)
 

@@ -723,7 +723,7 @@ class Cells(nn.Module):
         super().__init__()
         layers = []
         for sizes in ((3, a, 4, 2, 1), (a, b, 3, 2, 1), (b, c, 3, 2, 1), (c, c, 3, 1, 1), (c, c, 1)):
-            layers += [nn.Conv2d(*sizes), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(*sizes), nn.ReLU()]
         self.body = nn.Sequential(*layers[:-1])
         for conv in self.body[::2]:
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")

@@ -2101,3 +2101,12 @@ def test_a_logit_scale_as_state_dicts_have_it_and_texts_that_are_none_are_refuse
     np.savez(tmp_path / "b.npz", **arrays, logit_scale=np.log(100))
     with complaint("b.npz", "logit_scale 4.605", "exp()"):
         load_encoder(f"embeddings:{tmp_path}/b.npz").facts["logit_scale"]
+
+
+def test_a_cpu_takes_larger_batches_of_small_pictures_unless_told_how_many():
+    sizes = [
+        load_encoder(name, "none", device="cpu", batch=b).batch
+        for name in ("tiny-conv", "lite0")
+        for b in ("auto", "3")
+    ]
+    assert sizes == [64, 3, 8, 3]

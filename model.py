@@ -981,6 +981,11 @@ def weights_record(path):
                 bend = {2: "bilinear", 3: "bicubic"}.get(kind := scaling.get("resample", 3))
                 if not bend:
                     raise ValueError(f"resample {kind}, expected 2 or 3, Pillow's bilinear or bicubic")
+                sides = [scaling.get(k) or 0 for k in ("size", "crop_size")]  # numbers, or dicts of them
+                sides = [min(side.values()) if isinstance(side, dict) else side for side in sides]
+                if scaling.get("do_center_crop") and sides[0] > sides[1] > 0:
+                    margin = f"resizes photos to {sides[0]} pixels and crops {sides[1]}"
+                    say(f"WARNING: {beside[2]} {margin}; here they are resized to what is cropped")
                 how = dict(resize_mode=crop, interpolation=bend)
                 record["preprocess"] = dict(mean=scaling["image_mean"], std=scaling["image_std"], **how)
         scaling = record["preprocess"] = dict(record.get("preprocess") or {})

@@ -890,7 +890,7 @@ def test_clip_and_siglip_of_transformers_are_those_of_open_clip(tmp_path, get, n
         assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
 
 
-def test_a_folder_of_transformers_says_activation_and_preprocessing(tmp_path, get):
+def test_a_folder_of_transformers_says_activation_and_preprocessing(tmp_path, get, capsys):
     theirs = {k: v.contiguous() for k, v in hugging_face(weights(get("flock-vit")), False).items()}
     save_file(theirs, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="clip")))
@@ -909,6 +909,13 @@ def test_a_folder_of_transformers_says_activation_and_preprocessing(tmp_path, ge
         json.dumps(dict(model_type="clip", vision_config=dict(hidden_act="gelu")))
     )
     assert not is_quick(load_encoder("flock-vit", str(tmp_path), device="cpu"))
+    sizes = dict(size=dict(shortest_edge=224), crop_size=dict(height=224, width=224))
+    for larger in (sizes, dict(size=256, crop_size=224), sizes | dict(size=dict(shortest_edge=256))):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(seen | larger))
+        capsys.readouterr()
+        load_encoder("flock-vit", str(tmp_path), device="cpu")
+        said = "resizes photos to 256 pixels and crops 224" in capsys.readouterr().out
+        assert said == (larger is not sizes)
 
 
 def lora(folder, base, made=(), key="self_attn.q_proj"):

@@ -1323,6 +1323,16 @@ def test_fine_tuning_writes_weights_that_load_a_log_and_the_accuracies(files, tu
         assert r[name] == train.zero_shot(e, samples_of(files))
 
 
+def test_only_words_that_occur_are_trained_and_the_whole_vocabulary_comes_back(tuned):
+    name, was = "token_embedding.weight", tiny()
+    for method in ("finetune", "vl_erm"):  # by captions and prompts, by prompts alone
+        now = weights(tuned(method))[name]
+        moved = (now != was.module.state_dict()[name]).any(1).nonzero()[:, 0]
+        here = {int(moved.min()), int(moved.max())}
+        assert now.shape == (49408, 64) and here < set(was.tokenizer()(["a photo of a"]).flatten().tolist())
+        assert 4 < len(moved) < 100
+
+
 def test_finished_fine_tuning_stays(files, tmp_path, capsys):
     assert tune(files, tmp_path, "--resume") == 0 and "begins anew" in capsys.readouterr().out
     before = (tmp_path / WEIGHTS).stat().st_mtime_ns

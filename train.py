@@ -1507,9 +1507,9 @@ def rate(step, steps, peak):
 
 
 class Words:
-    """A tokenizer for the texts of a task, and as the text tower's vocabulary the words in these alone: of all
-    49,408 gradient and step took a tenth of the controlled protocol. Others, which would but decay, stay as
-    they are (ours)."""
+    """A tokenizer for the texts of a task, and as the text tower's vocabulary the words in these alone: for
+    all 49,408 gradient and step took a tenth of the controlled protocol. Others, which would but decay, stay
+    as they are (ours)."""
 
     def __init__(self, encoder, task, row):
         self.module, self.used = encoder.module, None

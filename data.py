@@ -163,8 +163,12 @@ def harmless(text):
 
 
 def say(text, result=False):
-    """Prints a line; of several processes only the first does, and with --quiet only warnings and results."""
+    """Prints lines, of results none over 100 columns unless it is one word; of several processes only the
+    first does, and with --quiet only warnings and results."""
     heard = result or not SPEECH["quiet"] or re.search("WARNING|FAILED|skipped", text)
+    if result:
+        fill = functools.partial(textwrap.fill, width=100, break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(fill(line) if len(line) > 100 else line for line in text.split("\n"))
     if heard and os.environ.get("RANK", "0") == "0":
         print(harmless(text), flush=True)
 

@@ -2726,6 +2726,14 @@ def test_table_aligns_and_shows_three_decimals_and_a_dash():
     assert len({len(line) for line in lines}) == 1
 
 
+def test_lines_of_results_fit_100_columns_and_paths_stay_whole(capsys):
+    path = "/a-folder/" * 15
+    data.say("\ntwo  cells   stay\n" + "word " * 60 + path, True)
+    first, cells, *lines = capsys.readouterr().out.splitlines()
+    assert first == "" and cells == "two  cells   stay" and lines[-1] == path
+    assert all(60 < len(line) <= 100 for line in lines[:3]) and " ".join(lines).count("word") == 60
+
+
 @pytest.mark.parametrize("columns, words", [(4, 1), (4, 40), (14, 3), (14, 40), (30, 1), (1, 200)])
 def test_a_table_fits_100_columns_and_loses_nothing(columns, words):
     header = ("model", "protocol", *[f"avg_number_{k}" for k in range(columns)], "why")

@@ -1103,7 +1103,8 @@ def test_one_pass_gives_images_their_regions_and_their_texts(files):
     z, r = (unit(v) for v in model.region_embeddings(encoder, pictures))
     task, bare = train.pairs_of(samples, "place", 8), dict(checkpointing=False, compile=False)
     task.boxes = torch.stack([p.in_frame() for p in pictures])
-    forward = train.forward_of(encoder, task, train.METHODS["ravl"], bare)
+    row = train.METHODS["ravl"]
+    forward = train.forward_of(encoder, task, row, bare, train.Words(encoder, task, row))
     with torch.no_grad():
         e = forward(torch.stack([encoder.transform(samples.items[k].image()) for k in ids]), ids)
     wanted = dict(z=z[ids], g=encoder.texts(task.prompts), t=encoder.texts([task.captions[k] for k in ids]))

@@ -1104,9 +1104,11 @@ def test_one_pass_gives_images_their_regions_and_their_texts(files):
     task, bare = train.pairs_of(samples, "place", 8), dict(checkpointing=False, compile=False)
     task.boxes = torch.stack([p.in_frame() for p in pictures])
     row = train.METHODS["ravl"]
-    forward = train.forward_of(encoder, task, row, bare, train.Words(encoder, task, row))
+    words = train.Words(encoder, task, row)
+    forward = train.forward_of(encoder, task, row, bare, words)
     with torch.no_grad():
         e = forward(torch.stack([encoder.transform(samples.items[k].image()) for k in ids]), ids)
+    words.restore()
     wanted = dict(z=z[ids], g=encoder.texts(task.prompts), t=encoder.texts([task.captions[k] for k in ids]))
     wanted.update(cos=r.unflatten(0, (6, 4))[ids] @ wanted["g"].T, scale=encoder.module.logit_scale.exp())
     assert e.keys() == wanted.keys() and all(torch.allclose(e[k], wanted[k], atol=1e-4) for k in e)

@@ -164,13 +164,16 @@ def harmless(text):
 
 def say(text, result=False):
     """Prints lines, of results none over 100 columns unless it is one word; of several processes only the
-    first does, and with --quiet only warnings and results."""
+    first does, and with --quiet only warnings and results. Behind | head a run goes on, for its files."""
     heard = result or not SPEECH["quiet"] or re.search("WARNING|FAILED|skipped", text)
     if result:
         fill = functools.partial(textwrap.fill, width=100, break_long_words=False, break_on_hyphens=False)
         text = "\n".join(fill(line) if len(line) > 100 else line for line in text.split("\n"))
     if heard and os.environ.get("RANK", "0") == "0":
-        print(harmless(text), flush=True)
+        try:
+            print(harmless(text), flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def warn_once(path, what):
@@ -289,7 +292,8 @@ def listing(what, path):
         source = Path(path).read_text(encoding="utf-8")
         comment = re.search("\nmodel = .*?# (.*(?:\n  +# .*)*)", source)[1]
         lines = [re.sub("\\s*\n +# ", " ", comment), "open_clip's names, with --pretrained=TAG|FILE|FOLDER:"]
-        folder = Path(find_spec("open_clip").origin).parent / "model_configs"
+        require(library := find_spec("open_clip"), "open_clip is missing: pip install -r requirements.txt")
+        folder = Path(library.origin).parent / "model_configs"
         return "\n".join(lines + sorted(file.stem for file in folder.glob("*.json")))
     docs, table = sourced(__file__ if what == "data" else path, LISTS.get(what, ()))
     rows = {"bap": docs["bap"].partition(".")[0]} if what == "methods" and "bap" in docs else {}
@@ -1396,6 +1400,8 @@ def read_prompts(path, labels, notes):
     if isinstance(tree, dict) and len(tree) == 1 and folded(next(iter(tree))) not in names:
         tree = next(iter(tree.values()))  # templates under a name
     with reading(path, "templates, or a dict of class: descriptions"):
+        if tree is None and re.match(r"[\[{]\s*['\"\[{]", "\n".join(line for _, line in lines)):
+            raise Complaint(f"--prompts={path}: a list or dict that is damaged, or holds others; mend it")
         if isinstance(tree, dict):
             lines = [(1, f"{name}\t{text}") for name in tree for text in listed(tree[name])]
         elif tree is not None:
@@ -1426,6 +1432,7 @@ def literal(text):
     """The tree in a text in JSON, or in Python: a list or dict, perhaps behind `name =`, of strings, perhaps
     lambda c: f'... {c}', perhaps without the brackets; or None."""
     text = re.sub(r"lambda \w+:\s*f(?=['\"])", "", text)
+    text = re.sub(r"(['\"])\s*\n\s*(?=['\"])", r"\1,\n", text)  # a lost comma, or Python would join the two
     for part in (text, text.partition("=")[2] if re.match(r"\w+\s*=", text) else "", f"[{text}]"):
         for read in (json.loads, ast.literal_eval):
             with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -1950,12 +1957,23 @@ def image_folder(root, facts):
     if like and (deep or len(like) == len(classes)) and not facts.renamed:
         line = f"read as classes: {', '.join(sorted(classes)[:6])}; if {like[0]!r} is a split, name splits"
         facts.notes.append(f"WARNING: {root}: {line} train, val and test, and move what else lies there")
-    names = spoken(classes, facts)
+    names = spoken(classes, facts) or coded(classes, facts)
     for (p, path), r in zip(moved.items(), rest, strict=True):
         if len(r) > 1:
             place = r[1] if len(r) > 2 else "elsewhere" if deep else None
             split = SPLIT_NAMES[p[0].lower()] if official else None
             yield Row(os.path.join(root, *path), names.get(r[0], r[0]), place, split)
+
+
+def coded(classes, facts):
+    """{folder: name} of class folders that are numbers or codes, in their order, where --classes=FILE has as
+    many names and none of these folders'; else {}."""
+    other = len(facts.renamed) != len(classes) or {*map(folded, facts.renamed)} & {*map(folded, classes)}
+    if other or not all(re.fullmatch(CODE, c.strip().lower()) for c in classes):
+        return {}
+    order = sorted(classes, key=lambda c: ([int(n) for n in re.findall("[0-9]+", c)], c))
+    facts.notes.append(f"classes in the order of --classes: {order[0]!r} is {facts.renamed[0]!r}, so of all")
+    return dict(zip(order, facts.renamed, strict=True))
 
 
 def class_first(root, rest, facts):

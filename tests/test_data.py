@@ -386,6 +386,14 @@ def test_a_closed_pipe_ends_a_run_quietly(what):
     assert (code, out, errors) == (0, "x" * 100 + "\n", "")
 
 
+def test_a_run_goes_on_for_its_files_where_no_one_listens(tmp_path):
+    file = str(tmp_path / "file")
+    main = (
+        f"def main():\n for k in range(9999): data.say('x' * 100)\n data.write({file!r}, 'y')\ndata.run(main)"
+    )
+    assert program(main, "| head -1")[0] == 0 and Path(file).read_text() == "y"
+
+
 @pytest.mark.ahead
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "2> >(exit)"])
 def test_closed_streams_change_no_exit_code(closed):
@@ -986,6 +994,25 @@ def test_classes_that_are_numbers_or_codes_have_no_prompts(tmp_path, pair):
     assert loaded(spec, classes=names).class_prompts()[0] == [f"a photo of a {pair[0]}."]  # by intent
     own = text(tmp_path / "p.txt", *[f"{c}\ta goose" for c in pair])
     assert loaded(spec, prompts=own).class_prompts() == [["a goose"]] * 2
+    words = text(tmp_path / "words.txt", "goose", "egret")
+    if "cat" in pair:  # a name: the words are not meant for these
+        with complaint("--classes", "no name 'cat'"):
+            loaded(spec, classes=words)
+        return
+    samples = loaded(spec, classes=words)
+    assert samples.classes == ["goose", "egret"] and noted(samples, "is 'goose'")
+    first = min(pair)
+    assert {f"/{first}/" in p.path for p, y in zip(samples.items, samples.y, strict=True) if y == 0} == {True}
+    with complaint("--classes", "no name"):
+        loaded(spec, classes=text(tmp_path / "three.txt", "goose", "egret", "swan"))
+
+
+def test_numbered_folders_take_names_in_the_order_of_their_numbers(tmp_path):
+    touch(tmp_path / "d", *[f"{c}/a.jpg" for c in (2, 10, 1)])
+    names = text(tmp_path / "names.txt", "one", "two", "ten")
+    samples = load_data(f"folder:{tmp_path}/d", names, splits=False)
+    of = {Path(p.path).parent.name: samples.classes[y] for p, y in zip(samples.items, samples.y, strict=True)}
+    assert of == {"1": "one", "2": "two", "10": "ten"}
 
 
 def test_wordnet_ids_become_names(tmp_path):
@@ -1106,12 +1133,22 @@ def test_descriptions_of_each_class_in_json(tmp_path):
         ("cow\ta cow", ("p.txt:1", "no class 'cow'")),
         ("a photo", ("p.txt:1", "{}")),
         ("", ("empty file",)),
+        ('["a {}.", "b {}"', ("damaged",)),
+        ('[\n["a {}."], ["b {}."]]', ("holds others",)),
+        ('{"cat": ["a cat"], "dog": ["a dog"]', ("damaged",)),
     ],
 )
 def test_prompts_that_do_not_fit(tmp_path, line, words):
     touch(tmp_path / "d", "cat/a.jpg", "dog/b.jpg")
     with complaint("--prompts", *words):
         loaded(f"folder:{tmp_path}/d", prompts=text(tmp_path / "p.txt", line))
+
+
+@pytest.mark.parametrize("form", ['"a {}."\n"b {}."', "x = [\n 'a {}.'\n 'b {}.',\n]", '["a {}.",\n"b {}."]'])
+def test_prompts_without_a_comma_are_not_joined(tmp_path, form):
+    touch(tmp_path / "d", "cat/a.jpg", "dog/b.jpg")
+    samples = loaded(f"folder:{tmp_path}/d", prompts=text(tmp_path / "p.txt", form))
+    assert samples.prompts[0] == ["a cat.", "b cat."]
 
 
 # --- folders and tables of one's own

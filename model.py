@@ -1867,10 +1867,24 @@ def worst_group(correct, group):
     return min(float(correct[group == g].double().mean()) for g in present)
 
 
+def least_share(k, n, tail):
+    """The share at which k of n or more are right with probability tail: Clopper and Pearson's lower end,
+    which misses no more often than it says, as Wilson's does near 1. k, n: whole numbers; by bisection."""
+    i = torch.arange(k, n + 1, dtype=torch.double)
+    choices = math.lgamma(n + 1) - (i + 1).lgamma() - (n - i + 1).lgamma()
+    low, high = 0.0, k / n
+    for _ in range(50 if k else 0):
+        p = (low + high) / 2
+        more = (choices + i * math.log(p) + (n - i) * math.log1p(-p)).exp().sum() > tail
+        low, high = (low, p) if more else (p, high)
+    return low
+
+
 def worst_ends(groups):
     """95 % interval of the smallest accuracy of groups, [(right, n)]: the smallest ends of intervals that
     hold for all of them together, as the bootstrap of a minimum is biased."""
-    return np.min([wilson(k, n, 1 - 0.05 / len(groups)) for k, n in groups], 0)
+    tail, counts = 0.025 / len(groups), [(round(k), n) for k, n in groups]
+    return np.min([(least_share(k, n, tail), 1 - least_share(n - k, n, tail)) for k, n in counts], 0)
 
 
 def paired_bootstrap(a, b, group, draws=2000, seed=0):
@@ -1891,7 +1905,8 @@ def paired_bootstrap(a, b, group, draws=2000, seed=0):
     n, counts, worst = np.sum(counts, 1), np.array(counts) @ right, np.min(np.array(drawn) @ right, 0)
     common = np.corrcoef(worst.T)[0, 1] if (np.ptp(worst, 0) > 0).all() else 0.0
     middle = np.min(counts / n[:, None], 0)  # [2], of a and b, as the ends are
-    low, high = np.transpose([worst_ends(list(zip(k, n, strict=True))) for k in counts.T])
+    each = [[wilson(k, m, 1 - 0.05 / len(n)) for k, m in zip(of, n, strict=True)] for of in counts.T]
+    low, high = np.min(each, 1).T
 
     def joined(one, other):
         return float(np.sqrt(max(0.0, one**2 + other**2 - 2 * common * one * other)))

@@ -5,6 +5,7 @@ import csv
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import runpy
@@ -206,8 +207,15 @@ def test_averages_and_intervals_of_groups(everything, protocol):
     if protocol.startswith("fewshot"):
         assert m["worst_group"] <= accuracy.min() + 1e-9  # the mean of each draw's own
     else:  # the interval is simultaneous over four groups
-        ends = [model.wilson(g["accuracy"] * g["n"], g["n"], 1 - 0.05 / 4) for g in groups]
-        assert (low, high) == pytest.approx(np.min(ends, 0)) and m["worst_group"] == min(accuracy)
+        right = [(round(g["accuracy"] * g["n"]), g["n"]) for g in groups]
+        least = [
+            sum(math.comb(n, i) * low**i * (1 - low) ** (n - i) for i in range(k, n + 1)) for k, n in right
+        ]
+        most = [
+            sum(math.comb(n, i) * high**i * (1 - high) ** (n - i) for i in range(k + 1)) for k, n in right
+        ]
+        assert low == 0 or max(least) == pytest.approx(0.025 / 4)  # so few right, or more, would be rare
+        assert min(most) == pytest.approx(0.025 / 4) and m["worst_group"] == min(accuracy)
 
 
 def test_photos_that_trained_the_probe_are_counted(files, tmp_path, capsys):

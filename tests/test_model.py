@@ -1843,6 +1843,17 @@ def test_wilson_intervals(k, n, low, high):
     assert model.wilson(k, n) == pytest.approx((low, high), abs=2e-5)
 
 
+def test_the_interval_of_a_worst_group_covers_it_also_where_groups_are_many_and_good():
+    assert model.worst_ends([(95, 100)]) == pytest.approx((0.887165, 0.983568), abs=1e-6)  # SciPy's exact one
+    assert model.worst_ends([(0, 10)]) == pytest.approx((0, 0.308497), abs=1e-6)
+    assert model.worst_ends([(10, 10), (5, 10)]) == pytest.approx((0.158502, 0.841498), abs=1e-6)
+    g, hits = np.random.default_rng(0), 0
+    for right in g.binomial(100, 0.95, (200, 20)).tolist():
+        low, high = model.worst_ends([(k, 100) for k in right])
+        hits += low <= 0.95 <= high
+    assert hits >= 190
+
+
 @pytest.mark.parametrize("confidence", [0.5, 0.95])
 def test_wilson_intervals_cover_the_proportion_as_often_as_they_say(confidence):
     n, p = 40, np.linspace(0.05, 0.95, 181)

@@ -163,12 +163,9 @@ def harmless(text):
 
 
 def say(text, result=False):
-    """Prints lines, of results none over 100 columns unless it is one word; of several processes only the
-    first does, and with --quiet only warnings and results. Behind | head a run goes on, for its files."""
+    """Prints a line; of several processes only the first does, and with --quiet only warnings and results.
+    Behind | head a run goes on, for its files."""
     heard = result or not SPEECH["quiet"] or re.search("WARNING|FAILED|skipped", text)
-    if result:
-        fill = functools.partial(textwrap.fill, width=100, break_long_words=False, break_on_hyphens=False)
-        text = "\n".join(fill(line) if len(line) > 100 else line for line in text.split("\n"))
     if heard and os.environ.get("RANK", "0") == "0":
         try:
             print(harmless(text), flush=True)
@@ -2948,6 +2945,12 @@ def shown(value, missing="-"):
     if value is None:
         return missing
     return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)  # not -0.000
+
+
+def filled(text, most=100):
+    """Text whose lines are wrapped at `most` columns, words left whole."""
+    fill = functools.partial(textwrap.fill, width=most, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(fill(line) if len(line) > most else line for line in text.split("\n"))
 
 
 def table(header, rows, most=100):

@@ -27,9 +27,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # first, as it checks the flags before numpy and torch are imported
-from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, find_masks, flags, folded, html_table
-from data import linked, load_data, load_regions, opaque, page, reading, region_truth, require, revision, rng
-from data import run, say, table, tag, thumb, write, write_json
+from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, filled, find_masks, flags
+from data import folded, html_table, linked, load_data, load_regions, opaque, page, reading
+from data import region_truth, require, revision, rng, run, say, table, tag, thumb, write, write_json
 
 import numpy as np
 import torch
@@ -1101,7 +1101,7 @@ def console(summary, e):
         lines.append(f"Precision@10 of the first: {at_10}; {rate}")
     seconds = ", ".join(f"{name} {value:.2f}" for name, value in summary["seconds"].items())
     lines.append(f"seconds: {seconds}; peak memory {summary['peak_gib']:.1f} GiB")
-    return "\n".join(lines)
+    return filled("\n".join(lines))
 
 
 def report(summary, e, similarity, M):

@@ -27,7 +27,8 @@ from operator import itemgetter
 from pathlib import Path
 
 # first, as it checks the flags before numpy and torch are imported
-from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, flags, folded, html_table
+from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, filled, flags, folded
+from data import html_table
 from data import layers, linked, load_data, load_foregrounds, load_predictions, load_regions, page
 from data import read_json, reading, region_truth, require, revision, rng, run, say, table, tag, text
 from data import thumb, unrun, write, write_json, write_table
@@ -777,7 +778,7 @@ Block = namedtuple("Block", "title header rows parts notes said", defaults=((), 
 def console(blocks):
     """The tables and notes of blocks as text."""
     shown = [b for b in blocks if b.said and b.rows]
-    return "\n\n".join("\n".join([b.title, table(b.header, b.rows), *b.notes]) for b in shown)
+    return filled("\n\n".join("\n".join([b.title, table(b.header, b.rows), *b.notes]) for b in shown))
 
 
 def sections(blocks):

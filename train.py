@@ -38,7 +38,7 @@ from types import SimpleNamespace
 
 # first, as it checks the flags before numpy and torch are imported
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, bounded
-from data import cell_shares, check, composites, dots, expect, flags, html_table, layers, linked
+from data import cell_shares, check, composites, dots, expect, filled, flags, html_table, layers, linked
 from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading
 from data import require, revision, rng, run, say, stored_composites, synsets, table, tag, thumb, write
 from data import write_json, write_table
@@ -928,7 +928,7 @@ def summary(results, samples):
     lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: {worst}, 95 % interval")
     header = ("method", "worst", "mean", "weighted", *range(1, len(groups) + 1), "over erm")
     named = ", ".join(f"{k} {name} (n={n})" for k, (name, n) in enumerate(groups, 1))
-    return "\n".join([*lines, table(header, rows), "groups: " + named])
+    return filled("\n".join([*lines, table(header, rows), "groups: " + named]))
 
 
 def headline(methods, samples, best, other):

@@ -2763,10 +2763,9 @@ def test_table_aligns_and_shows_three_decimals_and_a_dash():
     assert len({len(line) for line in lines}) == 1
 
 
-def test_lines_of_results_fit_100_columns_and_paths_stay_whole(capsys):
+def test_lines_of_results_fit_100_columns_and_paths_stay_whole():
     path = "/a-folder/" * 15
-    data.say("\ntwo  cells   stay\n" + "word " * 60 + path, True)
-    first, cells, *lines = capsys.readouterr().out.splitlines()
+    first, cells, *lines = data.filled("\ntwo  cells   stay\n" + "word " * 60 + path).split("\n")
     assert first == "" and cells == "two  cells   stay" and lines[-1] == path
     assert all(60 < len(line) <= 100 for line in lines[:3]) and " ".join(lines).count("word") == 60
 

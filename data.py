@@ -190,15 +190,23 @@ LIMITS = {  # of flags that several scripts have; those of one stand below its f
     "dtype": ("auto", "float32", "bfloat16"),
     "quick_gelu": ("auto", "on", "off"),
 }
+FORMS = {  # what the text of a flag looks like
+    "batch_size": ("auto|[1-9][0-9]{,8}", "auto, or a whole number from 1"),
+    "device": ("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N"),
+    "k": ("([0-9]{1,99}:[0-9]{1,99})?", "LOW:HIGH, as in 20:50"),
+    "regions": ("((grid|boxes|coco|masks):.+)?", "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR"),
+}
+ALONE = ("scenes", "digits", "cutouts")  # sets that need no folder
+PATHS = "foregrounds backgrounds masks ckpt discovery predictions embeddings".split()  # flags that name files
 
 
 def flags(script, argv=None):
     """Overrides the defaults on a script's first screen by --key=value, in place, and returns them all.
 
     script: the script's globals(); its lower-case bool, int, float and str are the flags and their defaults,
-    its LIMITS say of a flag the words it may be, where one in capitals stands for the keys of that table of
-    the script, or an interval "[0, 1)". argv: list of words, sys.argv[1:] if None. --help and --list=WHAT
-    print, and exit. Raises Complaint for what cannot be."""
+    its LIMITS say of a flag the words it may be (a tuple) or may list (a list), where one in capitals stands
+    for the keys of that table of the script, or an interval "[0, 1)". argv: list of words, sys.argv[1:] if
+    None. --help and --list=WHAT print, and exit. Raises Complaint for what cannot be."""
     config = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
     for word in sys.argv[1:] if argv is None else argv:
         if word in ("--help", "-h"):
@@ -224,9 +232,11 @@ def flags(script, argv=None):
             expect(above and below, key, config[key], f"a number in {limit}")
         elif key in config:
             words = [w for word in limit for w in (script[word] if word.isupper() else [word])]
-            expect(config[key] in words, key, config[key], " or ".join(word for word in words if word))
-    batch = config.get("batch_size", "auto")
-    expect(re.fullmatch("auto|[1-9][0-9]{,8}", batch), "batch_size", batch, "auto, or a whole number from 1")
+            several = isinstance(limit, list)
+            parts = [part.strip() for part in config[key].split(",")] if several else [config[key]]
+            expect({*parts} <= {*words}, key, config[key], " or ".join(word for word in words if word))
+    for key, (form, wanted) in FORMS.items():
+        expect(key not in config or re.fullmatch(form, config[key]), key, config.get(key), wanted)
     PIXELS["most"], SPEECH["quiet"] = config.get("max_pixels", PIXELS["most"]), config.get("quiet", False)
     if "out_dir" in config:  # complains now, not after the work
         path = Path(config["out_dir"]).absolute()
@@ -234,9 +244,33 @@ def flags(script, argv=None):
         usable = there.is_dir() and os.access(there, os.W_OK)
         expect(usable, "out_dir", config["out_dir"], f"a folder that may be written to, {there} is not")
         if argv is None:  # of a script that runs
+            look(script, config)
             lock(config["out_dir"])
     script.update(config)
     return config
+
+
+def look(script, config):
+    """Complains of a data set that there is not, and of a path, perhaps behind a word and a colon, where
+    nothing is, before the slow imports."""
+    named = {flag: config[flag] for flag in PATHS if config.get(flag)}
+    if config.get("data"):
+        tables = [at.get("SETS", ()) for at in (script, globals(), unrun(__file__))]
+        kind, root = set_named(config["data"], dict.fromkeys(itertools.chain(*tables)))
+        named |= {f"data={kind}": root} if root else {}
+    for flag, value in named.items():
+        rest = value.partition(":")[2]
+        places = [value, str(ASSETS.parent / value), rest, rest.partition(":")[0]]
+        there = value.startswith("random:") or any(map(os.path.exists, filter(None, places)))
+        require(there, f"--{flag.replace('=', ' ')}: {value}: no such file, no such folder")
+
+
+def set_named(spec, known):
+    """NAME:DIR of --data -> NAME, DIR."""
+    name, _, root = spec.partition(":")
+    names = f"NAME:DIR of {', '.join(known)}; see NAME:help"
+    expect(name in known and (root or name in ALONE), "data", spec, names)
+    return name, root
 
 
 def read_flag(key, value, kind):
@@ -269,8 +303,8 @@ def unrun(path):
     for node in tree.body:
         target = node.targets[0] if isinstance(node, ast.Assign) else None
         if isinstance(target, ast.Subscript):  # TABLE["key"] = row
-            with contextlib.suppress(AttributeError, KeyError, TypeError):
-                script[target.value.id] += [target.slice.value]
+            with contextlib.suppress(AttributeError, TypeError):
+                script[target.value.id] = [*script.get(target.value.id, ()), target.slice.value]
         if isinstance(target, ast.Name):
             keys = ast.List(node.value.keys) if isinstance(node.value, ast.Dict) else node.value
             for value in (keys, node.value):  # the latter counts, if it is constant
@@ -508,22 +542,23 @@ def formats():
 
 def scan(root, flag="data", notes=None):
     """Sorted image files below a folder, not hidden ones, each a tuple of its parts; Complaint if there are
-    none. Links to folders are followed unless they lead back to where they come from or, within a linked
-    folder, to what was met before: folders that all link to each other have too many paths."""
-    files, other, empty, met = [], [], [], set()
-    folders = [((), (os.path.realpath(folder(root, flag)),), False)]
+    none. A link to a folder is followed last, and not if what it leads to was met: no photo counts twice."""
+    folder(root, flag)
+    files, other, empty, again, met, folders, links = [], [], [], [], set(), [()], []
     opens, endings = formats(), Image.registered_extensions()
-    while folders:
-        parts, above, linked = folders.pop()
-        entries = [e for e in os.scandir(os.path.join(root, *parts)) if not e.name.startswith(HIDDEN)]
+    while folders or links:
+        parts = folders.pop() if folders else links.pop(0)
+        at = os.path.join(root, *parts)
+        if (real := os.path.realpath(at)) in met:
+            again.append("/".join(parts))
+            continue
+        met.add(real)
+        entries = [e for e in os.scandir(at) if not e.name.startswith(HIDDEN)]
         empty += [] if entries else ["/".join(parts)]
         for entry in sorted(entries, key=lambda entry: entry.name):
             kind = os.path.splitext(entry.name)[1].lower()
             if entry.is_dir():
-                real, link = os.path.realpath(entry.path), entry.is_symlink()
-                if real not in above and not (linked and link and real in met):
-                    folders.append(((*parts, entry.name), (*above, real), linked or link))
-                met.add(real)
+                (links if entry.is_symlink() else folders).append((*parts, entry.name))
             elif endings.get(kind) not in opens:
                 other.append((parts, kind or "without an ending"))
             elif entry.is_file():
@@ -543,6 +578,9 @@ def scan(root, flag="data", notes=None):
         lost = f"; WARNING: nothing else in {len(bare)} folders, {', '.join(bare[:5])}" * bool(bare)
         passed = f"{len(other)} file{'s' * (len(other) > 1)} passed over"
         notes.append(f"{root}: {passed}, no pictures: {kinds}{cure}{lost}")
+    if again and notes is not None:
+        few = f"{len(again)} links to folders that are counted already, {', '.join(again[:5])}"
+        notes.append(f"WARNING: {root}: {few}; not followed")
     if empty and notes is not None:
         few = ", ".join(sorted(empty)[:5])
         notes.append(f"WARNING: {root}: nothing in {len(empty)} of its folders, {few}; no class for these")
@@ -1129,10 +1167,8 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     many are named as classes, the k-th is the k-th class's own. prompts: see read_prompts. masks: a folder of
     foreground masks. splits: whether the set is to be trained on, and needs labels and images of every class
     in each. planted_by: more of Facts."""
-    name, _, root = spec.partition(":")
-    if name not in SETS or not (root or SETS[name].alone):
-        raise Complaint(f"--data: found {spec!r}, expected NAME:DIR of {', '.join(SETS)}; see NAME:help")
-    rows, template, _ = SETS[name]
+    name, root = set_named(spec, SETS)
+    rows, template = SETS[name]
     listed = {"renamed" if os.path.isfile(classes) else "chosen": names_in(classes, "classes", 2)}
     facts = Facts(wanted=names_in(places, "places", 1), seed=seed, **listed, **planted_by)
     controlled = name in ("digits", "cutouts", "coco")
@@ -2606,9 +2642,9 @@ def coco(root, facts):
                 yield planted_row(photos[k].path, y, on, split, facts, caption, *boxes)
 
 
-DataSet = namedtuple("DataSet", "rows template alone", defaults=("a photo of a {}.", False))
-SETS = {  # rows: generator; template: of prompts, published or CLIP's; alone: needs no folder
-    "scenes": DataSet(scenes, "This is a picture of a {}.", True),
+DataSet = namedtuple("DataSet", "rows template", defaults=("a photo of a {}.",))
+SETS = {  # rows: generator; template: of prompts, published or CLIP's
+    "scenes": DataSet(scenes, "This is a picture of a {}."),
     "waterbirds": DataSet(waterbirds, "This is a picture of a {}."),  # as debias_vl has it
     "celeba": DataSet(celeba, "A photo of a celebrity with {}."),  # as debias_vl has it
     "counteranimal": DataSet(counteranimal, "A photo of {}."),  # the paper's own
@@ -2619,8 +2655,8 @@ SETS = {  # rows: generator; template: of prompts, published or CLIP's; alone: n
     "folder": DataSet(image_folder),
     "csv": DataSet(csv_table),
     "embeddings": DataSet(stored, "{}"),  # its texts are rows of the file
-    "digits": DataSet(digits, alone=True),
-    "cutouts": DataSet(cutouts, alone=True),
+    "digits": DataSet(digits),
+    "cutouts": DataSet(cutouts),
     "coco": DataSet(coco),
 }
 

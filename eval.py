@@ -103,11 +103,12 @@ region_temperature = 0.3  # its temperature: at 0.07 a small margin is enough, a
 # --- system -------------------------------------------------------------------------------------------------
 seed = 0
 # --- end ----------------------------------------------------------------------------------------------------
-LIMITS = {  # the words that a flag may be; or its interval
+LIMITS = {  # the words that a flag may be, or list; or its interval
+    "protocol": ["auto", "ravl", "PROTOCOLS"],
     "split": ("auto", "train", "val", "test", "all"),
     "labels": ("own", "all"),
-    "composites": "[0, 1e6]", "mitigate": "[0, inf)", "base_steps": "[0, inf)", "steps": "[0, inf)",
-    "pairs": "[0, inf)", "learning_rate": "[0, inf)", "settings": "[1, 50]",
+    "composites": "[0, 1e6]", "mitigate": "[0, 50]", "base_steps": "[0, 1e9]", "steps": "[0, 1e9]",
+    "pairs": "[0, 1e6]", "learning_rate": "[0, inf)", "settings": "[1, 50]",
     "region_weight": "[0, 1]", "region_temperature": "(0, inf)",
 }
 # fmt: on

@@ -125,10 +125,10 @@ LIMITS = {  # the words that a flag may be, those of a table by its name; or its
     "bap_map": ("closed", "linear"),
     "loss": ("auto", "infonce", "sigmoid"),
     "captions": ("own", "class", "place"),
-    "seeds": "[1, 1000]", "steps": "[1, inf)", "save_every": "[1, inf)",
+    "seeds": "[1, 1000]", "steps": "[1, 1e9]", "save_every": "[1, inf)",
     "lam": "[1e-9, inf)", "learning_rate": "(0, inf)", "region_temperature": "(0, inf)",
     "text_weight": "[0, inf)", "clusters": "[0, inf)", "own": "[0, 1]", "region_weight": "[0, 1]",
-    "instances": "[8, 1e6]", "per_instance": "[2, 10000]", "pairs": "[2, inf)",
+    "instances": "[8, 1e6]", "per_instance": "[2, 10000]", "pairs": "[2, 1e6]",
 }
 # fmt: on
 

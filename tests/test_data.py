@@ -590,17 +590,22 @@ def test_links(tmp_path):
     assert len(data.scan(tmp_path / "near")) == 10
     (tmp_path / "far/cat/loop").symlink_to(tmp_path / "far")
     assert len(data.scan(tmp_path / "far")) == len(loaded(f"folder:{tmp_path}/far").y) == 10
+    (tmp_path / "train").symlink_to(tmp_path / "far")
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    assert len(data.scan(tmp_path)) == 10
     (tmp_path / "far/dog/gone.png").symlink_to(tmp_path / "nowhere.png")
     with complaint("gone.png", "a link to", "nowhere.png"):
         loaded(f"folder:{tmp_path}/far")
 
 
-def test_folders_that_all_link_to_each_other_end(tmp_path):
+def test_folders_that_all_link_to_each_other_end_and_no_photo_counts_twice(tmp_path):
     touch(tmp_path, *[f"{k}/{k}.png" for k in range(12)])
     for k in range(12):
         for other in set(range(12)) - {k}:
             (tmp_path / f"{k}/to{other}").symlink_to(tmp_path / str(other))
-    assert len(data.scan(tmp_path)) == 12 * 12
+    notes = []
+    assert data.scan(tmp_path, notes=notes) == sorted((str(k), f"{k}.png") for k in range(12))
+    assert "132 links to folders that are counted already, 9/to0" in notes[0]
 
 
 def test_pipes_devices_and_sockets_are_never_opened(tmp_path):

@@ -912,10 +912,10 @@ FLAGS = {  # a word and what the line about it says
     "--embeddings=random:5,5": ("random:5,5", "at least 40 regions"),
 }
 OF_IMAGES = (
-    "data=waterbirds:x split=test confounder=0.9 strength=0.5 spurious=1 feature=x masks=x outside=0.5 "
+    "data=waterbirds:. split=test confounder=0.9 strength=0.5 spurious=1 feature=x masks=. outside=0.5 "
 )
 OF_IMAGES += (
-    "regions=grid:2 region_encoder=crop classifier=text ckpt=x probe=bap classes=x places=x prompts=x "
+    "regions=grid:2 region_encoder=crop classifier=text ckpt=. probe=bap classes=x places=x prompts=x "
 )
 OF_IMAGES += "model=tiny pretrained=x quick_gelu=on"
 for word in OF_IMAGES.split():
@@ -1455,7 +1455,7 @@ def test_which_probes_may_be_looked_at_on_what(photos, trained, tmp_path, capsys
         ("--regions=coco:nowhere.json", ("nowhere.json",)),
         ("--regions=masks:nowhere", ("nowhere", "no such folder")),
         ("--masks=nowhere", ("--masks", "no such folder")),
-        ("--split=vall", ("--split", "train, val, test")),
+        ("--split=vall", ("--split", "train or val or test")),
         ("--classifier=rows", ("no linear classifier",)),
         ("--data=waterbirds:nowhere", ("nowhere", "no such folder")),
     ],

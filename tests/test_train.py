@@ -1404,8 +1404,8 @@ BAD = """--instanses=3: did you mean instances; --instances=many: a whole number
 --data=scene: scenes, waterbirds; --data=waterbirds:nowhere: no such folder; --model=lite9: lite0
 --pretrained=nowhere.pt: no such file; --device=gpu: auto, cpu; --dtype=half: bfloat16; --strength=2: [0, 1]
 --foregrounds=nowhere: no such folder; --backgrounds=nowhere: no such folder; --masks=nowhere: no such folder
---seed=-1: [0, 1e15); --steps=0: [1, inf); --wandb=paper: True or False; --lam=0: [1e-9, inf)
---confounder=0: (0, 1]; --pairs=1: [2, inf); --train=all: auto, map, last_blocks, image; --loss=l2: infonce
+--seed=-1: [0, 1e15); --steps=0: [1, 1e9]; --wandb=paper: True or False; --lam=0: [1e-9, inf)
+--confounder=0: (0, 1]; --pairs=1: [2, 1e6]; --train=all: auto, map, last_blocks, image; --loss=l2: infonce
 --text_weight=-1: [0, inf); --place_backgrounds=a,b,c: one folder for each
 --out_dir=/dev/null/x: /dev/null; --instances=10000000000000: [8, 1e6]; --per_instance=10001: [2, 10000]
 --seeds=10000000000000: [1, 1000]; --instances=1000000 --per_instance=11: at most 10,000,000 composites"""
@@ -1530,7 +1530,7 @@ def test_what_needs_a_network_is_refused_for_embeddings(tmp_path, capsys, word):
 
 
 def test_embeddings_of_composites_go_with_embeddings(files, tmp_path, capsys):
-    argv = words(files, tmp_path / "out", "--foregrounds=embeddings:x.npz")
+    argv = words(files, tmp_path / "out", f"--foregrounds=embeddings:{__file__}")
     refused(capsys, argv, "--foregrounds", "--data=embeddings:FILE")
 
 

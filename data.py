@@ -1633,7 +1633,8 @@ def columns_of(table, chosen, ours, needed=()):
 
 def named(table, column, names=()):
     """A column of classes or places -> for each row its name, None where it is empty; all names in order; and
-    notes. Whole numbers, also as 1.0, are those that occur. names: of --classes=FILE, in order."""
+    notes. Whole numbers, also as 1.0, are those that occur; case makes no other name of a word. names: of
+    --classes=FILE, in order."""
     values, where = table[column], f"{table.path}: {column}"
     text = {v: v.strip() for v in set(values) if not empty(v)}
     number = {v: re.fullmatch(r"(-?[0-9]{1,18})(\.0*)?", t) for v, t in text.items()}
@@ -1643,8 +1644,14 @@ def named(table, column, names=()):
         raise table.complaint(k, f"{column}={values[k][:60]!r}, not a whole number as in other rows")
     if words:
         mixed = f"WARNING: {where} has words and numbers, as {words[0][:60]!r}; all are read as words"
-        notes = [mixed] if len(words) < len(number) else []
-        return [text.get(v) for v in values], list(names) or sorted(set(text.values())), notes
+        notes, spelling = [mixed] if len(words) < len(number) else [], {}  # the commonest of each name
+        for v, _ in Counter(v for v in values if v in text).most_common():
+            spelling.setdefault(folded(text[v]), text[v])
+        other = sorted(set(text.values()) - set(spelling.values()))
+        one = f"WARNING: {where}: spelled otherwise, but taken for one name: {', '.join(other[:5])}"
+        notes += [f"{one} ({len(other)})"] * bool(other)
+        text = {v: spelling[folded(t)] for v, t in text.items()}
+        return [text.get(v) for v in values], list(names) or sorted(spelling.values()), notes
     number = {v: int(n[1]) for v, n in number.items()}
     if set(number.values()) != {-1, 1}:  # -1 says that the class is not known
         number = {v: n for v, n in number.items() if n != -1}

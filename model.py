@@ -1285,6 +1285,8 @@ def with_lora(state, path):
         inward = [k for k in state if ".lora_A." in k]
         for k in inward:
             name = k.split(".lora_A.")[0] + ".weight"
+            alone = "an adapter alone? give the folder that has its base's model.safetensors, too"
+            require(name in out, f"{path}: LoRA for {name}, which is not there: {alone}")
             B = state[k.replace(".lora_A.", ".lora_B.")]  # [out, r]
             out[name] = out[name].float() + scale * B.float() @ state[k].float()
         say(f"{path}: LoRA merged into {len(inward)} layers, times {scale:g}")

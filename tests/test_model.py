@@ -956,6 +956,8 @@ def test_lora_is_merged_as_peft_s_file_says_and_else_is_one_line(tmp_path, get, 
     lora(folder, "openai/clip-vit-base-patch32")
     with complaint("LoRA adapter of openai/clip-vit-base-patch32", "adapter_config.json"):
         load_encoder("flock-vit", str(folder), device="cpu")
+    with complaint("adapter_config.json", "an adapter alone? give the folder"):
+        load_encoder("flock-vit", str(parts), device="cpu").module.eval()
     lora(folder, base, key="self_attn.nothing")
     with complaint("adapter_config.json", "nothing"):
         load_encoder("flock-vit", str(folder), device="cpu").module.eval()

@@ -173,6 +173,12 @@ def say(text, result=False):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def filled(text, most=100):
+    """Text whose lines are wrapped at `most` columns, words left whole."""
+    fill = functools.partial(textwrap.fill, width=most, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(fill(line) if len(line) > most else line for line in text.split("\n"))
+
+
 def warn_once(path, what):
     """Warns of what a file has, of the first of all such."""
     if what not in WARNED:
@@ -216,7 +222,7 @@ def flags(script, argv=None):
             sys.exit(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--list"):
-            print(listing(value, script["__file__"]))
+            print(filled(listing(value, script["__file__"])))
             sys.exit(0)
         if word == "--foregrounds=help" or (key == "data" and value.endswith(":help")):
             print(manual(value))
@@ -2988,12 +2994,6 @@ def shown(value, missing="-"):
     if value is None:
         return missing
     return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)  # not -0.000
-
-
-def filled(text, most=100):
-    """Text whose lines are wrapped at `most` columns, words left whole."""
-    fill = functools.partial(textwrap.fill, width=most, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(fill(line) if len(line) > most else line for line in text.split("\n"))
 
 
 def table(header, rows, most=100):

@@ -548,32 +548,8 @@ def formats():
 
 def scan(root, flag="data", notes=None):
     """Sorted image files below a folder, not hidden ones, each a tuple of its parts; Complaint if there are
-    none. A link to a folder is followed last, and not if what it leads to was met: no photo counts twice."""
-    folder(root, flag)
-    files, other, empty, again, met, folders, links = [], [], [], [], set(), [()], []
-    opens, endings = formats(), Image.registered_extensions()
-    while folders or links:
-        parts = folders.pop() if folders else links.pop(0)
-        at = os.path.join(root, *parts)
-        if (real := os.path.realpath(at)) in met:
-            again.append("/".join(parts))
-            continue
-        met.add(real)
-        entries = [e for e in os.scandir(at) if not e.name.startswith(HIDDEN)]
-        empty += [] if entries else ["/".join(parts)]
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            kind = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append((*parts, entry.name))
-            elif endings.get(kind) not in opens:
-                other.append((parts, kind or "without an ending"))
-            elif entry.is_file():
-                files.append((*parts, entry.name))
-            elif os.path.exists(entry.path):  # opening it may hang
-                other.append((parts, f"pipe, device or socket {kind}"))
-            else:
-                link = f"a link to {os.readlink(entry.path)}, which does not exist"
-                raise Complaint(f"{entry.path}: {link}; remove it")
+    none. Links are followed last, and not if what they lead to was met: no photo counts twice."""
+    files, other, empty, again = walk(folder(root, flag))
     cure = "; for .heic: pip install pillow-heif" * any(kind in (".heic", ".heif") for _, kind in other)
     if not files:
         raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)}){cure}")
@@ -585,12 +561,47 @@ def scan(root, flag="data", notes=None):
         passed = f"{len(other)} file{'s' * (len(other) > 1)} passed over"
         notes.append(f"{root}: {passed}, no pictures: {kinds}{cure}{lost}")
     if again and notes is not None:
-        few = f"{len(again)} links to folders that are counted already, {', '.join(again[:5])}"
+        few = f"{len(again)} links to what is counted already, {', '.join(again[:5])}"
         notes.append(f"WARNING: {root}: {few}; not followed")
     if empty and notes is not None:
         few = ", ".join(sorted(empty)[:5])
         notes.append(f"WARNING: {root}: nothing in {len(empty)} of its folders, {few}; no class for these")
-    return sorted(files)
+    return files
+
+
+def walk(root):
+    """What lies below a folder: image files, sorted tuples of their parts; other files, (parts of the folder,
+    kind); empty folders; links to what was met."""
+    files, other, empty, again, met, folders, links, aliases = {}, [], [], [], set(), [()], [], []
+    opens, endings = formats(), Image.registered_extensions()
+    while folders or links:
+        parts = folders.pop() if folders else links.pop(0)
+        at = os.path.join(root, *parts)
+        if (real := os.path.realpath(at)) in met:
+            again.append("/".join(parts))
+            continue
+        met.add(real)
+        entries = [e for e in os.scandir(at) if not e.name.startswith(HIDDEN)]
+        empty += [] if entries else ["/".join(parts)]
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path, kind = (*parts, entry.name), os.path.splitext(entry.name)[1].lower()
+            image = endings.get(kind) in opens
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(path)
+            elif (image or not kind) and not os.path.exists(entry.path):
+                link = f"a link to {os.readlink(entry.path)}, which does not exist"
+                raise Complaint(f"{entry.path}: {link}; remove it")
+            elif not image or not entry.is_file():  # a pipe may hang
+                pipe = f"pipe, device or socket {kind}" * image
+                other.append((parts, pipe or kind or "without an ending"))
+            elif entry.is_symlink():
+                aliases.append(path)
+            else:
+                files[os.path.join(real, entry.name)] = path
+    for path in aliases:
+        if files.setdefault(os.path.realpath(os.path.join(root, *path)), path) is not path:
+            again.append("/".join(path))
+    return sorted(files.values()), other, empty, again
 
 
 def scan_paths(root, flag="data", notes=None):

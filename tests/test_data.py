@@ -603,6 +603,17 @@ def test_links(tmp_path):
     (tmp_path / "train").symlink_to(tmp_path / "far")
     (tmp_path / "test").symlink_to(tmp_path / "train")
     assert len(data.scan(tmp_path)) == 10
+    for name in ("far/dog/a.png", "far/dog/b.png"):  # of a photo here, and of one elsewhere, once
+        (tmp_path / name).symlink_to(tmp_path / "far/cat/0.png")
+    touch(tmp_path, "elsewhere/0.png")
+    for name in ("far/dog/c.png", "far/dog/d.png"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere/0.png")
+    samples = loaded(f"folder:{tmp_path}/far")
+    assert len(samples.y) == 11 and noted(samples, "4 links to what is counted already", "dog/a.png")
+    (tmp_path / "far/bird").symlink_to(tmp_path / "nowhere")
+    with complaint("far/bird", "a link to", "nowhere"):
+        loaded(f"folder:{tmp_path}/far")
+    (tmp_path / "far/bird").unlink()
     (tmp_path / "far/dog/gone.png").symlink_to(tmp_path / "nowhere.png")
     with complaint("gone.png", "a link to", "nowhere.png"):
         loaded(f"folder:{tmp_path}/far")
@@ -615,7 +626,7 @@ def test_folders_that_all_link_to_each_other_end_and_no_photo_counts_twice(tmp_p
             (tmp_path / f"{k}/to{other}").symlink_to(tmp_path / str(other))
     notes = []
     assert data.scan(tmp_path, notes=notes) == sorted((str(k), f"{k}.png") for k in range(12))
-    assert "132 links to folders that are counted already, 9/to0" in notes[0]
+    assert "132 links to what is counted already, 9/to0" in notes[0]
 
 
 def test_pipes_devices_and_sockets_are_never_opened(tmp_path):

@@ -248,6 +248,7 @@ def flags(script, argv=None):
         path = Path(config["out_dir"]).absolute()
         there = next(p for p in (path, *path.parents) if p.exists())
         usable = there.is_dir() and os.access(there, os.W_OK)
+        expect(config["out_dir"], "out_dir", "", "a folder; . is this one")
         expect(usable, "out_dir", config["out_dir"], f"a folder that may be written to, {there} is not")
         if argv is None:  # of a script that runs
             look(script, config)
@@ -287,6 +288,8 @@ def read_flag(key, value, kind):
         expect(word in words, key, value, "True or False")
         return words[word]
     expect(value is not None, key, "no value", f"--{key}=VALUE")
+    if kind is str:  # shells leave ~ alone behind = and :
+        return re.sub("(?<![^:,])~(?=/)", lambda _: os.path.expanduser("~"), value)
     number = math.nan
     with contextlib.suppress(ValueError):
         number = kind(value)

@@ -133,6 +133,12 @@ def test_flags_spellings_of_a_bool(word):
     assert data.flags(script(), [f"--switch{word}"])["switch"] is (word in ("", "=true", "=True", "=1"))
 
 
+def test_flags_read_a_tilde_as_the_home_also_behind_colons(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = data.flags(dict(data="", place="", __doc__=""), ["--data=folder:~/a", "--place=~/b,~/c,x~/d"])
+    assert config == dict(data=f"folder:{tmp_path}/a", place=f"{tmp_path}/b,{tmp_path}/c,x~/d")
+
+
 @pytest.mark.parametrize(
     "word, words",
     [
@@ -153,6 +159,7 @@ def test_flags_spellings_of_a_bool(word):
         ("--switch=maybe", ("--switch", "maybe", "True or False")),
         ("--name", ("--name=VALUE",)),
         ("word", ("word", "--key=value")),
+        ("--out_dir=", ("--out_dir", "a folder; . is this one")),
         ("--out_dir=/dev/null/x", ("--out_dir", "/dev/null is not")),
         ("--seed=99999999999999999999", ("--seed",)),
         *[

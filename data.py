@@ -169,7 +169,7 @@ def say(text, result=False):
     if heard and os.environ.get("RANK", "0") == "0":
         try:
             print(harmless(text), flush=True)
-        except BrokenPipeError:
+        except OSError:  # or the disk that it goes to is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -200,10 +200,17 @@ FORMS = {  # what the text of a flag looks like
     "batch_size": ("auto|[1-9][0-9]{,8}", "auto, or a whole number from 1"),
     "device": ("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N"),
     "k": ("([0-9]{1,99}:[0-9]{1,99})?", "LOW:HIGH, as in 20:50"),
-    "regions": ("((grid|boxes|coco|masks):.+)?", "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR"),
+    "columns": ("([^=,]+=[^,]*(,[^=,]+=[^,]*)*)?", "ours=theirs,..., as in place=weather"),
+    "shots": ("[1-9][0-9]{,8}(,[1-9][0-9]{,8})*", "whole numbers from 1, comma-separated"),
+    "regions": (
+        "(grid:[1-9][0-9]*(,[1-9][0-9]*)*|(boxes|coco|masks):.+)?",
+        "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR",
+    ),
 }
 ALONE = ("scenes", "digits", "cutouts")  # sets that need no folder
-PATHS = "foregrounds backgrounds masks ckpt discovery predictions embeddings".split()  # flags that name files
+# flags that name files or folders, but for some words
+PATHS = "foregrounds backgrounds masks regions prompts ckpt discovery predictions embeddings".split()
+NO_PATHS = "random:", "grid:", "openai"
 
 
 def flags(script, argv=None):
@@ -244,12 +251,13 @@ def flags(script, argv=None):
     for key, (form, wanted) in FORMS.items():
         expect(key not in config or re.fullmatch(form, config[key]), key, config.get(key), wanted)
     PIXELS["most"], SPEECH["quiet"] = config.get("max_pixels", PIXELS["most"]), config.get("quiet", False)
-    if "out_dir" in config:  # complains now, not after the work
-        path = Path(config["out_dir"]).absolute()
+    for flag in [flag for flag in ("out_dir", "cache_dir") if config.get(flag)]:  # now, not after the work
+        path = Path(config[flag]).absolute()
         there = next(p for p in (path, *path.parents) if p.exists())
-        usable = there.is_dir() and os.access(there, os.W_OK)
+        usable = there.is_dir() and (flag == "cache_dir" or os.access(there, os.W_OK))
+        expect(usable, flag, config[flag], f"a folder that may be written to, {there} is not")
+    if "out_dir" in config:
         expect(config["out_dir"], "out_dir", "", "a folder; . is this one")
-        expect(usable, "out_dir", config["out_dir"], f"a folder that may be written to, {there} is not")
         if argv is None:  # of a script that runs
             look(script, config)
             lock(config["out_dir"])
@@ -258,18 +266,24 @@ def flags(script, argv=None):
 
 
 def look(script, config):
-    """Complains of a data set that there is not, and of a path, perhaps behind a word and a colon, where
-    nothing is, before the slow imports."""
-    named = {flag: config[flag] for flag in PATHS if config.get(flag)}
+    """Complains of a model or data set that there is not, and of a path, perhaps behind a word and a colon,
+    where nothing is, before the slow imports."""
+    named = [(flag, config.get(flag, "")) for flag in PATHS]
+    named += [("place_backgrounds", path) for path in config.get("place_backgrounds", "").split(",")]
     if config.get("data"):
         tables = [at.get("SETS", ()) for at in (script, globals(), unrun(__file__))]
         kind, root = set_named(config["data"], dict.fromkeys(itertools.chain(*tables)))
-        named |= {f"data={kind}": root} if root else {}
-    for flag, value in named.items():
+        named.append((f"data {kind}", root))
+    if "/" in config.get("pretrained", ""):
+        named.append(("pretrained", config["pretrained"]))
+    for flag, value in named:
         rest = value.partition(":")[2]
         places = [value, str(ASSETS.parent / value), rest, rest.partition(":")[0]]
-        there = value.startswith("random:") or any(map(os.path.exists, filter(None, places)))
-        require(there, f"--{flag.replace('=', ' ')}: {value}: no such file, no such folder")
+        there = not value or value.startswith(NO_PATHS) or any(map(os.path.exists, filter(None, places)))
+        require(there, f"--{flag}: {value}: no such file, no such folder")
+    model, names = config.get("model", ""), [*unrun(ASSETS.parent / "model.py")["FAMILIES"], *clips()]
+    good = not model or ":" in model or model in names
+    require(good, f"--model={model}: no such model; {near(model, names)} (or timm:NAME, local-dir:FOLDER)")
 
 
 def set_named(spec, known):
@@ -332,9 +346,7 @@ def listing(what, path):
         source = Path(path).read_text(encoding="utf-8")
         comment = re.search("\nmodel = .*?# (.*(?:\n  +# .*)*)", source)[1]
         lines = [re.sub("\\s*\n +# ", " ", comment), "open_clip's names, with --pretrained=TAG|FILE|FOLDER:"]
-        require(library := find_spec("open_clip"), "open_clip is missing: pip install -r requirements.txt")
-        folder = Path(library.origin).parent / "model_configs"
-        return "\n".join(lines + sorted(file.stem for file in folder.glob("*.json")))
+        return "\n".join(lines + clips())
     docs, table = sourced(__file__ if what == "data" else path, LISTS.get(what, ()))
     rows = {"bap": docs["bap"].partition(".")[0]} if what == "methods" and "bap" in docs else {}
     for key, (row, texts) in table.items():
@@ -345,6 +357,14 @@ def listing(what, path):
     expect(rows, "list", what, ", ".join(LISTS) + " or models (of what this script has)")
     lines = [text if what == "data" and text else f"{name}  {text}" for name, text in rows.items()]
     return "\n".join(re.sub("  +", "  ", line.rstrip()) for line in lines)
+
+
+def clips():
+    """The names of open_clip's models, without importing it; of what is imported, those added to it, too."""
+    if "open_clip" in sys.modules:
+        return sys.modules["open_clip"].list_models()
+    require(library := find_spec("open_clip"), "open_clip is missing: pip install -r requirements.txt")
+    return sorted(file.stem for file in (Path(library.origin).parent / "model_configs").glob("*.json"))
 
 
 def manual(word):
@@ -448,9 +468,11 @@ def write_json(path, tree):
 
 
 def write_table(path, header, rows):
-    """A CSV file; None as an empty field. Text that a spreadsheet would run as a formula is quoted by '."""
+    """A CSV file; None as an empty field. Text that a spreadsheet would run as a formula is quoted by ', what
+    a terminal would obey is spelled out."""
     formula = re.compile(r"[=@\t\r\n]|[+-](?![\d.]+(e[+-]?\d+)?$)")
     rows = [[f"'{cell}" if formula.match(str(cell)) else cell for cell in row] for row in (header, *rows)]
+    rows = [[harmless(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     write(path, buffer.getvalue())

@@ -115,6 +115,9 @@ LIMITS = {  # the words that a flag may be, or list; or its interval
 
 DRAWS = 5  # of few shots, averaged; worst_group, too, is the mean of each draw's own
 TAILS = 0.025, 0.975  # of intervals
+OF_RAVL = (
+    "settings mitigate base_steps steps learning_rate pairs regions region_weight region_temperature".split()
+)
 STEP = 1 << 13  # photos classified at a time
 PAPERS_PICKER = "ViT-B-32@laion400m_e32"
 PUBLISHED = {  # CounterAnimal's table: common, counter in per cent, over 1000 labels (NeurIPS 2024). A name
@@ -130,10 +133,11 @@ PUBLISHED = {  # CounterAnimal's table: common, counter in per cent, over 1000 l
 
 
 def main():
+    default = flags(globals(), [])
     config = flags(globals())
     if protocol == "ravl":
         return controlled_settings(config)
-    asked, names = asked_protocols(), names_of(config)
+    asked, names = asked_protocols(config, default), names_of(config)
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
     state = load_checkpoint(ckpt) if ckpt else {}
     through = dict(ckpt=ckpt, through="bap" if "bap" in state.get("probes", ()) else "erm") if ckpt else {}
@@ -185,13 +189,13 @@ def main():
     say(f"\n{out}/eval.json, eval.html, eval.csv, groups.csv and predictions.csv written, {seconds}", True)
 
 
-def asked_protocols():
-    """The protocols that --protocol names, none for auto; complains of --shots, too."""
+def asked_protocols(config, default):
+    """The protocols that --protocol names, none for auto; complains of flags that say nothing to them."""
+    for flag in OF_RAVL:
+        expect(config[flag] == default[flag], flag, config[flag], "nothing without --protocol=ravl")
     asked = [] if protocol == "auto" else protocol.split(",")
     for p in asked:
         expect(p in PROTOCOLS, "protocol", p, ", ".join(PROTOCOLS))
-    for n in shots.split(","):
-        expect(n.isdecimal() and int(n), "shots", shots, "whole numbers from 1, comma-separated")
     return asked
 
 

@@ -749,7 +749,14 @@ class Cells(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-FAMILIES = dict.fromkeys(LITE, lite) | dict.fromkeys(("lite0-clip", "tiny-conv", "tiny"), small_clip)
+FAMILIES = {  # its keys as they stand are read without running this, see look() in data.py
+    "lite0": lite,
+    "lite1": lite,
+    "lite2": lite,
+    "lite0-clip": small_clip,
+    "tiny-conv": small_clip,
+    "tiny": small_clip,
+}
 
 
 def timm_model(model, pretrained, quick_gelu, cache, test_size=False):

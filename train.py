@@ -438,7 +438,7 @@ def own_foregrounds(encoder, cells, grounds, samples, x, power, seed):
     pictures = samples.keep(biased).items
     cut, trusted, line = cut_out(encoder, pictures, cells, seed, "training images")
     if not trusted:
-        say(f"{line}: not trusted, the target's own foregrounds are not used")
+        say(filled(f"{line}: not trusted, the target's own foregrounds are not used"))
         return None
     say(line)
     cuts = list(cut.values())

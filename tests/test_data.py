@@ -307,6 +307,14 @@ def test_what_the_readme_says_of_forking_runs_as_it_stands_there():
         ("eval.py --ckpt=nowhere/ckpt.pt", 2, "--ckpt: nowhere/ckpt.pt: no such file"),
         ("discover.py --k=5", 2, "LOW:HIGH"),
         ("discover.py --regions=tiles:3", 2, "masks:DIR"),
+        ("train.py --model=lite9", 2, "did you mean lite2"),
+        ("eval.py --shots=0", 2, "whole numbers from 1"),
+        ("eval.py --columns=zzz", 2, "ours=theirs"),
+        ("eval.py --pretrained=./nowhere.pt", 2, "--pretrained: ./nowhere.pt: no such file"),
+        ("discover.py --regions=grid:0", 2, "grid:N"),
+        ("discover.py --regions=boxes:nowhere.csv", 2, "--regions: boxes:nowhere.csv: no such file"),
+        ("train.py --cache_dir=/dev/null", 2, "/dev/null is not"),
+        ("train.py --place_backgrounds=.,nowhere", 2, "--place_backgrounds: nowhere: no such file"),
         ("discover.py --split=val,best", 2, "train or val or test"),
     ],
 )
@@ -542,8 +550,8 @@ def test_write_below_a_file_is_a_complaint(tmp_path):
 
 
 def test_cells_that_a_spreadsheet_would_run_are_quoted_and_numbers_stay(tmp_path):
-    data.write_table(tmp_path / "b.csv", ["\rx"], [])
-    assert (tmp_path / "b.csv").read_bytes() == b"'\rx\n"
+    data.write_table(tmp_path / "b.csv", ["\rx", "a\x1b[2Jb"], [])
+    assert (tmp_path / "b.csv").read_bytes() == rb"'\x0dx,a\x1b[2Jb" + b"\n"
     risky, tame = (
         ["=1+1", "+cmd", "-a.jpg", "@x", "\tx", "--", "-"],
         ["-0.5", "+1e-3", -2, -1e-9, "a=b", "", None],

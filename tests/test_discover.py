@@ -915,7 +915,7 @@ OF_IMAGES = (
     "data=waterbirds:. split=test confounder=0.9 strength=0.5 spurious=1 feature=x masks=. outside=0.5 "
 )
 OF_IMAGES += (
-    "regions=grid:2 region_encoder=crop classifier=text ckpt=. probe=bap classes=x places=x prompts=x "
+    "regions=grid:2 region_encoder=crop classifier=text ckpt=. probe=bap classes=x places=x prompts=. "
 )
 OF_IMAGES += "model=tiny pretrained=x quick_gelu=on"
 for word in OF_IMAGES.split():

@@ -1406,7 +1406,7 @@ BAD = """--instanses=3: did you mean instances; --instances=many: a whole number
 --foregrounds=nowhere: no such folder; --backgrounds=nowhere: no such folder; --masks=nowhere: no such folder
 --seed=-1: [0, 1e15); --steps=0: [1, 1e9]; --wandb=paper: True or False; --lam=0: [1e-9, inf)
 --confounder=0: (0, 1]; --pairs=1: [2, 1e6]; --train=all: auto, map, last_blocks, image; --loss=l2: infonce
---text_weight=-1: [0, inf); --place_backgrounds=a,b,c: one folder for each
+--text_weight=-1: [0, inf); --place_backgrounds=.,.,.: one folder for each
 --out_dir=/dev/null/x: /dev/null; --instances=10000000000000: [8, 1e6]; --per_instance=10001: [2, 10000]
 --seeds=10000000000000: [1, 1000]; --instances=1000000 --per_instance=11: at most 10,000,000 composites"""
 BAD_TUNE = """--pairs=64: 32, the number of training images; --threads=-1: [0, 1024]; --batch_size=0: auto, or

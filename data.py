@@ -256,11 +256,11 @@ def flags(script, argv=None):
         there = next(p for p in (path, *path.parents) if p.exists())
         usable = there.is_dir() and (flag == "cache_dir" or os.access(there, os.W_OK))
         expect(usable, flag, config[flag], f"a folder that may be written to, {there} is not")
-    if "out_dir" in config:
-        expect(config["out_dir"], "out_dir", "", "a folder; . is this one")
-        if argv is None:  # of a script that runs
-            look(script, config)
-            lock(config["out_dir"])
+    for flag in ("out_dir", "foregrounds", "backgrounds"):
+        expect(config.get(flag, "."), flag, "", "a folder; . is this one")
+    if "out_dir" in config and argv is None:  # of a script that runs
+        look(script, config)
+        lock(config["out_dir"])
     script.update(config)
     return config
 
@@ -876,11 +876,12 @@ def picture_size(picture):
 
 
 def turned(picture):
-    """Whether the EXIF data of a picture in a file turns or mirrors it."""
+    """How the EXIF data of a picture in a file turns or mirrors it, 2 to 8; 0 if it does not."""
     if not isinstance(picture, Photo):
-        return False
+        return 0
     with opened(picture.path) as image:
-        return image.getexif().get(274, 1) in range(2, 9)
+        way = image.getexif().get(274, 1)
+        return way if way in range(2, 9) else 0
 
 
 @dataclass(frozen=True)
@@ -1174,7 +1175,9 @@ class Samples:
     def prompt_line(self):
         (text, *rest), label = self.prompts[0], self.labels[0]
         beside = f" and {len(rest)} more, averaged" * bool(rest)
-        return f"prompts: {text!r}{beside} for {label!r}, so of {len(self.labels)} labels"
+        return (
+            f"prompts: {textwrap.shorten(text, 300)!r}{beside} for {label!r}, so of {len(self.labels)} labels"
+        )
 
     def class_prompts(self):
         """The prompts of the classes, where a model chooses among more labels than these; or Complaint."""
@@ -2271,7 +2274,7 @@ STORED = {  # arrays of --data=embeddings:FILE, and what others call them
     "embedding": "embeddings features feats image_features image_embeddings image_embeds z x",
     "y": "label labels target targets y_true",
     "place": "group groups attribute attributes a env confounder spurious",
-    "split": "splits",
+    "split": "splits partition",
     "text": "text_features text_embeddings",
     "classes": "class_names",
     "places": "place_names",
@@ -2933,10 +2936,15 @@ def box_regions(spec, pictures, notes):
         said["unlisted"] += not end
         if end and owner.setdefault(end, path) != path:
             raise Complaint(f"{where}: {end} is the end of two paths, {owner[end]} and {path}; add folders")
-        said["turned"] += bool(end) and turned(picture)
+        way = turned(picture) if end else 0
+        said["turned"] += way > 0
         for line, x1, y1, x2, y2, *stated in rows.get(end, ()):
             sizes = f"{where}: boxes for {stated} pixels, but {path} has {[W, H]}; give photos of that size"
             require(stated in ([], [W, H], [H, W]), sizes)
+            if stated == [H, W] != [W, H] and way > 4:  # boxes of the picture before it is turned
+                x1, y1, x2, y2 = y1, x1, y2, x2
+                x1, x2 = (W - x2, W - x1) if way in (6, 7) else (x1, x2)
+                y1, y2 = (H - y2, H - y1) if way in (7, 8) else (y1, y2)
             box = (max(0.0, x1 / W), max(0.0, y1 / H), min(1.0, x2 / W), min(1.0, y2 / H))
             if x1 != x2 and y1 != y2 and (box[2] <= box[0] or box[3] <= box[1]):
                 wrong = "has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H}"
@@ -2953,7 +2961,8 @@ def box_regions(spec, pictures, notes):
     lines = dict(
         unseen="boxes lie in a margin that the model does not see, or have no area, and are left out",
         unlisted=f"of {len(pictures)} pictures are not in it, and count as without",
-        turned="pictures are turned by their EXIF data; boxes count in the turned picture (WARNING)",
+        turned="pictures are turned by their EXIF data; boxes count in the turned picture, but where their "
+        "file states its size before (WARNING)",
     )
     notes += [f"{where}: {said[k]} {line}" for k, line in lines.items() if said[k]]
 

@@ -456,7 +456,7 @@ class Encoder:
             down, across = (size * 2 + [0, 0])[:2]
             if kind in ("CenterCrop", "CenterCropOrPad"):
                 W, H = across, down
-            elif kind in ("Resize", "ResizeKeepRatio"):
+            elif kind in ("Resize", "ResizeKeepRatio") and not getattr(step, "max_size", None):
                 if kind == "ResizeKeepRatio" or len(size) == 1:
                     ratios, longest = sorted((W / across, H / down)), getattr(step, "longest", 0.0)
                     ratio = longest * ratios[1] + (1 - longest) * ratios[0]

@@ -595,6 +595,11 @@ class Cut(Picture):
     def path(self):
         return getattr(self.picture, "path", "a drawn picture")
 
+    def at_edge(self):
+        """Whether the edge of what the model saw cuts it, over more than a thirtieth of that edge."""
+        mask = np.frombuffer(self.alpha, np.uint8).reshape(self.shape) > 127
+        return np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean() > 1 / 30
+
     def image(self):
         image = self.picture.image()
         left, top, right, bottom = (round(v * n) for v, n in zip(self.box, image.size * 2, strict=True))
@@ -786,9 +791,17 @@ def figures_of(where, grounds, encoder, skip_bad, out):
     teachers = layers(ASSETS / "foregrounds", Cutout, "foregrounds")[0]
     cells = composites(teachers, grounds, 640, 1, 0)[0]
     cuts, trusted, line = cut_out(encoder, photos, cells, 0, "photos")
-    cuts = list(cuts.values())
+    found, cuts = len(cuts), [cut for cut in cuts.values() if not cut.at_edge()]
+    line += f"; {found - len(cuts)} of these are left out, as the edge of what the model sees cuts them"
     figures = [thumb(Composite(cut, None, None).image(), Path(cut.path).name) for cut in cuts[:60]]
-    sheet = page("flock, train.py", "Cut out", line, [(where, *figures)], dict(foregrounds=where), revision())
+    sheet = page(
+        "flock, train.py",
+        "Cut out",
+        line + ": not used" * (not trusted),
+        [(where, *figures)],
+        dict(foregrounds=where),
+        revision(),
+    )
     write(out / "cuts.html", sheet)
     wanted = f"photos that the cutter can be trusted with ({line}); see {out / 'cuts.html'}, or bring masks"
     expect(trusted and len(cuts) >= 8, "foregrounds", where, wanted)
@@ -1265,6 +1278,8 @@ def load_discovery(path, flag=""):
             setattr(d, key, str(file[key]))
         d.paths = [str(name) for name in file["paths"]]
         d.config = {k: v if isinstance(v, bool) else str(v) for k, v in tree["config"].items()}
+        if not d.config.get("embeddings") and not {"model", "pretrained", "quick_gelu"} <= d.config.keys():
+            raise ValueError("its config does not say which model")
         d.kept = [int(c["id"]) for c in d.clusters if c["kept"]]
         if not 0 <= min(d.kept, default=0) <= max(d.kept, default=0) < len(d.medoids):
             raise ValueError("it has a cluster without a medoid")

@@ -307,6 +307,7 @@ def test_what_the_readme_says_of_forking_runs_as_it_stands_there():
         ("eval.py --ckpt=nowhere/ckpt.pt", 2, "--ckpt: nowhere/ckpt.pt: no such file"),
         ("discover.py --k=5", 2, "LOW:HIGH"),
         ("discover.py --regions=tiles:3", 2, "masks:DIR"),
+        ("train.py --foregrounds=", 2, "--foregrounds: found ''"),
         ("train.py --model=lite9", 2, "did you mean lite2"),
         ("eval.py --shots=0", 2, "whole numbers from 1"),
         ("eval.py --columns=zzz", 2, "ours=theirs"),
@@ -2741,6 +2742,26 @@ def test_boxes_of_a_turned_photo_count_in_the_turned_picture_which_is_said(tmp_p
     regions, notes = data.load_regions(f"boxes:{path}", pictures, lambda *_: WHOLE)
     assert regions[0].boxes == ((0, 0, 0.5, 0.25),) and regions[1].boxes == ((0, 0, 0.25, 0.5),)
     assert len(notes) == 1 and "1 pictures are turned by their EXIF data" in notes[0]
+
+
+@pytest.mark.parametrize("way", range(1, 9))
+def test_boxes_that_say_the_size_before_a_photo_is_turned_are_turned_with_it(tmp_path, way):
+    exif, stored = Image.Exif(), Image.new("RGB", (100, 50))
+    exif[0x0112] = way
+    stored.paste("white", (10, 20, 40, 30))
+    stored.save(tmp_path / "0.png", exif=exif)
+    shown = np.asarray(data.Photo(str(tmp_path / "0.png")).image())[..., 0] > 0
+    h, w = shown.shape
+    on = [np.flatnonzero(shown.any(axis)) for axis in (0, 1)]
+    box = on[0][0] / w, on[1][0] / h, (on[0][-1] + 1) / w, (on[1][-1] + 1) / h
+    bbox = [10, 20, 30, 10] if way > 4 else [on[0][0], on[1][0], len(on[0]), len(on[1])]
+    tree = dict(
+        images=[dict(id=0, file_name="0.png", width=100, height=50)],
+        annotations=[dict(id=0, image_id=0, bbox=list(map(int, bbox)))],
+    )
+    spec = f"coco:{text(tmp_path / 'c.json', json.dumps(tree))}"
+    regions, _ = data.load_regions(spec, [data.Photo(str(tmp_path / "0.png"))], lambda *_: WHOLE)
+    assert np.allclose(regions[0].boxes[0], box)
 
 
 def test_boxes_of_other_pictures(tmp_path):

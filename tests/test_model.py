@@ -341,6 +341,9 @@ def test_a_box_of_a_picture_is_where_the_network_gets_it(steps, size):
 
 
 def test_an_unknown_step_of_preprocessing_has_no_frame():
+    steps = transforms.Compose([transforms.Resize(64, max_size=80), transforms.CenterCrop(64)])
+    with complaint("--model=some", "Resize"):
+        model.Encoder.frame(types.SimpleNamespace(transform=steps, name="some"), 90, 90)
     steps = transforms.Compose([transforms.Resize(80), transforms.FiveCrop(64)])
     with complaint("--model=some", "FiveCrop"):
         model.Encoder.frame(types.SimpleNamespace(transform=steps, name="some"), 640, 480)

@@ -911,9 +911,12 @@ def test_photos_are_cut_out_for_foregrounds_with_a_sheet_to_look_at(tmp_path, mo
 
     def cut_out(encoder, pictures, cells, s, what):
         asked.append((len(pictures), len(cells)))
-        alpha = np.zeros((7, 7), np.uint8)
-        alpha[2:6, 1:5] = 255
-        cuts = {k: train.Cut(p, alpha.tobytes(), (7, 7)) for k, p in enumerate(pictures)}
+        alpha = np.zeros((9, 7, 7), np.uint8)
+        alpha[:, 2:6, 1:5] = 255
+        alpha[4, 2:6, 6] = 255
+        cuts = {
+            k: train.Cut(p, a.tobytes(), (7, 7)) for k, (p, a) in enumerate(zip(pictures, alpha, strict=True))
+        }
         return cuts, trusted, "cutter: IoU 0.77"
 
     monkeypatch.setattr(train, "cut_out", cut_out)
@@ -921,14 +924,19 @@ def test_photos_are_cut_out_for_foregrounds_with_a_sheet_to_look_at(tmp_path, mo
     where = f"cut:{tmp_path / 'p'}"
     if trusted:
         figures, notes = train.figures_of(where, grounds, None, False, tmp_path / "o")
-        assert len(figures) == 9 and "IoU 0.77" in notes[-2] and "cuts.html" in notes[-1]
+        assert (
+            len(figures) == 8
+            and "1 of these are left out, as the edge" in notes[-2]
+            and "IoU 0.77" in notes[-2]
+            and "cuts.html" in notes[-1]
+        )
         w, h = data.Photo(str(tmp_path / "p/0.png")).image().size
         assert figures[0].image().mode == "RGBA" and figures[0].image().width < w
-        assert (tmp_path / "o/cuts.html").read_text().count("<figure>") == 9 and asked == [(9, 640)]
+        assert (tmp_path / "o/cuts.html").read_text().count("<figure>") == 8 and asked == [(9, 640)]
     else:
         with pytest.raises(Complaint, match="--foregrounds: .*trusted.*IoU 0.77.*cuts.html"):
             train.figures_of(where, grounds, None, False, tmp_path / "o")
-        assert (tmp_path / "o/cuts.html").is_file()
+        assert "edge of what the model sees cuts them: not used" in (tmp_path / "o/cuts.html").read_text()
 
 
 def test_three_classes_on_three_places_by_the_smallest_convolutional_clip(files, tmp_path, capsys):
@@ -1201,6 +1209,10 @@ def test_a_discovery_without_an_array_names_it(tmp_path, missing):
         train.load_discovery(written(tmp_path, **{missing: None}))
     with complaint("cluster without a medoid"):
         train.load_discovery(written(tmp_path, [dict(id=9, kept=True)]))
+    path = written(tmp_path) / "discovery.json"
+    path.write_text(path.read_text().replace('"quick_gelu"', '"quick"'))
+    with complaint("discovery.json", "its config does not say which model"):
+        train.load_discovery(tmp_path)
 
 
 def test_assign_regions_takes_the_nearest_medoid_after_the_mean_is_taken_off():

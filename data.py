@@ -259,7 +259,6 @@ def flags(script, argv=None):
     for flag in ("out_dir", "foregrounds", "backgrounds"):
         expect(config.get(flag, "."), flag, "", "a folder; . is this one")
     if "out_dir" in config and argv is None:  # of a script that runs
-        look(script, config)
         lock(config["out_dir"])
     script.update(config)
     return config
@@ -267,12 +266,12 @@ def flags(script, argv=None):
 
 def look(script, config):
     """Complains of a model or data set that there is not, and of a path, perhaps behind a word and a colon,
-    where nothing is, before the slow imports."""
+    where nothing is, as what reads them would, but before the slow imports. script: see unrun."""
     named = [(flag, config.get(flag, "")) for flag in PATHS]
     named += [("place_backgrounds", path) for path in config.get("place_backgrounds", "").split(",")]
     if config.get("data"):
-        tables = [at.get("SETS", ()) for at in (script, globals(), unrun(__file__))]
-        kind, root = set_named(config["data"], dict.fromkeys(itertools.chain(*tables)))
+        known = [*unrun(__file__)["SETS"], *script.get("SETS", ())]
+        kind, root = set_named(config["data"], known)
         named.append((f"data {kind}", root))
     if "/" in config.get("pretrained", ""):
         named.append(("pretrained", config["pretrained"]))
@@ -360,9 +359,7 @@ def listing(what, path):
 
 
 def clips():
-    """The names of open_clip's models, without importing it; of what is imported, those added to it, too."""
-    if "open_clip" in sys.modules:
-        return sys.modules["open_clip"].list_models()
+    """The names of open_clip's models, without importing it."""
     require(library := find_spec("open_clip"), "open_clip is missing: pip install -r requirements.txt")
     return sorted(file.stem for file in (Path(library.origin).parent / "model_configs").glob("*.json"))
 
@@ -399,7 +396,7 @@ def sourced(path, tables):
 RUNNING = getattr(sys.modules["__main__"], "__file__", None) or ""
 if os.path.isfile(RUNNING) and Path(RUNNING).resolve().parent == ASSETS.parent.resolve():
     if "\n# --- end" in Path(RUNNING).read_text(encoding="utf-8"):
-        run(lambda: flags(unrun(RUNNING)))
+        run(lambda: look(script := unrun(RUNNING), flags(script)))
         for stop in filter(lambda s: callable(signal.getsignal(s)), (signal.SIGINT, signal.SIGTERM)):
             signal.signal(stop, signal.SIG_DFL)  # nothing is lost while it imports, until the next run()
 try:

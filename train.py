@@ -122,6 +122,7 @@ seeds = 1                 # bap: runs with seed, seed + 1, ...; reported are mea
 # --- end ----------------------------------------------------------------------------------------------------
 LIMITS = {  # the words that a flag may be, those of a table by its name; or its interval
     "method": ("bap", "METHODS"),
+    "train": ("auto", "map", "image", "last_blocks", "all", "text", "projection"),
     "bap_map": ("closed", "linear"),
     "loss": ("auto", "infonce", "sigmoid"),
     "captions": ("own", "class", "place"),

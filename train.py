@@ -795,14 +795,8 @@ def figures_of(where, grounds, encoder, skip_bad, out):
     found, cuts = len(cuts), [cut for cut in cuts.values() if not cut.at_edge()]
     line += f"; {found - len(cuts)} of these are left out, as the edge of what the model sees cuts them"
     figures = [thumb(Composite(cut, None, None).image(), Path(cut.path).name) for cut in cuts[:60]]
-    sheet = page(
-        "flock, train.py",
-        "Cut out",
-        line + ": not used" * (not trusted),
-        [(where, *figures)],
-        dict(foregrounds=where),
-        revision(),
-    )
+    lead, about = line + ": not used" * (not trusted), dict(foregrounds=where)
+    sheet = page("flock, train.py", "Cut out", lead, [(where, *figures)], about, revision())
     write(out / "cuts.html", sheet)
     wanted = f"photos that the cutter can be trusted with ({line}); see {out / 'cuts.html'}, or bring masks"
     expect(trusted and len(cuts) >= 8, "foregrounds", where, wanted)

@@ -845,6 +845,7 @@ def test_two_processes_give_the_numbers_of_one(files, tmp_path):
         ("--prompts=nowhere", ("--prompts", "no such file")),
         ("--ckpt=nowhere", ("nowhere", "no such file")),
         ("--masks=nowhere", ("--masks", "no such folder")),
+        ("--pairs=4", ("--pairs", "nothing without --protocol=ravl")),
         ("--masks=assets", ("--masks", "no mask for any image")),
         ("--classes=nowhere", ("--classes", "nowhere")),
         ("--composites=-1", ("--composites",)),

@@ -3088,9 +3088,14 @@ def tag(name, *parts, **attributes):
     return Html(f"<{name}{given}>{inner}</{name}>" if name != "img" else f"<img{given}>")
 
 
-def thumb(image, caption, size=150, alt=""):
-    """A picture as <figure> with its bytes inside the page; alt: what it shows, if not the caption."""
-    image, buffer = opaque(image).copy(), io.BytesIO()
+def thumb(picture, caption, size=150, alt="", then=opaque):
+    """A Picture, or an image, as <figure> with its bytes inside the page, then() to change it; alt: what it
+    shows, if not the caption. A run does not end for a photo that went after it was embedded."""
+    try:
+        image = picture.image() if isinstance(picture, Picture) else picture
+    except Complaint:
+        return tag("figure", tag("figcaption", f"{caption} (cannot be read any more)"))
+    image, buffer = opaque(then(image)).copy(), io.BytesIO()
     image.thumbnail((2 * size, 2 * size))
     image.save(buffer, "JPEG", quality=75)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

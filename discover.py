@@ -22,6 +22,7 @@ import resource
 import time
 import zlib
 from collections import namedtuple
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -1179,14 +1180,14 @@ def cluster_parts(c, words, e, similarity):
         crops, typical = [], {}
         for r in c["regions"][:10]:
             crop = Crop(e.pictures[e.image[r]], tuple(e.box[r].tolist()))
-            crops.append(thumb(crop.image(), "" if ranking else f"{similarity[r]:.2f}", 84, f"region {r}"))
+            crops.append(thumb(crop, "" if ranking else f"{similarity[r]:.2f}", 84, f"region {r}"))
         parts += [tag("div", *crops, class_="small"), tag("h3", "In their images")]
         for r in c["regions"]:
             typical.setdefault(int(e.image[r]), r)
         for i, r in list(typical.items())[:6]:
             right = e.predicted[i] == e.y[i]
             caption = f"{e.classes[e.y[i]]}, {'right' if right else 'taken for ' + e.classes[e.predicted[i]]}"
-            parts.append(thumb(outlined(e.pictures[i].image(), e.box[r].tolist()), caption))
+            parts.append(thumb(e.pictures[i], caption, then=partial(outlined, box=e.box[r].tolist())))
     rows = []
     for name, gap in sorted(c["gaps"].items(), key=lambda gap: -abs(gap[1]["gap"]))[:8]:
         pairs = (gap["acc_out"], gap["n_out"]), (gap["acc_in"], gap["n_in"])

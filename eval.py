@@ -977,7 +977,7 @@ def worst(out, samples, most=12):
             photo, taken = int(out.index[k]), called(out, int(out.predicted[0][k])).split(",")[0]
             group = samples.group_name(y[k], int(samples.place[photo]))
             caption = f"{group}, taken for {taken} ({float(out.confidence[0][k]):.2f})"
-            figures.append(thumb(samples.items[photo].image(), caption))
+            figures.append(thumb(samples.items[photo], caption))
     return figures
 
 

@@ -794,7 +794,7 @@ def figures_of(where, grounds, encoder, skip_bad, out):
     cuts, trusted, line = cut_out(encoder, photos, cells, 0, "photos")
     found, cuts = len(cuts), [cut for cut in cuts.values() if not cut.at_edge()]
     line += f"; {found - len(cuts)} of these are left out, as the edge of what the model sees cuts them"
-    figures = [thumb(Composite(cut, None, None).image(), Path(cut.path).name) for cut in cuts[:60]]
+    figures = [thumb(Composite(cut, None, None), Path(cut.path).name) for cut in cuts[:60]]
     lead, about = line + ": not used" * (not trusted), dict(foregrounds=where)
     sheet = page("flock, train.py", "Cut out", lead, [(where, *figures)], about, revision())
     write(out / "cuts.html", sheet)
@@ -981,9 +981,8 @@ def report(results, fitted):
         note = f"{count or 'none'} in training, n = {n}"
         bars.append((samples.group_name(y, place), note, [(m["accuracy"], m["interval"]) for m in each]))
     picked = torch.linspace(0, len(fitted.cells) - 1, 12 * bool(fitted.cells)).long().tolist()
-    pictures = [thumb(fitted.cells[k].image(), f"composite {k}") for k in picked]
-    cuts = [Composite(cut, None, None).image() for cut in fitted.cuts[:6]]
-    pictures += [thumb(image, "cut out of the target") for image in cuts]
+    pictures = [thumb(fitted.cells[k], f"composite {k}") for k in picked]
+    pictures += [thumb(Composite(cut, None, None), "cut out of the target") for cut in fitted.cuts[:6]]
     keys, rows = (samples.worst, *AVERAGES), []
     for name in [name for name in ROWS if name in methods or name in reasons]:
         m = methods.get(name, {})
@@ -1019,7 +1018,7 @@ def examples(samples, mask, captions, most=6):
     group = samples.group()
     indices = [(mask & (group == g)).nonzero()[:, 0].tolist() for g in group[mask].unique()]
     few = [k for index in indices for k in index[: max(1, most // len(indices))]]
-    return [thumb(samples.items[k].image(), captions[k]) for k in few[:most]] or ["none"]
+    return [thumb(samples.items[k], captions[k]) for k in few[:most]] or ["none"]
 
 
 def zero_rows(both, worst):

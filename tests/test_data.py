@@ -2867,6 +2867,7 @@ def test_headlines_name_files_without_their_folders_and_links_lead_to_pages_that
 
 
 def test_page_is_self_contained_and_escapes_all_text():
+    assert "y (cannot be read any more)" in data.thumb(data.Photo("/gone.png"), "y")
     figure = data.thumb(Image.new("RGBA", (400, 300), (9, 90, 9, 128)), 'a <b> & "c" onerror=x')
     rows = [("erm", "n = 3", [(0.5, (0.4, 0.6)), None]), ("<bap>", "<i>", [(1.0, (0.9, 1.9)), (0.25, None)])]
     chart = data.dots("groups", rows, ("a", "<b>"))

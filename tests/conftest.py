@@ -2,12 +2,13 @@
 
 import functools
 import io
+import json
 import os
 import runpy
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 
 import pytest
 import torch
@@ -15,34 +16,65 @@ import torch
 import model
 
 
-AHEAD, OTHER_CORE = {}, ThreadPoolExecutor(1)  # node id -> future
+OTHER = {}  # the process on the other core, and what it reports: {node id: reports}
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "ahead: it only waits for other processes, and starts with the session"
-    )
+    config.addinivalue_line("markers", "ahead: runs on the other core from the beginning of the session")
+    OTHER.update(config=config, path=os.environ.pop("FLOCK_AHEAD", ""))  # of who is that process
+
+
+def marked(item):
+    return item.get_closest_marker("ahead") is not None
 
 
 def pytest_collection_finish(session):
-    """Tests marked `ahead` run on the other core from the beginning, and are waited for at the end."""
-    alone = session.config.option.collectonly or "TRITON_INTERPRET" in os.environ  # begun by one of them
-    session.items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
-    for item in session.items:
-        skipped = any(mark.args[0] for mark in item.iter_markers("skipif"))
-        if item.get_closest_marker("ahead") and not alone and not skipped:
-            arguments = item.callspec.params if hasattr(item, "callspec") else {}
-            AHEAD[item.nodeid] = OTHER_CORE.submit(item.obj, **arguments)
+    """Tests marked `ahead` run in another process, with this one's flags, and are reported at the end."""
+    session.items.sort(key=marked)
+    options, there = session.config.option, [*map(marked, session.items)]
+    alone = OTHER["path"] or {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER"} & {*os.environ}  # begun by others
+    alone = alone or options.collectonly or options.markexpr or options.basetemp
+    if any(there) and not all(there) and not alone:
+        argv = [sys.executable, "-m", "pytest", *session.config.invocation_params.args, "-m", "ahead"]
+        OTHER["file"] = tempfile.NamedTemporaryFile("r", suffix=".jsonl")
+        env = {**os.environ, "FLOCK_AHEAD": OTHER["file"].name}
+        where = dict(cwd=session.config.invocation_params.dir, env=env)
+        OTHER["process"] = subprocess.Popen(
+            argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **where
+        )
 
 
-def pytest_pyfunc_call(pyfuncitem):
-    if pyfuncitem.nodeid in AHEAD:
-        AHEAD[pyfuncitem.nodeid].result()
-        return True
+def pytest_runtest_logreport(report):
+    if OTHER["path"]:
+        config = OTHER["config"]
+        tree = config.hook.pytest_report_to_serializable(config=config, report=report)
+        with open(OTHER["path"], "a", encoding="utf-8") as file:
+            file.write(json.dumps(tree) + "\n")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    if "process" not in OTHER or not marked(item):
+        return None
+    if "reports" not in OTHER:
+        OTHER["process"].wait()
+        OTHER["reports"] = {}
+        for tree in map(json.loads, OTHER["file"]):
+            report = item.config.hook.pytest_report_from_serializable(config=item.config, data=tree)
+            OTHER["reports"].setdefault(report.nodeid, []).append(report)
+    reports = OTHER["reports"].get(item.nodeid)
+    if not reports or reports[-1].when != "teardown":  # the other process ended early: here, then
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
 
 
 def pytest_sessionfinish():
-    OTHER_CORE.shutdown(cancel_futures=True)
+    if "process" in OTHER:
+        OTHER["process"].kill()
 
 
 @pytest.fixture(autouse=True, scope="module")

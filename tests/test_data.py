@@ -281,6 +281,7 @@ def test_what_the_readme_says_of_forking_runs_as_it_stands_there():
             assert code == 0 and said in printed, printed
 
 
+@pytest.mark.ahead
 @pytest.mark.parametrize(
     "words, code, said",
     [

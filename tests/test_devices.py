@@ -27,6 +27,7 @@ import train
 from data import Complaint
 from model import load_encoder, unit
 
+pytestmark = pytest.mark.ahead
 ROOT = Path(__file__).parent.parent
 GPU, WAITS = torch.device("cuda:0"), collections.Counter()
 LARGE = bool(os.environ.get("FLOCK_LARGE"))  # all methods, and discover.py as published

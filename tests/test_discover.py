@@ -1525,6 +1525,7 @@ def test_two_processes_share_the_embedding_and_give_what_one_gives(photos, tmp_p
 # --- real data
 
 
+@pytest.mark.ahead
 @pytest.mark.skipif(
     "FLOCK_DATA" not in os.environ, reason="FLOCK_DATA (minibirds_0.95, bird_masks) is not set"
 )

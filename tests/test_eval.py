@@ -814,6 +814,7 @@ def test_a_warm_run_loads_no_weights_and_gives_the_same(files, tmp_path, monkeyp
     assert run(second) == 0 and results(tmp_path / "a")["models"] == results(tmp_path / "b")["models"]
 
 
+@pytest.mark.ahead
 def test_two_processes_give_the_numbers_of_one(files, tmp_path):
     one, two = (
         words(files, tmp_path / name, "--protocol=zeroshot,probe", f"--cache_dir={tmp_path / name}/cache")

@@ -38,6 +38,7 @@ import train
 from conftest import run_script
 from data import Complaint, load_data
 
+pytestmark = pytest.mark.ahead
 LARGE = bool(os.environ.get("FLOCK_LARGE"))
 HERE = Path(data.__file__).parent
 

@@ -1510,6 +1510,7 @@ def test_skip_bad_leaves_an_image_out_and_says_so(photos, tmp_path, capsys, kind
     assert len(found.label) == 21 * 9
 
 
+@pytest.mark.ahead
 def test_two_processes_share_the_embedding_and_give_what_one_gives(photos, tmp_path, monkeypatch):
     flags = "--classifier=probe", f"--masks={photos / 'masks'}", "--regions=grid:2"
     argv = words_of(photos, tmp_path / "two", *flags, f"--cache_dir={tmp_path / 'cache'}")

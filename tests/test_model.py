@@ -1371,6 +1371,7 @@ except data.Complaint as problem:
 """
 
 
+@pytest.mark.ahead
 def test_two_processes_share_the_cache_and_the_first_gets_the_numbers_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "CHUNK", 3)
     (tmp_path / "bad.png").write_bytes(b"no picture")

@@ -2863,7 +2863,7 @@ def load_regions(spec, pictures, frame, skip_bad=False):
     coco:FILE.json; masks:DIR, where each grey value in NAME.png is a region of NAME.jpg. frame: (width,
     height) -> the box that the model sees. skip_bad: a picture that cannot be read has no regions."""
     kind, _, where = spec.partition(":")
-    expect(kind in READERS and where, "regions", spec, "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR")
+    expect(kind in READERS and where, "regions", spec, FORMS["regions"][1])
     out, good, notes = [Regions(picture, (), (0.0, 0.0, 1.0, 1.0)) for picture in pictures], {}, []
     for k, picture in enumerate(pictures):
         try:
@@ -3089,13 +3089,13 @@ def tag(name, *parts, **attributes):
 
 
 def thumb(picture, caption, size=150, alt="", then=opaque):
-    """A Picture, or an image, as <figure> with its bytes inside the page, then() to change it; alt: what it
-    shows, if not the caption. A run does not end for a photo that went after it was embedded."""
+    """A Picture, or an image, as <figure> with its bytes inside the page; then: image -> RGB image; alt: what
+    it shows, if not the caption. A run does not end for a photo that went after it was embedded."""
     try:
         image = picture.image() if isinstance(picture, Picture) else picture
     except Complaint:
         return tag("figure", tag("figcaption", f"{caption} (cannot be read any more)"))
-    image, buffer = opaque(then(image)).copy(), io.BytesIO()
+    image, buffer = then(image).copy(), io.BytesIO()
     image.thumbnail((2 * size, 2 * size))
     image.save(buffer, "JPEG", quality=75)
     source = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -21,7 +21,7 @@ OTHER = {}  # the process on the other core, and what it reports: {node id: repo
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "ahead: runs on the other core from the beginning of the session")
-    OTHER.update(config=config, path=os.environ.pop("FLOCK_AHEAD", ""))  # of who is that process
+    OTHER.update(config=config, path=os.environ.pop("FLOCK_AHEAD", ""))  # where that process reports
 
 
 def marked(item):

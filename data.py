@@ -208,6 +208,7 @@ FORMS = {  # what the text of a flag looks like
     ),
 }
 ALONE = ("scenes", "digits", "cutouts")  # sets that need no folder
+CONTROLLED = ("digits", "cutouts", "coco")  # with a planted feature
 # flags that name files or folders, but for some words
 PATHS = "foregrounds backgrounds masks regions prompts ckpt discovery predictions embeddings".split()
 NO_PATHS = "random:", "grid:", "openai"
@@ -264,6 +265,13 @@ def flags(script, argv=None):
     return config
 
 
+def idle(config, default, names, where):
+    """Says which of these flags were given, and are not used."""
+    given = [f"--{flag}={config[flag]}" for flag in names.split() if config[flag] != default[flag]]
+    if given:
+        say(f"WARNING: {', '.join(given)}: not used {where}")
+
+
 def look(script, config):
     """Complains of a model or data set that there is not, and of a path, perhaps behind a word and a colon,
     where nothing is, as what reads them would, but before the slow imports. script: see unrun."""
@@ -272,6 +280,7 @@ def look(script, config):
     if config.get("data"):
         known = [*unrun(__file__)["SETS"], *script.get("SETS", ())]
         kind, root = set_named(config["data"], known)
+        fitting(kind, config)
         named.append((f"data {kind}", root))
     if "/" in config.get("pretrained", ""):
         named.append(("pretrained", config["pretrained"]))
@@ -291,6 +300,16 @@ def set_named(spec, known):
     names = f"NAME:DIR of {', '.join(known)}; see NAME:help"
     expect(name in known and (root or name in ALONE), "data", spec, names)
     return name, root
+
+
+def fitting(name, config):
+    """Complains of flags that say nothing of the data set of this name."""
+    for flag, default in dict(strength=0, spurious="0", feature="").items():
+        value = config.get(flag, default)
+        wanted = f"its default: in {name} no feature is planted"
+        expect(name in CONTROLLED or value == default, flag, value, wanted)
+    columns = config.get("columns", "")
+    expect(not columns or name in ("csv", "waterbirds"), "columns", columns, "none: no table")
 
 
 def read_flag(key, value, kind):
@@ -832,8 +851,7 @@ class Masked(Picture):
         image, (w, h) = self.photo.image(), picture_size(self.mask)  # before it is drawn: it may be anything
         sizes = f"a mask of {w}x{h} pixels, the photo {self.path} has {image.width}x{image.height}"
         require(image.size == (w, h), f"{self.mask.path}: {sizes}")
-        if turned(self.photo):
-            warn_once(self.path, "turned by its EXIF data; its mask counts in the turned picture")
+        warn_turned(self.photo)
         image.putalpha(self.mask.image())
         return image
 
@@ -879,6 +897,11 @@ def turned(picture):
     with opened(picture.path) as image:
         way = image.getexif().get(274, 1)
         return way if way in range(2, 9) else 0
+
+
+def warn_turned(picture):
+    if turned(picture):
+        warn_once(picture.path, "turned by its EXIF data; its mask counts in the turned picture")
 
 
 @dataclass(frozen=True)
@@ -1213,18 +1236,14 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     rows, template = SETS[name]
     listed = {"renamed" if os.path.isfile(classes) else "chosen": names_in(classes, "classes", 2)}
     facts = Facts(wanted=names_in(places, "places", 1), seed=seed, **listed, **planted_by)
-    controlled = name in ("digits", "cutouts", "coco")
-    for flag, default in dict(strength=0, spurious="0", feature="").items():
-        there = controlled or getattr(facts, flag) == default
-        expect(there, flag, getattr(facts, flag), f"its default: in {name} no feature is planted")
-    expect(not facts.columns or name in ("csv", "waterbirds"), "columns", facts.columns, "none: no table")
+    fitting(name, planted_by)
     expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:
         samples = samples_of(spec, rows(Path(root) if root else None, facts), facts)
     finally:
         gc.enable()
-    if controlled:  # as a discovery of one setting says nothing of another
+    if name in CONTROLLED:  # as a discovery of one setting says nothing of another
         samples.name += f" V {facts.strength:g} of {facts.spurious} seed {seed}"
     labels, renamed = samples.labels, facts.renamed
     if renamed and facts.classes is not renamed:  # it is where a folder was numbered by these names already
@@ -1451,6 +1470,12 @@ def check(samples, splits=True):
         if bare and k.any() and samples.labels is samples.classes:
             samples.notes.append(f"{name}: no image of {len(bare)} {what} names: {', '.join(bare[:5])}")
     if not splits:
+        lacks = ((of_class[0] == 0) & (of_class.sum(0) > 0)).nonzero()[:, 0].tolist()
+        bare = ", ".join(samples.classes[c] for c in lacks[:5])
+        line = (
+            f"WARNING: {name}: no training image of {len(lacks)} of {n} classes, {bare}: no probe names them"
+        )
+        samples.notes += [line] * bool(lacks and of_class[0].any())
         return samples
     train, val, test = grouped = samples.counts() > 0
     for split, there in zip(SPLITS, grouped.any(1), strict=True):
@@ -2892,18 +2917,20 @@ def grid_regions(spec, pictures, notes):
         yield Regions(picture, boxes, frame)
 
 
-def check_shape(path, mask, picture):
+def check_shape(path, mask, picture, size):
     """Complaint where a mask has not the shape of its picture; sizes: (width, height), of any resolution."""
-    (w, h), (W, H) = mask, picture
+    (w, h), (W, H) = mask, size
     shape = f"{path}: a mask of {w}x{h} pixels, its picture has {W}x{H} as its EXIF data turn it"
     require(abs(w * H - h * W) <= max(w, h, W, H), shape)
+    warn_turned(picture)
 
 
 def mask_regions(spec, pictures, notes):
     masks = find_masks([getattr(p, "path", "") for p, *_ in pictures], spec.removeprefix("masks:"))
     for (picture, size, frame), path in zip(pictures, masks, strict=True):
         mask, boxes = open_image(path).convert("L") if path else Image.new("L", (0, 0)), {}
-        check_shape(path, mask.size, size)
+        if path:
+            check_shape(path, mask.size, picture, size)
         values = np.unique(mask).tolist()
         require(len(values) <= 32, f"{path}: {len(values)} grey values, expected at most 32, one a region")
         merged = f"{path}: some of its colours, or values of 16 bits, are one grey; expected 8-bit grey"

@@ -29,7 +29,7 @@ from types import SimpleNamespace
 
 # first, as it checks the flags before numpy and torch are imported
 from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, filled, find_masks, flags
-from data import folded, html_table, linked, load_data, load_regions, opaque, page, reading
+from data import folded, html_table, inverted, linked, load_data, load_regions, opaque, page, reading
 from data import region_truth, require, revision, rng, run, say, table, tag, thumb, write, write_json
 
 import numpy as np
@@ -248,6 +248,7 @@ def from_images(config):
         files = [getattr(picture, "path", "") for picture in samples.items]  # whose mask it is hangs on all
         of_file = dict(zip(files, find_masks(files, masks), strict=True))
         mask_of = [of_file[getattr(picture, "path", "")] for picture in images.items]
+        notes += inverted(masks, mask_of)
         if None in mask_of:
             have = f"masks for {len(mask_of) - mask_of.count(None)} of {len(mask_of)} images"
             notes.append(f"--masks: {have}; Precision@10 and the base rate are of their regions only")
@@ -957,7 +958,7 @@ def george(e, seed, l2):
         label = max(sweep.values(), key=lambda c: c.silhouette).labels
         for c in torch.unique(label).tolist():
             accuracy = float(right[images[label == c]].mean())
-            if accuracy < least and (label != c).any():
+            if accuracy < least and (label != c).any() and e.count[images[label == c]].any():
                 least, group, rest = accuracy, images[label == c], images[label != c]
     if least == math.inf:  # no class falls into clusters
         return random(e, seed, l2)
@@ -973,7 +974,7 @@ def domino(e, seed, l2, components=25, dims=128):
     v = v @ torch.linalg.eigh(v.T @ v).eigenvectors[:, -dims:]  # PCA, not scaled
     R, excess = mixture(v, e.y, e.scores, components, seed)
     of = R.argmax(1)
-    excess[torch.bincount(of, minlength=components) == 0] = -math.inf
+    excess[torch.bincount(of[e.count > 0], minlength=components) == 0] = -math.inf  # none, or no region
     worst = int(excess.argmax())
     return toward(e, R[:, worst] @ z / R[:, worst].sum() - z.mean(0), of == worst)
 

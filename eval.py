@@ -28,10 +28,9 @@ from pathlib import Path
 
 # first, as it checks the flags before numpy and torch are imported
 from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, filled, flags, folded
-from data import html_table
-from data import layers, linked, load_data, load_foregrounds, load_predictions, load_regions, page
-from data import read_json, reading, region_truth, require, revision, rng, run, say, table, tag, text
-from data import thumb, unrun, write, write_json, write_table
+from data import html_table, idle, layers, linked, load_data, load_foregrounds, load_predictions
+from data import load_regions, page, read_json, reading, region_truth, require, revision, rng, run, say
+from data import table, tag, text, thumb, unrun, write, write_json, write_table
 from data import composites as compose
 
 import numpy as np
@@ -196,6 +195,9 @@ def asked_protocols(config, default):
     asked = [] if protocol == "auto" else protocol.split(",")
     for p in asked:
         expect(p in PROTOCOLS, "protocol", p, ", ".join(PROTOCOLS))
+    idle(config, default, "shots" * ("fewshot" not in asked), "without --protocol=fewshot")
+    idle(config, default, "picker" * (not data.startswith("counteranimal:")), "without CounterAnimal")
+    idle(config, default, "foregrounds backgrounds" * (not composites), "without --composites=N")
     return asked
 
 

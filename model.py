@@ -1040,7 +1040,7 @@ def load_file(module, path):
     Whatever else is too much, missing or of another shape is a Complaint.
     """
     what, cure = f"weights that fit {type(module).__name__}", "give others, or another --model"
-    with reading(f"--pretrained={path}", what, cure), quiet():
+    with reading(path, what, cure), quiet():
         tensors = state_of(path)
         before = without_prefix(tensors, module.state_dict(), path)
         before = {k: v.float() if v.is_floating_point() else v for k, v in before.items()}
@@ -1451,7 +1451,7 @@ def mask_shares(picture, path):
     if path is None:
         return torch.full((len(picture.boxes),), torch.nan)
     mask = Mask(path).image()
-    check_shape(path, mask.size, picture_size(picture.picture))
+    check_shape(path, mask.size, picture.picture, picture_size(picture.picture))
     mask = torch.from_numpy(np.array(mask) > 127).float()
     boxes = torch.tensor(picture.boxes).view(-1, 4) * torch.tensor(mask.shape[::-1]).repeat(2)
     zeros = torch.zeros(len(boxes), dtype=torch.long)

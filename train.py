@@ -38,8 +38,8 @@ from types import SimpleNamespace
 
 # first, as it checks the flags before numpy and torch are imported
 from data import ASSETS, Complaint, Composite, Crop, Cutout, Ground, Photo, Picture, View, bounded
-from data import cell_shares, check, composites, dots, expect, filled, flags, html_table, layers, linked
-from data import load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading
+from data import cell_shares, check, composites, dots, expect, filled, flags, html_table, idle, layers
+from data import linked, load_data, load_foregrounds, load_regions, page, picture_size, read_json, reading
 from data import require, revision, rng, run, say, stored_composites, synsets, table, tag, thumb, write
 from data import write_json, write_table
 
@@ -153,6 +153,10 @@ ROWS = {  # of the table, in this order
 MASKED = {"copy_paste": "needs --masks", "balanced_train": "needs --masks and --place_backgrounds"}
 BAP_TRAINS = "auto", "map", "last_blocks", "image"  # what --train may be
 TUNE_TRAINS = "auto", "all", "image", "text", "projection"
+# flags of one kind of method only; of training the encoder
+OF_TUNING = "loss captions discovery clusters region_weight region_temperature"
+OF_BAP = "foregrounds backgrounds masks place_backgrounds instances per_instance own lam bap_map l2"
+OF_TRAINING = "text_weight pairs compile checkpointing save_every wandb"
 # The next three lines were chosen on sets that LOG.md names, with the figures, 2026-11-22 to 29
 OWN_MOST, OWN_PER = 1000, 5  # of the target's own foregrounds at most so many, on so many backgrounds each
 DRIFT, FORETOLD = 0.2, 0.1  # weight of its photos' own backgrounds; see own_backgrounds
@@ -173,12 +177,19 @@ Fitted = namedtuple("Fitted", "encoder weights map probes correct samples x cell
 
 
 def main():
+    default = flags(globals(), [])
     config = flags(globals())
     trains = BAP_TRAINS if method == "bap" else TUNE_TRAINS
     expect(train in trains, "train", train, f"with --method={method} {', '.join(trains)}")
     alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1
     expect(alone, "method", method, "another under torchrun, as bap runs in one process")
     join(device)
+    idle(
+        config, default, OF_TUNING if method == "bap" else OF_BAP + " text_weight", f"with --method={method}"
+    )
+    if method == "bap" and train in ("auto", "map"):
+        closed = " steps learning_rate" * (bap_map == "closed")
+        idle(config, default, OF_TRAINING + closed, f"with --train={train}: the map is found in closed form")
     stored = data.startswith("embeddings:")
     if stored:
         wanted = "its default with --data=embeddings: there is no network"
@@ -915,13 +926,13 @@ def summary(results, samples):
     """The tables on the console."""
     methods, config = results["methods"], results["config"]
     keys, worst = (samples.worst, *AVERAGES), samples.worst.replace("_", " ")
-    groups = [(samples.group_name(g["y"], g["place"]), g["n"]) for g in methods["erm"]["groups"]]
-    rows = []
+    index, few = hardest(methods["erm"]["groups"], 8)
+    groups, rows = [methods["erm"]["groups"][k] for k in index], []
     for name in [name for name in ROWS if name in methods or name in results["reasons"]]:
         m, over = methods.get(name, {}), results["reasons"].get(name)
         if m:
             over = "{:+.3f} to {:+.3f}".format(*m["over_erm"])
-        accuracies = [g["accuracy"] for g in m.get("groups", [dict(accuracy=None)] * len(groups))]
+        accuracies = [m["groups"][k]["accuracy"] if m else None for k in index]
         rows.append((name, *[m.get(k) for k in keys], *accuracies, over))
     lines, spread = [], ""
     if results["zero_shot"]:
@@ -935,8 +946,16 @@ def summary(results, samples):
         spread = f"; means of {config['seeds']} seeds, {best}'s {worst} +- {methods[best]['spread']:.3f}"
     lines.append(f"\nTest split, l2 = {config['l2']}{spread}. Over erm: {worst}, 95 % interval")
     header = ("method", "worst", "mean", "weighted", *range(1, len(groups) + 1), "over erm")
-    named = ", ".join(f"{k} {name} (n={n})" for k, (name, n) in enumerate(groups, 1))
-    return filled("\n".join([*lines, table(header, rows), "groups: " + named]))
+    names = [f"{samples.group_name(g['y'], g['place'])} (n={g['n']})" for g in groups]
+    named = ", ".join(f"{k} {name}" for k, name in enumerate(names, 1))
+    return filled("\n".join([*lines, table(header, rows), f"groups{few}: {named}"]))
+
+
+def hardest(groups, most):
+    """Numbers of the groups with the lowest accuracies, at most so many, in their order; and words on it."""
+    index = sorted(range(len(groups)), key=lambda k: groups[k]["accuracy"])[:most]
+    few = f", of {len(groups)} the {most} in which erm is least accurate"
+    return sorted(index), few * (len(groups) > most)
 
 
 def headline(methods, samples, best, other):
@@ -975,7 +994,8 @@ def report(results, fitted):
     taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
     mended, wrong = test & fitted.correct[best] & ~fitted.correct["erm"], test & ~fitted.correct[best]
     compared, bars = tuple(dict.fromkeys(("erm", best, other))), []
-    for each in zip(*[methods[name]["groups"] for name in compared], strict=True):
+    index, few = hardest(methods["erm"]["groups"], 60)
+    for each in ([methods[name]["groups"][k] for name in compared] for k in index):
         y, place, n = (each[0][k] for k in ("y", "place", "n"))
         count = int(samples.counts()[0, y * len(samples.places) + place])
         note = f"{count or 'none'} in training, n = {n}"
@@ -994,7 +1014,7 @@ def report(results, fitted):
         fit = "Shares of the variance of composites in z = mu + a + c + e, flat and after the log map."
         additive = tag("p", fit), html_table(*shares), tag("p", sums)
     sections = [
-        ("Accuracy of each group, with 95 % intervals", dots("groups", bars, compared)),
+        (f"Accuracy of each group, with 95 % intervals{few}", dots("groups", bars, compared)),
         ("What the plain probe got wrong, and BAP gets right", *examples(samples, mended, names)),
         (f"What is still wrong: {int(wrong.sum())} of {int(test.sum())}", *examples(samples, wrong, taken)),
         ("The training data", *examples(samples, samples.split == 0, names)),

@@ -3341,10 +3341,24 @@ def test_a_table_without_a_header_and_a_turned_photo_with_a_mask_are_said(tmp_pa
     exif = Image.Exif()
     exif[274] = 3
     Image.open(tmp_path / "plain.png").save(tmp_path / "turned.png", exif=exif)
+    mask, spec = data.Outline("", ((0.0, 0.0, 9.0, 0.0, 9.0, 9.0),), (20, 20)), f"masks:{tmp_path / 'masks'}"
     for name, said in (("plain", False), ("turned", True)):
-        mask = data.Outline("", ((0.0, 0.0, 9.0, 0.0, 9.0, 9.0),), (20, 20))
-        data.Masked(data.Photo(f"{tmp_path}/{name}.png"), mask).image()
+        picture = data.Photo(f"{tmp_path}/{name}.png")
+        data.Masked(picture, mask).image()
         assert ("turned by its EXIF" in capsys.readouterr().out) == said
+        data.WARNED.clear()
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        mask.image().save(tmp_path / f"masks/{name}.png")
+        data.load_regions(spec, [picture], lambda w, h: (0, 0, 1, 1))
+        assert ("turned by its EXIF" in capsys.readouterr().out) == said
+
+
+def test_classes_without_a_training_image_are_said(tmp_path):
+    lines = [f"{k}.png,{y},{split}" for k, (y, split) in enumerate(zip("aabbabc", "0101222", strict=True))]
+    for k in range(7):
+        photo(tmp_path / f"{k}.png", k)
+    samples = loaded(f"csv:{text(tmp_path / 'list.csv', 'path,y,split', *lines)}", splits=False)
+    assert noted(samples, "WARNING", "no training image of 1 of 3 classes, c: no probe names them")
 
 
 def test_rows_of_other_splits_take_neither_names_without_images_nor_the_unlabelled_along(tmp_path):

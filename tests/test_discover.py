@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import in_two_processes, run_script
 from einops import repeat
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 import data
 import discover
@@ -1115,6 +1115,17 @@ def test_domino_of_more_confusions_than_slices():
     assert torch.allclose(R.sum(1), torch.ones(300).double())
 
 
+@pytest.mark.parametrize("method", ["domino", "george"])
+def test_images_without_regions_are_not_what_a_baseline_ranks(method):
+    e, wanted, has = errors()
+    bare = has & (torch.arange(80) % 2 == 0)  # of the images that fail every second has no region
+    kept = ~bare.repeat_interleave(2)
+    e.z = unit(e.z + 2 * torch.eye(8)[4] * bare[:, None])  # they stand apart, and are taken for it surely
+    e.scores = torch.where(bare[:, None], torch.eye(2)[1], 0.9 * e.scores + 0.05)
+    e.count, e.x, e.image, e.own = torch.where(bare, 0, 2), e.x[kept], e.image[kept], e.own[kept]
+    assert ranked(method, e)
+
+
 def test_failures_takes_the_least_accurate_class_first_and_leaves_out_classes_without_errors():
     e, wanted, _ = errors()
     assert set(e.image[ranked("failures", e)].tolist()) == set(range(40))  # class 1 has no errors
@@ -1508,6 +1519,17 @@ def test_skip_bad_leaves_an_image_out_and_says_so(photos, tmp_path, capsys, kind
     names = [Path(p).name for p in paths_of(photos)]
     assert [Path(p).name for p in found.paths] == [name for name in names if name != bad.name]
     assert len(found.label) == 21 * 9
+
+
+def test_masks_that_are_white_outside_are_said(photos, tmp_path, capsys):
+    (tmp_path / "masks").mkdir()
+    for path in (photos / "masks").iterdir():
+        ImageOps.invert(Image.open(path).convert("L")).save(tmp_path / "masks" / path.name)
+    argv = words_of(photos, tmp_path / "o", "--classifier=probe")
+    assert run([*argv, f"--masks={photos / 'masks'}"]) == 0
+    assert "along their edge" not in capsys.readouterr().out
+    assert run([*argv, f"--masks={tmp_path / 'masks'}"]) == 0
+    assert "masks are white along their edge" in capsys.readouterr().out
 
 
 @pytest.mark.ahead

@@ -981,6 +981,21 @@ def test_a_folder_of_weights_is_read_by_its_usual_names_and_in_parts(tmp_path):
         load_encoder("timm:resnet18", str(tmp_path), device="cpu")
 
 
+@pytest.mark.parametrize("name", ["a.pth", "a.bin", "a.safetensors"])
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        (b"<html>", "a web page"),
+        (b"", "an empty"),
+    ],
+)
+def test_weights_that_are_none_are_called_what_they_are(name, content, found, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with complaint(tmp_path / name, "weights that fit ResNet", found):
+        assert load_encoder("timm:resnet18", str(tmp_path / name), device="cpu").module
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch, get):
     """Folders of a hub: a model of timm with 3 classes, one of open_clip, one of transformers."""

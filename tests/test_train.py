@@ -299,6 +299,26 @@ def test_numbers_are_those_of_the_embeddings_and_of_the_checkpoint_which_holds_n
     assert torch.allclose(probe.logits(x), model.fit_probe(x[fit], samples.y[fit], 0.8).logits(x), atol=1e-4)
 
 
+def test_of_many_groups_the_console_and_the_page_show_those_that_are_hardest_for_erm():
+    groups = [dict(accuracy=k % 10 / 10) for k in range(70)]
+    index, few = train.hardest(groups, 8)
+    assert index == [0, 1, *range(10, 70, 10)] and "of 70 the 8" in few
+    assert train.hardest(groups[:8], 8) == ([*range(8)], "")
+
+
+@pytest.mark.parametrize(
+    "flags, unused",
+    [
+        ("--discovery=x --pairs=8 --l2=0.5", "--discovery=x: not used with --method=bap"),
+        ("--pairs=8 --steps=5 --l2=0.5", "--pairs=8, --steps=5: not used with --train=auto"),
+        ("--method=finetune --own=0.3 --pairs=8", "--own=0.3: not used with --method=finetune"),
+    ],
+)
+def test_flags_that_a_method_has_no_use_for_are_said(flags, unused, tmp_path, capsys):
+    assert run([*flags.split(), f"--data=folder:{tmp_path}", f"--out_dir={tmp_path / 'out'}"]) == 2
+    assert f"WARNING: {unused}" in capsys.readouterr().out
+
+
 def test_the_readmes_lines_of_python_and_of_numpy_apply_the_map(files, plain):
     samples = samples_of(files, "all")
     lines = (data.ASSETS.parent / "README.md").read_text(encoding="utf-8")

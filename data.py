@@ -505,7 +505,8 @@ def reading(path, what, cure="mend it, or fetch it again"):
     except Complaint:
         raise
     except FileNotFoundError as problem:  # of several files that make it up, the one that is missing
-        raise Complaint(f"{problem.filename or path}: no such file; expected {what}") from None
+        path = problem.filename or path
+        raise Complaint(f"{path}: {not_there(path)}; expected {what}") from None
     except Exception as problem:  # KeyError, RecursionError, MemoryError, zlib.error, ...: all say damage
         if type(problem).__name__ == "OutOfMemoryError":  # the GPU's, see run
             raise
@@ -516,6 +517,11 @@ def reading(path, what, cure="mend it, or fetch it again"):
             if not head:
                 damage = "an empty file"
         raise Complaint(f"{path}: not {what} ({damage}); {cure}") from None
+
+
+def not_there(path):
+    link = os.path.islink(path)
+    return f"a link to {os.readlink(path)}, which does not exist" if link else "no such file"
 
 
 def one_line(problem):
@@ -629,10 +635,9 @@ def walk(root):
             image = endings.get(kind) in opens
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(path)
-            elif (image or not kind) and not os.path.exists(entry.path):
-                link = f"a link to {os.readlink(entry.path)}, which does not exist"
-                raise Complaint(f"{entry.path}: {link}; remove it")
-            elif not image or not entry.is_file():  # a pipe may hang
+            elif not kind and not os.path.exists(entry.path):
+                raise Complaint(f"{entry.path}: {not_there(entry.path)}; remove it")
+            elif not image or os.path.exists(entry.path) and not entry.is_file():  # a pipe may hang
                 pipe = f"pipe, device or socket {kind}" * image
                 other.append((parts, pipe or kind or "without an ending"))
             elif entry.is_symlink():
@@ -728,9 +733,11 @@ class Photo(Picture):
         return opaque(open_image(self.path))
 
     def key(self):
-        at = os.stat(self.path)
-        times = f"{at.st_mtime_ns}|{at.st_ctime_ns}"  # the latter cannot be set back
-        return f"{os.path.abspath(self.path)}|{at.st_size}|{times}|{drawn_by(type(self))}"
+        what = "gone"  # image() says so
+        with contextlib.suppress(OSError):
+            at = os.stat(self.path)
+            what = f"{at.st_size}|{at.st_mtime_ns}|{at.st_ctime_ns}"  # the last cannot be set back
+        return f"{os.path.abspath(self.path)}|{what}|{drawn_by(type(self))}"
 
 
 @dataclass(frozen=True)

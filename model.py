@@ -236,7 +236,12 @@ class Encoder:
         keys = [[pictures[k].key() for k in chunk] for chunk in chunks]
         paths = [self.cache_path(self.precision + part, key) for key in keys]
         z = {c: read_cache(paths[c], size[c]) for c in range(rank, len(chunks), world)}
-        todo = [c for c, v in z.items() if v is None or (not self.skip_bad and v.isnan().any())]
+
+        def again(c):  # a picture of it could not be read; can it now?
+            bad = [pictures[chunks[c][k]] for k in unreadable([rows[k] for k in chunks[c]], z[c])]
+            return bad and not (self.skip_bad and all(map(damage, bad)))
+
+        todo = [c for c, v in z.items() if v is None or again(c)]
         count, started, said = sum(len(chunks[c]) for c in todo), time.time(), []
         with bar(label, total=count, unit=" images") as done, together(world):
             stream = self.stream(pictures, rows, [chunks[c] for c in todo], compute, done)
@@ -256,7 +261,9 @@ class Encoder:
             return None
         z = [z[c] if c in z else read_cache(paths[c], size[c]) for c in range(len(chunks))]
         z = torch.cat(z) if z else torch.empty(0, self.facts["dim"])
-        say_unreadable(pictures, rows, z, label)
+        if bad := unreadable(rows, z):
+            lines = [f"skipped {damage(pictures[k])}" for k in bad[:20]]
+            say("\n".join([*lines, f"{label}: {len(bad)} of {len(pictures)} skipped"]))
         return z.to(self.device)
 
     def stream(self, pictures, rows, chunks, compute, done):
@@ -494,24 +501,22 @@ def ahead(work, items, threads, most):
         pool.shutdown(cancel_futures=True)
 
 
-def say_unreadable(pictures, rows, z, label):
-    """Says which pictures could not be read, by the NaN in their rows."""
-    bad = z.isnan().any(1)
-    if not bad.any():
-        return
-    index = repeat_by(torch.arange(len(pictures)), rows)[bad].unique().tolist()
-    for k in index[:20]:
-        try:
-            pictures[k].image()
-            say(f"skipped picture {k}: could not be read before; empty the cache if it was mended")
-        except Complaint as problem:
-            say(f"skipped {problem}")
-    say(f"{label}: {len(index)} of {len(pictures)} skipped")
+def unreadable(rows, z):
+    """Numbers of the pictures, each of so many rows, whose rows in z are NaN, as they could not be read."""
+    return repeat_by(torch.arange(len(rows)), rows)[z.isnan().any(1)].unique().tolist()
+
+
+def damage(picture):
+    """Why a picture cannot be read; or nothing."""
+    try:
+        picture.image()
+    except Complaint as problem:
+        return str(problem)
 
 
 def repeat_by(values, counts):
     """values [n], each repeated counts[k] times -> [sum counts]."""
-    return values.repeat_interleave(torch.as_tensor(counts, device=values.device))
+    return values.repeat_interleave(torch.as_tensor(counts, dtype=torch.long, device=values.device))
 
 
 def cores():

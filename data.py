@@ -48,6 +48,7 @@ MOST = 10_000_000  # pictures or regions in memory
 HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]  # in the names of temporary files
 LOCKS = {}  # of each out_dir the open file that keeps other processes out, and whether the folder is new
 SPEECH = dict(quiet=False)  # --quiet, as flags() read it last
+GIVEN = {}  # the flags that are not their defaults, the same
 PIXELS = dict(most=89478485)  # --max_pixels, the same
 WARNED = set()
 
@@ -129,8 +130,11 @@ def lock(out_dir):
     if path in LOCKS or os.environ.get("RANK", "0") != "0":
         return
     new = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as problem:
+        raise Complaint(f"--out_dir={out_dir}: cannot be made ({problem.strerror}); take another") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         free = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # not just removed by who had it
@@ -221,7 +225,8 @@ def flags(script, argv=None):
     its LIMITS say of a flag the words it may be (a tuple) or may list (a list), where one in capitals stands
     for the keys of that table of the script, or an interval "[0, 1)". argv: list of words, sys.argv[1:] if
     None. --help and --list=WHAT print, and exit. Raises Complaint for what cannot be."""
-    config = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
+    default = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
+    config = dict(default)
     for word in sys.argv[1:] if argv is None else argv:
         if word in ("--help", "-h"):
             source = Path(script["__file__"]).read_text(encoding="utf-8")
@@ -261,15 +266,23 @@ def flags(script, argv=None):
         expect(config.get(flag, "."), flag, "", "a folder; . is this one")
     if "out_dir" in config and argv is None:  # of a script that runs
         lock(config["out_dir"])
+    GIVEN.clear()
+    GIVEN.update({flag: value for flag, value in config.items() if value != default[flag]})
     script.update(config)
     return config
 
 
-def idle(config, default, names, where):
+def idle(names, where):
     """Says which of these flags were given, and are not used."""
-    given = [f"--{flag}={config[flag]}" for flag in names.split() if config[flag] != default[flag]]
+    given = [f"--{flag}={GIVEN[flag]}" for flag in names.split() if flag in GIVEN]
     if given:
         say(f"WARNING: {', '.join(given)}: not used {where}")
+
+
+def refuse(names, where):
+    """Complains of these flags, if they were given."""
+    for flag in names.split():
+        expect(flag not in GIVEN, flag, GIVEN.get(flag), f"nothing {where}")
 
 
 def look(script, config):
@@ -291,7 +304,8 @@ def look(script, config):
         require(there, f"--{flag}: {value}: no such file, no such folder")
     model, names = config.get("model", ""), [*unrun(ASSETS.parent / "model.py")["FAMILIES"], *clips()]
     good = not model or ":" in model or model in names
-    require(good, f"--model={model}: no such model; {near(model, names)} (or timm:NAME, local-dir:FOLDER)")
+    kinds = "no such model, nor is it timm:NAME or local-dir:FOLDER"
+    require(good, f"--model={model}: {kinds}; {near(model, names)}")
 
 
 def set_named(spec, known):
@@ -333,7 +347,8 @@ def near(word, names):
     """'did you mean ...' for a mistyped word, or the list of what there is."""
     names = list(map(str, names))
     close = difflib.get_close_matches(word, names, 5, 0.5)
-    return f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(sorted(names)[:40])}"
+    there = f"there are {', '.join(sorted(names)[:40])}" + f" and {len(names) - 40} more" * (len(names) > 40)
+    return f"did you mean {', '.join(close)}?" if close else there
 
 
 def unrun(path):
@@ -2337,7 +2352,11 @@ def torch_arrays(path):
 def stored_arrays(path):
     """The arrays of an .npz, of a folder of .npy files (not read whole), one .npy, or what torch saved: dict
     by the names in STORED, and the note that says which were taken."""
-    with reading(path, "an .npz file, or .npy files", "save plain arrays, np.array(names, dtype=str)"):
+    with reading(
+        path,
+        "an .npz file, or .npy files",
+        "fetch it again, or save plain arrays, as np.array(names, dtype=str)",
+    ):
         if os.path.isdir(path):
             there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
         else:

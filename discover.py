@@ -29,8 +29,9 @@ from types import SimpleNamespace
 
 # first, as it checks the flags before numpy and torch are imported
 from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, filled, find_masks, flags
-from data import folded, html_table, inverted, linked, load_data, load_regions, opaque, page, reading
-from data import region_truth, require, revision, rng, run, say, table, tag, thumb, write, write_json
+from data import folded, html_table, idle, inverted, linked, load_data, load_regions, opaque, page
+from data import reading, refuse, region_truth, require, revision, rng, run, say, table, tag, thumb
+from data import write, write_json
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ LIMITS = {  # the words that a flag may be, or list, those of a table by its nam
 OF_IMAGES = (  # flags that say nothing of --embeddings
     "data split classes places columns confounder strength spurious feature masks outside regions "
     "region_encoder classifier ckpt probe prompts model pretrained quick_gelu test_size"
-).split()
+)
 MOST_K, MOST_NUMBERS = 20_000, 1 << 32  # of clusters; of numbers in random:N,D and in cosines to clusters
 INFLUENCE = 0.25  # clusters below it are not kept, as published
 CONE = 0.1  # mean cosine of the regions above which fast takes their mean off: they lie in a cone, and what
@@ -129,12 +130,11 @@ CRITERIA = {  # whether gaps are weighted, what a kept cluster must show, what c
 
 
 def main():
-    default = flags(globals(), [])
     config = flags(globals())
     low, high = map(int, k.split(":")) if k else (0, 0)
     expect(not k or 2 <= low < high <= MOST_K, "k", k, f"LOW:HIGH, 2 <= LOW < HIGH <= {MOST_K}, as in 20:50")
-    for flag in OF_IMAGES if embeddings else ():
-        expect(config[flag] == default[flag], flag, config[flag], "nothing with --embeddings")
+    refuse(OF_IMAGES * bool(embeddings), "with --embeddings")
+    idle("outside" * (not masks), "without --masks")
     started, (rank, _), e = time.time(), join(device), None
     if not embeddings:
         e = from_images(config)
@@ -356,6 +356,7 @@ def suspect(encoder, samples, parts, config):
         texts = encoder.tokenizer and not samples.nameless
         there = dict(probe=ckpt, text=texts, rows=len(samples.classes) == 1000)
         kind = next((name for name, able in there.items() if able), "probe")
+    idle("prompts temperature" * (kind != "text"), f"with --classifier={kind}")
     return CLASSIFIERS[kind](encoder, samples, parts, config)
 
 

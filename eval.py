@@ -29,8 +29,8 @@ from pathlib import Path
 # first, as it checks the flags before numpy and torch are imported
 from data import LEAST, SPEECH, SPLITS, Complaint, Ground, dots, drawing, expect, filled, flags, folded
 from data import html_table, idle, layers, linked, load_data, load_foregrounds, load_predictions
-from data import load_regions, page, read_json, reading, region_truth, require, revision, rng, run, say
-from data import table, tag, text, thumb, unrun, write, write_json, write_table
+from data import load_regions, page, read_json, reading, refuse, region_truth, require, revision, rng
+from data import run, say, table, tag, text, thumb, unrun, write, write_json, write_table
 from data import composites as compose
 
 import numpy as np
@@ -114,9 +114,11 @@ LIMITS = {  # the words that a flag may be, or list; or its interval
 
 DRAWS = 5  # of few shots, averaged; worst_group, too, is the mean of each draw's own
 TAILS = 0.025, 0.975  # of intervals
-OF_RAVL = (
-    "settings mitigate base_steps steps learning_rate pairs regions region_weight region_temperature".split()
+OF_RAVL = "settings mitigate base_steps steps learning_rate pairs regions region_weight region_temperature"
+NOT_RAVL = (
+    "predictions labels split places columns prompts masks confounder strength spurious models test_size "
 )
+NOT_RAVL += "ckpt l2 shots picker composites foregrounds backgrounds skip_bad resize_once"
 STEP = 1 << 13  # photos classified at a time
 PAPERS_PICKER = "ViT-B-32@laion400m_e32"
 PUBLISHED = {  # CounterAnimal's table: common, counter in per cent, over 1000 labels (NeurIPS 2024). A name
@@ -132,11 +134,11 @@ PUBLISHED = {  # CounterAnimal's table: common, counter in per cent, over 1000 l
 
 
 def main():
-    default = flags(globals(), [])
     config = flags(globals())
     if protocol == "ravl":
+        idle(NOT_RAVL, "with --protocol=ravl")
         return controlled_settings(config)
-    asked, names = asked_protocols(config, default), names_of(config)
+    asked, names = asked_protocols(), names_of(config)
     out, started, git, (rank, world) = Path(out_dir), time.time(), revision(), join(device)
     state = load_checkpoint(ckpt) if ckpt else {}
     through = dict(ckpt=ckpt, through="bap" if "bap" in state.get("probes", ()) else "erm") if ckpt else {}
@@ -188,16 +190,15 @@ def main():
     say(f"\n{out}/eval.json, eval.html, eval.csv, groups.csv and predictions.csv written, {seconds}", True)
 
 
-def asked_protocols(config, default):
+def asked_protocols():
     """The protocols that --protocol names, none for auto; complains of flags that say nothing to them."""
-    for flag in OF_RAVL:
-        expect(config[flag] == default[flag], flag, config[flag], "nothing without --protocol=ravl")
+    refuse(OF_RAVL, "without --protocol=ravl")
     asked = [] if protocol == "auto" else protocol.split(",")
     for p in asked:
         expect(p in PROTOCOLS, "protocol", p, ", ".join(PROTOCOLS))
-    idle(config, default, "shots" * ("fewshot" not in asked), "without --protocol=fewshot")
-    idle(config, default, "picker" * (not data.startswith("counteranimal:")), "without CounterAnimal")
-    idle(config, default, "foregrounds backgrounds" * (not composites), "without --composites=N")
+    idle("shots" * ("fewshot" not in asked), "without --protocol=fewshot")
+    idle("picker" * (not data.startswith("counteranimal:")), "without CounterAnimal")
+    idle("foregrounds backgrounds" * (not composites), "without --composites=N")
     return asked
 
 
@@ -536,7 +537,7 @@ def offered(encoder, samples, asked, state=None):
     if "ckpt" not in lacks and (not can or samples.y.max() < 0):
         can.append("ckpt")
     if not can:
-        raise Complaint(lacks["texts"])
+        raise Complaint("; ".join(lacks[k].format(p="a probe") for k in ("texts", "training") if k in lacks))
     if encoder.tokenizer and samples.nameless:
         say(f"zeroshot is not run: {samples.nameless}")
     return can, reasons

@@ -173,8 +173,11 @@ def say(text, result=False):
     if heard and os.environ.get("RANK", "0") == "0":
         try:
             print(harmless(text), flush=True)
-        except OSError:  # or the disk that it goes to is full
+        except OSError as problem:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            if not isinstance(problem, BrokenPipeError):  # the disk that it goes to is full
+                with contextlib.suppress(OSError):
+                    print(f"WARNING: standard output: {problem.strerror}; the rest is lost", file=sys.stderr)
 
 
 def filled(text, most=100):

@@ -199,6 +199,7 @@ def asked_protocols():
     idle("shots" * ("fewshot" not in asked), "without --protocol=fewshot")
     idle("picker" * (not data.startswith("counteranimal:")), "without CounterAnimal")
     idle("foregrounds backgrounds" * (not composites), "without --composites=N")
+    idle("labels" * (not data.startswith("imagenet:")), "without --data=imagenet:DIR")
     return asked
 
 

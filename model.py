@@ -639,6 +639,8 @@ def load_encoder(model, pretrained="", quick_gelu="auto", test_size=False, **how
     encoder = family(model, pretrained, quick_gelu, how.get("cache", ""), **sized).embeds_with(**how)
     if test_size and not sized:
         encoder.notes.append(f"{model}: --test_size has no effect, only with --model=timm:NAME")
+    if quick_gelu != "auto" and family not in (clip_model, snapshot):
+        encoder.notes.append(f"{model}: --quick_gelu has no effect, only with CLIPs of open_clip")
     return encoder
 
 
@@ -1907,15 +1909,14 @@ def paired_bootstrap(a, b, group, draws=2000, seed=0):
     common: the correlation of the two minima where pairs are drawn anew within each group. The draws' own
     quantiles cover .85 where one model's 4 groups are close, .66 with 20."""
     a, b, group = a.long().cpu(), b.long().cpu(), group.cpu()
-    if torch.equal(a, b):
-        return 0.0, 0.0
     g, kind, counts, drawn = np.random.default_rng(seed), 2 * a + b, [], []
     right = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])  # a, b: of the kinds of pairs
     for k in torch.unique(group[group >= 0]).tolist():
         # to draw n pairs anew is to draw how often each kind of pair comes
         n = torch.bincount(kind[group == k], minlength=4).numpy()
         counts.append(n)
-        drawn.append(g.multinomial(n.sum(), n / n.sum(), draws) / n.sum())  # [draws, 4]
+        share = (n + (0, 0.5, 0.5, 0)) / (n.sum() + 1)  # as pairs that differ may be just not among these
+        drawn.append(g.multinomial(n.sum(), share, draws) / n.sum())  # [draws, 4]
     n, counts, worst = np.sum(counts, 1), np.array(counts) @ right, np.min(np.array(drawn) @ right, 0)
     common = np.corrcoef(worst.T)[0, 1] if (np.ptp(worst, 0) > 0).all() else 0.0
     middle = np.min(counts / n[:, None], 0)  # [2], of a and b, as the ends are

@@ -711,8 +711,9 @@ def probe_all(maps, x, x_bap, samples, augmented, l2, seed):
     methods = {}
     for name in ROWS:
         if name in correct:
-            over = paired_bootstrap(correct[name][test], correct["erm"][test], group[test], seed=seed)
-            metrics = group_metrics(correct[name][test], samples, test.nonzero()[:, 0])
+            right, erm = correct[name][test], correct["erm"][test]
+            over = (0.0, 0.0) if name == "erm" else paired_bootstrap(right, erm, group[test], seed=seed)
+            metrics = group_metrics(right, samples, test.nonzero()[:, 0])
             methods[name] = dict(metrics, over_erm=list(over))
     return probes, methods, reasons, {name: right.cpu() for name, right in correct.items()}
 

@@ -418,8 +418,10 @@ def test_a_run_goes_on_for_its_files_where_no_one_listens(tmp_path):
     main = (
         f"def main():\n for k in range(9999): data.say('x' * 100)\n data.write({file!r}, 'y')\ndata.run(main)"
     )
-    for where in ("| head -1", "> /dev/full"):
-        assert program(main, where)[0] == 0 and Path(file).read_text() == "y"
+    full = "WARNING: standard output: No space left on device; the rest is lost\n"
+    for where, said in (("| head -1", ""), ("> /dev/full", full)):
+        code, _, errors = program(main, where)
+        assert (code, errors) == (0, said) and Path(file).read_text() == "y"
         Path(file).unlink()
 
 

@@ -823,6 +823,8 @@ class Mask(Photo):
         mask = alpha[0] if by_alpha else image.convert("L")
         top = mask.getextrema()[1]
         require(not 0 < top < 128, f"{self.path}: its largest value is {top}, expected 255 on the foreground")
+        if not top:
+            warn_once(self.path, "a mask of nothing: no foreground in its picture")
         return mask
 
 
@@ -1279,7 +1281,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
         samples.labels = labels = renamed
     if masks:
         files = find_masks([getattr(item, "path", "") for item in samples.items], masks)
-        samples.notes += inverted(masks, files)
+        samples.notes += about_masks(masks, files)
         pairs = zip(samples.items, files, strict=True)
         samples.cut = [m and Composite(Masked(item, Mask(m)), None, None) for item, m in pairs]
     texts = read_prompts(prompts, labels, samples.notes) if prompts else [[template]] * len(labels)
@@ -1325,12 +1327,15 @@ def samples_of(name, rows, facts):
         facts.classes = [facts.classes[k] for k in there]
         gone = {row.place for row in everything} - {row.place for row in rows}
         facts.places = [name for name in facts.places if name not in gone]
+    total = len(rows)
     if facts.chosen:
         rows, chosen = only(rows, "y", facts.chosen, "classes")
         facts.imagenet = facts.imagenet and [facts.imagenet[facts.classes.index(c)] for c in chosen]
         facts.classes = chosen
     if facts.wanted:
         rows, facts.places = only(rows, "place", facts.wanted, "places")
+    if facts.chosen or facts.wanted:
+        notes.append(f"{name}: {len(rows)} of {total} images are of --classes and --places")
     require(rows, f"--data={name}: no images; see --data={name.partition(':')[0]}:help")
     picture, y, place, split, captions, cut, shows = map(list, zip(*rows, strict=True))
     y, classes = numbered(y, facts.classes, "class")
@@ -1598,16 +1603,18 @@ def find_masks(paths, masks):
     return files
 
 
-def inverted(where, files):
-    """A warning, [line] or [], where most of some masks are white along most of their edge: there it is the
-    foreground, in photos of objects seldom at the edge, that should be white."""
-    files, edges = [f for f in files if f], []
-    for file in files[:: 1 + len(files) // 8]:
+def about_masks(where, files):
+    """Notes on masks of images, None where there is none: how many there are; a warning where most of some
+    are white along most of their edge: it is the foreground, seldom at the edge, that should be white."""
+    there, edges = [f for f in files if f], []
+    for file in there[:: 1 + len(there) // 8]:
         with contextlib.suppress(Complaint):  # said when it is used
             a = np.asarray(Mask(file).image()) > 127
             edges.append(np.concatenate([a[0], a[-1], a[:, 0], a[:, -1]]).mean() > 0.75)
+    few = f"{where}: masks for {len(there)} of {len(files)} images; what needs one is of these only"
     line = f"{where}: {sum(edges)} of {len(edges)} masks are white along their edge: white is the foreground"
-    return [f"WARNING: {line}; invert them if it is not"] if 2 * sum(edges) > len(edges) else []
+    inverse = f"WARNING: {line}; invert them if it is not"
+    return [few] * (len(there) < len(files)) + [inverse] * bool(2 * sum(edges) > len(edges))
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1695,6 +1702,7 @@ def records(path, text):
 def columns_of(table, chosen, ours, needed=()):
     """Which column of a table is what: {name of ours, of COLUMNS or BOXES: theirs, or None}, and a line that
     says so. chosen: --columns, ours=theirs,...; nothing behind = for none."""
+    require(table, f"{table.path}: no rows; expected a header, and rows below it")
     usual = {name: (COLUMNS | BOXES)[name].split() for name in ours}
     spelled = {folded(c): c for c in table if c}
     for pair in chosen.split(",") if chosen else ():
@@ -1712,7 +1720,7 @@ def columns_of(table, chosen, ours, needed=()):
     for name in needed:
         cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(ours)}"
         cure = f"the first line is no header; write one above it, as {','.join(ours)}" if headless else cure
-        line = f"{table.path}: no column {name!r} (found: {', '.join(table) or 'no rows'}); {cure}"
+        line = f"{table.path}: no column {name!r} (found: {', '.join(table)}); {cure}"
         require(at[name] is not None, line)
     rest = ", ".join(c for c in table if c and c not in at.values())
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
@@ -1973,6 +1981,8 @@ def load_predictions(path, columns="", classes=""):
     bare = int((~keep & (samples.split < len(SPLITS))).sum())
     facts.notes += [f"WARNING: {path}: {bare} of {n} rows lack y or predicted; left out"] * bool(bare)
     keep &= samples.split < len(SPLITS)
+    bare, kept = int(sure[keep].isnan().sum()), int(keep.sum())
+    facts.notes += [f"{path}: {bare} of {kept} rows have no confidence: no ece"] * (0 < bare < kept)
     return check(samples.keep(keep), False), taken[keep], sure[keep]
 
 
@@ -2348,6 +2358,10 @@ def torch_arrays(path):
     tree = {str(k): v for k, v in tree.items()} if isinstance(tree, dict) else dict(embedding=tree)
     tensors = {k: v.detach() for k, v in tree.items() if torch.is_tensor(v)}
     tensors = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in tensors.items()}
+    if not tensors:
+        raise ValueError(
+            f"no tensors, but {', '.join(tree)[:99]}; expected a dict such as dict(embedding=z, y=y)"
+        )
     return tensors | {k: np.array(v) for k, v in tree.items() if isinstance(v, list) and v}
 
 
@@ -2820,11 +2834,10 @@ def masked_figures(folders, notes):
     expect(len(folders) == 2, "foregrounds", ":".join(folders), "masked:PHOTOS:MASKS")
     photos, masks = folders
     paths = scan_paths(photos, "foregrounds", notes)
-    pairs = [(path, mask) for path, mask in zip(paths, find_masks(paths, masks), strict=True) if mask]
-    notes += inverted(masks, [mask for _, mask in pairs])
-    if len(pairs) < len(paths):
-        notes.append(f"{photos}: {len(paths) - len(pairs)} of {len(paths)} photos have no mask; left out")
-    return [Cutout(path, Masked(Photo(path), Mask(mask))) for path, mask in pairs]
+    files = find_masks(paths, masks)
+    notes += about_masks(masks, files)
+    pairs = zip(paths, files, strict=True)
+    return [Cutout(path, Masked(Photo(path), Mask(mask))) for path, mask in pairs if mask]
 
 
 def coco_figures(words, notes):
@@ -3002,6 +3015,7 @@ def box_regions(spec, pictures, notes):
             if x1 != x2 and y1 != y2 and (box[2] <= box[0] or box[3] <= box[1]):
                 wrong = "has no area" if x2 <= x1 or y2 <= y1 else f"lies outside its picture of {W}x{H}"
                 raise Complaint(f"{where}: {line}: box {x1:g},{y1:g},{x2:g},{y2:g} {wrong}; mend it")
+            said["cut"] += min(x1, y1) < -1 or x2 > W + 1 or y2 > H + 1  # by rounding they may be one off
             if overlap(box, frame) > 0:
                 boxes.append(box)
             else:
@@ -3012,6 +3026,7 @@ def box_regions(spec, pictures, notes):
         has = f"it has {', '.join([*rows][:2])}, but a picture is {path or 'drawn'}"
         raise Complaint(f"{where}: no box for any of the {len(pictures)} pictures; {has}")
     lines = dict(
+        cut="boxes reach beyond their picture, and are cut at its edge",
         unseen="boxes lie in a margin that the model does not see, or have no area, and are left out",
         unlisted=f"of {len(pictures)} pictures are not in it, and count as without",
         turned="pictures are turned by their EXIF data; boxes count in the turned picture, but where their "

@@ -28,10 +28,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # first, as it checks the flags before numpy and torch are imported
-from data import ASSETS, SPLITS, Complaint, Crop, bounded, dots, expect, filled, find_masks, flags
-from data import folded, html_table, idle, inverted, linked, load_data, load_regions, opaque, page
-from data import reading, refuse, region_truth, require, revision, rng, run, say, table, tag, thumb
-from data import write, write_json
+from data import ASSETS, SPLITS, Complaint, Crop, about_masks, bounded, dots, expect, filled, find_masks
+from data import flags, folded, html_table, idle, linked, load_data, load_regions, opaque, page, reading
+from data import refuse, region_truth, require, revision, rng, run, say, table, tag, thumb, write
+from data import write_json
 
 import numpy as np
 import torch
@@ -248,10 +248,7 @@ def from_images(config):
         files = [getattr(picture, "path", "") for picture in samples.items]  # whose mask it is hangs on all
         of_file = dict(zip(files, find_masks(files, masks), strict=True))
         mask_of = [of_file[getattr(picture, "path", "")] for picture in images.items]
-        notes += inverted(masks, mask_of)
-        if None in mask_of:
-            have = f"masks for {len(mask_of) - mask_of.count(None)} of {len(mask_of)} images"
-            notes.append(f"--masks: {have}; Precision@10 and the base rate are of their regions only")
+        notes += about_masks(masks, mask_of)
     logits, line = suspect(encoder, samples, parts, config)
     z, x = region_embeddings(encoder, pictures, region_encoder)
     if z is None:

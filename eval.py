@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import runpy
 import sys
 import time
@@ -181,13 +182,20 @@ def main():
     if not results:
         raise Complaint(f"--models: none could be evaluated; the first, {names[0]}: {failed[names[0]]}")
     compare(results, outcomes, samples, seed)
-    blocks = blocks_of(results, outcomes, samples, failed)
     write_tables(out, results, outcomes, samples)
-    write(out / "eval.html", report(results, samples, blocks, config, git))
+    shown = shortened(results)
+    blocks = blocks_of(shown, shortened(outcomes), samples, failed)
+    write(out / "eval.html", report(shown, samples, blocks, config, git))
     save()  # last: nothing is pending only if all the rest is there
     say("\n" + console(blocks), True)
     seconds = f"{time.time() - started:.1f} s"
     say(f"\n{out}/eval.json, eval.html, eval.csv, groups.csv and predictions.csv written, {seconds}", True)
+
+
+def shortened(by_name):
+    """What is kept by models' names, by NAME@FILE without the file's folders, if these differ, too."""
+    names = [re.sub("(?<=@).*/", "", name) for name in by_name]
+    return dict(zip(names, by_name.values(), strict=True)) if len({*names}) == len(names) else by_name
 
 
 def asked_protocols():
@@ -195,7 +203,7 @@ def asked_protocols():
     refuse(OF_RAVL, "without --protocol=ravl")
     asked = [] if protocol == "auto" else protocol.split(",")
     for p in asked:
-        expect(p in PROTOCOLS, "protocol", p, ", ".join(PROTOCOLS))
+        expect(p in PROTOCOLS, "protocol", p, ", ".join(PROTOCOLS) + "; or ravl alone")
     idle("shots" * ("fewshot" not in asked), "without --protocol=fewshot")
     idle("picker" * (not data.startswith("counteranimal:")), "without CounterAnimal")
     idle("foregrounds backgrounds" * (not composites), "without --composites=N")
@@ -1008,7 +1016,8 @@ def write_tables(out, results, outcomes, samples):
     write_table(out / "groups.csv", written, of_groups)
     lines = []
     for photo, cells in sorted(photos.items()):
-        image, c = getattr(samples.items[photo], "path", samples.captions[photo]), int(samples.y[photo])
+        drawn, c = f"{samples.captions[photo]}, {photo}", int(samples.y[photo])
+        image = getattr(samples.items[photo], "path", drawn)
         place, split = int(samples.place[photo]), SPLITS[samples.split[photo]]
         where = samples.classes[c] if c >= 0 else "", samples.places[place] if place >= 0 else ""
         lines.append((image, *where, split, *cells))

@@ -263,7 +263,8 @@ class Encoder:
         z = torch.cat(z) if z else torch.empty(0, self.facts["dim"])
         if bad := unreadable(rows, z):
             lines = [f"skipped {damage(pictures[k])}" for k in bad[:20]]
-            say("\n".join([*lines, f"{label}: {len(bad)} of {len(pictures)} skipped"]))
+            more = ", the first 20 are named" * (len(bad) > 20)
+            say("\n".join([*lines, f"{label}: {len(bad)} of {len(pictures)} skipped{more}"]))
         return z.to(self.device)
 
     def stream(self, pictures, rows, chunks, compute, done):
@@ -915,7 +916,8 @@ class StoredEncoder(Encoder):
         if x.shape[1] != self.recipe[1]:
             raise Complaint(f"{file}: {x.shape[1]} dimensions, {self.file} has {self.recipe[1]}")
         z = torch.from_numpy(np.array(x[[p.row for p in pictures]], np.float32, order="C"))
-        bad = ~z.isfinite().all(1) | (z == 0).all(1)
+        norm = z.norm(dim=1)
+        bad = ~norm.isfinite() | (norm == 0)
         if bad.any():
             line = f"{pictures[int(bad.int().argmax())].path}: an embedding that is zero or not finite"
             require(self.skip_bad, f"{line}; mend it, or leave such rows out with --skip_bad")

@@ -1926,7 +1926,7 @@ def test_foregrounds_of_photos_and_masks_of_the_same_names(tmp_path):
             mask.save(text(tmp_path / f"m/s/{k}.png"))
     spec = f"masked:{tmp_path}/p:{tmp_path}/m"
     figures, notes = data.load_foregrounds(spec)
-    assert len(figures) == 9 and any("1 of 10 photos have no mask" in note for note in notes)
+    assert len(figures) == 9 and any("masks for 9 of 10 images" in note for note in notes)
     paths = sorted(figure.source.path for figure in figures)
     assert [Path(path).name for path in paths] == [f"{k}.jpg" for k in range(9)]
     assert all(figure.image().size == (20, 20) and figure.image().mode == "RGBA" for figure in figures)
@@ -2612,7 +2612,7 @@ def test_csv_boxes(tmp_path):
 @pytest.mark.parametrize(
     "header, line, words",
     [
-        ("", "", ("no column 'path'", "no rows")),
+        ("", "", ("no rows",)),
         ("path,x1,y1,x2", "a,1,2,3", ("no column 'y2'", "path, x1, y1, x2")),
         ("path,x1,y1,x2,y2", "a,1,2,3", ("b.csv:2", "4 fields")),
         ("path,x1,y1,x2,y2", "a,1,2,3,4\nb,1,2,inf,4", ("line 3", "four numbers")),
@@ -2689,8 +2689,9 @@ def test_boxes_over_an_edge_are_cut_and_those_in_the_margin_counted(tmp_path):
     path = boxes_file(tmp_path, *lines)
     (a, b, c), notes = data.load_regions(f"boxes:{path}", some_photos(tmp_path), middle)
     assert a.boxes == ((0, 0, 0.5, 0.5),) and b.boxes == ((0, 0, 1, 1),) and c.boxes == ()
-    assert len(notes) == 2 and "1 of 3 pictures are not in it" in notes[1]
-    assert path in notes[0] and "3 boxes" in notes[0] and "does not see" in notes[0]
+    assert len(notes) == 3 and "1 of 3 pictures are not in it" in notes[2]
+    assert "2 boxes reach beyond their picture" in notes[0]
+    assert path in notes[1] and "3 boxes" in notes[1] and "does not see" in notes[1]
 
 
 @pytest.mark.parametrize(
@@ -3128,6 +3129,17 @@ def test_masks_by_transparency_in_colours_or_the_other_way_round(tmp_path):
         Image.fromarray(255 - on if k else on).save(tmp_path / f"masks/{k}.png")
     samples = loaded(f"folder:{tmp_path / 'set'}", masks=str(tmp_path / "masks"))
     assert noted(samples, "WARNING", "3 of 4 masks are white along their edge", "invert them")
+    (tmp_path / "masks/3.png").unlink()
+    assert noted(
+        loaded(f"folder:{tmp_path / 'set'}", masks=str(tmp_path / "masks")), "masks for 3 of 4 images"
+    )
+
+
+def test_a_mask_of_nothing_is_said(tmp_path, capsys):
+    Image.new("L", (24, 24)).save(tmp_path / "m.png")
+    data.WARNED.clear()
+    data.Mask(str(tmp_path / "m.png")).image()
+    assert "m.png and perhaps others: a mask of nothing" in capsys.readouterr().out
 
 
 def test_a_picture_of_numbers_that_are_none_is_not_black(tmp_path):
@@ -3321,7 +3333,10 @@ def test_predictions_as_pandas_and_softmax_write_them(tmp_path):
 
 def test_embeddings_in_tuples_and_nested_dicts_are_one_line(tmp_path):
     z = torch.ones(4, 3)
-    for tree, words in (((z, z[:, 0]), "a tuple, expected a dict"), (dict(train=dict(z=z)), "found: none")):
+    for tree, words in (
+        ((z, z[:, 0]), "a tuple, expected a dict"),
+        (dict(train=dict(z=z)), "no tensors, but train"),
+    ):
         torch.save(tree, tmp_path / "e.pt")
         with complaint("e.pt", words):
             loaded(f"embeddings:{tmp_path}/e.pt")

@@ -314,6 +314,13 @@ def test_fewshot_is_the_mean_of_its_draws(everything, embedded):
     assert len({tuple(head(z[test]).flatten().tolist()) for head, _ in heads}) > 1  # each of other images
 
 
+def test_models_are_shown_without_the_folders_of_their_files():
+    names = ["tiny", "tiny@/a/b.pt", "tiny@/a/c/b.safetensors"]
+    assert [*script.shortened(dict.fromkeys(names))] == ["tiny", "tiny@b.pt", "tiny@b.safetensors"]
+    both = dict.fromkeys(["tiny@/a/b.pt", "tiny@/c/b.pt"])
+    assert script.shortened(both) == both
+
+
 def test_more_shots_than_images_are_said(files, tmp_path, capsys):
     assert run(words(files, tmp_path, "--protocol=fewshot", "--shots=10,99")) == 0
     said = capsys.readouterr().out

@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import re
+import socket
 import sys
 import time
 import warnings
@@ -28,7 +29,10 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub.constants
 import huggingface_hub.errors
 import numpy as np
 import safetensors.torch
@@ -1311,12 +1315,19 @@ def with_lora(state, path):
 
 @contextlib.contextmanager
 def fetching(flag):
-    """Turns whatever the clients of hubs raise into a Complaint."""
+    """Turns whatever the clients of hubs raise into a Complaint. Without a network the hub is told so, or it
+    would try for a minute, also for what it has."""
+    host, alone = urlsplit(huggingface_hub.constants.ENDPOINT).hostname, False
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        alone = huggingface_hub.constants.HF_HUB_OFFLINE = not getproxies()
     try:
         yield
     except Exception as problem:
+        reason = f"no network: {host} has no address; " * alone + one_line(problem)
         cure = "give a local file: --pretrained=/path/to/weights.safetensors"
-        raise Complaint(f"{flag}: its weights cannot be fetched ({one_line(problem)}); {cure}") from None
+        raise Complaint(f"{flag}: its weights cannot be fetched ({reason}); {cure}") from None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import socket
 import time
 import types
 from math import comb
@@ -1166,12 +1167,31 @@ def test_weights_that_cannot_be_fetched_are_one_line_with_a_cure(monkeypatch):
     def refused(*_, **__):
         raise RuntimeError("no network\nmore lines")
 
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     monkeypatch.setattr(open_clip, "download_pretrained", refused)
     with complaint("--model=ViT-B-32", "--pretrained=openai", "cannot be fetched (no network)", "local file"):
         load_encoder("ViT-B-32", "openai", device="cpu")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
     with complaint("--model=timm:resnet18", "cannot be fetched (no network)", "local file"):
         load_encoder("timm:resnet18", device="cpu")
+
+
+def test_without_a_network_the_hub_looks_at_what_it_has_and_no_further(monkeypatch):
+    asked = []
+
+    def nowhere(*_):
+        asked.append(1)
+        raise socket.gaierror("no name service")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    monkeypatch.setattr(model, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with complaint("ViT-B-32", "openai", "no network: huggingface.co has no address", "local file"):
+        load_encoder("ViT-B-32", "openai", device="cpu")
+    assert len(asked) == 1  # by us: the hub asked no more
+    monkeypatch.setattr(model, "getproxies", lambda: dict(https="proxy:1"))  # which knows where the host is
+    with model.fetching("x"):
+        assert not model.huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 # --- embedding and its cache

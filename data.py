@@ -1501,10 +1501,8 @@ def check(samples, splits=True):
             samples.notes.append(f"{name}: no image of {len(bare)} {what} names: {', '.join(bare[:5])}")
     if not splits:
         lacks = ((of_class[0] == 0) & (of_class.sum(0) > 0)).nonzero()[:, 0].tolist()
-        bare = ", ".join(samples.classes[c] for c in lacks[:5])
-        line = (
-            f"WARNING: {name}: no training image of {len(lacks)} of {n} classes, {bare}: no probe names them"
-        )
+        bare = f"{len(lacks)} of {n} classes, {', '.join(samples.classes[c] for c in lacks[:5])}"
+        line = f"WARNING: {name}: no training image of {bare}: no probe names them"
         samples.notes += [line] * bool(lacks and of_class[0].any())
         return samples
     train, val, test = grouped = samples.counts() > 0
@@ -2359,9 +2357,7 @@ def torch_arrays(path):
     tensors = {k: v.detach() for k, v in tree.items() if torch.is_tensor(v)}
     tensors = {k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in tensors.items()}
     if not tensors:
-        raise ValueError(
-            f"no tensors, but {', '.join(tree)[:99]}; expected a dict such as dict(embedding=z, y=y)"
-        )
+        raise ValueError(f"no tensors, but {', '.join(tree)[:99]}; expected a dict as dict(embedding=z, y=y)")
     return tensors | {k: np.array(v) for k, v in tree.items() if isinstance(v, list) and v}
 
 
@@ -2369,11 +2365,8 @@ def torch_arrays(path):
 def stored_arrays(path):
     """The arrays of an .npz, of a folder of .npy files (not read whole), one .npy, or what torch saved: dict
     by the names in STORED, and the note that says which were taken."""
-    with reading(
-        path,
-        "an .npz file, or .npy files",
-        "fetch it again, or save plain arrays, as np.array(names, dtype=str)",
-    ):
+    cure = "fetch it again, or save plain arrays, as np.array(names, dtype=str)"
+    with reading(path, "an .npz file, or .npy files", cure):
         if os.path.isdir(path):
             there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
         else:

@@ -116,10 +116,8 @@ LIMITS = {  # the words that a flag may be, or list; or its interval
 DRAWS = 5  # of few shots, averaged; worst_group, too, is the mean of each draw's own
 TAILS = 0.025, 0.975  # of intervals
 OF_RAVL = "settings mitigate base_steps steps learning_rate pairs regions region_weight region_temperature"
-NOT_RAVL = (
-    "predictions labels split places columns prompts masks confounder strength spurious models test_size "
-)
-NOT_RAVL += "ckpt l2 shots picker composites foregrounds backgrounds skip_bad resize_once"
+NOT_RAVL = "predictions labels split places columns prompts masks confounder strength spurious models l2"
+NOT_RAVL += " ckpt test_size shots picker composites foregrounds backgrounds skip_bad resize_once"
 STEP = 1 << 13  # photos classified at a time
 PAPERS_PICKER = "ViT-B-32@laion400m_e32"
 PUBLISHED = {  # CounterAnimal's table: common, counter in per cent, over 1000 labels (NeurIPS 2024). A name

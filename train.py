@@ -155,8 +155,7 @@ BAP_TRAINS = "auto", "map", "last_blocks", "image"  # what --train may be
 TUNE_TRAINS = "auto", "all", "image", "text", "projection"
 # flags of one kind of method only; of training the encoder
 OF_TUNING = "loss captions discovery clusters region_weight region_temperature"
-OF_BAP = "foregrounds backgrounds masks place_backgrounds instances per_instance own lam bap_map l2"
-OF_BAP += " text_weight"
+OF_BAP = "foregrounds backgrounds instances per_instance own lam bap_map l2 masks place_backgrounds"
 OF_TRAINING = "text_weight pairs compile checkpointing save_every wandb"
 # The next three lines were chosen on sets that LOG.md names, with the figures, 2026-11-22 to 29
 OWN_MOST, OWN_PER = 1000, 5  # of the target's own foregrounds at most so many, on so many backgrounds each
@@ -184,7 +183,7 @@ def main():
     alone = method != "bap" or int(os.environ.get("WORLD_SIZE", 1)) == 1
     expect(alone, "method", method, "another under torchrun, as bap runs in one process")
     join(device)
-    idle(OF_TUNING if method == "bap" else OF_BAP, f"with --method={method}")
+    idle(OF_TUNING if method == "bap" else f"{OF_BAP} text_weight", f"with --method={method}")
     if method == "bap" and train in ("auto", "map"):
         closed = " steps learning_rate" * (bap_map == "closed")
         idle(OF_TRAINING + closed, f"with --train={train}: the map is found in closed form")

@@ -246,6 +246,10 @@ def flags(script, argv=None):
         require(word.startswith("--"), f"{word}: a bare word, expected --key=value; --help lists the flags")
         require(key in config, f"--{key}: no such flag; {near(key, config)}")
         config[key] = read_flag(key, value if equals else None, type(config[key]))
+    GIVEN.clear()
+    GIVEN.update({flag: value for flag, value in config.items() if value != default[flag]})
+    for flag, value in GIVEN.items():
+        expect(value != "" or flag == "cache_dir", flag, "", f"a value, as its default, {default[flag]}")
     for key, limit in {**LIMITS, **script.get("LIMITS", {})}.items():
         if key in config and isinstance(limit, str):
             low, high = map(float, limit[1:-1].split(","))
@@ -265,12 +269,8 @@ def flags(script, argv=None):
         there = next(p for p in (path, *path.parents) if p.exists())
         usable = there.is_dir() and (flag == "cache_dir" or os.access(there, os.W_OK))
         expect(usable, flag, config[flag], f"a folder that may be written to, {there} is not")
-    for flag in ("out_dir", "foregrounds", "backgrounds"):
-        expect(config.get(flag, "."), flag, "", "a folder; . is this one")
     if "out_dir" in config and argv is None:  # of a script that runs
         lock(config["out_dir"])
-    GIVEN.clear()
-    GIVEN.update({flag: value for flag, value in config.items() if value != default[flag]})
     script.update(config)
     return config
 

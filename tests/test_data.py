@@ -159,7 +159,7 @@ def test_flags_read_a_tilde_as_the_home_also_behind_colons(tmp_path, monkeypatch
         ("--switch=maybe", ("--switch", "maybe", "True or False")),
         ("--name", ("--name=VALUE",)),
         ("word", ("word", "--key=value")),
-        ("--out_dir=", ("--out_dir", "a folder; . is this one")),
+        ("--out_dir=", ("--out_dir", "a value, as its default")),
         ("--out_dir=/dev/null/x", ("--out_dir", "/dev/null is not")),
         ("--seed=99999999999999999999", ("--seed",)),
         *[

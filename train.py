@@ -992,7 +992,7 @@ def report(results, fitted):
     taken = [f"{name}, taken for {samples.classes[k]}" for name, k in zip(names, predicted, strict=True)]
     mended, wrong = test & fitted.correct[best] & ~fitted.correct["erm"], test & ~fitted.correct[best]
     compared, bars = tuple(dict.fromkeys(("erm", best, other))), []
-    index, few = hardest(methods["erm"]["groups"], 60)
+    index, few = hardest(methods["erm"]["groups"], 12)
     for each in ([methods[name]["groups"][k] for name in compared] for k in index):
         y, place, n = (each[0][k] for k in ("y", "place", "n"))
         count = int(samples.counts()[0, y * len(samples.places) + place])

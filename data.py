@@ -325,6 +325,14 @@ def fitting(name, config):
         value = config.get(flag, default)
         wanted = f"its default: in {name} no feature is planted"
         expect(name in CONTROLLED or value == default, flag, value, wanted)
+    if name in CONTROLLED:
+        classes, places = config.get("classes", ""), config.get("places", "")
+        expect(not places, "places", places, f"none: those of {name} are with and without the feature")
+        free = name == "coco" or not classes or os.path.isfile(classes)
+        expect(free, "classes", classes, f"none: a setting of {name} has them all")
+        expect(
+            name != "digits" or not config.get("feature"), "feature", config.get("feature"), "none in digits"
+        )
     columns = config.get("columns", "")
     expect(not columns or name in ("csv", "waterbirds"), "columns", columns, "none: no table")
 
@@ -1263,7 +1271,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     rows, template = SETS[name]
     listed = {"renamed" if os.path.isfile(classes) else "chosen": names_in(classes, "classes", 2)}
     facts = Facts(wanted=names_in(places, "places", 1), seed=seed, **listed, **planted_by)
-    fitting(name, planted_by)
+    fitting(name, dict(planted_by, classes=classes, places=places))
     expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:
@@ -1276,6 +1284,9 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     if renamed and facts.classes is not renamed:  # it is where a folder was numbered by these names already
         n = f"{len(labels)} ({', '.join(labels[:5])}, ...)"
         expect(len(renamed) == len(labels), "classes", classes, f"{n} names, it has {len(renamed)}")
+        here = {folded(name): k for k, name in enumerate(labels)}
+        moved = [name for k, name in enumerate(renamed) if here.get(folded(name), k) != k]
+        expect(not moved, "classes", f"{classes}: {moved[:1]}", f"the set's order, {', '.join(labels[:9])}")
         if labels is samples.classes:
             samples.classes = renamed
         samples.labels = labels = renamed
@@ -1334,12 +1345,12 @@ def samples_of(name, rows, facts):
         facts.classes = chosen
     if facts.wanted:
         rows, facts.places = only(rows, "place", facts.wanted, "places")
-    if facts.chosen or facts.wanted:
+    if len(rows) < total:
         notes.append(f"{name}: {len(rows)} of {total} images are of --classes and --places")
     require(rows, f"--data={name}: no images; see --data={name.partition(':')[0]}:help")
     picture, y, place, split, captions, cut, shows = map(list, zip(*rows, strict=True))
-    y, classes = numbered(y, facts.classes, "class")
-    place, places = numbered(place, facts.places, "place")
+    y, classes = numbered(y, facts.classes, "classes")
+    place, places = numbered(place, facts.places, "places")
     place, places = place if places else torch.zeros_like(place), places or ["anywhere"]
     drawn = None in split or not any(split)  # where all is train, too
     P, official = len(places), facts.official and not drawn
@@ -1360,7 +1371,7 @@ def samples_of(name, rows, facts):
         notes.append(f"WARNING: {name}: {line}")
     # after the splits, which do not hang on what is lost
     samples = samples.keep(present(picture, name, notes))
-    if facts.published:
+    if facts.published and not (facts.chosen or facts.wanted):
         compare(samples, facts.published)
     if facts.wanted and len(facts.wanted) == len(classes):
         facts.home_of = dict(zip(classes, places, strict=True))
@@ -1378,6 +1389,7 @@ def samples_of(name, rows, facts):
 def only(rows, column, names, flag):
     """The rows whose class (or place) is one of the names; and these names, as the set spells them."""
     occurring = {getattr(row, column) for row in rows} - {None}
+    numbered([*occurring], (), flag)  # complains of two spellings
     spelled = {folded(name): name for name in occurring}
     for name in names:
         require(folded(name) in spelled, f"--{flag}: no {name!r} in this data set; {near(name, occurring)}")
@@ -1395,7 +1407,8 @@ def present(pictures, where, notes):
     lost = [path for path, there in zip(pictures, here, strict=True) if not there]
     if lost:
         line = f"{where}: {len(lost)} of its {len(pictures)} images do not exist, the first is {lost[0]}"
-        require(any(here), f"{line}; complete the folder, or mend the paths")
+        at = next(p for p in Path(lost[0]).absolute().parents if p.is_dir())
+        require(any(here), f"{line} ({at} has {inside(at)}); complete the folder, or mend the paths")
         notes.append(f"WARNING: {line}; they are left out")
     return torch.tensor(here, dtype=torch.bool)
 
@@ -1405,12 +1418,12 @@ def numbered(names, order, what):
     distinct = sorted(set(names) - {None})
     order, at = list(order or distinct), {}
     for k, name in enumerate(order):
-        if at.setdefault(folded(name), k) < k:
-            raise Complaint(f"--data: two {what} names that are the same, {name!r}; rename one")
+        if (other := at.setdefault(folded(name), k)) < k:
+            raise Complaint(f"--data: {order[other]!r} and {name!r} are one name of {what}; rename one")
     for name in distinct:
         if folded(name) not in at:
-            flag = "--classes" if what == "class" else "--data"
-            raise Complaint(f"{flag}: no name {name!r}, a {what} of this data set; {near(name, order)}")
+            flag = "--classes" if what == "classes" else "--data"
+            raise Complaint(f"{flag}: no name {name!r} among the {what}; {near(name, order)}")
     number = {name: at[folded(name)] for name in distinct} | {None: -1}
     return torch.from_numpy(np.fromiter(map(number.__getitem__, names), np.int64, len(names))), order
 
@@ -1460,7 +1473,8 @@ def correlate(samples, home_of, confounder):
         said.append(f"{home / max(1, home + min(allowed, len(away))):.0%} of {name} on {place}")
         if len(away) < allowed:
             short = f"WARNING: --confounder={confounder:g} is not reached: too few images on other places; "
-    samples.notes.append(f"{short}training split: {', '.join(said)}")
+    out = f"{int(extra.sum())} more on other places {'are left out' if samples.official else 'go to test'}"
+    samples.notes.append(f"{short}training split: {', '.join(said)}; {out}")
     if samples.official:
         return samples.keep(~extra)
     samples.split[extra] = 2
@@ -1973,7 +1987,7 @@ def load_predictions(path, columns="", classes=""):
     if at["split"]:
         samples.split = torch.tensor(split)
     samples.prompts = [[name] for name in samples.classes]
-    taken = numbered(taken, facts.classes, "class")[0]
+    taken = numbered(taken, facts.classes, "classes")[0]
     sure = of_predicted(torch.tensor(sure).clamp(max=1), taken, samples)
     keep = (samples.y >= 0) & (taken >= 0)
     bare = int((~keep & (samples.split < len(SPLITS))).sum())
@@ -2151,7 +2165,7 @@ def imagenet(root, facts):
     Download ILSVRC2012's validation images from image-net.org and sort them into folders of their classes:
     DIR/n01440764/*.JPEG    or files n01440764_*.JPEG; or 1000 files or folders numbered from 0 to 999"""
     root = first_folder(folder(root, "data imagenet"), "val")
-    paths, (ids, _, short) = scan(root), synsets()
+    paths, (ids, _, short) = scan(root, notes=facts.notes), synsets()
     label = [(re.match(r"n\d{8}", p[0]) or p)[0] for p in paths]
     odd = sorted(set(label) - set(ids))
     if odd:
@@ -2218,7 +2232,7 @@ def counteranimal(root, facts):
     root = next((p for p in inner if any(q.is_dir() for q in p.glob("[0-9]* *"))), None)
     needs(root, outer, "folders such as '9 ostrich'", "counteranimal")
     layout = re.compile(r"(\d{1,3}) ([^/]+)/[^/-]*(common|easy|counter|hard)[^/-]*-?([^/]*)/", re.I)
-    for parts in scan(root):
+    for parts in scan(root, notes=facts.notes):
         match = layout.match("/".join(parts))
         if match:
             number, name, kind, place = match.groups()
@@ -2230,12 +2244,17 @@ def counteranimal(root, facts):
         facts.notes.append(f"WARNING: {root}: {len(skipped)} files or folders left out, as {min(skipped)}")
     needs(rows, root, "photos in common-... and counter-... folders", "counteranimal")
     number = {name: number for number, name, *_ in sorted(rows)}
+    halves = Counter(name for name, _ in {(row[1], row[2]) for row in rows})
+    if lacks := [name for name, n in halves.items() if n < 2]:
+        line = f"{len(lacks)} of {len(halves)} classes have photos of one kind only, {', '.join(lacks[:5])}"
+        facts.notes.append(f"WARNING: {root}: {line}: not in the means of common, counter and drop")
     labels, spelled = imagenet_names((root, outer), facts.notes), {folded(name): name for name in number}
     pair = [spelled.get(folded(name), name) for name in facts.chosen]
     facts.classes, facts.official, facts.labels = list(number), False, labels
     if pair and set(pair) <= set(number):
         facts.classes, facts.labels = pair, [labels[number[name]] for name in pair]
-        rows = [row for row in rows if row[1] in pair]
+        total, rows = len(rows), [row for row in rows if row[1] in pair]
+        facts.notes.append(f"{root}: {len(rows)} of {total} photos are of --classes")
     elif not pair:
         facts.places, facts.published = ["common", "counter"], dict(classes=45, places=[7174, 5926])
     facts.imagenet = [[number[name]] for name in facts.classes]
@@ -2307,7 +2326,7 @@ def in9(root, facts):
     facts.published = dict(classes=9, places=[4050] * len(facts.places))
     for kind in facts.places:
         at = first_folder(root / kind, "val")
-        for name, file in (parts for parts in scan(at) if len(parts) == 2):
+        for name, file in (parts for parts in scan(at, notes=facts.notes) if len(parts) == 2):
             names[name] = re.sub(r"^\d\d_", "", name).replace("_", " ")  # 00_dog
             photo = "_".join(file.rsplit(".", 1)[0].split("_")[:2])  # n02085936_10130, the foreground's
             share = zlib.crc32(os.fsencode(photo)) % 1000 / 1000
@@ -2319,6 +2338,12 @@ def in9(root, facts):
         what = 'a map {"ImageNet label": class 0 to 8, or -1, ...}'
         with reading(mapping, what):
             pairs = [(int(k), int(v)) for k, v in read_json(mapping, what).items()]
+            if not {label for label, _ in pairs} <= {*range(1000)}:
+                raise ValueError("labels beyond 0 to 999")
+        if len(pairs) < 1000:
+            facts.notes.append(
+                f"WARNING: {mapping}: {len(pairs)} of 1000 labels; the others count as no class"
+            )
         # 02_wheeled vehicle is number 2, also where 01_bird is not there
         for c, at in enumerate(sorted(names)):
             number = int(at[:2]) if at[:2].isdecimal() else c
@@ -2538,7 +2563,8 @@ def cocogender(root, facts):
     photos, categories = coco_photos(root, facts.notes)
     kinds, genders = [set(place.split("+")) for place in facts.places], [set(g.split()) for g in GENDERS]
     odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
-    expect(not odd, "places", odd, f"categories of COCO or supercategories; {near(odd, categories)}")
+    there = near(odd, [*categories, *filter(None, categories.values())])
+    expect(not odd, "places", odd, f"categories of COCO or supercategories; {there}")
     at, parts = first_folder(root, "annotations"), {photo.part for photo in photos}
     for part in sorted(parts | {p.stem.removeprefix("captions_") for p in at.glob("captions_*.json")}):
         captions = at / f"captions_{part}.json"
@@ -2723,7 +2749,8 @@ def coco(root, facts):
     Each class needs 150 photos with the feature and without; photos with a crowd of any are left out. Splits
     are ours, the same for all strengths and seeds: val and test have a third of the smallest group, at most
     100 images; training images are drawn from the rest, as many as Cramer's V allows: a note says so."""
-    (photos, categories), classes, feature = coco_photos(root, facts.notes), facts.chosen, facts.feature
+    (photos, categories), feature = coco_photos(root, facts.notes), facts.feature
+    classes = facts.chosen or facts.renamed
     names = list(categories)
     expect(classes, "classes", "", "two categories of COCO or more, as in cat,dog")
     for flag, word in [("feature", feature), *[("classes", name) for name in classes]]:

@@ -740,7 +740,8 @@ def counter_metrics(groups, classes, names, seed, suffix=""):
         values = {"common" + suffix: common, "counter" + suffix: counter, "drop" + suffix: drop}
         classes.setdefault(names[y], {}).update(values, n_common=n, n_counter=m)
     out = dict.fromkeys("common counter drop drop_interval common_plain counter_plain".split())
-    cells = [[cell for (_, place), cell in at.items() if place == k] for k in (0, 1)]  # [(n, accuracy)] each
+    both = {y for y, _ in at if {(y, 0), (y, 1)} <= at.keys()} or {y for y, _ in at}  # means over the same
+    cells = [[at[y, k] for y in sorted(both) if (y, k) in at] for k in (0, 1)]  # [(n, accuracy)] each
     for name, cell in zip(("common", "counter"), cells, strict=True):
         if cell:
             n, share = np.transpose(cell)
@@ -1005,9 +1006,12 @@ def write_tables(out, results, outcomes, samples):
         header += [f"{name} {p}", f"{name} {p} confidence"]
         out_of = outcomes[name][p]
         columns = out_of.index.tolist(), out_of.predicted[0].tolist(), out_of.confidence[0].tolist()
+        # of ImageNet's labels those of the classes here by these names, as in y
+        wide = samples.imagenet if len(out_of.names) == 1000 else ()
+        name_of = {k: c for c, labels in zip(samples.classes, wide, strict=False) for k in labels}
         for photo, label, sure in zip(*columns, strict=True):
             cells = photos.setdefault(photo, [""] * 2 * len(rows))
-            cells[2 * column] = called(out_of, label)
+            cells[2 * column] = name_of.get(label) or called(out_of, label)
             if not math.isnan(sure):
                 cells[2 * column + 1] = f"{sure:.4f}"
     written = ("model", "protocol", "class", "place", "n", "accuracy", "low", "high")

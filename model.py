@@ -111,7 +111,8 @@ class Encoder:
         able = dtype != "bfloat16" or not self.on_gpu or self.bf16
         expect(able, "dtype", dtype, f"float32 or auto: {self.device} does not compute in it")
         self.threads = threads or cores()
-        self.cache, self.skip_bad, self.resize_once = cache, skip_bad, resize_once
+        self.cache = cache if self.digest else ""
+        self.skip_bad, self.resize_once = skip_bad, resize_once
         return self
 
     @property

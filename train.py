@@ -577,6 +577,8 @@ def learn_cutter(encoder, scenes, seed, cells=60):
 def dense(encoder, x):
     """Images [N, 3, H, W] -> the last three levels of features on the finest one's grid: [N, h, w, D']."""
     tower = getattr(encoder.fast, "visual", encoder.fast)
+    wanted = f"0, as the levels of {encoder.name} are not known, by which foregrounds are cut out"
+    expect(hasattr(tower, "forward_intermediates"), "own", "a weight", wanted)
     levels = tower.forward_intermediates(x, indices=3, intermediates_only=True)
     if isinstance(levels, dict):  # open_clip's, where timm has a list
         levels = levels["image_intermediates"]
@@ -1352,6 +1354,8 @@ def discovered(samples, encoder, task, path, most):
     what = f"{having} of {n} training images have a region in the {len(used)} clusters discovered"
     nothing = f"{what}, {without} have no other; nothing to learn from"
     require(having and without < n, f"--discovery={path}: {nothing}")
+    if having == n:
+        what = f"WARNING: {what}: what goes by an image's having one cannot help"
     if without:
         what += f"; {without} have no region without it, and L_R and L_A skip them"
     return notes + [what]
@@ -1603,7 +1607,7 @@ def choose_parameters(encoder, row, config):
     what comes after them."""
     module, part = encoder.module, config["train"]
     names = [name for name, _ in module.named_parameters()]
-    image = {name for name in names if name.startswith("visual.") or encoder.kind == "timm"}
+    image = {name for name in names if name.startswith("visual.") or encoder.kind != "open_clip"}
     ends = "visual.proj visual.head visual.attnpool.c_proj text_projection text.proj text.text_proj".split()
     projections = {name for name in names if name.startswith(tuple(ends))}
     chosen = {"image": image, "text": set(names) - image, "projection": projections}.get(part, set(names))

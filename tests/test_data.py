@@ -1303,7 +1303,7 @@ def test_folder_unlabelled_needs_names_to_choose_from(tmp_path):
 
 def test_two_classes_of_the_same_name(tmp_path):
     touch(tmp_path, "Dog/a.jpg", "dog/b.jpg")
-    with complaint("two class names that are the same", "dog"):
+    with complaint("are one name of classes", "dog"):
         loaded(f"folder:{tmp_path}")
 
 
@@ -3065,7 +3065,7 @@ def test_a_table_is_not_read_as_what_it_does_not_say(tmp_path):
 
 def test_names_with_accents_in_two_parts_are_the_same_name(tmp_path):
     touch(tmp_path, "train/caf\u00e9/0.png", "test/cafe\u0301/0.png", "train/dog/0.png", "test/dog/0.png")
-    with complaint("two class names that are the same", "caf"):
+    with complaint("are one name of classes", "caf"):
         loaded(f"folder:{tmp_path}")
 
 
@@ -3370,6 +3370,43 @@ def test_a_table_without_a_header_and_a_turned_photo_with_a_mask_are_said(tmp_pa
         mask.image().save(tmp_path / f"masks/{name}.png")
         data.load_regions(spec, [picture], lambda w, h: (0, 0, 1, 1))
         assert ("turned by its EXIF" in capsys.readouterr().out) == said
+
+
+def test_of_two_spellings_none_is_chosen(tmp_path):
+    touch(tmp_path, *[f"a/{c}/{k}.png" for c in ("Cat", "cat", "dog") for k in range(5)])
+    for chosen in ("", "cat,dog"):
+        with complaint("'Cat' and 'cat' are one name"):
+            loaded(f"folder:{tmp_path / 'a'}", classes=chosen)
+    touch(tmp_path, *[f"b/{c}/{k}.png" for c in ("cat", "dog") for k in range(5)])
+    lines = [f"b/{c}/{k}.png,{c}" for c in ("cat", "dog") for k in range(5)]
+    table = text(tmp_path / "t.csv", "path,y", *lines)
+    samples = loaded(f"csv:{table}", classes=text(tmp_path / "n.txt", "dog", "cat"))
+    assert [samples.classes[k] for k in samples.y] == ["cat"] * 5 + ["dog"] * 5
+
+
+def test_a_file_of_classes_renames_them_and_does_not_swap_them(tmp_path, monkeypatch):
+    def mine(root, facts):
+        facts.classes = ["dark hair", "blond hair"]
+        return (data.Row(photo(root / f"{k}.png", k), facts.classes[k % 2]) for k in range(20))
+
+    monkeypatch.setitem(data.SETS, "mine", data.DataSet(mine))
+    samples = loaded(f"mine:{tmp_path}", classes=text(tmp_path / "m.txt", "Dark Hair", "fair hair"))
+    assert samples.classes == ["Dark Hair", "fair hair"] and samples.y[:2].tolist() == [0, 1]
+    with complaint("--classes", "swapped.txt", "blond hair", "the set's order, dark hair, blond hair"):
+        loaded(f"mine:{tmp_path}", classes=text(tmp_path / "swapped.txt", "blond hair", "dark hair"))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(classes="three,five"), ("--classes", "none: a setting of digits has them all")),
+        (dict(places="plain,red rectangle"), ("--places", "with and without the feature")),
+        (dict(feature="scene"), ("--feature", "none in digits")),
+    ],
+)
+def test_a_controlled_setting_has_its_own_classes_and_places(flags, words):
+    with complaint(*words):
+        loaded("digits", **flags)
 
 
 def test_classes_without_a_training_image_are_said(tmp_path):

@@ -306,6 +306,17 @@ def test_of_many_groups_the_console_and_the_page_show_those_that_are_hardest_for
     assert train.hardest(groups[:8], 8) == ([*range(8)], "")
 
 
+def test_an_encoder_without_levels_cannot_cut_foregrounds_out_but_can_be_trained():
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 4))
+    mine = model.Encoder("mine", "mine", lambda: module, None, "", "").embeds_with("cpu")
+    config = dict(train="image", loss="infonce")
+    assert len(train.choose_parameters(mine, train.ANCHORS, config)) == 2
+    with pytest.raises(Complaint, match="--train=last_blocks: the encoder has no numbered blocks"):
+        train.choose_parameters(mine, train.ANCHORS, dict(config, train="last_blocks"))
+    with pytest.raises(Complaint, match="--own: .*expected 0, as the levels of mine"):
+        train.dense(SimpleNamespace(fast=module, name="mine"), torch.zeros(1, 3, 4, 4))
+
+
 @pytest.mark.parametrize(
     "flags, unused",
     [

@@ -325,14 +325,9 @@ def fitting(name, config):
         value = config.get(flag, default)
         wanted = f"its default: in {name} no feature is planted"
         expect(name in CONTROLLED or value == default, flag, value, wanted)
-    if name in CONTROLLED:
-        classes, places = config.get("classes", ""), config.get("places", "")
-        expect(not places, "places", places, f"none: those of {name} are with and without the feature")
-        free = name == "coco" or not classes or os.path.isfile(classes)
-        expect(free, "classes", classes, f"none: a setting of {name} has them all")
-        expect(
-            name != "digits" or not config.get("feature"), "feature", config.get("feature"), "none in digits"
-        )
+    places, feature = config.get("places", ""), config.get("feature", "")
+    expect(name not in CONTROLLED or not places, "places", places, "none: with and without the feature")
+    expect(name != "digits" or not feature, "feature", feature, "none: a red rectangle")
     columns = config.get("columns", "")
     expect(not columns or name in ("csv", "waterbirds"), "columns", columns, "none: no table")
 
@@ -1271,7 +1266,7 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     rows, template = SETS[name]
     listed = {"renamed" if os.path.isfile(classes) else "chosen": names_in(classes, "classes", 2)}
     facts = Facts(wanted=names_in(places, "places", 1), seed=seed, **listed, **planted_by)
-    fitting(name, dict(planted_by, classes=classes, places=places))
+    fitting(name, dict(planted_by, places=places))
     expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:
@@ -1506,6 +1501,7 @@ def check(samples, splits=True):
         for s, split in enumerate(SPLITS):
             lacks = f"no images of class {samples.classes[int(of_class[s].argmin())]}"
             line = f"{name}: split {s} ({split}) has {lacks}; train, val and test need them"
+            line += ": splits drawn here four of each class" * (not samples.official)
             require(of_class[s].all(), line)
     for what, names, k in (("class", samples.classes, of_class), ("place", samples.places, of_place)):
         bare = [names[at] for at in (k.sum(0) == 0).nonzero()[:, 0].tolist()]
@@ -2247,7 +2243,7 @@ def counteranimal(root, facts):
     halves = Counter(name for name, _ in {(row[1], row[2]) for row in rows})
     if lacks := [name for name, n in halves.items() if n < 2]:
         line = f"{len(lacks)} of {len(halves)} classes have photos of one kind only, {', '.join(lacks[:5])}"
-        facts.notes.append(f"WARNING: {root}: {line}: not in the means of common, counter and drop")
+        facts.notes.append(f"WARNING: {root}: {line}: no drop is taken over these")
     labels, spelled = imagenet_names((root, outer), facts.notes), {folded(name): name for name in number}
     pair = [spelled.get(folded(name), name) for name in facts.chosen]
     facts.classes, facts.official, facts.labels = list(number), False, labels
@@ -2294,6 +2290,9 @@ def nico(root, facts):
     needs(paths, root, "context/class/ folders of images", "nico")
     if len(paths) < len(outer):
         facts.notes.append(f"{root}: {len(outer) - len(paths)} images beside context/class folders; not used")
+    if deep := [p for p in paths if len(p) > 3]:
+        line = f"{len(deep)} images lie deeper than context/class/, as {'/'.join(deep[0])}"
+        facts.notes.append(f"WARNING: {root}: {line}: a level too many? the first two folders count")
     contexts = {"autumn", "dim", "grass", "outdoor", "rock", "water", *map(folded, facts.wanted)}
     outside, within = {folded(p[0]) for p in paths}, {folded(p[1]) for p in paths}
     y, place = 1, 0
@@ -2338,8 +2337,8 @@ def in9(root, facts):
         what = 'a map {"ImageNet label": class 0 to 8, or -1, ...}'
         with reading(mapping, what):
             pairs = [(int(k), int(v)) for k, v in read_json(mapping, what).items()]
-            if not {label for label, _ in pairs} <= {*range(1000)}:
-                raise ValueError("labels beyond 0 to 999")
+            if not ({k for k, _ in pairs} <= {*range(1000)} and {v for _, v in pairs} <= {*range(-1, 9)}):
+                raise ValueError("labels beyond 0 to 999, or classes beyond -1 to 8")
         if len(pairs) < 1000:
             facts.notes.append(
                 f"WARNING: {mapping}: {len(pairs)} of 1000 labels; the others count as no class"
@@ -2348,6 +2347,8 @@ def in9(root, facts):
         for c, at in enumerate(sorted(names)):
             number = int(at[:2]) if at[:2].isdecimal() else c
             facts.imagenet.append([label for label, v in pairs if v == number])
+        bare = [c for c, labels in zip(facts.classes, facts.imagenet, strict=True) if not labels]
+        facts.notes += [f"WARNING: {mapping}: no label for {', '.join(bare)}: never right"] * bool(bare)
 
 
 STORED = {  # arrays of --data=embeddings:FILE, and what others call them
@@ -2561,7 +2562,10 @@ def cocogender(root, facts):
     expect(len(facts.places) == 2, "places", ",".join(facts.places), "two kinds of objects")
     facts.home_of, people, n = dict(zip(facts.classes, facts.places, strict=True)), {}, 0
     photos, categories = coco_photos(root, facts.notes)
-    kinds, genders = [set(place.split("+")) for place in facts.places], [set(g.split()) for g in GENDERS]
+    kinds, genders = (
+        [set(place.lower().split("+")) for place in facts.places],
+        [set(g.split()) for g in GENDERS],
+    )
     odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
     there = near(odd, [*categories, *filter(None, categories.values())])
     expect(not odd, "places", odd, f"categories of COCO or supercategories; {there}")
@@ -2608,7 +2612,11 @@ def planted(facts, each, most=None):
         each = min(each, int((most / torch.stack([1 - share, share], 1)).min()))
     having = (each * share).round().long()
     counts = torch.stack([each - having, having], 1)
-    (a, b), (c, d) = counts[spurious].tolist(), (counts.sum(0) - counts[spurious]).tolist()
+    chosen = [names.index(folded(name)) for name in facts.chosen if folded(name) in names] or [*range(C)]
+    expect(
+        not V or spurious in chosen, "spurious", facts.spurious, f"one of --classes={','.join(facts.chosen)}"
+    )
+    (a, b), (c, d) = counts[spurious].tolist(), (counts[chosen].sum(0) - counts[spurious]).tolist()
     spread = math.sqrt((a + b) * (c + d) * (a + c) * (b + d))
     what = f"Cramer's V of {facts.classes[spurious]} and the {facts.places[1]}"
     facts.notes.append(f"{a + b + c + d} training images, {what} {abs(a * d - b * c) / (spread or 1):.3f}")

@@ -539,7 +539,8 @@ def offered(encoder, samples, asked, state=None):
     if asked:
         return [p for p in PROTOCOLS if p in asked and p not in reasons], reasons
     can = [p for p in ("zeroshot", "classifier") if PROTOCOLS[p].needs not in lacks]
-    if "training" not in lacks and (samples.official or len(samples.classes) == 2 or not can):
+    tested = samples.official or len(samples.classes) == 2 and (samples.split == 2).any()
+    if "training" not in lacks and (tested or not can):
         can.append("probe")
     if "ckpt" not in lacks and (not can or samples.y.max() < 0):
         can.append("ckpt")
@@ -740,15 +741,17 @@ def counter_metrics(groups, classes, names, seed, suffix=""):
         values = {"common" + suffix: common, "counter" + suffix: counter, "drop" + suffix: drop}
         classes.setdefault(names[y], {}).update(values, n_common=n, n_counter=m)
     out = dict.fromkeys("common counter drop drop_interval common_plain counter_plain".split())
-    both = {y for y, _ in at if {(y, 0), (y, 1)} <= at.keys()} or {y for y, _ in at}  # means over the same
-    cells = [[at[y, k] for y in sorted(both) if (y, k) in at] for k in (0, 1)]  # [(n, accuracy)] each
+    cells = [[cell for (_, place), cell in at.items() if place == k] for k in (0, 1)]  # [(n, accuracy)] each
     for name, cell in zip(("common", "counter"), cells, strict=True):
         if cell:
             n, share = np.transpose(cell)
             out[name], out[name + "_plain"] = float(share.mean()), float(np.average(share, weights=n))
-    if all(cells):
-        drawn = redraw(cells[0], seed).mean(1) - redraw(cells[1], seed, 1).mean(1)
-        out.update(drop=out["common"] - out["counter"], drop_interval=np.quantile(drawn, TAILS).tolist())
+    both = [y for y, place in at if place == 0 and (y, 1) in at]  # a drop is one of the same classes
+    if both:
+        common, counter = ([at[y, k] for y in both] for k in (0, 1))
+        drawn = redraw(common, seed).mean(1) - redraw(counter, seed, 1).mean(1)
+        drop = float(np.mean([share for _, share in common]) - np.mean([share for _, share in counter]))
+        out.update(drop=drop, drop_interval=np.quantile(drawn, TAILS).tolist())
     return {key + suffix: value for key, value in out.items()}
 
 

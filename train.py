@@ -821,13 +821,15 @@ def grounds_of(where, skip_bad, most=100):
     if not where.startswith("discovery:"):
         return layers(where, Ground, "backgrounds", skip_bad)
     discovery = load_discovery(where.removeprefix("discovery:"), f"--backgrounds={where}")
-    regions = [k for c in discovery.clusters if c["kept"] for k in c.get("regions", [])[:most]]
+    kept = [c for c in discovery.clusters if c["kept"]]
+    regions = [k for c in kept for k in c.get("regions", [])[:most]]
     cure = "a discovery that kept a cluster; without one leave --backgrounds out, or look at more photos"
     expect(regions, "backgrounds", where, cure)
     paths, boxes = [discovery.paths[k] for k in discovery.image[regions]], discovery.box[regions].tolist()
     expect(all(paths), "backgrounds", where, "a discovery on photos, not on images that lie in no file")
     grounds = [Crop(Photo(path), tuple(box)) for path, box in zip(paths, boxes, strict=True)]
-    return grounds, [f"backgrounds: {len(grounds)} regions that discover.py found the model to rely on"]
+    few = f"{len(grounds)} of {sum(c.get('n', 0) for c in kept)} regions, up to {most} of a cluster"
+    return grounds, [f"backgrounds: {few}, that discover.py found the model to rely on"]
 
 
 def place_grounds(samples, folders):
@@ -1357,7 +1359,7 @@ def discovered(samples, encoder, task, path, most):
     if having == n:
         what = f"WARNING: {what}: what goes by an image's having one cannot help"
     if without:
-        what += f"; {without} have no region without it, and L_R and L_A skip them"
+        what += f"; {without} have no region without it, which ravl's L_R and L_A skip"
     return notes + [what]
 
 

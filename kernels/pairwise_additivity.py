@@ -51,11 +51,6 @@ def forward_torch(z, f, b, index):
     f, b = f.to(dtype), b.to(dtype)
     zs, zz, ss, sq = z.new_empty(4, len(z), dtype=dtype)
     norm = torch.linalg.vector_norm
-    if index is None:
-        # |f_i + b_j| of all pairs from one product, a pass over the tiles less; double, as it may cancel
-        f2, b2 = f.double(), b.double()
-        squares = f2.square().sum(1)[:, None] + b2.square().sum(1)  # [n, m]
-        ss.copy_(squares.addmm_(f2, b2.T, alpha=2).clamp_(min=0).sqrt_().view(-1))
     step = max(1, TILE // max(1, z.shape[1]))
     room = z.new_empty(2, min(step, len(z)), z.shape[1], dtype=dtype)  # the same memory for all tiles
     for p, fi, bj in parts(f, b, index, step):
@@ -64,8 +59,7 @@ def forward_torch(z, f, b, index):
         torch.add(fi, bj, out=s)
         norm(x, dim=1, out=zz[p])
         norm(torch.sub(x, s, out=difference), dim=1, out=sq[p])
-        if index is not None:
-            norm(s, dim=1, out=ss[p])
+        norm(s, dim=1, out=ss[p])
         torch.sum(s.mul_(x), 1, out=zs[p])
     return zs / (zz.clamp_(min=EPS) * ss.clamp_(min=EPS)), sq.square_()
 

@@ -202,7 +202,8 @@ def pairwise_loss(f, b, t, y, scale, classes=None):
     classes: [S] distinct classes that take part, for C above 4096 (anchors as targets): the loss among these
     and the foregrounds of these. Draw anew for each step: torch.randperm(C, generator=g)[:4096].
     Returns a 0-d tensor: float32 (float64 for float64). Under autocast float32 input is cast first.
-    Raises ValueError where shapes do not fit, or for C above 4096 without classes.
+    Raises ValueError where shapes do not fit, for C above 4096 without classes, and on a CPU for y beyond [0,
+    C); on a GPU, which would have to wait, the loss is then NaN.
     """
     if classes is not None:
         place = torch.full((len(t),), -1, device=t.device)
@@ -213,6 +214,8 @@ def pairwise_loss(f, b, t, y, scale, classes=None):
     if not matrices or y.shape != f.shape[:1]:
         shapes = [list(x.shape) for x in (f, b, t, y)]
         raise ValueError(f"f, b, t, y: found {shapes}, expected [n, D], [m, D], [C, D], [n]")
+    if y.device.type == "cpu" and len(y) and not 0 <= y.min() <= y.max() < len(t):
+        raise ValueError(f"y: found {int(y.min())} to {int(y.max())}, expected 0 to {len(t) - 1}")
     if len(t) > MAX_C:
         draw = f"classes=torch.randperm({len(t)}, generator=g)[:{MAX_C}]"
         raise ValueError(f"t: {len(t)} targets in one softmax, up to {MAX_C} are computed; draw some: {draw}")

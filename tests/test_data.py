@@ -3396,17 +3396,29 @@ def test_a_file_of_classes_renames_them_and_does_not_swap_them(tmp_path, monkeyp
         loaded(f"mine:{tmp_path}", classes=text(tmp_path / "swapped.txt", "blond hair", "dark hair"))
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (dict(classes="three,five"), ("--classes", "none: a setting of digits has them all")),
-        (dict(places="plain,red rectangle"), ("--places", "with and without the feature")),
-        (dict(feature="scene"), ("--feature", "none in digits")),
-    ],
-)
-def test_a_controlled_setting_has_its_own_classes_and_places(flags, words):
-    with complaint(*words):
-        loaded("digits", **flags)
+def test_a_controlled_setting_has_its_own_places_and_counts_the_classes_that_are_chosen():
+    for flags in (dict(places="plain,red rectangle"), dict(feature="scene")):
+        with complaint(f"--{[*flags][0]}", "none: "):
+            loaded("digits", **flags)
+    with complaint("--spurious", "one of --classes=three,five"):
+        loaded("digits", classes="three,five", strength=0.9)
+    samples = loaded("digits", classes="three,five", strength=0.9, spurious="five")
+    (a, b), (c, d) = samples.counts()[0].view(2, 2).tolist()
+    v = (b * c - a * d) / ((a + b) * (c + d) * (a + c) * (b + d)) ** 0.5
+    assert noted(samples, f"{a + b + c + d} training images", f"of five and the red rectangle {abs(v):.3f}")
+
+
+def test_images_left_out_by_a_confounder_are_counted(tmp_path):
+    lines = []
+    for k in range(40):
+        photo(tmp_path / f"{k}.png", k)
+        lines.append(
+            f"{k}.png,{'ab'[k % 2]},{'pq'[k // 2 % 2]},{'train' if k < 24 else 'val' if k < 32 else 'test'}"
+        )
+    table = text(tmp_path / "t.csv", "path,y,place,split", *lines)
+    samples = loaded(f"csv:{table}", classes="a,b", places="p,q")
+    assert noted(samples, "100% of a on p, 100% of b on q; 12 more on other places are left out")
+    assert len(samples.items) == 28
 
 
 def test_classes_without_a_training_image_are_said(tmp_path):

@@ -455,6 +455,28 @@ def test_class_balance_differs_from_the_plain_average():
     assert all(key.endswith("_1v20") for key in m)
 
 
+def test_a_drop_is_of_classes_that_have_both_kinds_and_predictions_are_named_as_classes_are(tmp_path, capsys):
+    cells = (0, 0, 8, 1.0), (0, 1, 8, 0.5), (1, 0, 8, 0.0)
+    groups = [dict(y=y, place=place, n=n, accuracy=share) for y, place, n, share in cells]
+    m = script.counter_metrics(groups, {}, ["a", "b"], 0)
+    assert (m["common"], m["counter"], m["drop"]) == (0.5, 0.5, 0.5)
+    where = animals(tmp_path / "set")
+    shutil.rmtree(tmp_path / "set/16 bulbul/counter-sky")
+    argv = [
+        where,
+        "--model=tiny",
+        "--picker=self",
+        "--split=all",
+        f"--out_dir={tmp_path / 'out'}",
+        "--cache_dir=",
+    ]
+    assert run(argv) == 0 and "1 of 2 classes have photos of one kind only, bulbul" in capsys.readouterr().out
+    right = json.loads((tmp_path / "out/eval.json").read_text())["models"]["tiny"]["metrics"]["average"]
+    rows = table_of(tmp_path / "out/predictions.csv")
+    taken = next(k for k in rows[0] if k.startswith("tiny zeroshot") and not k.endswith("confidence"))
+    assert sum(row[taken] == row["class"] for row in rows) / len(rows) == pytest.approx(right)
+
+
 def test_drop_interval_covers_as_often_as_it_says():
     """200 sets of 2 x 400 photos: the 95 % interval holds the true drop, 0.2, in about 190."""
     g, inside, n = np.random.default_rng(0), 0, 400

@@ -658,3 +658,14 @@ def test_every_kernel_compiles_within_the_limits_of_each_gpu():
         assert barriers == 0 or not alone, line  # no warp waits for another
     archs = {"80", "89", "90"} if os.environ.get("FLOCK_LARGE") else {"90"}
     assert {arch for arch, *_ in kernels} == archs and len(kernels) == len(archs) * 13 * 3
+
+
+@only_torch
+def test_sums_that_nearly_cancel_keep_their_cosine_and_labels_beyond_the_classes_are_refused():
+    f, s = torch.randn(2, 5, 16, dtype=torch.float64)
+    s = 1e-6 * s
+    cos, _ = pairwise_additivity(s[:, None], f, s[:1] - f[:1])
+    assert cos[0, 0].item() == pytest.approx(1, abs=1e-9)
+    for y in (torch.tensor([-1, 0, 1, 2, 3]), torch.tensor([0, 1, 2, 3, 5])):
+        with pytest.raises(ValueError, match="y: found .*, expected 0 to 4"):
+            pairwise_loss(f, f, f, y, 1.0)

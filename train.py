@@ -828,8 +828,8 @@ def grounds_of(where, skip_bad, most=100):
     paths, boxes = [discovery.paths[k] for k in discovery.image[regions]], discovery.box[regions].tolist()
     expect(all(paths), "backgrounds", where, "a discovery on photos, not on images that lie in no file")
     grounds = [Crop(Photo(path), tuple(box)) for path, box in zip(paths, boxes, strict=True)]
-    few = f"{len(grounds)} of {sum(c.get('n', 0) for c in kept)} regions, up to {most} of a cluster"
-    return grounds, [f"backgrounds: {few}, that discover.py found the model to rely on"]
+    few = f"{len(grounds)} of {max(len(grounds), sum(c.get('n', 0) for c in kept))} regions"
+    return grounds, [f"backgrounds: {few} that discover.py found the model to rely on, {most} a cluster"]
 
 
 def place_grounds(samples, folders):

@@ -1277,12 +1277,12 @@ def test_clusters_used_are_those_as_frequent_in_each_class_not_the_class_s_own_o
 
 def test_backgrounds_from_a_discovery_are_its_best_regions(files, tmp_path):
     paths = [str(files / f"backgrounds/{k}.png") for k in range(3)]
-    clusters = [dict(id=1, kept=True, regions=[2, 1] * 5), dict(id=0, kept=False, regions=[0])]
+    clusters = [dict(id=1, kept=True, n=12, regions=[2, 1] * 5), dict(id=0, kept=False, regions=[0])]
     box = np.array([[0, 0, 1, 1], [0.5, 0, 1, 1], [0, 0.5, 1, 1]], "float32")
     where, folder = dict(image=np.array([0, 1, 2]), box=box, paths=paths), tmp_path / "found"
     word = f"discovery:{written(folder, clusters, **where)}"
     grounds, notes = train.grounds_of(word, False)
-    assert len(grounds) == 10 and "10 regions" in notes[0]
+    assert len(grounds) == 10 and "10 of 12 regions" in notes[0]
     for crop, path, corners in zip(grounds, paths[:0:-1], ((0, 32, 64, 64), (32, 0, 64, 64)), strict=False):
         assert crop.image().tobytes() == Image.open(path).crop(corners).tobytes()
     assert bap(files, tmp_path / "out", f"--backgrounds={word} --own=0") == 0

@@ -346,9 +346,8 @@ class Encoder:
         open_clip's all end in ToTensor and Normalize."""
         steps = getattr(self.transform, "transforms", ())
         kinds = [type(step).__name__ for step in steps[-2:]]
-        if kinds[1:] != ["Normalize"] or "ToTensor" not in kinds[0]:
-            wanted = "its transform should be a Compose that ends in ToTensor and Normalize"
-            raise Complaint(f"--model={self.name}: {wanted}")
+        good = kinds[1:] == ["Normalize"] and "ToTensor" in kinds[0]
+        require(good, f"--model={self.name}: its transform is no Compose that ends in ToTensor and Normalize")
         numbers = torch.tensor([*steps[-1].mean, *steps[-1].std], dtype=torch.float32)
         return type(self.transform)(steps[:-2]), numbers.view(2, 3, 1, 1)
 
@@ -803,9 +802,8 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     sizes = [resolve_data_config({}, config, None, test, False) for test in (False, True)]
     if sizes[0] != sizes[1]:
         each = ["{1}x{2} pixels".format(*c["input_size"]) + f", crop {c['crop_pct']:g}" for c in sizes]
-        other = f"in testing {each[1]}, as in its published accuracies: --test_size=True"
-        if test_size:
-            other = f"in training {each[0]}"
+        tested = f"in testing {each[1]}, as in its published accuracies: --test_size=True"
+        other = f"in training {each[0]}" if test_size else tested
         notes.append(f"{model}: pictures are read at {each[test_size]}; {other}")
     digest, weights = f"tag {model}", ""  # by its name alone
     if pretrained:
@@ -951,10 +949,9 @@ def snapshot(model, pretrained, quick_gelu, cache):
         encoder = clip_model(f"local-dir:{folder}", folder, quick_gelu, cache)
     else:
         config = read_json(os.path.join(folder, "config.json"), "the config.json of a model of timm")
-        if "architecture" not in config:
-            cure = f"give open_clip's name of its architecture, --model=ViT-B-32 --pretrained={folder}"
-            kind = config.get("model_type", "model")
-            raise Complaint(f"--model={model}: a {kind} of another library, not timm's; {cure}")
+        other = f"--model={model}: a {config.get('model_type', 'model')} of another library, not timm's"
+        cure = f"give open_clip's name of its architecture, --model=ViT-B-32 --pretrained={folder}"
+        require("architecture" in config, f"{other}; {cure}")
         encoder = timm_model(f"timm:{config['architecture']}", folder, quick_gelu, cache)
     encoder.name = model
     return encoder

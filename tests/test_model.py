@@ -1983,7 +1983,7 @@ def checkpoint(path, **changed):
     """A checkpoint as train.py writes it, with some of its parts changed; its path."""
     probe = dict(mean=torch.zeros(3), scale=torch.ones(()), weight=gaussian(3, 2), bias=torch.zeros(2))
     parts = dict(map=dict(mu=torch.zeros(3), W=gaussian(3, 3)), power=0.5, probes=dict(bap=probe))
-    made = dict(config=dict(model="tiny", pretrained=""), fingerprint="x")
+    made = dict(config=dict(model="tiny", pretrained=""), fingerprint="x", classes=["a", "b"])
     model.save_checkpoint(path, made | parts | changed)
     return path
 
@@ -1994,9 +1994,8 @@ def test_checkpoint_round_trip_holds_no_code(tmp_path):
     assert state["list"] == [1, None, "a"] and torch.equal(plain["map"]["W"], state["map"]["W"])
     z, W = gaussian(5, 3).float(), gaussian(3, 3).float()
     assert torch.allclose(model.load_map(state)(z), model.features(z, 0.5) @ W, atol=1e-6)
-    assert torch.allclose(model.load_probe(state, "bap").logits(z), z.double() @ gaussian(3, 2))
-    with complaint("--probe=erm", "bap"):
-        model.load_probe(state, "erm")
+    heads, logits = model.load_heads(state), model.load_map(state)(z).double() @ gaussian(3, 2)
+    assert list(heads) == ["bap"] and torch.allclose(heads["bap"](z), logits)
 
 
 def test_checkpoint_of_another_encoder_is_refused(tmp_path, get):
@@ -2036,7 +2035,7 @@ def test_a_checkpoint_edited_by_hand_is_one_line(tmp_path, part, value):
     with complaint("checkpoint", "train anew"):
         state = model.load_checkpoint(checkpoint(tmp_path / "c.pt", **{part: value}))
         model.load_map(state)
-        model.load_probe(state, "bap")
+        model.load_heads(state)
 
 
 # --- embeddings from elsewhere

@@ -274,8 +274,8 @@ def test_results_keep_the_contract(which, train_counts, request):
     assert sorted(os.listdir(out)) == ["ckpt.pt", "map.npz", "report.html", "results.json"]
 
 
-def groups_of(kept, probe, z, samples, g):
-    right, test = model.load_probe(kept, probe).predict(g(z)) == samples.y, samples.split == 2
+def groups_of(kept, probe, z, samples):
+    right, test = model.load_heads(kept)[probe](z).argmax(1) == samples.y, samples.split == 2
     return model.group_metrics(right[test], samples, test.nonzero()[:, 0])["groups"]
 
 
@@ -286,8 +286,8 @@ def test_numbers_are_those_of_the_embeddings_and_of_the_checkpoint_which_holds_n
     assert {k: r["additivity"]["flat"][k] for k in flat} == pytest.approx(flat)
     kept, z, fit = saved(plain / "ckpt.pt"), encoder.embed(samples.items), samples.split == 0
     assert kept["config"] == r["config"] and kept["git"] == r["git"]
-    for name, g in (("erm", unit), ("bap", model.load_map(kept))):
-        assert groups_of(kept, name, z, samples, g) == r["methods"][name]["groups"]
+    for name in ("erm", "bap"):
+        assert groups_of(kept, name, z, samples) == r["methods"][name]["groups"]
     scaler, val, group = model.standard(z[fit]), samples.split == 1, samples.group()
     for name, scaled in (("dfr", scaler), ("dfr_val_scaled", None)):  # on raw embeddings, as in eval.py
         right = model.dfr(z[val], samples.y[val], group[val], 0, scaled).predict(z) == samples.y
@@ -295,8 +295,8 @@ def test_numbers_are_those_of_the_embeddings_and_of_the_checkpoint_which_holds_n
         assert worst == r["methods"][name]["worst_group"]
     said = train.summary(r, samples)
     assert re.search(r"\ncopy_paste +-[- ]+needs --masks\n", said)
-    probe, x = model.load_probe(kept, "erm"), unit(z)
-    assert torch.allclose(probe.logits(x), model.fit_probe(x[fit], samples.y[fit], 0.8).logits(x), atol=1e-4)
+    logits, x = model.load_heads(kept)["erm"](z), unit(z)
+    assert torch.allclose(logits, model.fit_probe(x[fit], samples.y[fit], 0.8).logits(x), atol=1e-4)
 
 
 def test_of_many_groups_the_console_and_the_page_show_those_that_are_hardest_for_erm():
@@ -841,8 +841,8 @@ def test_a_pretrained_encoder_comes_with_what_belongs_to_it(files, fine):
     with complaint("not with the weights"):
         model.load_checkpoint(fine / "ckpt.pt", old)
     z = new.embed(samples.items)
-    for name, g in (("erm", unit), ("bap", model.load_map(kept))):
-        assert groups_of(kept, name, z, samples, g) == r["methods"]["bap"]["groups"]
+    for name in ("erm", "bap"):
+        assert groups_of(kept, name, z, samples) == r["methods"]["bap"]["groups"]
 
 
 def test_pretraining_of_the_encoder_resumes_to_the_same_numbers(files, fine, tmp_path, ctrl_c, capsys):

@@ -1223,11 +1223,9 @@ class Samples:
         return f"{self.classes[y]} on {self.places[place]}"
 
     def prompt_line(self):
-        (text, *rest), label = self.prompts[0], self.labels[0]
+        (text, *rest), label, n = self.prompts[0], self.labels[0], len(self.labels)
         beside = f" and {len(rest)} more, averaged" * bool(rest)
-        return (
-            f"prompts: {textwrap.shorten(text, 300)!r}{beside} for {label!r}, so of {len(self.labels)} labels"
-        )
+        return f"prompts: {textwrap.shorten(text, 300)!r}{beside} for {label!r}, so of {n} labels"
 
     def class_prompts(self):
         """The prompts of the classes, where a model chooses among more labels than these; or Complaint."""
@@ -1976,9 +1974,8 @@ def load_predictions(path, columns="", classes=""):
             wanted = "expected a number from 0 to 1; scale it, or read none: --columns=confidence="
             raise t.complaint(k, f"{at['confidence']}={text[:60]!r}, {wanted}")
     names = [os.path.join(os.path.dirname(path), v) for v in t[at["path"]]] if at["path"] else [""] * n
-    pictures = [
-        Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in zip(t.lines, names, strict=True)
-    ]
+    pairs = zip(t.lines, names, strict=True)
+    pictures = [Photo(v) if os.path.isfile(v) else Stored(path, k) for k, v in pairs]
     samples = samples_of(f"predictions:{path}", map(Row, pictures, y, place, [2] * n), facts)
     if at["split"]:
         samples.split = torch.tensor(split)
@@ -2340,9 +2337,8 @@ def in9(root, facts):
             if not ({k for k, _ in pairs} <= {*range(1000)} and {v for _, v in pairs} <= {*range(-1, 9)}):
                 raise ValueError("labels beyond 0 to 999, or classes beyond -1 to 8")
         if len(pairs) < 1000:
-            facts.notes.append(
-                f"WARNING: {mapping}: {len(pairs)} of 1000 labels; the others count as no class"
-            )
+            few = f"{len(pairs)} of 1000 labels; the others count as no class"
+            facts.notes.append(f"WARNING: {mapping}: {few}")
         # 02_wheeled vehicle is number 2, also where 01_bird is not there
         for c, at in enumerate(sorted(names)):
             number = int(at[:2]) if at[:2].isdecimal() else c
@@ -2562,10 +2558,8 @@ def cocogender(root, facts):
     expect(len(facts.places) == 2, "places", ",".join(facts.places), "two kinds of objects")
     facts.home_of, people, n = dict(zip(facts.classes, facts.places, strict=True)), {}, 0
     photos, categories = coco_photos(root, facts.notes)
-    kinds, genders = (
-        [set(place.lower().split("+")) for place in facts.places],
-        [set(g.split()) for g in GENDERS],
-    )
+    kinds = [set(place.lower().split("+")) for place in facts.places]
+    genders = [set(words.split()) for words in GENDERS]
     odd = ", ".join(sorted(set.union(*kinds) - {*categories, *categories.values()}))
     there = near(odd, [*categories, *filter(None, categories.values())])
     expect(not odd, "places", odd, f"categories of COCO or supercategories; {there}")
@@ -2613,9 +2607,8 @@ def planted(facts, each, most=None):
     having = (each * share).round().long()
     counts = torch.stack([each - having, having], 1)
     chosen = [names.index(folded(name)) for name in facts.chosen if folded(name) in names] or [*range(C)]
-    expect(
-        not V or spurious in chosen, "spurious", facts.spurious, f"one of --classes={','.join(facts.chosen)}"
-    )
+    among = f"one of --classes={','.join(facts.chosen)}"
+    expect(not V or spurious in chosen, "spurious", facts.spurious, among)
     (a, b), (c, d) = counts[spurious].tolist(), (counts[chosen].sum(0) - counts[spurious]).tolist()
     spread = math.sqrt((a + b) * (c + d) * (a + c) * (b + d))
     what = f"Cramer's V of {facts.classes[spurious]} and the {facts.places[1]}"
@@ -2897,9 +2890,8 @@ def composites(figures, grounds, instances, per, seed, in_pose=True):
     expect(instances * per <= MOST, "instances", instances, wanted)
     items, j = [], []
     for a in range(instances):
-        g, figure, pose = rng(seed, "pose" if in_pose else "own", a), figures[a % len(figures)], None
-        if in_pose:
-            pose = draw_pose(g)
+        g, figure = rng(seed, "pose" if in_pose else "own", a), figures[a % len(figures)]
+        pose = draw_pose(g) if in_pose else None
         for b in g.choice(len(grounds), per, replace=len(grounds) < per):
             items.append(Composite(figure, grounds[b], pose, draw_view(g)))
             j.append(int(b))
@@ -2998,25 +2990,23 @@ def check_shape(path, mask, picture, size):
 def mask_regions(spec, pictures, notes):
     masks = find_masks([getattr(p, "path", "") for p, *_ in pictures], spec.removeprefix("masks:"))
     for (picture, size, frame), path in zip(pictures, masks, strict=True):
-        mask, boxes = open_image(path).convert("L") if path else Image.new("L", (0, 0)), {}
-        if path:
-            check_shape(path, mask.size, picture, size)
+        if not path:
+            yield Regions(picture, (), frame)
+            continue
+        mask, boxes = open_image(path).convert("L"), {}
+        check_shape(path, mask.size, picture, size)
         values = np.unique(mask).tolist()
         require(len(values) <= 32, f"{path}: {len(values)} grey values, expected at most 32, one a region")
         merged = f"{path}: some of its colours, or values of 16 bits, are one grey; expected 8-bit grey"
-        require(not path or len(values) == colours_in(path), merged)
+        with opened(path) as image:  # getcolors: None for more than 32
+            colours = np.unique(image) if image.mode.startswith("I") else image.getcolors(32) or ()
+        require(len(values) == len(colours), merged)
         for value in values:
             span = mask.point([v == value for v in range(256)]).getbbox()
             box = tuple(v / n for v, n in zip(span, mask.size * 2, strict=True))
             if overlap(box, frame) > 0:
                 boxes[value] = box
-        yield Regions(picture, tuple(boxes.values()), frame, path and Photo(path), tuple(boxes))
-
-
-def colours_in(path):
-    """How many values, or colours, a picture has in its file; 0 for more than 32."""
-    with opened(path) as image:
-        return len(np.unique(image) if image.mode.startswith("I") else image.getcolors(32) or ())
+        yield Regions(picture, tuple(boxes.values()), frame, Photo(path), tuple(boxes))
 
 
 def box_regions(spec, pictures, notes):

@@ -130,11 +130,8 @@ def lock(out_dir):
     if path in LOCKS or os.environ.get("RANK", "0") != "0":
         return
     new = not path.parent.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-    except OSError as problem:
-        raise Complaint(f"--out_dir={out_dir}: cannot be made ({problem.strerror}); take another") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         free = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # not just removed by who had it
@@ -203,16 +200,14 @@ LIMITS = {  # of flags that several scripts have; those of one stand below its f
     "dtype": ("auto", "float32", "bfloat16"),
     "quick_gelu": ("auto", "on", "off"),
 }
+COUNTS = "[1-9][0-9]{,8}(,[1-9][0-9]{,8})*"
 FORMS = {  # what the text of a flag looks like
     "batch_size": ("auto|[1-9][0-9]{,8}", "auto, or a whole number from 1"),
     "device": ("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N"),
     "k": ("([0-9]{1,99}:[0-9]{1,99})?", "LOW:HIGH, as in 20:50"),
     "columns": ("([^=,]+=[^,]*(,[^=,]+=[^,]*)*)?", "ours=theirs,..., as in place=weather"),
-    "shots": ("[1-9][0-9]{,8}(,[1-9][0-9]{,8})*", "whole numbers from 1, comma-separated"),
-    "regions": (
-        "(grid:[1-9][0-9]*(,[1-9][0-9]*)*|(boxes|coco|masks):.+)?",
-        "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR",
-    ),
+    "shots": (COUNTS, "whole numbers from 1, comma-separated"),
+    "regions": (f"(grid:{COUNTS}|(boxes|coco|masks):.+)?", "grid:N, boxes:CSV, coco:JSON or masks:DIR"),
 }
 ALONE = ("scenes", "digits", "cutouts")  # sets that need no folder
 CONTROLLED = ("digits", "cutouts", "coco")  # with a planted feature
@@ -231,18 +226,10 @@ def flags(script, argv=None):
     default = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
     config = dict(default)
     for word in sys.argv[1:] if argv is None else argv:
-        if word in ("--help", "-h"):
-            source = Path(script["__file__"]).read_text(encoding="utf-8")
-            screen = source[source.index("\n# ---") : source.index("\n# --- end")].strip()
-            print(script["__doc__"].strip() + "\n\nFlags (--key=value) and their defaults:\n\n" + screen)
+        if text := answer(word, script):
+            print(text)
             sys.exit(0)
         key, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--list"):
-            print(filled(listing(value, script["__file__"])))
-            sys.exit(0)
-        if word == "--foregrounds=help" or (key == "data" and value.endswith(":help")):
-            print(manual(value))
-            sys.exit(0)
         require(word.startswith("--"), f"{word}: a bare word, expected --key=value; --help lists the flags")
         require(key in config, f"--{key}: no such flag; {near(key, config)}")
         config[key] = read_flag(key, value if equals else None, type(config[key]))
@@ -253,9 +240,8 @@ def flags(script, argv=None):
     for key, limit in {**LIMITS, **script.get("LIMITS", {})}.items():
         if key in config and isinstance(limit, str):
             low, high = map(float, limit[1:-1].split(","))
-            above = low <= config[key] if limit[0] == "[" else low < config[key]
-            below = config[key] <= high if limit[-1] == "]" else config[key] < high
-            expect(above and below, key, config[key], f"a number in {limit}")
+            at_end = config[key] == low and limit[0] == "[" or config[key] == high and limit[-1] == "]"
+            expect(low < config[key] < high or at_end, key, config[key], f"a number in {limit}")
         elif key in config:
             words = [w for word in limit for w in (script[word] if word.isupper() else [word])]
             several = isinstance(limit, list)
@@ -295,8 +281,7 @@ def look(script, config):
     named += [("place_backgrounds", path) for path in config.get("place_backgrounds", "").split(",")]
     if config.get("data"):
         known = [*unrun(__file__)["SETS"], *script.get("SETS", ())]
-        kind, root = set_named(config["data"], known)
-        fitting(kind, config)
+        kind, root = set_named(config, known)
         named.append((f"data {kind}", root))
     if "/" in config.get("pretrained", ""):
         named.append(("pretrained", config["pretrained"]))
@@ -311,16 +296,11 @@ def look(script, config):
     require(good, f"--model={model}: {kinds}; {near(model, names)}")
 
 
-def set_named(spec, known):
-    """NAME:DIR of --data -> NAME, DIR."""
-    name, _, root = spec.partition(":")
+def set_named(config, known):
+    """NAME, DIR of --data=NAME:DIR; complains of an unknown NAME, and of flags that say nothing of it."""
+    name, _, root = config["data"].partition(":")
     names = f"NAME:DIR of {', '.join(known)}; see NAME:help"
-    expect(name in known and (root or name in ALONE), "data", spec, names)
-    return name, root
-
-
-def fitting(name, config):
-    """Complains of flags that say nothing of the data set of this name."""
+    expect(name in known and (root or name in ALONE), "data", config["data"], names)
     for flag, default in dict(strength=0, spurious="0", feature="").items():
         value = config.get(flag, default)
         wanted = f"its default: in {name} no feature is planted"
@@ -330,6 +310,7 @@ def fitting(name, config):
     expect(name != "digits" or not feature, "feature", feature, "none: a red rectangle")
     columns = config.get("columns", "")
     expect(not columns or name in ("csv", "waterbirds"), "columns", columns, "none: no table")
+    return name, root
 
 
 def read_flag(key, value, kind):
@@ -358,21 +339,48 @@ def near(word, names):
 
 
 def unrun(path):
-    """What stands at the top level of a script, without running it: constants, and the keys of tables whose
-    values are none. So --help and wrong flags need not wait for torch."""
-    tree, script = ast.parse(Path(path).read_text(encoding="utf-8")), dict(__file__=path)
-    script["__doc__"] = ast.get_docstring(tree)
+    """What stands at the top level of a script, without running it, so that --help and wrong flags need not
+    wait for torch: constants, tables as {key: the syntax tree of its row}, and docstrings as __docs__."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    script = dict(__file__=path, __doc__=ast.get_docstring(tree), __docs__={})
     for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            script["__docs__"][node.name] = ast.get_docstring(node)
         target = node.targets[0] if isinstance(node, ast.Assign) else None
-        if isinstance(target, ast.Subscript):  # TABLE["key"] = row
-            with contextlib.suppress(AttributeError, TypeError):
-                script[target.value.id] = [*script.get(target.value.id, ()), target.slice.value]
-        if isinstance(target, ast.Name):
-            keys = ast.List(node.value.keys) if isinstance(node.value, ast.Dict) else node.value
-            for value in (keys, node.value):  # the latter counts, if it is constant
-                with contextlib.suppress(ValueError, TypeError):
-                    script[target.id] = ast.literal_eval(value)
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            if isinstance(target, ast.Subscript):  # TABLE["key"] = row
+                script.setdefault(target.value.id, {})[target.slice.value] = node.value
+            if isinstance(target, ast.Name):
+                if isinstance(node.value, ast.Dict):
+                    keys = [key.value for key in node.value.keys]
+                    script[target.id] = dict(zip(keys, node.value.values, strict=True))
+                script[target.id] = ast.literal_eval(node.value)  # counts, if it is constant
     return script
+
+
+def docs_of(row, script):
+    """The docstrings of the functions that a row of a table in unrun(script) names."""
+    names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
+    return [script["__docs__"][name] for name in names if script["__docs__"].get(name)]
+
+
+def answer(word, script):
+    """What --help, --list=WHAT, --data=NAME:help and --foregrounds=help print; "" for any other word."""
+    flag, _, value = word.partition("=")
+    if word in ("--help", "-h"):
+        source = Path(script["__file__"]).read_text(encoding="utf-8")
+        screen = source[source.index("\n# ---") : source.index("\n# --- end")].strip()
+        return script["__doc__"].strip() + "\n\nFlags (--key=value) and their defaults:\n\n" + screen
+    if word.startswith("--list"):
+        return filled(listing(value, script["__file__"]))
+    if word == "--foregrounds=help":
+        return unrun(__file__)["__docs__"]["load_foregrounds"].partition("\n\n")[2]
+    if flag == "--data" and value.endswith(":help"):
+        here, name = unrun(__file__), value.removesuffix(":help")
+        expect(name in here["SETS"], "data", value, f"NAME:help of {', '.join(here['SETS'])}")
+        texts = docs_of(here["SETS"][name], here)
+        return texts[0] if texts else f"{name}: its function in data.py has no docstring"
+    return ""
 
 
 # of --list: tables, of which a script has some
@@ -386,15 +394,15 @@ def listing(what, path):
         comment = re.search("\nmodel = .*?# (.*(?:\n  +# .*)*)", source)[1]
         lines = [re.sub("\\s*\n +# ", " ", comment), "open_clip's names, with --pretrained=TAG|FILE|FOLDER:"]
         return "\n".join(lines + clips())
-    docs, table = sourced(__file__ if what == "data" else path, LISTS.get(what, ()))
-    rows = {"bap": docs["bap"].partition(".")[0]} if what == "methods" and "bap" in docs else {}
-    for key, (row, texts) in table.items():
-        if what == "protocols":  # a row says what it is
-            texts = [row.args[0].value]
-        firsts = [re.split("[.,;:]?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
-        rows[key] = "; ".join(firsts)
-    expect(rows, "list", what, ", ".join(LISTS) + " or models (of what this script has)")
-    lines = [text if what == "data" and text else f"{name}  {text}" for name, text in rows.items()]
+    script, lines = unrun(__file__ if what == "data" else path), []
+    if what == "methods" and "bap" in script["__docs__"]:
+        lines.append("bap  " + script["__docs__"]["bap"].partition(".")[0])
+    for key, row in [pair for table in LISTS.get(what, ()) for pair in script.get(table, {}).items()]:
+        # a protocol's row says what it is
+        texts = [row.args[0].value] if what == "protocols" else docs_of(row, script)
+        said = "; ".join(re.split("[.,;:]?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts)
+        lines.append(said if what == "data" and said else f"{key}  {said}")
+    expect(lines, "list", what, ", ".join(LISTS) + " or models (of what this script has)")
     return "\n".join(re.sub("  +", "  ", line.rstrip()) for line in lines)
 
 
@@ -402,34 +410,6 @@ def clips():
     """The names of open_clip's models, without importing it."""
     require(library := find_spec("open_clip"), "open_clip is missing: pip install -r requirements.txt")
     return sorted(file.stem for file in (Path(library.origin).parent / "model_configs").glob("*.json"))
-
-
-def manual(word):
-    """What --foregrounds=help and --data=NAME:help print: a docstring of this file."""
-    docs, table = sourced(__file__, LISTS["data"])
-    name = word.rpartition(":")[0]
-    if word == "help":
-        return docs["load_foregrounds"].partition("\n\n")[2]
-    expect(name in table, "data", word, f"NAME:help of {', '.join(table)}")
-    return next(iter(table[name][1]), f"{name}: its function in data.py has no docstring")
-
-
-def sourced(path, tables):
-    """The docstrings of a file's functions; and of its tables of these names {key: (row, docstrings of the
-    functions that it names)}."""
-    docs, rows = {}, {}
-    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef):
-            docs[node.name] = ast.get_docstring(node) or ""
-        target = node.targets[0] if isinstance(node, ast.Assign) else None
-        if getattr(target, "id", "") in tables:
-            rows.update(zip([key.value for key in node.value.keys], node.value.values, strict=True))
-        if isinstance(target, ast.Subscript) and getattr(target.value, "id", "") in tables:
-            rows[target.slice.value] = node.value  # TABLE["key"] = row
-    for key, row in rows.items():
-        names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
-        rows[key] = row, [docs[name] for name in names if docs.get(name)]
-    return docs, rows
 
 
 # a script that imports this file has its flags checked before the slow imports
@@ -454,8 +434,7 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
 IN_PLACE = {  # what lies where a file should
     b"version https://git-lfs": "a pointer of Git LFS; git lfs pull fetches the file",
-    b"<!doctype html": "a web page; the link asks for a login, or is no longer right",
-    b"<html": "a web page; the link asks for a login, or is no longer right",
+    (b"<!doctype html", b"<html"): "a web page; the link asks for a login, or is no longer right",
 }
 HIDDEN = (".", "__MACOSX")  # how names begin of what no one wants
 
@@ -1262,11 +1241,10 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     many are named as classes, the k-th is the k-th class's own. prompts: see read_prompts. masks: a folder of
     foreground masks. splits: whether the set is to be trained on, and needs labels and images of every class
     in each. planted_by: more of Facts."""
-    name, root = set_named(spec, SETS)
+    name, root = set_named(dict(planted_by, data=spec, places=places), SETS)
     rows, template = SETS[name]
     listed = {"renamed" if os.path.isfile(classes) else "chosen": names_in(classes, "classes", 2)}
     facts = Facts(wanted=names_in(places, "places", 1), seed=seed, **listed, **planted_by)
-    fitting(name, dict(planted_by, places=places))
     expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:

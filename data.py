@@ -596,30 +596,31 @@ def formats():
 def scan(root, flag="data", notes=None):
     """Sorted image files below a folder, not hidden ones, each a tuple of its parts; Complaint if there are
     none. Links are followed last, and not if what they lead to was met: no photo counts twice."""
-    files, other, empty, again = walk(folder(root, flag))
-    cure = "; for .heic: pip install pillow-heif" * any(kind in (".heic", ".heif") for _, kind in other)
+    files, other, folders, again = walk(folder(root, flag))
+    cure = "; for .heic: pip install pillow-heif" * any(kind in (".heic", ".heif") for kind in other)
     if not files:
         raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)}){cure}")
-    if other and notes is not None:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(kind for _, kind in other).most_common(5))
-        full = {p[:k] for p in files for k in range(len(p))}
-        bare = sorted({"/".join(parts) for parts, _ in other if parts not in full})
-        lost = f"; WARNING: nothing else in {len(bare)} folders, {', '.join(bare[:5])}" * bool(bare)
+    if notes is None:
+        return files
+    if other:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(other).most_common(5))
         passed = f"{len(other)} file{'s' * (len(other) > 1)} passed over"
-        notes.append(f"{root}: {passed}, no pictures: {kinds}{cure}{lost}")
-    if again and notes is not None:
+        notes.append(f"{root}: {passed}, no pictures: {kinds}{cure}")
+    if again:
         few = f"{len(again)} links to what is counted already, {', '.join(again[:5])}"
         notes.append(f"WARNING: {root}: {few}; not followed")
-    if empty and notes is not None:
-        few = ", ".join(sorted(empty)[:5])
-        notes.append(f"WARNING: {root}: nothing in {len(empty)} of its folders, {few}; no class for these")
+    full = {parts[:k] for parts in {p[:-1] for p in files} for k in range(len(parts) + 1)}
+    bare = sorted("/".join(parts) for parts in folders if parts not in full and parts[:-1] in full)
+    if bare:
+        few = f"no picture in {len(bare)} of its folders, {', '.join(bare[:5])}"
+        notes.append(f"WARNING: {root}: {few}; no class for these")
     return files
 
 
 def walk(root):
-    """What lies below a folder: image files, sorted tuples of their parts; other files, (parts of the folder,
-    kind); empty folders; links to what was met."""
-    files, other, empty, again, met, folders, links, aliases = {}, [], [], [], set(), [()], [], []
+    """What lies below a folder: image files, sorted tuples of their parts; kinds of other files; folders, as
+    tuples; links to what was met."""
+    files, other, again, met, folders, links, aliases = {}, [], [], {}, [()], [], []
     opens, endings = formats(), Image.registered_extensions()
     while folders or links:
         parts = folders.pop() if folders else links.pop(0)
@@ -627,9 +628,8 @@ def walk(root):
         if (real := os.path.realpath(at)) in met:
             again.append("/".join(parts))
             continue
-        met.add(real)
+        met[real] = parts
         entries = [e for e in os.scandir(at) if not e.name.startswith(HIDDEN)]
-        empty += [] if entries else ["/".join(parts)]
         for entry in sorted(entries, key=lambda entry: entry.name):
             path, kind = (*parts, entry.name), os.path.splitext(entry.name)[1].lower()
             image = endings.get(kind) in opens
@@ -639,7 +639,7 @@ def walk(root):
                 raise Complaint(f"{entry.path}: {not_there(entry.path)}; remove it")
             elif not image or os.path.exists(entry.path) and not entry.is_file():  # a pipe may hang
                 pipe = f"pipe, device or socket {kind}" * image
-                other.append((parts, pipe or kind or "without an ending"))
+                other.append(pipe or kind or "without an ending")
             elif entry.is_symlink():
                 aliases.append(path)
             else:
@@ -647,7 +647,7 @@ def walk(root):
     for path in aliases:
         if files.setdefault(os.path.realpath(os.path.join(root, *path)), path) is not path:
             again.append("/".join(path))
-    return sorted(files.values()), other, empty, again
+    return sorted(files.values()), other, met.values(), again
 
 
 def scan_paths(root, flag="data", notes=None):
@@ -717,9 +717,8 @@ class Picture:
 @functools.cache
 def drawn_by(kind):
     """Hash of the source of a kind of Picture and of what opens and composes them, which people fork."""
-    text = "".join(
-        map(inspect.getsource, (open_image, opened, opaque, layer, posed, view_of, rle_counts, draw_digit))
-    )
+    makers = open_image, opened, opaque, layer, posed, view_of, rle_counts, draw_digit
+    text = "".join(map(inspect.getsource, makers))
     with contextlib.suppress(OSError, TypeError):  # of a kind that was typed in there is none
         text += inspect.getsource(kind)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -177,10 +177,10 @@ def say(text, result=False):
                     print(f"WARNING: standard output: {problem.strerror}; the rest is lost", file=sys.stderr)
 
 
-def filled(text, most=100):
-    """Text whose lines are wrapped at `most` columns, words left whole."""
-    fill = functools.partial(textwrap.fill, width=most, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(fill(line) if len(line) > most else line for line in text.split("\n"))
+def filled(text):
+    """Text whose lines are wrapped at 100 columns, words left whole."""
+    fill = functools.partial(textwrap.fill, width=100, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(fill(line) if len(line) > 100 else line for line in text.split("\n"))
 
 
 def warn_once(path, what):
@@ -436,7 +436,6 @@ IN_PLACE = {  # what lies where a file should
     b"version https://git-lfs": "a pointer of Git LFS; git lfs pull fetches the file",
     (b"<!doctype html", b"<html"): "a web page; the link asks for a login, or is no longer right",
 }
-HIDDEN = (".", "__MACOSX")  # how names begin of what no one wants
 
 
 def revision():
@@ -629,7 +628,7 @@ def walk(root):
             again.append("/".join(parts))
             continue
         met[real] = parts
-        entries = [e for e in os.scandir(at) if not e.name.startswith(HIDDEN)]
+        entries = [e for e in os.scandir(at) if not e.name.startswith((".", "__MACOSX"))]
         for entry in sorted(entries, key=lambda entry: entry.name):
             path, kind = (*parts, entry.name), os.path.splitext(entry.name)[1].lower()
             image = endings.get(kind) in opens

@@ -130,8 +130,11 @@ def lock(out_dir):
     if path in LOCKS or os.environ.get("RANK", "0") != "0":
         return
     new = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as problem:
+        raise Complaint(f"--out_dir={out_dir}: cannot be made ({problem.strerror}); take another") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         free = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # not just removed by who had it
@@ -207,7 +210,7 @@ FORMS = {  # what the text of a flag looks like
     "k": ("([0-9]{1,99}:[0-9]{1,99})?", "LOW:HIGH, as in 20:50"),
     "columns": ("([^=,]+=[^,]*(,[^=,]+=[^,]*)*)?", "ours=theirs,..., as in place=weather"),
     "shots": (COUNTS, "whole numbers from 1, comma-separated"),
-    "regions": (f"(grid:{COUNTS}|(boxes|coco|masks):.+)?", "grid:N, boxes:CSV, coco:JSON or masks:DIR"),
+    "regions": (f"(grid:{COUNTS}|(boxes|coco|masks):.+)?", "grid:N, boxes:FILE, coco:FILE or masks:DIR"),
 }
 ALONE = ("scenes", "digits", "cutouts")  # sets that need no folder
 CONTROLLED = ("digits", "cutouts", "coco")  # with a planted feature

@@ -180,10 +180,10 @@ def say(text, result=False):
                     print(f"WARNING: standard output: {problem.strerror}; the rest is lost", file=sys.stderr)
 
 
-def filled(text, most=100):
-    """Text whose lines are wrapped at `most` columns, words left whole."""
-    fill = functools.partial(textwrap.fill, width=most, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(fill(line) if len(line) > most else line for line in text.split("\n"))
+def filled(text):
+    """Text whose lines are wrapped at 100 columns, words left whole."""
+    fill = functools.partial(textwrap.fill, width=100, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(fill(line) if len(line) > 100 else line for line in text.split("\n"))
 
 
 def warn_once(path, what):
@@ -203,16 +203,14 @@ LIMITS = {  # of flags that several scripts have; those of one stand below its f
     "dtype": ("auto", "float32", "bfloat16"),
     "quick_gelu": ("auto", "on", "off"),
 }
+COUNTS = "[1-9][0-9]{,8}(,[1-9][0-9]{,8})*"
 FORMS = {  # what the text of a flag looks like
     "batch_size": ("auto|[1-9][0-9]{,8}", "auto, or a whole number from 1"),
     "device": ("auto|cpu|cuda(:[0-9]+)?", "auto, cpu, cuda or cuda:N"),
     "k": ("([0-9]{1,99}:[0-9]{1,99})?", "LOW:HIGH, as in 20:50"),
     "columns": ("([^=,]+=[^,]*(,[^=,]+=[^,]*)*)?", "ours=theirs,..., as in place=weather"),
-    "shots": ("[1-9][0-9]{,8}(,[1-9][0-9]{,8})*", "whole numbers from 1, comma-separated"),
-    "regions": (
-        "(grid:[1-9][0-9]*(,[1-9][0-9]*)*|(boxes|coco|masks):.+)?",
-        "grid:N, boxes:FILE.csv, coco:FILE.json or masks:DIR",
-    ),
+    "shots": (COUNTS, "whole numbers from 1, comma-separated"),
+    "regions": (f"(grid:{COUNTS}|(boxes|coco|masks):.+)?", "grid:N, boxes:FILE, coco:FILE or masks:DIR"),
 }
 ALONE = ("scenes", "digits", "cutouts")  # sets that need no folder
 CONTROLLED = ("digits", "cutouts", "coco")  # with a planted feature
@@ -231,18 +229,10 @@ def flags(script, argv=None):
     default = {k: v for k, v in script.items() if k[0].islower() and type(v) in (bool, int, float, str)}
     config = dict(default)
     for word in sys.argv[1:] if argv is None else argv:
-        if word in ("--help", "-h"):
-            source = Path(script["__file__"]).read_text(encoding="utf-8")
-            screen = source[source.index("\n# ---") : source.index("\n# --- end")].strip()
-            print(script["__doc__"].strip() + "\n\nFlags (--key=value) and their defaults:\n\n" + screen)
+        if text := answer(word, script):
+            print(text)
             sys.exit(0)
         key, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--list"):
-            print(filled(listing(value, script["__file__"])))
-            sys.exit(0)
-        if word == "--foregrounds=help" or (key == "data" and value.endswith(":help")):
-            print(manual(value))
-            sys.exit(0)
         require(word.startswith("--"), f"{word}: a bare word, expected --key=value; --help lists the flags")
         require(key in config, f"--{key}: no such flag; {near(key, config)}")
         config[key] = read_flag(key, value if equals else None, type(config[key]))
@@ -253,9 +243,8 @@ def flags(script, argv=None):
     for key, limit in {**LIMITS, **script.get("LIMITS", {})}.items():
         if key in config and isinstance(limit, str):
             low, high = map(float, limit[1:-1].split(","))
-            above = low <= config[key] if limit[0] == "[" else low < config[key]
-            below = config[key] <= high if limit[-1] == "]" else config[key] < high
-            expect(above and below, key, config[key], f"a number in {limit}")
+            at_end = config[key] == low and limit[0] == "[" or config[key] == high and limit[-1] == "]"
+            expect(low < config[key] < high or at_end, key, config[key], f"a number in {limit}")
         elif key in config:
             words = [w for word in limit for w in (script[word] if word.isupper() else [word])]
             several = isinstance(limit, list)
@@ -295,8 +284,7 @@ def look(script, config):
     named += [("place_backgrounds", path) for path in config.get("place_backgrounds", "").split(",")]
     if config.get("data"):
         known = [*unrun(__file__)["SETS"], *script.get("SETS", ())]
-        kind, root = set_named(config["data"], known)
-        fitting(kind, config)
+        kind, root = set_named(config, known)
         named.append((f"data {kind}", root))
     if "/" in config.get("pretrained", ""):
         named.append(("pretrained", config["pretrained"]))
@@ -311,16 +299,11 @@ def look(script, config):
     require(good, f"--model={model}: {kinds}; {near(model, names)}")
 
 
-def set_named(spec, known):
-    """NAME:DIR of --data -> NAME, DIR."""
-    name, _, root = spec.partition(":")
+def set_named(config, known):
+    """NAME, DIR of --data=NAME:DIR; complains of an unknown NAME, and of flags that say nothing of it."""
+    name, _, root = config["data"].partition(":")
     names = f"NAME:DIR of {', '.join(known)}; see NAME:help"
-    expect(name in known and (root or name in ALONE), "data", spec, names)
-    return name, root
-
-
-def fitting(name, config):
-    """Complains of flags that say nothing of the data set of this name."""
+    expect(name in known and (root or name in ALONE), "data", config["data"], names)
     for flag, default in dict(strength=0, spurious="0", feature="").items():
         value = config.get(flag, default)
         wanted = f"its default: in {name} no feature is planted"
@@ -330,6 +313,7 @@ def fitting(name, config):
     expect(name != "digits" or not feature, "feature", feature, "none: a red rectangle")
     columns = config.get("columns", "")
     expect(not columns or name in ("csv", "waterbirds"), "columns", columns, "none: no table")
+    return name, root
 
 
 def read_flag(key, value, kind):
@@ -358,21 +342,48 @@ def near(word, names):
 
 
 def unrun(path):
-    """What stands at the top level of a script, without running it: constants, and the keys of tables whose
-    values are none. So --help and wrong flags need not wait for torch."""
-    tree, script = ast.parse(Path(path).read_text(encoding="utf-8")), dict(__file__=path)
-    script["__doc__"] = ast.get_docstring(tree)
+    """What stands at the top level of a script, without running it, so that --help and wrong flags need not
+    wait for torch: constants, tables as {key: the syntax tree of its row}, and docstrings as __docs__."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    script = dict(__file__=path, __doc__=ast.get_docstring(tree), __docs__={})
     for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            script["__docs__"][node.name] = ast.get_docstring(node)
         target = node.targets[0] if isinstance(node, ast.Assign) else None
-        if isinstance(target, ast.Subscript):  # TABLE["key"] = row
-            with contextlib.suppress(AttributeError, TypeError):
-                script[target.value.id] = [*script.get(target.value.id, ()), target.slice.value]
-        if isinstance(target, ast.Name):
-            keys = ast.List(node.value.keys) if isinstance(node.value, ast.Dict) else node.value
-            for value in (keys, node.value):  # the latter counts, if it is constant
-                with contextlib.suppress(ValueError, TypeError):
-                    script[target.id] = ast.literal_eval(value)
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            if isinstance(target, ast.Subscript):  # TABLE["key"] = row
+                script.setdefault(target.value.id, {})[target.slice.value] = node.value
+            if isinstance(target, ast.Name):
+                if isinstance(node.value, ast.Dict):
+                    keys = [key.value for key in node.value.keys]
+                    script[target.id] = dict(zip(keys, node.value.values, strict=True))
+                script[target.id] = ast.literal_eval(node.value)  # counts, if it is constant
     return script
+
+
+def docs_of(row, script):
+    """The docstrings of the functions that a row of a table in unrun(script) names."""
+    names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
+    return [script["__docs__"][name] for name in names if script["__docs__"].get(name)]
+
+
+def answer(word, script):
+    """What --help, --list=WHAT, --data=NAME:help and --foregrounds=help print; "" for any other word."""
+    flag, _, value = word.partition("=")
+    if word in ("--help", "-h"):
+        source = Path(script["__file__"]).read_text(encoding="utf-8")
+        screen = source[source.index("\n# ---") : source.index("\n# --- end")].strip()
+        return script["__doc__"].strip() + "\n\nFlags (--key=value) and their defaults:\n\n" + screen
+    if word.startswith("--list"):
+        return filled(listing(value, script["__file__"]))
+    if word == "--foregrounds=help":
+        return unrun(__file__)["__docs__"]["load_foregrounds"].partition("\n\n")[2]
+    if flag == "--data" and value.endswith(":help"):
+        here, name = unrun(__file__), value.removesuffix(":help")
+        expect(name in here["SETS"], "data", value, f"NAME:help of {', '.join(here['SETS'])}")
+        texts = docs_of(here["SETS"][name], here)
+        return texts[0] if texts else f"{name}: its function in data.py has no docstring"
+    return ""
 
 
 # of --list: tables, of which a script has some
@@ -386,15 +397,15 @@ def listing(what, path):
         comment = re.search("\nmodel = .*?# (.*(?:\n  +# .*)*)", source)[1]
         lines = [re.sub("\\s*\n +# ", " ", comment), "open_clip's names, with --pretrained=TAG|FILE|FOLDER:"]
         return "\n".join(lines + clips())
-    docs, table = sourced(__file__ if what == "data" else path, LISTS.get(what, ()))
-    rows = {"bap": docs["bap"].partition(".")[0]} if what == "methods" and "bap" in docs else {}
-    for key, (row, texts) in table.items():
-        if what == "protocols":  # a row says what it is
-            texts = [row.args[0].value]
-        firsts = [re.split("[.,;:]?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts]
-        rows[key] = "; ".join(firsts)
-    expect(rows, "list", what, ", ".join(LISTS) + " or models (of what this script has)")
-    lines = [text if what == "data" and text else f"{name}  {text}" for name, text in rows.items()]
+    script, lines = unrun(__file__ if what == "data" else path), []
+    if what == "methods" and "bap" in script["__docs__"]:
+        lines.append("bap  " + script["__docs__"]["bap"].partition(".")[0])
+    for key, row in [pair for table in LISTS.get(what, ()) for pair in script.get(table, {}).items()]:
+        # a protocol's row says what it is
+        texts = [row.args[0].value] if what == "protocols" else docs_of(row, script)
+        said = "; ".join(re.split("[.,;:]?\n|\\.$|\\. (?=[a-z]+:)", text)[0] for text in texts)
+        lines.append(said if what == "data" and said else f"{key}  {said}")
+    expect(lines, "list", what, ", ".join(LISTS) + " or models (of what this script has)")
     return "\n".join(re.sub("  +", "  ", line.rstrip()) for line in lines)
 
 
@@ -402,34 +413,6 @@ def clips():
     """The names of open_clip's models, without importing it."""
     require(library := find_spec("open_clip"), "open_clip is missing: pip install -r requirements.txt")
     return sorted(file.stem for file in (Path(library.origin).parent / "model_configs").glob("*.json"))
-
-
-def manual(word):
-    """What --foregrounds=help and --data=NAME:help print: a docstring of this file."""
-    docs, table = sourced(__file__, LISTS["data"])
-    name = word.rpartition(":")[0]
-    if word == "help":
-        return docs["load_foregrounds"].partition("\n\n")[2]
-    expect(name in table, "data", word, f"NAME:help of {', '.join(table)}")
-    return next(iter(table[name][1]), f"{name}: its function in data.py has no docstring")
-
-
-def sourced(path, tables):
-    """The docstrings of a file's functions; and of its tables of these names {key: (row, docstrings of the
-    functions that it names)}."""
-    docs, rows = {}, {}
-    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef):
-            docs[node.name] = ast.get_docstring(node) or ""
-        target = node.targets[0] if isinstance(node, ast.Assign) else None
-        if getattr(target, "id", "") in tables:
-            rows.update(zip([key.value for key in node.value.keys], node.value.values, strict=True))
-        if isinstance(target, ast.Subscript) and getattr(target.value, "id", "") in tables:
-            rows[target.slice.value] = node.value  # TABLE["key"] = row
-    for key, row in rows.items():
-        names = [part.id for part in ast.walk(row) if isinstance(part, ast.Name)]
-        rows[key] = row, [docs[name] for name in names if docs.get(name)]
-    return docs, rows
 
 
 # a script that imports this file has its flags checked before the slow imports
@@ -454,10 +437,8 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".xz", ".parquet")
 FORMATS = "JPEG PNG WEBP BMP GIF TIFF PPM AVIF JPEG2000 HEIF".split()  # not EPS, which starts Ghostscript
 IN_PLACE = {  # what lies where a file should
     b"version https://git-lfs": "a pointer of Git LFS; git lfs pull fetches the file",
-    b"<!doctype html": "a web page; the link asks for a login, or is no longer right",
-    b"<html": "a web page; the link asks for a login, or is no longer right",
+    (b"<!doctype html", b"<html"): "a web page; the link asks for a login, or is no longer right",
 }
-HIDDEN = (".", "__MACOSX")  # how names begin of what no one wants
 
 
 def revision():
@@ -617,30 +598,31 @@ def formats():
 def scan(root, flag="data", notes=None):
     """Sorted image files below a folder, not hidden ones, each a tuple of its parts; Complaint if there are
     none. Links are followed last, and not if what they lead to was met: no photo counts twice."""
-    files, other, empty, again = walk(folder(root, flag))
-    cure = "; for .heic: pip install pillow-heif" * any(kind in (".heic", ".heif") for _, kind in other)
+    files, other, folders, again = walk(folder(root, flag))
+    cure = "; for .heic: pip install pillow-heif" * any(kind in (".heic", ".heif") for kind in other)
     if not files:
         raise Complaint(f"--{flag}: {root}: no images in it or below (found {inside(root)}){cure}")
-    if other and notes is not None:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(kind for _, kind in other).most_common(5))
-        full = {p[:k] for p in files for k in range(len(p))}
-        bare = sorted({"/".join(parts) for parts, _ in other if parts not in full})
-        lost = f"; WARNING: nothing else in {len(bare)} folders, {', '.join(bare[:5])}" * bool(bare)
+    if notes is None:
+        return files
+    if other:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(other).most_common(5))
         passed = f"{len(other)} file{'s' * (len(other) > 1)} passed over"
-        notes.append(f"{root}: {passed}, no pictures: {kinds}{cure}{lost}")
-    if again and notes is not None:
+        notes.append(f"{root}: {passed}, no pictures: {kinds}{cure}")
+    if again:
         few = f"{len(again)} links to what is counted already, {', '.join(again[:5])}"
         notes.append(f"WARNING: {root}: {few}; not followed")
-    if empty and notes is not None:
-        few = ", ".join(sorted(empty)[:5])
-        notes.append(f"WARNING: {root}: nothing in {len(empty)} of its folders, {few}; no class for these")
+    full = {parts[:k] for parts in {p[:-1] for p in files} for k in range(len(parts) + 1)}
+    bare = sorted("/".join(parts) for parts in folders if parts not in full and parts[:-1] in full)
+    if bare:
+        few = f"no picture in {len(bare)} of its folders, {', '.join(bare[:5])}"
+        notes.append(f"WARNING: {root}: {few}; no class for these")
     return files
 
 
 def walk(root):
-    """What lies below a folder: image files, sorted tuples of their parts; other files, (parts of the folder,
-    kind); empty folders; links to what was met."""
-    files, other, empty, again, met, folders, links, aliases = {}, [], [], [], set(), [()], [], []
+    """What lies below a folder: image files, sorted tuples of their parts; kinds of other files; folders, as
+    tuples; links to what was met."""
+    files, other, again, met, folders, links, aliases = {}, [], [], {}, [()], [], []
     opens, endings = formats(), Image.registered_extensions()
     while folders or links:
         parts = folders.pop() if folders else links.pop(0)
@@ -648,9 +630,8 @@ def walk(root):
         if (real := os.path.realpath(at)) in met:
             again.append("/".join(parts))
             continue
-        met.add(real)
-        entries = [e for e in os.scandir(at) if not e.name.startswith(HIDDEN)]
-        empty += [] if entries else ["/".join(parts)]
+        met[real] = parts
+        entries = [e for e in os.scandir(at) if not e.name.startswith((".", "__MACOSX"))]
         for entry in sorted(entries, key=lambda entry: entry.name):
             path, kind = (*parts, entry.name), os.path.splitext(entry.name)[1].lower()
             image = endings.get(kind) in opens
@@ -660,7 +641,7 @@ def walk(root):
                 raise Complaint(f"{entry.path}: {not_there(entry.path)}; remove it")
             elif not image or os.path.exists(entry.path) and not entry.is_file():  # a pipe may hang
                 pipe = f"pipe, device or socket {kind}" * image
-                other.append((parts, pipe or kind or "without an ending"))
+                other.append(pipe or kind or "without an ending")
             elif entry.is_symlink():
                 aliases.append(path)
             else:
@@ -668,7 +649,7 @@ def walk(root):
     for path in aliases:
         if files.setdefault(os.path.realpath(os.path.join(root, *path)), path) is not path:
             again.append("/".join(path))
-    return sorted(files.values()), other, empty, again
+    return sorted(files.values()), other, met.values(), again
 
 
 def scan_paths(root, flag="data", notes=None):
@@ -738,9 +719,8 @@ class Picture:
 @functools.cache
 def drawn_by(kind):
     """Hash of the source of a kind of Picture and of what opens and composes them, which people fork."""
-    text = "".join(
-        map(inspect.getsource, (open_image, opened, opaque, layer, posed, view_of, rle_counts, draw_digit))
-    )
+    makers = open_image, opened, opaque, layer, posed, view_of, rle_counts, draw_digit
+    text = "".join(map(inspect.getsource, makers))
     with contextlib.suppress(OSError, TypeError):  # of a kind that was typed in there is none
         text += inspect.getsource(kind)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -1260,11 +1240,10 @@ def load_data(spec, classes="", places="", prompts="", masks="", splits=True, se
     many are named as classes, the k-th is the k-th class's own. prompts: see read_prompts. masks: a folder of
     foreground masks. splits: whether the set is to be trained on, and needs labels and images of every class
     in each. planted_by: more of Facts."""
-    name, root = set_named(spec, SETS)
+    name, root = set_named(dict(planted_by, data=spec, places=places), SETS)
     rows, template = SETS[name]
     listed = {"renamed" if os.path.isfile(classes) else "chosen": names_in(classes, "classes", 2)}
     facts = Facts(wanted=names_in(places, "places", 1), seed=seed, **listed, **planted_by)
-    fitting(name, dict(planted_by, places=places))
     expect(not prompts or name != "embeddings", "prompts", prompts, "none: texts are in their file")
     gc.disable()  # looking for garbage among a million objects takes as long as reading them
     try:

@@ -1339,7 +1339,7 @@ def samples_of(name, rows, facts):
         notes.append(f"{name}: no places to compare: no worst group, groups are the classes")
     bare = int((place < 0).sum())
     if bare:
-        line = f"{bare} of {len(rows)} images have no place, and are in no group nor in the figures of groups"
+        line = f"{bare} of {len(rows)} images have no place (empty, nan, none, -1), and are in no group"
         notes.append(f"WARNING: {name}: {line}")
     # after the splits, which do not hang on what is lost
     samples = samples.keep(present(picture, name, notes))
@@ -1471,6 +1471,7 @@ def check(samples, splits=True):
     """Samples with two labels or more; with splits, images of every class in every split; or Complaint."""
     name, n, y = samples.name, len(samples.classes), samples.y
     one = f"{name}: one class only, {', '.join(samples.classes)!r}; expected at least two"
+    one = "; ".join([one, *[note for note in samples.notes if "WARNING" in note]])
     require((n if splits else max(n, len(samples.labels))) > 1, one)
     of_class, of_place = tally(y, samples.split, n), tally(samples.place, samples.split, len(samples.places))
     if splits:
@@ -1491,6 +1492,11 @@ def check(samples, splits=True):
         bare = f"{len(lacks)} of {n} classes, {', '.join(samples.classes[c] for c in lacks[:5])}"
         line = f"WARNING: {name}: no training image of {bare}: no probe names them"
         samples.notes += [line] * bool(lacks and of_class[0].any())
+        train, _, test = samples.counts()
+        bare = [] if not samples.official else ((train > 0) & (test == 0)).nonzero()[:, 0].tolist()
+        few = ", ".join(samples.group_name(*divmod(g, len(samples.places))) for g in bare[:5])
+        line = f"WARNING: {name}: no test image of {len(bare)} groups that training has, {few}: in no figure"
+        samples.notes += [line] * bool(bare and test.any())
         return samples
     train, val, test = grouped = samples.counts() > 0
     for split, there in zip(SPLITS, grouped.any(1), strict=True):
@@ -1524,6 +1530,8 @@ def read_prompts(path, labels, notes):
     for number, line in lines:
         name, tab, prompt = line.partition("\t") if "\t" in line else ("", "", line)
         text = re.sub(r"\{[a-z_]*\}", "{}", prompt.strip())
+        several = f"{line!r} has several names in braces, expected {{}} for the class"
+        require(len({*re.findall(r"\{[a-z_]*\}", prompt)}) < 2, f"--prompts={path}:{number}: {several}")
         if tab and folded(name) not in names:
             others.setdefault(name, number)
         elif not tab and "{}" not in text:
@@ -1559,32 +1567,33 @@ def literal(text):
 
 def listed(texts):
     """A string or several -> a list of them; or ValueError."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    if not texts or not all(isinstance(text, str) for text in texts):
+    texts = [texts] if isinstance(texts, str) else texts
+    if not texts or isinstance(texts, dict) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"found {str(texts)[:60]}, expected strings")
     return [" ".join(text.split()) for text in texts]
 
 
-def find_masks(paths, masks):
+def find_masks(paths, masks, flag="masks"):
     """For each image the mask NAME.png below the folder masks, or None. NAME: the end of the image's path, as
     long as possible, or that up to its last '_', if no other image is called so. A photo is no mask."""
     bases = {os.path.splitext(path)[0] for path in paths}
-    masks, photos, files = folder(masks, "masks"), {os.path.realpath(path) for path in paths}, []
-    expect(any(paths), "masks", str(masks), "images in files: those of this data set are drawn")
+    masks, photos, files = folder(masks, flag), {os.path.realpath(path) for path in paths}, []
+    expect(any(paths), flag, str(masks), "images in files: those of this data set are drawn")
     for path in paths:
         parts = Path(os.path.splitext(path)[0]).parts
         ends = [Path(*parts[-depth:]).as_posix() for depth in range(min(4, len(parts)), 0, -1)]
-        if os.path.splitext(path)[0].rpartition("_")[0] not in bases:
+        if "_" in parts[-1] and os.path.splitext(path)[0].rpartition("_")[0] not in bases:
             ends = [stem for end in ends for stem in (end, end.rpartition("_")[0])]
         names = [str(masks / f"{stem}.png") for stem in ends if stem and not stem.endswith("/")]
         good = (f for f in names if os.path.isfile(f) and os.path.realpath(f) not in photos)
         files.append(next(good, None))
-    require(any(files), f"--masks: {masks}: no mask for any image; for {path} one of {', '.join(names[-4:])}")
+    none = f"--{flag}: {masks}: no mask for any image (found {inside(masks)})"
+    require(any(files), f"{none}; for {path} one of {', '.join(names[-4:])}")
     owner = {}
     for path, file in zip(paths, files, strict=True):
         other = owner.setdefault(file, path) if file else path
         if other != path and os.path.basename(other) == os.path.basename(path):
-            raise Complaint(f"--masks: {file}: the mask of two photos, {other} and {path}; use folders, too")
+            raise Complaint(f"--{flag}: {file}: the mask of two photos, {other} and {path}; use folders, too")
     return files
 
 
@@ -1617,11 +1626,22 @@ COLUMNS = {  # what we call them, and what people do, the likeliest first
     "predictions preds",
     "confidence": "confidence conf probability prob score",
 }
-BOXES = {"x1": "x1 xmin left", "y1": "y1 ymin top", "x2": "x2 xmax right", "y2": "y2 ymax bottom"}
+BOXES = {
+    "x1": "x1 xmin x_min left",
+    "y1": "y1 ymin y_min top",
+    "x2": "x2 xmax x_max right",
+    "y2": "y2 ymax y_max bottom",
+    "width": "width",  # of the picture that they are stated for, may be missing
+    "height": "height",
+}
 
 
 def empty(text):
     return text.strip().casefold() in EMPTY or text.strip() == "None"
+
+
+def decimal(text):
+    return float(text.replace(",", "."))  # as half of the world writes it
 
 
 class Table(dict):
@@ -1642,7 +1662,7 @@ def read_table(path):
     with reading(path, "a table in UTF-8", "save it as .csv in UTF-8"):
         raw = Path(path).read_bytes()
         utf = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        text = raw.decode(utf).replace("\0", "")
+        text = re.sub(r"^sep=.\r?\n", "\n", raw.decode(utf).replace("\0", ""))  # Excel's
         if text.lstrip()[:1] in ("{", "["):
             return records(path, text)
         head = text[:10_000].lstrip().partition("\n")[0]
@@ -1703,13 +1723,13 @@ def columns_of(table, chosen, ours, needed=()):
         at[name] = next((spelled[folded(c)] for c in usual[name] if folded(c) in spelled), None)
     headless = any(re.search(r"\.(jpe?g|png)$", c, re.I) for c in table)
     for name in needed:
-        cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(ours)}"
-        cure = f"the first line is no header; write one above it, as {','.join(ours)}" if headless else cure
-        line = f"{table.path}: no column {name!r} (found: {', '.join(table)}); {cure}"
+        cure = f"say which it is, --columns={name}=NAME" if "y" in ours else f"expected {','.join(needed)}"
+        cure = f"the first line is no header; write one above it, as {','.join(needed)}" if headless else cure
+        line = f"{table.path}: no column {name!r} (found: {', '.join([*table][:20])}); {cure}"
         require(at[name] is not None, line)
     rest = ", ".join(c for c in table if c and c not in at.values())
     used = ", ".join(f"{name} is {theirs!r}" for name, theirs in at.items() if theirs is not None)
-    cure = f"; columns not used: {rest} (see --columns)" * bool(rest)
+    cure = f"; columns not used: {rest}" * bool(rest) + " (see --columns)" * bool(rest and "y" in ours)
     steps = itertools.pairwise([1, *table.lines])  # without a gap none runs over several
     if any(b - a > 1 for a, b in steps) and (long := sum("\n" in v for c in table.values() for v in c)):
         cure += f"; WARNING: {long} fields run over several lines; if a quote opens by mistake, rows are lost"
@@ -1941,6 +1961,10 @@ def load_predictions(path, columns="", classes=""):
     y, taken = words[:n], words[n:]
     both = f"{path}: no value in both {at['y']} and {at['predicted']}; give them the same names"
     require(set(y) & set(taken) - {None}, both)
+    never, unknown = (sorted({*a} - {*b} - {None}) for a, b in ((y, taken), (taken, y)))
+    if never and unknown:
+        alike = f"{never[0]!r} is never predicted, {unknown[0]!r} in no {at['y']}"
+        notes.append(f"WARNING: {path}: {alike}; if they are one class, spell it alike")
     facts.notes = [*notes, note, *of_names, *numbered_alike(t, at)]
     twice = len(t[at["path"]]) - len(set(t[at["path"]])) if at["path"] else 0
     facts.notes += [f"WARNING: {path}: {twice} rows are of an image that stands above, too"] * bool(twice)
@@ -1948,7 +1972,7 @@ def load_predictions(path, columns="", classes=""):
     sure = []  # from 0 to 1
     for k, text in enumerate(t[at["confidence"]] if at["confidence"] else [""] * n):
         with contextlib.suppress(ValueError):
-            sure.append(math.nan if empty(text) else float(text))
+            sure.append(math.nan if empty(text) else decimal(text))
         if len(sure) == k or sure[k] < 0 or sure[k] > 1 + 1e-5:  # of float32's sums
             wanted = "expected a number from 0 to 1; scale it, or read none: --columns=confidence="
             raise t.complaint(k, f"{at['confidence']}={text[:60]!r}, {wanted}")
@@ -1987,9 +2011,10 @@ def add_predicted(t, at, notes):
     classes = {folded(v).removesuffix(".0") for v in set(t[at["y"]])} - EMPTY - {"-1"}
     for kind, of in [(kind, of) for kind, of in kinds.items() if {*of} >= classes and len(of) > 1][:1]:
         with reading(t.path, said := f"a table with numbers in {', '.join(of.values())}"):
-            x = torch.tensor([[*map(float, t[column])] for column in of.values()])  # [C, n]
+            x = torch.tensor([[*map(decimal, t[column])] for column in of.values()])  # [C, n]
             require(x.isfinite().all(), f"{t.path}: not {said}: some are not finite")
-        sure, k = (x.softmax(0) if kind == "logit" else x).max(0)
+        shares = x.min() >= 0 and (x.sum(0) - 1).abs().max() < 1e-3  # whatever they are called
+        sure, k = (x.softmax(0) if kind == "logit" and not shares else x).max(0)
         t["predicted"] = tuple(map([*of].__getitem__, k.tolist()))
         if at["confidence"] is None and (kind == "logit" or x.min() >= 0 and x.max() <= 1):
             t["confidence"] = tuple(map(str, sure.tolist()))
@@ -2369,7 +2394,9 @@ def stored_arrays(path):
     cure = "fetch it again, or save plain arrays, as np.array(names, dtype=str)"
     with reading(path, "an .npz file, or .npy files", cure):
         if os.path.isdir(path):
-            there = {p.stem: np.load(p, mmap_mode="r") for p in sorted(Path(path).glob("*.npy"))}
+            usual = {*STORED, *" ".join(STORED.values()).split()}  # others are named, not read
+            files = sorted(Path(path).glob("*.npy"))
+            there = {p.stem: p.stem.lower() in usual and np.load(p, mmap_mode="r") for p in files}
         else:
             of_numpy = str(path).endswith((".npz", ".npy"))
             there = np.load(bounded(path), mmap_mode="r") if of_numpy else torch_arrays(path)
@@ -2478,7 +2505,11 @@ def coco_photos(root, notes, outlines=False):
             tree = read_json(file, "JSON")
             names = {c["id"]: (c["name"], c.get("supercategory")) for c in tree["categories"]}
             for i in tree["images"]:
-                path, size = os.path.join(images, os.path.basename(i["file_name"])), (i["width"], i["height"])
+                name, size = i["file_name"], (i["width"], i["height"])
+                parts = {*Path(name).parts}
+                if len(parts) < 2 or parts & {"..", "/"} or not os.path.isfile(os.path.join(images, name)):
+                    name = os.path.basename(name)  # of a path elsewhere
+                path = os.path.join(images, name)
                 empty = dict(size=size * 2, objects={}, crowds=set(), kinds=set(), outlines=[])
                 photos[i["id"]] = SimpleNamespace(part=part, id=i["id"], path=path, **empty)
             for a in tree["annotations"]:
@@ -2803,7 +2834,8 @@ def usable(items, where, flag, skip_bad, notes):
             if not skip_bad:
                 raise
             notes.append(f"skipped {problem}")
-    expect(len(good) >= 8, flag, str(where), f"at least 8 usable images in it, there are {len(good)}")
+    wanted = "; ".join([f"at least 8 usable images in it, there are {len(good)}", *notes[-1:]])
+    expect(len(good) >= 8, flag, str(where), wanted)
     return good
 
 
@@ -2834,7 +2866,7 @@ def masked_figures(folders, notes):
     expect(len(folders) == 2, "foregrounds", ":".join(folders), "masked:PHOTOS:MASKS")
     photos, masks = folders
     paths = scan_paths(photos, "foregrounds", notes)
-    files = find_masks(paths, masks)
+    files = find_masks(paths, masks, "foregrounds")
     notes += about_masks(masks, files)
     pairs = zip(paths, files, strict=True)
     return [Cutout(path, Masked(Photo(path), Mask(mask))) for path, mask in pairs if mask]
@@ -2967,7 +2999,7 @@ def check_shape(path, mask, picture, size):
 
 
 def mask_regions(spec, pictures, notes):
-    masks = find_masks([getattr(p, "path", "") for p, *_ in pictures], spec.removeprefix("masks:"))
+    masks = find_masks([getattr(p, "path", "") for p, *_ in pictures], spec.removeprefix("masks:"), "regions")
     for (picture, size, frame), path in zip(pictures, masks, strict=True):
         if not path:
             yield Regions(picture, (), frame)
@@ -2990,7 +3022,7 @@ def mask_regions(spec, pictures, notes):
 
 def box_regions(spec, pictures, notes):
     kind, _, where = spec.partition(":")
-    rows, owner, said = (coco_boxes if kind == "coco" else csv_boxes)(where), {}, Counter()
+    rows, owner, said = (coco_boxes if kind == "coco" else csv_boxes)(where, notes), {}, Counter()
     for picture, (W, H), frame in pictures:
         end = path = getattr(picture, "path", "")
         boxes = []
@@ -3032,23 +3064,28 @@ def box_regions(spec, pictures, notes):
     notes += [f"{where}: {said[k]} {line}" for k, line in lines.items() if said[k]]
 
 
-def csv_boxes(path):
-    """{picture: [(line, x1, y1, x2, y2)]} of a CSV with columns path,x1,y1,x2,y2."""
+def csv_boxes(path, notes):
+    """{picture: [(line, x1, y1, x2, y2)]} of a CSV with columns path,x1,y1,x2,y2; behind these the width and
+    height that boxes are stated for, where it has such columns."""
     table, boxes, columns = read_table(path), {}, ("path", *BOXES)
-    rows = zip(*[table[c] for c in columns_of(table, "", columns, columns)[0].values()], strict=True)
-    for line, (name, *box) in zip(table.lines, rows, strict=True):
-        with reading(f"{path}: line {line}", "four numbers x1,y1,x2,y2"):
-            box = list(map(float, box))
-            if not all(map(math.isfinite, box)):
-                raise ValueError(box)
-        name = name.strip().replace("\\", "/").removeprefix("./")
-        boxes.setdefault(name, []).append((f"line {line}", *box))
-    shares = boxes and max(v for each in boxes.values() for _, *box in each for v in box) <= 1
-    require(not shares, f"{path}: no number above 1: shares of the picture? expected pixels")
+    at, line = columns_of(table, "", columns, columns[:5])
+    notes += [line] * ("not used" in line)
+    used = [c for c in at.values() if c is not None]
+    used = used if len(used) == 7 else used[:5]
+    for line, (name, *box) in zip(table.lines, zip(*[table[c] for c in used], strict=True), strict=True):
+        of_picture = boxes.setdefault(name.strip().replace("\\", "/").removeprefix("./"), [])
+        if any(map(str.strip, box[:4])):  # else it has none
+            with reading(f"{path}: line {line}", "four numbers x1,y1,x2,y2"):
+                box = list(map(float, box))
+                if not all(map(math.isfinite, box)):
+                    raise ValueError(box)
+            of_picture.append((f"line {line}", *box))
+    largest = max((v for each in boxes.values() for row in each for v in row[1:5]), default=2)
+    require(largest > 1, f"{path}: no number above 1: shares of the picture? expected pixels")
     return boxes
 
 
-def coco_boxes(path):
+def coco_boxes(path, notes):
     """The same of a COCO instances file; crowds are left out."""
     boxes = {}
     with reading(path, "a COCO instances file: images with id, file_name, annotations with image_id, bbox"):

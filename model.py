@@ -968,6 +968,8 @@ def local_weights(pretrained, cache):
         raise Complaint(f"--pretrained={pretrained}: no such file")
     files = weights_files(pretrained)
     files += [f for f in [files[-1].with_name("adapter_config.json")] if f.is_file()]
+    for file in files:
+        require(file.is_file(), f"--pretrained={pretrained}: its part {file.name} is not there; fetch it")
     digests = [file_digest(file, cache) for file in files]
     return digests[0] if len(digests) == 1 else sha256(" ".join(digests)), pretrained
 

@@ -6,6 +6,7 @@ import csv
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -2600,12 +2601,12 @@ def boxes_file(tmp_path, *lines, header="path,x1,y1,x2,y2"):
 
 def test_csv_boxes(tmp_path):
     lines = "a/x.jpg,1,2,3,4", "./a/y.jpg,0,0,5.5,6", "a/x.jpg,-1,2,30,4", "b\\z.jpg,1e1,2,30,40"
-    found = data.csv_boxes(boxes_file(tmp_path, *lines))
+    found = data.csv_boxes(boxes_file(tmp_path, *lines), [])
     assert found["a/x.jpg"] == [("line 2", 1, 2, 3, 4), ("line 4", -1, 2, 30, 4)] and len(found) == 3
     assert found["a/y.jpg"] == [("line 3", 0, 0, 5.5, 6)] and found["b/z.jpg"] == [("line 5", 10, 2, 30, 40)]
     for header in ("id,y2,x2,label,path,y1,x1", "id,YMax,xmax,label,file_name,ymin,xmin"):  # in any order
         path = boxes_file(tmp_path, "", "9,4,3,cat,x.jpg,2,1", header=header)
-        assert data.csv_boxes(path) == {"x.jpg": [("line 3", 1, 2, 3, 4)]}
+        assert data.csv_boxes(path, []) == {"x.jpg": [("line 3", 1, 2, 3, 4)]}
 
 
 @pytest.mark.parametrize(
@@ -2624,9 +2625,9 @@ def test_csv_boxes(tmp_path):
 def test_csv_boxes_that_are_none(tmp_path, header, line, words):
     (tmp_path / "b.csv").write_bytes(os.fsencode(f"{header}\n{line}\n"))
     with complaint(tmp_path / "b.csv", *words):
-        data.csv_boxes(str(tmp_path / "b.csv"))
+        data.csv_boxes(str(tmp_path / "b.csv"), [])
     with complaint(tmp_path / "none.csv", "no such file"):
-        data.csv_boxes(str(tmp_path / "none.csv"))
+        data.csv_boxes(str(tmp_path / "none.csv"), [])
 
 
 def test_coco_boxes_are_corners_and_crowds_are_left_out(tmp_path):
@@ -2638,7 +2639,7 @@ def test_coco_boxes_are_corners_and_crowds_are_left_out(tmp_path):
     boxes += [dict(id=3, image_id=5, bbox=[0, 0, 9, 9], iscrowd=1), dict(image_id=5, bbox=["7", 7, 1, 1])]
     path = text(tmp_path / "c.json", json.dumps(dict(images=images, annotations=boxes)))
     x = [("annotation 1", 1, 2, 4, 6), ("annotation None", 7, 7, 8, 8)]
-    assert data.coco_boxes(path) == {"x.jpg": x, "d/y.jpg": [("annotation 2", 0, 0, 1.5, 2)]}
+    assert data.coco_boxes(path, []) == {"x.jpg": x, "d/y.jpg": [("annotation 2", 0, 0, 1.5, 2)]}
 
 
 FIVE = dict(id=5, file_name="x")
@@ -2665,7 +2666,7 @@ FIVE = dict(id=5, file_name="x")
 def test_coco_boxes_that_are_none(tmp_path, images, boxes):
     path = text(tmp_path / "c.json", json.dumps(dict(images=images, annotations=boxes)))
     with complaint(path, "not a COCO instances file", "bbox"):
-        data.coco_boxes(path)
+        data.coco_boxes(path, [])
     for content in ("[]", "null", "5", "[" * 100_000, '{"images": [' + "9" * 5000 + "]}"):
         with complaint(path):
             data.load_regions("coco:" + text(tmp_path / "c.json", content), some_photos(tmp_path), middle)
@@ -2733,7 +2734,7 @@ def test_equal_file_names_in_two_folders_do_not_share_boxes_or_masks(tmp_path):
     assert [r.boxes[0][2] for r in regions] == [0.25, 0.5]
     tree = dict(images=[dict(id=k, file_name="1.png") for k in range(2)], annotations=[])
     with complaint("two images have the file_name 1.png"):
-        data.coco_boxes(text(tmp_path / "c.json", json.dumps(tree)))
+        data.coco_boxes(text(tmp_path / "c.json", json.dumps(tree)), [])
     Image.new("L", (20, 20), 255).save(text(tmp_path / "m/1.png"))
     with complaint("--masks", "m/1.png", "the mask of two photos", "a/1.png", "b/1.png"):
         data.find_masks([p.path for p in pictures], str(tmp_path / "m"))
@@ -3176,7 +3177,7 @@ def test_attributes_of_celeba_in_other_writing(tmp_path):
 def test_boxes_in_shares_are_not_taken_for_pixels(tmp_path):
     path = text(tmp_path / "b.csv", "path,x1,y1,x2,y2", "a.png,0.1,0.1,0.5,0.5", "b.png,0,0,1,1")
     with complaint("b.csv", "no number above 1", "expected pixels"):
-        data.csv_boxes(path)
+        data.csv_boxes(path, [])
 
 
 def test_a_picture_is_the_same_however_its_path_is_spelled(tmp_path, monkeypatch):
@@ -3444,3 +3445,89 @@ def test_columns_of_json_with_rows_of_other_names_are_refused(tmp_path):
     path = text(tmp_path / "t.json", '{"path": {"0": "a.png", "1": "b.png"}, "y": {"1": "cat", "0": "dog"}}')
     with complaint("t.json", "different rows"):
         data.read_table(path)
+
+
+def test_predictions_of_classes_spelled_otherwise_and_groups_without_test_photos_are_said(tmp_path):
+    lines = [f"{('water bird', 'land-bird')[k % 2]},{('Water_Bird', 'land bird')[k % 2]}" for k in range(8)]
+    samples = data.load_predictions(text(tmp_path / "p.csv", "y,pred", *lines))[0]
+    assert noted(samples, "WARNING", "'land-bird' is never predicted, 'land bird' in no y")
+    lines = []
+    for y, place, split in itertools.product("01", "01", ("train", "train", "test")):
+        lines += [f"{y},{place},{y},{split}"] * (y + place + split != "10test")
+    samples = data.load_predictions(text(tmp_path / "g.csv", "y,place,pred,split", *lines))[0]
+    assert noted(samples, "WARNING", "no test image of 1 groups that training has, 1 on 0: in no figure")
+
+
+def test_predictions_as_excel_writes_them_and_logits_that_are_shares(tmp_path):
+    path = text(tmp_path / "p.csv", "sep=;", "y;pred;confidence", "a;a;0,875", "b;a;0,5")
+    assert data.load_predictions(path)[2].tolist() == [0.875, 0.5]
+    with complaint("p.csv:4: confidence='x'"):
+        data.load_predictions(text(tmp_path / "p.csv", "sep=;", "y;pred;confidence", "a;a;1", "b;a;x"))
+    path = text(tmp_path / "p.csv", "y,logit_0,logit_1", "0,0.75,0.25", "1,0.5,0.5", "1,0.125,0.875")
+    assert data.load_predictions(path)[2].tolist() == [0.75, 0.5, 0.875]
+
+
+def test_boxes_state_the_size_that_they_count_in_and_pictures_may_have_none(tmp_path):
+    where = photo(tmp_path / "a.png", size=(100, 60)), photo(tmp_path / "b.png", size=(100, 60))
+    header = "path,width,height,class,x_min,y_min,x_max,y_max"
+    for size, good in (("100,60", True), ("200,120", False)):
+        path = text(tmp_path / "b.csv", header, f"a.png,{size},cat,10,6,50,30", f"b.png,{size},,,,,")
+        with contextlib.nullcontext() if good else complaint("b.csv", "boxes for [200.0, 120.0] pixels"):
+            regions, notes = data.load_regions(f"boxes:{path}", [*map(data.Photo, where)], middle)
+            assert [r.boxes for r in regions] == [((0.1, 0.1, 0.5, 0.5),), ()]
+            assert any("columns not used: class" in note for note in notes)
+
+
+def test_a_nested_file_name_of_coco_is_that_file(tmp_path):
+    outlined(tmp_path, [[[20, 10, 80, 10, 80, 70, 20, 70]]])
+    file = tmp_path / "annotations/instances_val2017.json"
+    tree = json.loads(file.read_text())
+    for k, name in enumerate(("cat/0.jpg", "../val2017/1.jpg", f"{tmp_path}/elsewhere/2.jpg", "gone/3.jpg")):
+        tree["images"][k]["file_name"] = name
+    photo(tmp_path / "val2017/cat/0.jpg", 99, (120, 100))
+    text(file, json.dumps(tree))
+    paths = [os.path.relpath(p.path, tmp_path / "val2017") for p in data.coco_photos(tmp_path, [])[0]]
+    assert paths[:5] == ["cat/0.jpg", "1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+
+
+def test_reasons_stand_beside_what_they_cause(tmp_path):
+    touch(tmp_path / "one", "dog/a.png", "dog/b.png")
+    text(tmp_path / "one/cat/a", "no ending")
+    with complaint("one class only, 'dog'", "no picture in 1 of its folders, cat"):
+        loaded(f"folder:{tmp_path}/one", True)
+    touch(tmp_path / "photos", "a.png", "b.png")
+    touch(tmp_path / "masks", "x.png")
+    with complaint("--foregrounds: ", "no mask for any image (found x.png)"):
+        data.load_foregrounds(f"masked:{tmp_path}/photos:{tmp_path}/masks")
+    outlined(tmp_path, [[[0, 0, 9, 0, 9, 9]]], n=3)
+    with complaint("--foregrounds", "at least 8 usable images in it, there are 4; ", "2 objects are small"):
+        data.load_foregrounds(f"coco:{tmp_path}")
+    with complaint("no column 'path' (found: c0, c1", "c19); say which"):
+        loaded(f"csv:{text(tmp_path / 't.csv', ','.join(f'c{k}' for k in range(99)), ','.join('1' * 99))}")
+
+
+def test_prompts_with_two_fields_and_in_two_levels_are_refused(tmp_path):
+    touch(tmp_path / "d", "cat/a.png", "dog/a.png")
+    path = text(tmp_path / "p.txt", "a photo of a {c} in {place}.")
+    with complaint(f"--prompts={path}:1", "several names in braces"):
+        loaded(f"folder:{tmp_path}/d", prompts=path)
+    tree = {name: {"Describe it": ["It has fur."]} for name in ("cat", "dog")}
+    with complaint("p.json", "found {'Describe it'", "expected strings"):
+        loaded(f"folder:{tmp_path}/d", prompts=text(tmp_path / "p.json", json.dumps(tree)))
+
+
+def test_arrays_beside_embeddings_are_not_read(tmp_path):
+    np.save(tmp_path / "embedding.npy", np.eye(4, 3, dtype="float32") + 1)
+    np.save(tmp_path / "y.npy", np.array([0, 1, 0, 1]))
+    np.save(tmp_path / "paths.npy", np.array(["a", None], object))
+    samples = loaded(f"embeddings:{tmp_path}")
+    assert len(samples.items) == 4 and noted(samples, "not used: paths")
+
+
+def test_a_mask_is_not_named_by_a_folder_above(tmp_path):
+    at = tmp_path / "under_score"
+    photo(at / "p/9.png")
+    photo(at / "p/7_x.png")
+    Image.new("L", (48, 40), 255).save(photo(at / "m/under.png"))
+    Image.new("L", (48, 40), 255).save(photo(at / "m/7.png"))
+    assert data.find_masks([f"{at}/p/9.png", f"{at}/p/7_x.png"], at / "m") == [None, f"{at}/m/7.png"]

@@ -165,6 +165,7 @@ LOG_EVERY, WARMUP = 20, 0.1  # steps between lines; share of the steps
 WEIGHT_DECAY, CLIP = 0.1, 1.0  # AdamW's; norm of the gradient
 PARTIAL = ("partial.pt", "training.pt")  # bap: what --resume goes on from: seeds, the encoder
 LEFT = "what an interrupted run left", "run without --resume"
+ANEW = dict(resume=False)  # in the record of weights: the same bytes, whether it was interrupted or not
 JTT_WEIGHT = 20.0  # times that an image counts, in all, which a first quarter of the steps leaves wrong
 AVERAGES = "avg_group_mean", "avg_train_weighted"  # shown beside the worst group
 NONE = -1e30  # the logit of what is not there; finite, so that its gradient is zero and not NaN
@@ -193,8 +194,7 @@ def main():
         for flag, usable in dict(method=["bap"], model=["lite0"], train=["auto", "map"]).items():
             expect(config[flag] in usable, flag, config[flag], wanted)
         config["model"] = data
-    network = stored or not model.startswith("embeddings:")
-    expect(network, "model", model, "a network; embeddings go with --data=embeddings:FILE")
+    expect(not model.startswith("embeddings:"), "model", model, "a network; embeddings go with --data")
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     dataset = functools.partial(load_data, data, classes, places, masks=masks, columns=columns, **planted)
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
@@ -261,11 +261,12 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
 
     # 4. the maps. The two grids are weighed, not pooled: the synthetic one knows many foregrounds, the
     # target's those that matter, and neither is to win by its number of composites
-    grids, drift, maps = [Grid(1.0, z, i, j, cells)], None, {}
+    grids, drift, maps, cuts, foretold = [Grid(1.0, z, i, j, cells)], None, {}, [], None
     if cells:
         maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener(grids, lam))
     if target:
-        maps["bap_synthetic"], drift = wiener(grids, lam, power, None, LEAST), target.drift
+        maps["bap_synthetic"] = wiener(grids, lam, power, None, LEAST)
+        drift, cuts, foretold = target.drift, target.cuts, target.foretold
         if target.independent:
             grids = [grids[0]._replace(weight=1 - own), target.grid._replace(weight=own)]
     if cells:
@@ -278,7 +279,10 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
         x_bap = trained.embed(samples.items, "target, trained")
         both = wiener(grids, lam, power, None, LEAST)  # no drift: it was measured on the encoder as it was
         maps.update(bap_map=maps["bap"], bap_both=both, bap=identity)
-        zero = before_and_after(encoder, trained, samples, x, x_bap)
+        if encoder.tokenizer:
+            say(samples.nameless or samples.prompt_line())
+        if encoder.tokenizer and not samples.nameless:
+            zero = dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
     if bap_map == "linear" and cells:
         name = "bap_both" if "bap_both" in maps else "bap"
         maps[name] = contrast(maps[name], grids[0].z, i, j, seed, steps, learning_rate)
@@ -289,9 +293,7 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     probes, methods, reasons, correct = probe_all(maps, x, x_bap, samples, augmented, l2, seed)
     reasons.update(dict.fromkeys(MASKED if stored else (), "needs pictures"))
     lap("probes")
-    g, invariant, cuts, foretold = maps.get("bap", identity), None, [], None
-    if target:
-        cuts, foretold = target.cuts, target.foretold
+    g, invariant = maps.get("bap", identity), None
     if cells:
         invariant = invariance(g, grids[0].z, i, x, x_bap, samples, l2, seed) | dict(own_foretold=foretold)
     result = dict(additivity=additive, invariance=invariant, methods=methods, reasons=reasons)
@@ -404,7 +406,8 @@ def pretrain(encoder, grids, samples, seed, out, head):
     state = unfinished(path, head, encoder) if config["resume"] else None
     if state and state["seed"] != seed:
         state = None
-    weights, _ = fit_and_keep(student, task, ANCHORS, head, path, state)
+    fit(student, task, ANCHORS, head, path, state)
+    weights = weights_bytes(student.module, config=config | ANEW, git=head["git"])
     trained = encoder.with_module(student.module, sha256(weights))
     z = trained.embed(task.items, "composites, trained").split([len(grid.z) for grid in grids])
     return trained, weights, [grid._replace(z=v) for grid, v in zip(grids, z, strict=True)]
@@ -423,16 +426,6 @@ def readout(encoder, samples):
         rows, bias = encoder.classifier()
         return lambda z: z @ rows.T + bias
     return None
-
-
-def before_and_after(encoder, trained, samples, x, x_bap):
-    """Zero-shot accuracies by the encoder as it was and as it is trained; None without texts or names."""
-    if not encoder.tokenizer:
-        return None
-    say(samples.nameless or samples.prompt_line())
-    if samples.nameless:
-        return None
-    return dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1151,18 +1144,15 @@ def check_same(path, made, head, *free):
 def until_asked():
     """Ctrl-C waits for the end of a step: gives a list, not empty from then on. A second stops at once, as
     the first does where there are several processes: one of them must not stop alone."""
-    asked = []
-    if ranks()[1] > 1:
-        yield asked
-        return
+    asked, before = [], signal.getsignal(signal.SIGINT)
 
     def ask(*_):
-        if asked:
-            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         asked.append(True)
         say("stopping at the end of this step; Ctrl-C once more stops at once", True)
 
-    before = signal.signal(signal.SIGINT, ask)
+    if ranks()[1] == 1:
+        signal.signal(signal.SIGINT, ask)
     try:
         yield asked
     finally:
@@ -1201,38 +1191,22 @@ def finetune(config, encoder, samples):
     if loss == "sigmoid" and getattr(student.module, "logit_bias", None) is None:
         bias = torch.tensor(-10.0, device=encoder.device)  # as SigLIP starts: nearly all pairs are no pairs
         student.module.logit_bias = torch.nn.Parameter(bias)
-    state, checkpoint = unfinished(path, head, encoder), dict(head)
-    if method == "jtt" and state:
-        with reading(path, *LEFT):
-            task.weight = state["weight"].view(len(task.y))
-    elif method == "jtt":
+    state = unfinished(path, head, encoder)
+    if method == "jtt" and not state:
         task.weight = first_errors(student, task, config)
-    if method == "jtt":
-        checkpoint["weight"] = task.weight
-    weights, speed = fit_and_keep(student, task, row, checkpoint, path, state)
+    rows = fit(student, task, row, head, path, state)
     if rank:
         return
     after = zero_shot(student, samples)
     (out / "finetune.json").unlink(missing_ok=True)  # it would be of another run than what comes now
-    write(out / "weights.safetensors", weights)
-    seconds = dict(total=time.time() - started, images_per_s=speed)
+    write(out / "weights.safetensors", weights_bytes(student.module, config=config | ANEW, git=head["git"]))
+    seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"])
     write_json(out / "finetune.json", dict(head, notes=notes, before=before, after=after, seconds=seconds))
     path.unlink(missing_ok=True)
     say(table(*zero_rows(dict(before=before, after=after), samples.worst)), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
     what = "weights.safetensors (for --pretrained), finetune.json, log.csv"
     say(f"\n{out}: {what} written, {time.time() - started:.0f} s", True)
-
-
-def fit_and_keep(student, task, row, head, path, state):
-    """fit(), from a state on if there is one, with checkpoints at path that say what head says. Returns the
-    trained module as weights.safetensors has it, bytes, None on ranks above 0; and images per second."""
-    with until_asked() as asked:
-        speed = fit(student, task, row, head, path, state, asked)[-1]["images_per_s"]
-    if ranks()[0]:
-        return None, speed
-    config = head["config"] | dict(resume=False)  # the same bytes, whether it was interrupted or not
-    return weights_bytes(student.module, config=config, git=head["git"]), speed
 
 
 def zero_shot(encoder, samples, x=None):
@@ -1250,7 +1224,7 @@ def zero_shot(encoder, samples, x=None):
 
 
 def pairs_of(samples, captions, pairs):
-    """The task of fine-tuning: items, captions, y [n], C and prompts of the training split."""
+    """The task of fine-tuning: items, captions, y [n], C, prompts and weights, 1, of the training split."""
     biased, C = samples.keep(samples.split == 0), len(samples.classes)
     prompts, y = [texts[0] for texts in samples.class_prompts()], biased.y
     if len(y.unique()) < 2:
@@ -1266,7 +1240,8 @@ def pairs_of(samples, captions, pairs):
         what = f"{len(missing)} of {len(texts)} images have no caption, the first is number {missing[0]}"
         raise Complaint(f"{samples.name}: {what}; add them, or use --captions=class")
     expect(len(texts) >= pairs, "pairs", pairs, f"at most {len(texts)}, the number of training images")
-    return SimpleNamespace(items=biased.items, captions=texts, y=y, C=C, prompts=prompts)
+    weight = torch.ones(len(y))
+    return SimpleNamespace(items=biased.items, captions=texts, y=y, C=C, prompts=prompts, weight=weight)
 
 
 def load_discovery(path, flag=""):
@@ -1439,30 +1414,32 @@ class Towers(torch.nn.Module):
         return out
 
 
-def fit(encoder, task, row, head, path=None, state=None, asked=()):
+def fit(encoder, task, row, head, path=None, state=None):
     """Trains encoder.module on a task by a row of METHODS. Returns the rows of the log.
 
-    task: items, y [n], C, seed, and what the row's draw and cost take. head: what a checkpoint says of the
-    run, its flags as config; path: where it is written, if at all; state: of one to go on from, read from
-    there; asked: see until_asked. Embeddings of all processes are gathered before the
-    loss, with their gradients, so that their number does not change it. Batch norm keeps its statistics.
+    task: items, y [n], C, seed, weight [n], and what the row's draw and cost take. head: what a checkpoint
+    says of the run, its flags as config; path: where it is written, if at all; state: of one to go on from,
+    read from there. Embeddings of all processes are gathered before the loss, with their gradients, so that
+    their number does not change it. Batch norm keeps its statistics.
     """
     (rank, world), module, config = ranks(), encoder.module, head["config"]
     steps, pairs, writes = config["steps"], config["pairs"], path is not None and rank == 0
     words = Words(encoder, task, row)
     parameters = choose_parameters(encoder, row, config)
-    optimiser = adamw(parameters, config["learning_rate"])
+    groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY)]
+    groups.append(dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0))  # biases, scales
+    optimiser = torch.optim.AdamW(groups, config["learning_rate"], (0.9, 0.98), fused=True)  # betas: CLIP's
     forward = forward_of(encoder, task, row, config, words)
-    feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
     start, rows = 0, []
     task.q = torch.full((2 * task.C,), 1 / (2 * task.C))  # of gdro_cost, label x feature
     if state:
         with reading(path, *LEFT):
             module.load_state_dict(state["module"])
             optimiser.load_state_dict(state["optimiser"])
-            task.q, rows = state["q"].view(2 * task.C), list(map(dict, state["rows"]))
-            start = range(steps + 1).index(state["step"])
+            task.q, task.weight = state["q"].view(2 * task.C), state["weight"].view(len(task.y))
+            start, rows = range(steps + 1).index(state["step"]), list(map(dict, state["rows"]))
         say(f"--resume: goes on behind step {start}", True)
+    feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
     # what a batch costs is computed on the device, where near.q moves on; images are drawn on the CPU
     tensors = {k: v.to(encoder.device) for k, v in vars(task).items() if isinstance(v, torch.Tensor)}
     near = SimpleNamespace(**vars(task) | tensors)
@@ -1473,41 +1450,43 @@ def fit(encoder, task, row, head, path=None, state=None, asked=()):
     def keep(step):
         if writes:
             states = dict(module=module.state_dict(), optimiser=optimiser.state_dict(), q=near.q)
-            save_checkpoint(path, head | states | dict(step=step, rows=rows))
+            states |= dict(weight=task.weight, step=step, rows=rows)
+            save_checkpoint(path, head | states)
 
     feed.ahead(draw(start)[share])
-    for step in range(start, steps):
-        for group in optimiser.param_groups:
-            group["lr"] = rate(step, steps, config["learning_rate"])
-        ids, x = draw(step), feed.get()
-        feed.ahead(draw(step + 1)[share])
-        if not warned and len(task.y[ids].unique()) == 1:
-            warned = True
-            say(f"step {step}: the batch has one class only and cannot tell classes apart; raise --pairs")
-        with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
-            e = forward(x, ids[share])
-        terms = row.cost(e, ids.to(encoder.device, non_blocking=True), near)
-        optimiser.zero_grad()
-        loss, values = backward(terms, parameters)
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            keep(step)
-            kept = f"the state before it is in {path}; " * bool(path)
-            cure = "start anew with a lower --learning_rate" + ", or with --dtype=float32" * amp
-            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}{cure}")
-        optimiser.step()
-        if hasattr(module, "logit_scale"):
-            module.logit_scale.data.clamp_(0, math.log(100))  # as CLIP does
-        count += pairs
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            speed = count / (time.time() - clock)
-            rows.append(dict(step=step + 1, loss=loss, **values, lr=group["lr"], images_per_s=speed))
-            log(rows, config, writes)
-            clock, count = time.time(), 0
-        if (step + 1) % config["save_every"] == 0 or step + 1 == steps or asked:
-            keep(step + 1)
-        if asked:
-            raise KeyboardInterrupt
+    with until_asked() as asked:
+        for step in range(start, steps):
+            for group in optimiser.param_groups:
+                group["lr"] = rate(step, steps, config["learning_rate"])
+            ids, x = draw(step), feed.get()
+            feed.ahead(draw(step + 1)[share])
+            if not warned and len(task.y[ids].unique()) == 1:
+                warned = True
+                say(f"step {step}: the batch has one class only and cannot tell classes apart; raise --pairs")
+            with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
+                e = forward(x, ids[share])
+            terms = row.cost(e, ids.to(encoder.device, non_blocking=True), near)
+            optimiser.zero_grad()
+            loss, values = backward(terms, parameters)
+            bad = [name for name, value in values.items() if not math.isfinite(value)]
+            if bad:
+                keep(step)
+                kept = f"the state before it is in {path}; " * bool(path)
+                cure = "start anew with a lower --learning_rate" + ", or with --dtype=float32" * amp
+                raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}{cure}")
+            optimiser.step()
+            if hasattr(module, "logit_scale"):
+                module.logit_scale.data.clamp_(0, math.log(100))  # as CLIP does
+            count += pairs
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                speed = count / (time.time() - clock)
+                rows.append(dict(step=step + 1, loss=loss, **values, lr=group["lr"], images_per_s=speed))
+                log(rows, config, writes)
+                clock, count = time.time(), 0
+            if (step + 1) % config["save_every"] == 0 or step + 1 == steps or asked:
+                keep(step + 1)
+            if asked:
+                raise KeyboardInterrupt
     feed.close()
     words.restore()
     module.requires_grad_(True)
@@ -1523,13 +1502,6 @@ def backward(terms, parameters):
     numbers = [v.detach().float() for v in (total, *[value for _, value in terms.values()], norm)]
     loss, *numbers = torch.stack(numbers).tolist()  # the one wait of a step
     return loss, dict(zip((*terms, "gradient"), numbers, strict=True))
-
-
-def adamw(parameters, learning_rate):
-    """AdamW with CLIP's second beta; biases, gains and scales do not decay."""
-    groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY)]
-    groups.append(dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0))
-    return torch.optim.AdamW(groups, learning_rate, (0.9, 0.98), fused=True)
 
 
 def rate(step, steps, peak):

@@ -170,9 +170,8 @@ def main():
             failed[name] = f"{kind}{problem}".splitlines()[0]
             say(f"{name}: FAILED, {failed[name]}")
         if name in results and len(names) > 1:
-            figures = [
-                f"{key} {v:.3f}" for key, v in results[name]["metrics"].items() if isinstance(v, float)
-            ]
+            metrics = results[name]["metrics"].items()
+            figures = [f"{key} {v:.3f}" for key, v in metrics if isinstance(v, float)]
             say(f"{name} {results[name]['protocol']}: {', '.join(figures[:2])}")
             save()
     if rank:
@@ -212,13 +211,12 @@ def asked_protocols():
 def names_of(config):
     """The models to measure, as --models has them; the one of embeddings and of predictions is their file."""
     stored = data if data.startswith("embeddings:") else predictions
-    for flag, value in dict(models=models, model=model, pretrained=pretrained).items():
-        expect(not (stored and value), flag, value, f"nothing with {stored}, which needs no model")
-        alone = flag == "models" or not (models and value)
-        expect(alone, flag, value, "nothing with --models; tags go behind @ in --models")
     config.update(data=data or predictions or "scenes", model=stored or model or "lite0")
     if stored:
+        refuse("models model pretrained", f"with {stored}, which needs no model")
         return [stored]
+    if models:
+        refuse("model pretrained", "with --models; tags go behind @ in --models")
     names = [n.strip() for n in (models or f"{config['model']}@{pretrained}".rstrip("@")).split(",")]
     expect(len({*names} - {""}) == len(names), "models", models, "different names, comma-separated")
     return names
@@ -332,9 +330,7 @@ def evaluate(name, samples, asked, failed):
 
 def predicted_elsewhere():
     """--predictions=FILE: Samples, whose photos need not be here, and ({"predictions": Outcome}, {})."""
-    others = dict(data=data, ckpt=ckpt, masks=masks, prompts=prompts, places=places)
-    for flag, value in dict(others, protocol=protocol.replace("auto", "")).items():
-        expect(not value, flag, value, "nothing with --predictions, which runs no model")
+    refuse("data ckpt masks prompts places protocol", "with --predictions, which runs no model")
     samples, taken, sure = load_predictions(predictions, columns, classes)
     tested, index = bool((samples.split == 2).any()), torch.arange(len(taken))
     if split in SPLITS or split == "auto" and tested:
@@ -1057,7 +1053,11 @@ def controlled_settings(config):
     expect(alone, "protocol", protocol, "none in several processes; start it without torchrun")
     config = of_family(config)
     started, out, git, done = time.time(), Path(out_dir), revision(), []
-    check_resumed(out / "protocol.json", config)
+    path, what = out / "protocol.json", "a protocol.json of eval.py"
+    with reading(path, what, "move it away"):
+        made = read_json(path, what)["config"] if path.is_file() else config
+        differ = [f"--{k}={made.get(k)}" for k in config if k not in FREE and made.get(k) != config[k]]
+    require(not differ, f"{path}: made with {', '.join(differ)}; give the same flags, or another --out_dir")
     LOADED["most"] = 3  # the base model, the fine-tuned, a mitigated: all scripts run in this process
     classes = setting_data(config, 0.0).classes
     todo = [(strength, c) for strength in STRENGTHS for c in range(len(classes))][:settings]
@@ -1068,7 +1068,7 @@ def controlled_settings(config):
         setting = one_setting(config, at, strength, classes, c, base, mitigating)
         done.append(setting)
         tree = dict(config=config, git=git, settings=done, summary=summarised(done))
-        write_json(out / "protocol.json", dict(tree, seconds=time.time() - started))
+        write_json(path, dict(tree, seconds=time.time() - started))
         gap = f"gap {setting['gap']:.2f}" + ", not valid" * (not setting["valid"])
         at_10 = [f"{m} {'-' if p is None else f'{p:.1f}'}" for m, p in setting["precision_at_10"].items()]
         at_10 = f"Precision@10 {', '.join(at_10) or 'not looked for'}"
@@ -1092,15 +1092,6 @@ def of_family(config):
     if not config["regions"].startswith("masks:"):
         load_regions(config["regions"], [], None)  # complains now, not after the first fine-tuning
     return config
-
-
-def check_resumed(path, config):
-    """Complaint where a protocol.json was made with other flags."""
-    what = "a protocol.json of eval.py"
-    with reading(path, what, "move it away"):
-        made = read_json(path, what)["config"] if path.is_file() else config
-        differ = [f"--{k}={made.get(k)}" for k in config if k not in FREE and made.get(k) != config[k]]
-    require(not differ, f"{path}: made with {', '.join(differ)}; give the same flags, or another --out_dir")
 
 
 def setting_data(config, strength, spurious="0"):

@@ -1064,7 +1064,7 @@ def save_results(out, results, fitted):
         fitted = fitted._replace(probes={name: fitted.probes[of] for name, of in trained.items()})
     else:
         other += ["weights.safetensors", "log.csv"]
-    state = {k: results[k] for k in ("config", "git")} | dict(fingerprint=fitted.encoder.fingerprint)
+    state = dict(config=results["config"], git=results["git"], fingerprint=fitted.encoder.fingerprint)
     state.update(map=fitted.map.state_dict(), power=fitted.map.power)
     state.update(probes={name: vars(probe) for name, probe in fitted.probes.items()})
     state.update(classes=fitted.samples.classes, places=fitted.samples.places)
@@ -1227,8 +1227,7 @@ def pairs_of(samples, captions, pairs):
     """The task of fine-tuning: items, captions, y [n], C, prompts and weights, 1, of the training split."""
     biased, C = samples.keep(samples.split == 0), len(samples.classes)
     prompts, y = [texts[0] for texts in samples.class_prompts()], biased.y
-    if len(y.unique()) < 2:
-        raise Complaint(f"{samples.name}: its training images are of one class; contrast needs two")
+    require(len(y.unique()) > 1, f"{samples.name}: its training images are of one class; contrast needs two")
     texts = biased.captions
     if captions != "own":
         texts = [prompts[k] for k in y.tolist()]
@@ -1264,9 +1263,8 @@ def load_discovery(path, flag=""):
             raise ValueError("discovery.npz beside it is of another run")
         kinds = dict(medoids="f4", mean="f4", box="f4", image="i8", label="i8")
         arrays = {k: torch.from_numpy(file[k].astype(kind, casting="same_kind")) for k, kind in kinds.items()}
-        d = SimpleNamespace(**arrays, clusters=tree["clusters"], clipped=bool(file["clipped"]))
-        for key in ("fingerprint", "regions", "region_encoder", "data"):
-            setattr(d, key, str(file[key]))
+        words = {k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}
+        d = SimpleNamespace(**arrays, **words, clusters=tree["clusters"], clipped=bool(file["clipped"]))
         d.paths = [str(name) for name in file["paths"]]
         d.config = {k: v if isinstance(v, bool) else str(v) for k, v in tree["config"].items()}
         if not d.config.get("embeddings") and not {"model", "pretrained", "quick_gelu"} <= d.config.keys():
@@ -1287,25 +1285,21 @@ def load_discovery(path, flag=""):
 
 
 def stage_one(path, samples, encoder):
-    """What --discovery holds, and the encoder that it was made with. Complaint for other data or another
-    model, and where it has nothing to hold down."""
+    """What --discovery holds, and the encoder that it was made with; Complaint if it does not fit here."""
     flag = f"--discovery={path}"
     require(path, f"{flag}: this method needs what discover.py found; run it on the fine-tuned model first")
     d = load_discovery(path)
     made, cure = d.config, "run discover.py with"
     require(not made.get("embeddings"), f"{flag}: made from --embeddings; {cure} --data and --model")
     require(d.data == samples.name, f"{flag}: made on {d.data}, not on {samples.name}; {cure} this --data")
-    nothing = "no cluster was kept, nothing was found to hold down"
-    require(d.kept, f"{flag}: {nothing}; try other --regions or --k")
+    require(d.kept, f"{flag}: no cluster was kept, nothing to hold down; try other --regions or --k")
     scored = all(c.get("score", 0) is not None for c in d.clusters if c["kept"])
-    cure = "which keeps no cluster; take --method=ravl"
-    require(scored, f"{flag}: made with --method={made.get('method')}, {cure}")
+    require(scored, f"{flag}: by --method={made.get('method')}, which keeps no cluster; take --method=ravl")
     how = {k: getattr(encoder, k) for k in ("device", "dtype", "batch", "threads", "cache")}
-    how["test_size"] = made.get("test_size", False)
-    finder = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], **how)
+    test_size = made.get("test_size", False)
+    finder = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], test_size, **how)
     named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
-    changed = f"made with {named}, whose weights are others now; run discover.py again"
-    require(finder.fingerprint == d.fingerprint, f"{flag}: {changed}")
+    require(finder.fingerprint == d.fingerprint, f"{flag}: {named} has other weights now; rerun discover.py")
     return d, finder
 
 
@@ -1329,8 +1323,7 @@ def discovered(samples, encoder, task, path, most):
     task.group = 2 * task.y + task.feature.long()
     n, having, without = len(pictures), int(task.feature.sum()), int((~(task.state == 0).any(1)).sum())
     what = f"{having} of {n} training images have a region in the {len(used)} clusters discovered"
-    nothing = f"{what}, {without} have no other; nothing to learn from"
-    require(having and without < n, f"--discovery={path}: {nothing}")
+    require(having and without < n, f"--discovery={path}: {what}, {without} no other: nothing to learn from")
     if having == n:
         what = f"WARNING: {what}: what goes by an image's having one cannot help"
     if without:
@@ -1467,8 +1460,13 @@ def fit(encoder, task, row, head, path=None, state=None):
                 e = forward(x, ids[share])
             terms = row.cost(e, ids.to(encoder.device, non_blocking=True), near)
             optimiser.zero_grad()
-            loss, values = backward(terms, parameters)
-            bad = [name for name, value in values.items() if not math.isfinite(value)]
+            total = sum(weight * value for weight, value in terms.values())
+            total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+            numbers = [v.detach().float() for v in (total, *[value for _, value in terms.values()], norm)]
+            numbers = torch.stack(numbers).tolist()  # the one wait of a step
+            values = dict(zip(("loss", *terms, "gradient"), numbers, strict=True))
+            bad = [name for name in (*terms, "gradient") if not math.isfinite(values[name])]
             if bad:
                 keep(step)
                 kept = f"the state before it is in {path}; " * bool(path)
@@ -1480,7 +1478,7 @@ def fit(encoder, task, row, head, path=None, state=None):
             count += pairs
             if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
                 speed = count / (time.time() - clock)
-                rows.append(dict(step=step + 1, loss=loss, **values, lr=group["lr"], images_per_s=speed))
+                rows.append(dict(step=step + 1, **values, lr=group["lr"], images_per_s=speed))
                 log(rows, config, writes)
                 clock, count = time.time(), 0
             if (step + 1) % config["save_every"] == 0 or step + 1 == steps or asked:
@@ -1491,17 +1489,6 @@ def fit(encoder, task, row, head, path=None, state=None):
     words.restore()
     module.requires_grad_(True)
     return rows
-
-
-def backward(terms, parameters):
-    """Gradients of the sum of terms, {name: (weight, value)}, clipped. Returns numbers: the sum, and each
-    value and the gradient's norm by name."""
-    total = sum(weight * value for weight, value in terms.values())
-    total.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-    numbers = [v.detach().float() for v in (total, *[value for _, value in terms.values()], norm)]
-    loss, *numbers = torch.stack(numbers).tolist()  # the one wait of a step
-    return loss, dict(zip((*terms, "gradient"), numbers, strict=True))
 
 
 def rate(step, steps, peak):

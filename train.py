@@ -369,8 +369,7 @@ def contrast(g, z, i, j, seed, steps, learning_rate):
         value = value + 100 * (gain * (W - start)).square().sum() / len(W)  # it stays near the closed form
         optimiser.zero_grad()
         value.backward()
-        if not value.isfinite():
-            raise Complaint(f"--bap_map=linear: the loss is not finite in step {step}; lower --learning_rate")
+        require(value.isfinite(), f"--bap_map=linear: not finite in step {step}; lower --learning_rate")
         optimiser.step()
         slower.step()
         if step % 50 == 0 or step == steps - 1:
@@ -522,8 +521,9 @@ def cut_out(encoder, pictures, cells, seed, what):
     for k, mask in zip(itertools.compress(numbers, plausible.tolist()), alpha[plausible], strict=True):
         raw = (mask * 255).round().to(torch.uint8).cpu().numpy().tobytes()
         cuts[k] = Cut(pictures[k], raw, (int(h), int(w)), encoder.frame(*picture_size(pictures[k])))
-    line = f"cutter: IoU {iou:.2f} on held-out composites"
-    line += f", a plausible foreground in {share:.0%} of the {what}"
+    line = (
+        f"cutter: IoU {iou:.2f} on held-out composites, a plausible foreground in {share:.0%} of the {what}"
+    )
     return cuts, iou >= 0.6 and share >= 2 / 3, line
 
 
@@ -1135,9 +1135,7 @@ def check_same(path, made, head, *free):
         differ = [f"--{k}={v}" for k, v in flags.items() if k not in free and v != head["config"][k]]
     if not differ and made.get("inputs") != head["inputs"]:
         differ = ["other images or labels, or of another discovery"]
-    if differ:
-        cure = "give the same flags and data, or no --resume"
-        raise Complaint(f"--resume: {path} was made with {', '.join(differ)}; {cure}")
+    require(not differ, f"--resume: {path} was made with {', '.join(differ)}; give the same, or no --resume")
 
 
 @contextlib.contextmanager
@@ -1363,8 +1361,8 @@ def first_errors(encoder, task, config):
     fit(encoder, task, METHODS["finetune"], dict(config=dict(config, steps=quarter, wandb=False)))
     z, g = encoder.embed(task.items, "training images"), encoder.prompts([[text] for text in task.prompts])
     wrong = from_first(None if z is None else (unit(z) @ g.T).argmax(1).cpu() != task.y)
-    counts = f"{int(wrong.sum())} of {len(wrong)} training images are wrong after {quarter} steps"
-    say(f"jtt: {counts}, each counts {JTT_WEIGHT:g} times")
+    counts = f"jtt: {int(wrong.sum())} of {len(wrong)} training images are wrong after {quarter} steps"
+    say(f"{counts}, each counts {JTT_WEIGHT:g} times")
     encoder.module.load_state_dict(start)
     return torch.where(wrong, JTT_WEIGHT, 1.0)
 
@@ -1595,8 +1593,7 @@ def last_quarter(names):
     """Of an image tower's parameters those in the last quarter of its numbered blocks, and behind them."""
     pattern = re.compile(r"(?<![a-z])(?:blocks|resblocks|layers|stages|features|layer)\.?(\d+)\.")
     number = [int(m[1]) if (m := pattern.search(name)) else -1 for name in names]
-    if max(number) < 0:
-        raise Complaint("--train=last_blocks: the encoder has no numbered blocks; use --train=image")
+    require(max(number) >= 0, "--train=last_blocks: the encoder has no numbered blocks; use --train=image")
     blocks = max(number) - min(k for k in number if k >= 0) + 1
     least = max(number) + 1 - max(1, round(blocks / 4))
     return set(names[next(k for k, v in enumerate(number) if v >= least) :])

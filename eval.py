@@ -993,30 +993,29 @@ def worst(out, samples, most=12):
 
 def write_tables(out, results, outcomes, samples):
     """eval.csv: a row for each model and protocol; groups.csv: and group; predictions.csv: for each photo."""
-    rows, of_groups, photos = each_outcome(results), [], {}
+    rows, of_groups, columns = each_outcome(results), [], []
     keys = {k: None for _, _, m in rows for k, v in m["metrics"].items() if not isinstance(v, list)}
     lines = [(name, p, *[m["metrics"].get(k) for k in keys]) for name, p, m in rows]
     write_table(out / "eval.csv", ("model", "protocol", *keys), lines)
     header = ["image", "class", "place", "split"]
-    for column, (name, p, m) in enumerate(rows):
+    for name, p, m in rows:
         for g in m["groups"]:
             where = samples.classes[g["y"]], samples.places[g["place"]]
             of_groups.append((name, p, *where, g["n"], g["accuracy"], *g["interval"]))
         header += [f"{name} {p}", f"{name} {p} confidence"]
         out_of = outcomes[name][p]
-        columns = out_of.index.tolist(), out_of.predicted[0].tolist(), out_of.confidence[0].tolist()
         # of ImageNet's labels those of the classes here by these names, as in y
         wide = samples.imagenet if len(out_of.names) == 1000 else ()
         name_of = {k: c for c, labels in zip(samples.classes, wide, strict=False) for k in labels}
-        for photo, label, sure in zip(*columns, strict=True):
-            cells = photos.setdefault(photo, [""] * 2 * len(rows))
-            cells[2 * column] = name_of.get(label) or called(out_of, label)
-            if not math.isnan(sure):
-                cells[2 * column + 1] = f"{sure:.4f}"
+        taken = [name_of.get(k) or called(out_of, k) for k in out_of.predicted[0].tolist()]
+        sure = [f"{v:.4f}".replace("nan", "") for v in out_of.confidence[0].tolist()]
+        cells = zip(taken, sure, strict=True)
+        columns.append(dict(zip(out_of.index.tolist(), cells, strict=True)))
     written = ("model", "protocol", "class", "place", "n", "accuracy", "low", "high")
     write_table(out / "groups.csv", written, of_groups)
     lines = []
-    for photo, cells in sorted(photos.items()):
+    for photo in sorted(set().union(*columns)):
+        cells = [cell for column in columns for cell in column.get(photo, ("", ""))]
         drawn, c = f"{samples.captions[photo]}, {photo}", int(samples.y[photo])
         image = getattr(samples.items[photo], "path", drawn)
         place, split = int(samples.place[photo]), SPLITS[samples.split[photo]]
@@ -1074,9 +1073,11 @@ def controlled_settings(config):
         at_10 = f"Precision@10 {', '.join(at_10) or 'not looked for'}"
         say(f"setting {len(done)}/{len(todo)}: V {strength:g}, {classes[c]}: {gap}; {at_10}")
     write_settings(out / "protocol.csv", done)
-    blocks = setting_blocks(tree, classes)
-    write(out / "protocol.html", setting_page(tree, blocks, classes))
-    say("\n" + "\n\n".join(filter(None, (console(blocks), learned(tree)))), True)
+    blocks, summary = setting_blocks(tree, classes), tree["summary"]
+    learned = f"{summary['valid']} of {summary['settings']} settings learned the planted feature"
+    learned += f" ({config['data']}; {config['model']})."
+    write(out / "protocol.html", setting_page(tree, blocks, classes, learned))
+    say("\n" + "\n\n".join(filter(None, (console(blocks), learned))), True)
     say(f"\n{out}/protocol.json, protocol.csv and protocol.html written, {time.time() - started:.0f} s", True)
 
 
@@ -1259,13 +1260,7 @@ def summarised(done):
     return dict(settings=len(done), valid=len(valid), precision_at_10=precision, mitigation=mitigation)
 
 
-def learned(tree):
-    summary, config = tree["summary"], tree["config"]
-    line = f"{summary['valid']} of {summary['settings']} settings learned the planted feature"
-    return f"{line} ({config['data']}; {config['model']})."
-
-
-def setting_page(tree, blocks, classes):
+def setting_page(tree, blocks, classes, lead):
     """protocol.html: what RaVL found and reached, and the pages of the discoveries."""
     precision, config = tree["summary"]["precision_at_10"].get("ravl"), tree["config"]
     title, numbers, links = "No setting learned the planted feature.", [], []
@@ -1282,7 +1277,7 @@ def setting_page(tree, blocks, classes):
         words = f"discovery at {strength}, {classes[c]}"
         links += linked(words, folder, "discovery.html", config["out_dir"])
     kicker = f"flock, eval.py: controlled settings, {config['data']} by {config['model']}"
-    return page(kicker, title, learned(tree), sections(blocks), config, tree["git"], (), numbers, links)
+    return page(kicker, title, lead, sections(blocks), config, tree["git"], (), numbers, links)
 
 
 def setting_blocks(tree, classes):

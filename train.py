@@ -1135,7 +1135,8 @@ def check_same(path, made, head, *free):
         differ = [f"--{k}={v}" for k, v in flags.items() if k not in free and v != head["config"][k]]
     if not differ and made.get("inputs") != head["inputs"]:
         differ = ["other images or labels, or of another discovery"]
-    require(not differ, f"--resume: {path} was made with {', '.join(differ)}; give the same, or no --resume")
+    cure = "give the same flags and data, or no --resume"
+    require(not differ, f"--resume: {path} was made with {', '.join(differ)}; {cure}")
 
 
 @contextlib.contextmanager

@@ -170,9 +170,8 @@ def main():
             failed[name] = f"{kind}{problem}".splitlines()[0]
             say(f"{name}: FAILED, {failed[name]}")
         if name in results and len(names) > 1:
-            figures = [
-                f"{key} {v:.3f}" for key, v in results[name]["metrics"].items() if isinstance(v, float)
-            ]
+            metrics = results[name]["metrics"].items()
+            figures = [f"{key} {v:.3f}" for key, v in metrics if isinstance(v, float)]
             say(f"{name} {results[name]['protocol']}: {', '.join(figures[:2])}")
             save()
     if rank:
@@ -212,13 +211,12 @@ def asked_protocols():
 def names_of(config):
     """The models to measure, as --models has them; the one of embeddings and of predictions is their file."""
     stored = data if data.startswith("embeddings:") else predictions
-    for flag, value in dict(models=models, model=model, pretrained=pretrained).items():
-        expect(not (stored and value), flag, value, f"nothing with {stored}, which needs no model")
-        alone = flag == "models" or not (models and value)
-        expect(alone, flag, value, "nothing with --models; tags go behind @ in --models")
     config.update(data=data or predictions or "scenes", model=stored or model or "lite0")
     if stored:
+        refuse("models model pretrained", f"with {stored}, which needs no model")
         return [stored]
+    if models:
+        refuse("model pretrained", "with --models; tags go behind @ in --models")
     names = [n.strip() for n in (models or f"{config['model']}@{pretrained}".rstrip("@")).split(",")]
     expect(len({*names} - {""}) == len(names), "models", models, "different names, comma-separated")
     return names
@@ -332,9 +330,7 @@ def evaluate(name, samples, asked, failed):
 
 def predicted_elsewhere():
     """--predictions=FILE: Samples, whose photos need not be here, and ({"predictions": Outcome}, {})."""
-    others = dict(data=data, ckpt=ckpt, masks=masks, prompts=prompts, places=places)
-    for flag, value in dict(others, protocol=protocol.replace("auto", "")).items():
-        expect(not value, flag, value, "nothing with --predictions, which runs no model")
+    refuse("data ckpt masks prompts places protocol", "with --predictions, which runs no model")
     samples, taken, sure = load_predictions(predictions, columns, classes)
     tested, index = bool((samples.split == 2).any()), torch.arange(len(taken))
     if split in SPLITS or split == "auto" and tested:
@@ -997,30 +993,29 @@ def worst(out, samples, most=12):
 
 def write_tables(out, results, outcomes, samples):
     """eval.csv: a row for each model and protocol; groups.csv: and group; predictions.csv: for each photo."""
-    rows, of_groups, photos = each_outcome(results), [], {}
+    rows, of_groups, columns = each_outcome(results), [], []
     keys = {k: None for _, _, m in rows for k, v in m["metrics"].items() if not isinstance(v, list)}
     lines = [(name, p, *[m["metrics"].get(k) for k in keys]) for name, p, m in rows]
     write_table(out / "eval.csv", ("model", "protocol", *keys), lines)
     header = ["image", "class", "place", "split"]
-    for column, (name, p, m) in enumerate(rows):
+    for name, p, m in rows:
         for g in m["groups"]:
             where = samples.classes[g["y"]], samples.places[g["place"]]
             of_groups.append((name, p, *where, g["n"], g["accuracy"], *g["interval"]))
         header += [f"{name} {p}", f"{name} {p} confidence"]
         out_of = outcomes[name][p]
-        columns = out_of.index.tolist(), out_of.predicted[0].tolist(), out_of.confidence[0].tolist()
         # of ImageNet's labels those of the classes here by these names, as in y
         wide = samples.imagenet if len(out_of.names) == 1000 else ()
         name_of = {k: c for c, labels in zip(samples.classes, wide, strict=False) for k in labels}
-        for photo, label, sure in zip(*columns, strict=True):
-            cells = photos.setdefault(photo, [""] * 2 * len(rows))
-            cells[2 * column] = name_of.get(label) or called(out_of, label)
-            if not math.isnan(sure):
-                cells[2 * column + 1] = f"{sure:.4f}"
+        taken = [name_of.get(k) or called(out_of, k) for k in out_of.predicted[0].tolist()]
+        sure = [f"{v:.4f}".replace("nan", "") for v in out_of.confidence[0].tolist()]
+        cells = zip(taken, sure, strict=True)
+        columns.append(dict(zip(out_of.index.tolist(), cells, strict=True)))
     written = ("model", "protocol", "class", "place", "n", "accuracy", "low", "high")
     write_table(out / "groups.csv", written, of_groups)
     lines = []
-    for photo, cells in sorted(photos.items()):
+    for photo in sorted(set().union(*columns)):
+        cells = [cell for column in columns for cell in column.get(photo, ("", ""))]
         drawn, c = f"{samples.captions[photo]}, {photo}", int(samples.y[photo])
         image = getattr(samples.items[photo], "path", drawn)
         place, split = int(samples.place[photo]), SPLITS[samples.split[photo]]
@@ -1057,7 +1052,11 @@ def controlled_settings(config):
     expect(alone, "protocol", protocol, "none in several processes; start it without torchrun")
     config = of_family(config)
     started, out, git, done = time.time(), Path(out_dir), revision(), []
-    check_resumed(out / "protocol.json", config)
+    path, what = out / "protocol.json", "a protocol.json of eval.py"
+    with reading(path, what, "move it away"):
+        made = read_json(path, what)["config"] if path.is_file() else config
+        differ = [f"--{k}={made.get(k)}" for k in config if k not in FREE and made.get(k) != config[k]]
+    require(not differ, f"{path}: made with {', '.join(differ)}; give the same flags, or another --out_dir")
     LOADED["most"] = 3  # the base model, the fine-tuned, a mitigated: all scripts run in this process
     classes = setting_data(config, 0.0).classes
     todo = [(strength, c) for strength in STRENGTHS for c in range(len(classes))][:settings]
@@ -1068,15 +1067,17 @@ def controlled_settings(config):
         setting = one_setting(config, at, strength, classes, c, base, mitigating)
         done.append(setting)
         tree = dict(config=config, git=git, settings=done, summary=summarised(done))
-        write_json(out / "protocol.json", dict(tree, seconds=time.time() - started))
+        write_json(path, dict(tree, seconds=time.time() - started))
         gap = f"gap {setting['gap']:.2f}" + ", not valid" * (not setting["valid"])
         at_10 = [f"{m} {'-' if p is None else f'{p:.1f}'}" for m, p in setting["precision_at_10"].items()]
         at_10 = f"Precision@10 {', '.join(at_10) or 'not looked for'}"
         say(f"setting {len(done)}/{len(todo)}: V {strength:g}, {classes[c]}: {gap}; {at_10}")
     write_settings(out / "protocol.csv", done)
-    blocks = setting_blocks(tree, classes)
-    write(out / "protocol.html", setting_page(tree, blocks, classes))
-    say("\n" + "\n\n".join(filter(None, (console(blocks), learned(tree)))), True)
+    blocks, summary = setting_blocks(tree, classes), tree["summary"]
+    learned = f"{summary['valid']} of {summary['settings']} settings learned the planted feature"
+    learned += f" ({config['data']}; {config['model']})."
+    write(out / "protocol.html", setting_page(tree, blocks, classes, learned))
+    say("\n" + "\n\n".join(filter(None, (console(blocks), learned))), True)
     say(f"\n{out}/protocol.json, protocol.csv and protocol.html written, {time.time() - started:.0f} s", True)
 
 
@@ -1092,15 +1093,6 @@ def of_family(config):
     if not config["regions"].startswith("masks:"):
         load_regions(config["regions"], [], None)  # complains now, not after the first fine-tuning
     return config
-
-
-def check_resumed(path, config):
-    """Complaint where a protocol.json was made with other flags."""
-    what = "a protocol.json of eval.py"
-    with reading(path, what, "move it away"):
-        made = read_json(path, what)["config"] if path.is_file() else config
-        differ = [f"--{k}={made.get(k)}" for k in config if k not in FREE and made.get(k) != config[k]]
-    require(not differ, f"{path}: made with {', '.join(differ)}; give the same flags, or another --out_dir")
 
 
 def setting_data(config, strength, spurious="0"):
@@ -1268,13 +1260,7 @@ def summarised(done):
     return dict(settings=len(done), valid=len(valid), precision_at_10=precision, mitigation=mitigation)
 
 
-def learned(tree):
-    summary, config = tree["summary"], tree["config"]
-    line = f"{summary['valid']} of {summary['settings']} settings learned the planted feature"
-    return f"{line} ({config['data']}; {config['model']})."
-
-
-def setting_page(tree, blocks, classes):
+def setting_page(tree, blocks, classes, lead):
     """protocol.html: what RaVL found and reached, and the pages of the discoveries."""
     precision, config = tree["summary"]["precision_at_10"].get("ravl"), tree["config"]
     title, numbers, links = "No setting learned the planted feature.", [], []
@@ -1291,7 +1277,7 @@ def setting_page(tree, blocks, classes):
         words = f"discovery at {strength}, {classes[c]}"
         links += linked(words, folder, "discovery.html", config["out_dir"])
     kicker = f"flock, eval.py: controlled settings, {config['data']} by {config['model']}"
-    return page(kicker, title, learned(tree), sections(blocks), config, tree["git"], (), numbers, links)
+    return page(kicker, title, lead, sections(blocks), config, tree["git"], (), numbers, links)
 
 
 def setting_blocks(tree, classes):

@@ -165,6 +165,7 @@ LOG_EVERY, WARMUP = 20, 0.1  # steps between lines; share of the steps
 WEIGHT_DECAY, CLIP = 0.1, 1.0  # AdamW's; norm of the gradient
 PARTIAL = ("partial.pt", "training.pt")  # bap: what --resume goes on from: seeds, the encoder
 LEFT = "what an interrupted run left", "run without --resume"
+ANEW = dict(resume=False)  # in the record of weights: the same bytes, whether it was interrupted or not
 JTT_WEIGHT = 20.0  # times that an image counts, in all, which a first quarter of the steps leaves wrong
 AVERAGES = "avg_group_mean", "avg_train_weighted"  # shown beside the worst group
 NONE = -1e30  # the logit of what is not there; finite, so that its gradient is zero and not NaN
@@ -193,8 +194,7 @@ def main():
         for flag, usable in dict(method=["bap"], model=["lite0"], train=["auto", "map"]).items():
             expect(config[flag] in usable, flag, config[flag], wanted)
         config["model"] = data
-    network = stored or not model.startswith("embeddings:")
-    expect(network, "model", model, "a network; embeddings go with --data=embeddings:FILE")
+    expect(not model.startswith("embeddings:"), "model", model, "a network; embeddings go with --data")
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     dataset = functools.partial(load_data, data, classes, places, masks=masks, columns=columns, **planted)
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
@@ -261,11 +261,12 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
 
     # 4. the maps. The two grids are weighed, not pooled: the synthetic one knows many foregrounds, the
     # target's those that matter, and neither is to win by its number of composites
-    grids, drift, maps = [Grid(1.0, z, i, j, cells)], None, {}
+    grids, drift, maps, cuts, foretold = [Grid(1.0, z, i, j, cells)], None, {}, [], None
     if cells:
         maps = dict(nullspace=nullspace(z, i, j), leace=leace(z, i, j), bap_closed=wiener(grids, lam))
     if target:
-        maps["bap_synthetic"], drift = wiener(grids, lam, power, None, LEAST), target.drift
+        maps["bap_synthetic"] = wiener(grids, lam, power, None, LEAST)
+        drift, cuts, foretold = target.drift, target.cuts, target.foretold
         if target.independent:
             grids = [grids[0]._replace(weight=1 - own), target.grid._replace(weight=own)]
     if cells:
@@ -278,7 +279,10 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
         x_bap = trained.embed(samples.items, "target, trained")
         both = wiener(grids, lam, power, None, LEAST)  # no drift: it was measured on the encoder as it was
         maps.update(bap_map=maps["bap"], bap_both=both, bap=identity)
-        zero = before_and_after(encoder, trained, samples, x, x_bap)
+        if encoder.tokenizer:
+            say(samples.nameless or samples.prompt_line())
+        if encoder.tokenizer and not samples.nameless:
+            zero = dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
     if bap_map == "linear" and cells:
         name = "bap_both" if "bap_both" in maps else "bap"
         maps[name] = contrast(maps[name], grids[0].z, i, j, seed, steps, learning_rate)
@@ -289,9 +293,7 @@ def bap(seed, encoder, figures, grounds, samples, out, head, by_place=()):
     probes, methods, reasons, correct = probe_all(maps, x, x_bap, samples, augmented, l2, seed)
     reasons.update(dict.fromkeys(MASKED if stored else (), "needs pictures"))
     lap("probes")
-    g, invariant, cuts, foretold = maps.get("bap", identity), None, [], None
-    if target:
-        cuts, foretold = target.cuts, target.foretold
+    g, invariant = maps.get("bap", identity), None
     if cells:
         invariant = invariance(g, grids[0].z, i, x, x_bap, samples, l2, seed) | dict(own_foretold=foretold)
     result = dict(additivity=additive, invariance=invariant, methods=methods, reasons=reasons)
@@ -367,8 +369,7 @@ def contrast(g, z, i, j, seed, steps, learning_rate):
         value = value + 100 * (gain * (W - start)).square().sum() / len(W)  # it stays near the closed form
         optimiser.zero_grad()
         value.backward()
-        if not value.isfinite():
-            raise Complaint(f"--bap_map=linear: the loss is not finite in step {step}; lower --learning_rate")
+        require(value.isfinite(), f"--bap_map=linear: not finite in step {step}; lower --learning_rate")
         optimiser.step()
         slower.step()
         if step % 50 == 0 or step == steps - 1:
@@ -404,7 +405,8 @@ def pretrain(encoder, grids, samples, seed, out, head):
     state = unfinished(path, head, encoder) if config["resume"] else None
     if state and state["seed"] != seed:
         state = None
-    weights, _ = fit_and_keep(student, task, ANCHORS, head, path, state)
+    fit(student, task, ANCHORS, head, path, state)
+    weights = weights_bytes(student.module, config=config | ANEW, git=head["git"])
     trained = encoder.with_module(student.module, sha256(weights))
     z = trained.embed(task.items, "composites, trained").split([len(grid.z) for grid in grids])
     return trained, weights, [grid._replace(z=v) for grid, v in zip(grids, z, strict=True)]
@@ -423,16 +425,6 @@ def readout(encoder, samples):
         rows, bias = encoder.classifier()
         return lambda z: z @ rows.T + bias
     return None
-
-
-def before_and_after(encoder, trained, samples, x, x_bap):
-    """Zero-shot accuracies by the encoder as it was and as it is trained; None without texts or names."""
-    if not encoder.tokenizer:
-        return None
-    say(samples.nameless or samples.prompt_line())
-    if samples.nameless:
-        return None
-    return dict(before=zero_shot(encoder, samples, x), after=zero_shot(trained, samples, x_bap))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -529,8 +521,9 @@ def cut_out(encoder, pictures, cells, seed, what):
     for k, mask in zip(itertools.compress(numbers, plausible.tolist()), alpha[plausible], strict=True):
         raw = (mask * 255).round().to(torch.uint8).cpu().numpy().tobytes()
         cuts[k] = Cut(pictures[k], raw, (int(h), int(w)), encoder.frame(*picture_size(pictures[k])))
-    line = f"cutter: IoU {iou:.2f} on held-out composites"
-    line += f", a plausible foreground in {share:.0%} of the {what}"
+    line = (
+        f"cutter: IoU {iou:.2f} on held-out composites, a plausible foreground in {share:.0%} of the {what}"
+    )
     return cuts, iou >= 0.6 and share >= 2 / 3, line
 
 
@@ -1071,7 +1064,7 @@ def save_results(out, results, fitted):
         fitted = fitted._replace(probes={name: fitted.probes[of] for name, of in trained.items()})
     else:
         other += ["weights.safetensors", "log.csv"]
-    state = {k: results[k] for k in ("config", "git")} | dict(fingerprint=fitted.encoder.fingerprint)
+    state = dict(config=results["config"], git=results["git"], fingerprint=fitted.encoder.fingerprint)
     state.update(map=fitted.map.state_dict(), power=fitted.map.power)
     state.update(probes={name: vars(probe) for name, probe in fitted.probes.items()})
     state.update(classes=fitted.samples.classes, places=fitted.samples.places)
@@ -1142,27 +1135,23 @@ def check_same(path, made, head, *free):
         differ = [f"--{k}={v}" for k, v in flags.items() if k not in free and v != head["config"][k]]
     if not differ and made.get("inputs") != head["inputs"]:
         differ = ["other images or labels, or of another discovery"]
-    if differ:
-        cure = "give the same flags and data, or no --resume"
-        raise Complaint(f"--resume: {path} was made with {', '.join(differ)}; {cure}")
+    cure = "give the same flags and data, or no --resume"
+    require(not differ, f"--resume: {path} was made with {', '.join(differ)}; {cure}")
 
 
 @contextlib.contextmanager
 def until_asked():
     """Ctrl-C waits for the end of a step: gives a list, not empty from then on. A second stops at once, as
     the first does where there are several processes: one of them must not stop alone."""
-    asked = []
-    if ranks()[1] > 1:
-        yield asked
-        return
+    asked, before = [], signal.getsignal(signal.SIGINT)
 
     def ask(*_):
-        if asked:
-            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         asked.append(True)
         say("stopping at the end of this step; Ctrl-C once more stops at once", True)
 
-    before = signal.signal(signal.SIGINT, ask)
+    if ranks()[1] == 1:
+        signal.signal(signal.SIGINT, ask)
     try:
         yield asked
     finally:
@@ -1201,38 +1190,22 @@ def finetune(config, encoder, samples):
     if loss == "sigmoid" and getattr(student.module, "logit_bias", None) is None:
         bias = torch.tensor(-10.0, device=encoder.device)  # as SigLIP starts: nearly all pairs are no pairs
         student.module.logit_bias = torch.nn.Parameter(bias)
-    state, checkpoint = unfinished(path, head, encoder), dict(head)
-    if method == "jtt" and state:
-        with reading(path, *LEFT):
-            task.weight = state["weight"].view(len(task.y))
-    elif method == "jtt":
+    state = unfinished(path, head, encoder)
+    if method == "jtt" and not state:
         task.weight = first_errors(student, task, config)
-    if method == "jtt":
-        checkpoint["weight"] = task.weight
-    weights, speed = fit_and_keep(student, task, row, checkpoint, path, state)
+    rows = fit(student, task, row, head, path, state)
     if rank:
         return
     after = zero_shot(student, samples)
     (out / "finetune.json").unlink(missing_ok=True)  # it would be of another run than what comes now
-    write(out / "weights.safetensors", weights)
-    seconds = dict(total=time.time() - started, images_per_s=speed)
+    write(out / "weights.safetensors", weights_bytes(student.module, config=config | ANEW, git=head["git"]))
+    seconds = dict(total=time.time() - started, images_per_s=rows[-1]["images_per_s"])
     write_json(out / "finetune.json", dict(head, notes=notes, before=before, after=after, seconds=seconds))
     path.unlink(missing_ok=True)
     say(table(*zero_rows(dict(before=before, after=after), samples.worst)), True)
     others_here(out, ["results.json", "report.html", "ckpt.pt", "map.npz"])
     what = "weights.safetensors (for --pretrained), finetune.json, log.csv"
     say(f"\n{out}: {what} written, {time.time() - started:.0f} s", True)
-
-
-def fit_and_keep(student, task, row, head, path, state):
-    """fit(), from a state on if there is one, with checkpoints at path that say what head says. Returns the
-    trained module as weights.safetensors has it, bytes, None on ranks above 0; and images per second."""
-    with until_asked() as asked:
-        speed = fit(student, task, row, head, path, state, asked)[-1]["images_per_s"]
-    if ranks()[0]:
-        return None, speed
-    config = head["config"] | dict(resume=False)  # the same bytes, whether it was interrupted or not
-    return weights_bytes(student.module, config=config, git=head["git"]), speed
 
 
 def zero_shot(encoder, samples, x=None):
@@ -1250,11 +1223,10 @@ def zero_shot(encoder, samples, x=None):
 
 
 def pairs_of(samples, captions, pairs):
-    """The task of fine-tuning: items, captions, y [n], C and prompts of the training split."""
+    """The task of fine-tuning: items, captions, y [n], C, prompts and weights, 1, of the training split."""
     biased, C = samples.keep(samples.split == 0), len(samples.classes)
     prompts, y = [texts[0] for texts in samples.class_prompts()], biased.y
-    if len(y.unique()) < 2:
-        raise Complaint(f"{samples.name}: its training images are of one class; contrast needs two")
+    require(len(y.unique()) > 1, f"{samples.name}: its training images are of one class; contrast needs two")
     texts = biased.captions
     if captions != "own":
         texts = [prompts[k] for k in y.tolist()]
@@ -1266,7 +1238,8 @@ def pairs_of(samples, captions, pairs):
         what = f"{len(missing)} of {len(texts)} images have no caption, the first is number {missing[0]}"
         raise Complaint(f"{samples.name}: {what}; add them, or use --captions=class")
     expect(len(texts) >= pairs, "pairs", pairs, f"at most {len(texts)}, the number of training images")
-    return SimpleNamespace(items=biased.items, captions=texts, y=y, C=C, prompts=prompts)
+    weight = torch.ones(len(y))
+    return SimpleNamespace(items=biased.items, captions=texts, y=y, C=C, prompts=prompts, weight=weight)
 
 
 def load_discovery(path, flag=""):
@@ -1289,9 +1262,8 @@ def load_discovery(path, flag=""):
             raise ValueError("discovery.npz beside it is of another run")
         kinds = dict(medoids="f4", mean="f4", box="f4", image="i8", label="i8")
         arrays = {k: torch.from_numpy(file[k].astype(kind, casting="same_kind")) for k, kind in kinds.items()}
-        d = SimpleNamespace(**arrays, clusters=tree["clusters"], clipped=bool(file["clipped"]))
-        for key in ("fingerprint", "regions", "region_encoder", "data"):
-            setattr(d, key, str(file[key]))
+        words = {k: str(file[k]) for k in ("fingerprint", "regions", "region_encoder", "data")}
+        d = SimpleNamespace(**arrays, **words, clusters=tree["clusters"], clipped=bool(file["clipped"]))
         d.paths = [str(name) for name in file["paths"]]
         d.config = {k: v if isinstance(v, bool) else str(v) for k, v in tree["config"].items()}
         if not d.config.get("embeddings") and not {"model", "pretrained", "quick_gelu"} <= d.config.keys():
@@ -1312,25 +1284,21 @@ def load_discovery(path, flag=""):
 
 
 def stage_one(path, samples, encoder):
-    """What --discovery holds, and the encoder that it was made with. Complaint for other data or another
-    model, and where it has nothing to hold down."""
+    """What --discovery holds, and the encoder that it was made with; Complaint if it does not fit here."""
     flag = f"--discovery={path}"
     require(path, f"{flag}: this method needs what discover.py found; run it on the fine-tuned model first")
     d = load_discovery(path)
     made, cure = d.config, "run discover.py with"
     require(not made.get("embeddings"), f"{flag}: made from --embeddings; {cure} --data and --model")
     require(d.data == samples.name, f"{flag}: made on {d.data}, not on {samples.name}; {cure} this --data")
-    nothing = "no cluster was kept, nothing was found to hold down"
-    require(d.kept, f"{flag}: {nothing}; try other --regions or --k")
+    require(d.kept, f"{flag}: no cluster was kept, nothing to hold down; try other --regions or --k")
     scored = all(c.get("score", 0) is not None for c in d.clusters if c["kept"])
-    cure = "which keeps no cluster; take --method=ravl"
-    require(scored, f"{flag}: made with --method={made.get('method')}, {cure}")
+    require(scored, f"{flag}: by --method={made.get('method')}, which keeps no cluster; take --method=ravl")
     how = {k: getattr(encoder, k) for k in ("device", "dtype", "batch", "threads", "cache")}
-    how["test_size"] = made.get("test_size", False)
-    finder = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], **how)
+    test_size = made.get("test_size", False)
+    finder = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], test_size, **how)
     named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
-    changed = f"made with {named}, whose weights are others now; run discover.py again"
-    require(finder.fingerprint == d.fingerprint, f"{flag}: {changed}")
+    require(finder.fingerprint == d.fingerprint, f"{flag}: {named} has other weights now; rerun discover.py")
     return d, finder
 
 
@@ -1354,8 +1322,7 @@ def discovered(samples, encoder, task, path, most):
     task.group = 2 * task.y + task.feature.long()
     n, having, without = len(pictures), int(task.feature.sum()), int((~(task.state == 0).any(1)).sum())
     what = f"{having} of {n} training images have a region in the {len(used)} clusters discovered"
-    nothing = f"{what}, {without} have no other; nothing to learn from"
-    require(having and without < n, f"--discovery={path}: {nothing}")
+    require(having and without < n, f"--discovery={path}: {what}, {without} no other: nothing to learn from")
     if having == n:
         what = f"WARNING: {what}: what goes by an image's having one cannot help"
     if without:
@@ -1395,8 +1362,8 @@ def first_errors(encoder, task, config):
     fit(encoder, task, METHODS["finetune"], dict(config=dict(config, steps=quarter, wandb=False)))
     z, g = encoder.embed(task.items, "training images"), encoder.prompts([[text] for text in task.prompts])
     wrong = from_first(None if z is None else (unit(z) @ g.T).argmax(1).cpu() != task.y)
-    counts = f"{int(wrong.sum())} of {len(wrong)} training images are wrong after {quarter} steps"
-    say(f"jtt: {counts}, each counts {JTT_WEIGHT:g} times")
+    counts = f"jtt: {int(wrong.sum())} of {len(wrong)} training images are wrong after {quarter} steps"
+    say(f"{counts}, each counts {JTT_WEIGHT:g} times")
     encoder.module.load_state_dict(start)
     return torch.where(wrong, JTT_WEIGHT, 1.0)
 
@@ -1439,30 +1406,32 @@ class Towers(torch.nn.Module):
         return out
 
 
-def fit(encoder, task, row, head, path=None, state=None, asked=()):
+def fit(encoder, task, row, head, path=None, state=None):
     """Trains encoder.module on a task by a row of METHODS. Returns the rows of the log.
 
-    task: items, y [n], C, seed, and what the row's draw and cost take. head: what a checkpoint says of the
-    run, its flags as config; path: where it is written, if at all; state: of one to go on from, read from
-    there; asked: see until_asked. Embeddings of all processes are gathered before the
-    loss, with their gradients, so that their number does not change it. Batch norm keeps its statistics.
+    task: items, y [n], C, seed, weight [n], and what the row's draw and cost take. head: what a checkpoint
+    says of the run, its flags as config; path: where it is written, if at all; state: of one to go on from,
+    read from there. Embeddings of all processes are gathered before the loss, with their gradients, so that
+    their number does not change it. Batch norm keeps its statistics.
     """
     (rank, world), module, config = ranks(), encoder.module, head["config"]
     steps, pairs, writes = config["steps"], config["pairs"], path is not None and rank == 0
     words = Words(encoder, task, row)
     parameters = choose_parameters(encoder, row, config)
-    optimiser = adamw(parameters, config["learning_rate"])
+    groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY)]
+    groups.append(dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0))  # biases, scales
+    optimiser = torch.optim.AdamW(groups, config["learning_rate"], (0.9, 0.98), fused=True)  # betas: CLIP's
     forward = forward_of(encoder, task, row, config, words)
-    feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
     start, rows = 0, []
     task.q = torch.full((2 * task.C,), 1 / (2 * task.C))  # of gdro_cost, label x feature
     if state:
         with reading(path, *LEFT):
             module.load_state_dict(state["module"])
             optimiser.load_state_dict(state["optimiser"])
-            task.q, rows = state["q"].view(2 * task.C), list(map(dict, state["rows"]))
-            start = range(steps + 1).index(state["step"])
+            task.q, task.weight = state["q"].view(2 * task.C), state["weight"].view(len(task.y))
+            start, rows = range(steps + 1).index(state["step"]), list(map(dict, state["rows"]))
         say(f"--resume: goes on behind step {start}", True)
+    feed, draw = Feed(task.items, encoder), row.draw(task, pairs)
     # what a batch costs is computed on the device, where near.q moves on; images are drawn on the CPU
     tensors = {k: v.to(encoder.device) for k, v in vars(task).items() if isinstance(v, torch.Tensor)}
     near = SimpleNamespace(**vars(task) | tensors)
@@ -1473,63 +1442,52 @@ def fit(encoder, task, row, head, path=None, state=None, asked=()):
     def keep(step):
         if writes:
             states = dict(module=module.state_dict(), optimiser=optimiser.state_dict(), q=near.q)
-            save_checkpoint(path, head | states | dict(step=step, rows=rows))
+            states |= dict(weight=task.weight, step=step, rows=rows)
+            save_checkpoint(path, head | states)
 
     feed.ahead(draw(start)[share])
-    for step in range(start, steps):
-        for group in optimiser.param_groups:
-            group["lr"] = rate(step, steps, config["learning_rate"])
-        ids, x = draw(step), feed.get()
-        feed.ahead(draw(step + 1)[share])
-        if not warned and len(task.y[ids].unique()) == 1:
-            warned = True
-            say(f"step {step}: the batch has one class only and cannot tell classes apart; raise --pairs")
-        with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
-            e = forward(x, ids[share])
-        terms = row.cost(e, ids.to(encoder.device, non_blocking=True), near)
-        optimiser.zero_grad()
-        loss, values = backward(terms, parameters)
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            keep(step)
-            kept = f"the state before it is in {path}; " * bool(path)
-            cure = "start anew with a lower --learning_rate" + ", or with --dtype=float32" * amp
-            raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}{cure}")
-        optimiser.step()
-        if hasattr(module, "logit_scale"):
-            module.logit_scale.data.clamp_(0, math.log(100))  # as CLIP does
-        count += pairs
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            speed = count / (time.time() - clock)
-            rows.append(dict(step=step + 1, loss=loss, **values, lr=group["lr"], images_per_s=speed))
-            log(rows, config, writes)
-            clock, count = time.time(), 0
-        if (step + 1) % config["save_every"] == 0 or step + 1 == steps or asked:
-            keep(step + 1)
-        if asked:
-            raise KeyboardInterrupt
+    with until_asked() as asked:
+        for step in range(start, steps):
+            for group in optimiser.param_groups:
+                group["lr"] = rate(step, steps, config["learning_rate"])
+            ids, x = draw(step), feed.get()
+            feed.ahead(draw(step + 1)[share])
+            if not warned and len(task.y[ids].unique()) == 1:
+                warned = True
+                say(f"step {step}: the batch has one class only and cannot tell classes apart; raise --pairs")
+            with torch.autocast(encoder.device.split(":")[0], torch.bfloat16, enabled=amp):
+                e = forward(x, ids[share])
+            terms = row.cost(e, ids.to(encoder.device, non_blocking=True), near)
+            optimiser.zero_grad()
+            total = sum(weight * value for weight, value in terms.values())
+            total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+            numbers = [v.detach().float() for v in (total, *[value for _, value in terms.values()], norm)]
+            numbers = torch.stack(numbers).tolist()  # the one wait of a step
+            values = dict(zip(("loss", *terms, "gradient"), numbers, strict=True))
+            bad = [name for name in (*terms, "gradient") if not math.isfinite(values[name])]
+            if bad:
+                keep(step)
+                kept = f"the state before it is in {path}; " * bool(path)
+                cure = "start anew with a lower --learning_rate" + ", or with --dtype=float32" * amp
+                raise Complaint(f"step {step}: {' and '.join(bad)} not finite; {kept}{cure}")
+            optimiser.step()
+            if hasattr(module, "logit_scale"):
+                module.logit_scale.data.clamp_(0, math.log(100))  # as CLIP does
+            count += pairs
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                speed = count / (time.time() - clock)
+                rows.append(dict(step=step + 1, **values, lr=group["lr"], images_per_s=speed))
+                log(rows, config, writes)
+                clock, count = time.time(), 0
+            if (step + 1) % config["save_every"] == 0 or step + 1 == steps or asked:
+                keep(step + 1)
+            if asked:
+                raise KeyboardInterrupt
     feed.close()
     words.restore()
     module.requires_grad_(True)
     return rows
-
-
-def backward(terms, parameters):
-    """Gradients of the sum of terms, {name: (weight, value)}, clipped. Returns numbers: the sum, and each
-    value and the gradient's norm by name."""
-    total = sum(weight * value for weight, value in terms.values())
-    total.backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-    numbers = [v.detach().float() for v in (total, *[value for _, value in terms.values()], norm)]
-    loss, *numbers = torch.stack(numbers).tolist()  # the one wait of a step
-    return loss, dict(zip((*terms, "gradient"), numbers, strict=True))
-
-
-def adamw(parameters, learning_rate):
-    """AdamW with CLIP's second beta; biases, gains and scales do not decay."""
-    groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=WEIGHT_DECAY)]
-    groups.append(dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0))
-    return torch.optim.AdamW(groups, learning_rate, (0.9, 0.98), fused=True)
 
 
 def rate(step, steps, peak):
@@ -1636,8 +1594,7 @@ def last_quarter(names):
     """Of an image tower's parameters those in the last quarter of its numbered blocks, and behind them."""
     pattern = re.compile(r"(?<![a-z])(?:blocks|resblocks|layers|stages|features|layer)\.?(\d+)\.")
     number = [int(m[1]) if (m := pattern.search(name)) else -1 for name in names]
-    if max(number) < 0:
-        raise Complaint("--train=last_blocks: the encoder has no numbered blocks; use --train=image")
+    require(max(number) >= 0, "--train=last_blocks: the encoder has no numbered blocks; use --train=image")
     blocks = max(number) - min(k for k in number if k >= 0) + 1
     least = max(number) + 1 - max(1, round(blocks / 4))
     return set(names[next(k for k, v in enumerate(number) if v >= least) :])

@@ -521,9 +521,8 @@ def cut_out(encoder, pictures, cells, seed, what):
     for k, mask in zip(itertools.compress(numbers, plausible.tolist()), alpha[plausible], strict=True):
         raw = (mask * 255).round().to(torch.uint8).cpu().numpy().tobytes()
         cuts[k] = Cut(pictures[k], raw, (int(h), int(w)), encoder.frame(*picture_size(pictures[k])))
-    line = (
-        f"cutter: IoU {iou:.2f} on held-out composites, a plausible foreground in {share:.0%} of the {what}"
-    )
+    line = f"cutter: IoU {iou:.2f} on held-out composites"
+    line += f", a plausible foreground in {share:.0%} of the {what}"
     return cuts, iou >= 0.6 and share >= 2 / 3, line
 
 

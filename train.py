@@ -194,7 +194,8 @@ def main():
         for flag, usable in dict(method=["bap"], model=["lite0"], train=["auto", "map"]).items():
             expect(config[flag] in usable, flag, config[flag], wanted)
         config["model"] = data
-    expect(not model.startswith("embeddings:"), "model", model, "a network; embeddings go with --data")
+    network = "a network; embeddings go with --data=embeddings:FILE"
+    expect(stored or not model.startswith("embeddings:"), "model", model, network)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     dataset = functools.partial(load_data, data, classes, places, masks=masks, columns=columns, **planted)
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
@@ -1297,7 +1298,9 @@ def stage_one(path, samples, encoder):
     test_size = made.get("test_size", False)
     finder = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], test_size, **how)
     named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
-    require(finder.fingerprint == d.fingerprint, f"{flag}: {named} has other weights now; rerun discover.py")
+    require(
+        finder.fingerprint == d.fingerprint, f"{flag}: {named}: weights are others now; rerun discover.py"
+    )
     return d, finder
 
 
@@ -1321,7 +1324,7 @@ def discovered(samples, encoder, task, path, most):
     task.group = 2 * task.y + task.feature.long()
     n, having, without = len(pictures), int(task.feature.sum()), int((~(task.state == 0).any(1)).sum())
     what = f"{having} of {n} training images have a region in the {len(used)} clusters discovered"
-    require(having and without < n, f"--discovery={path}: {what}, {without} no other: nothing to learn from")
+    require(having and without < n, f"--discovery={path}: {what}, {without} have no other; nothing to learn")
     if having == n:
         what = f"WARNING: {what}: what goes by an image's having one cannot help"
     if without:

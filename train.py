@@ -195,7 +195,7 @@ def main():
             expect(config[flag] in usable, flag, config[flag], wanted)
         config["model"] = data
     network = "a network; embeddings go with --data=embeddings:FILE"
-    expect(stored or not model.startswith("embeddings:"), "model", model, network)
+    expect(not model.startswith("embeddings:"), "model", model, network)
     planted = dict(confounder=confounder, strength=strength, spurious=spurious, feature=feature)
     dataset = functools.partial(load_data, data, classes, places, masks=masks, columns=columns, **planted)
     how = dict(device=device, dtype=dtype, batch=batch_size, threads=threads, cache=cache_dir)
@@ -1298,9 +1298,8 @@ def stage_one(path, samples, encoder):
     test_size = made.get("test_size", False)
     finder = load_encoder(made["model"], made["pretrained"], made["quick_gelu"], test_size, **how)
     named = f"--model={made['model']} --pretrained={made['pretrained']!r}"
-    require(
-        finder.fingerprint == d.fingerprint, f"{flag}: {named}: weights are others now; rerun discover.py"
-    )
+    changed = f"{flag}: {named}: its weights are others now; run discover.py again"
+    require(finder.fingerprint == d.fingerprint, changed)
     return d, finder
 
 

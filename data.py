@@ -1492,11 +1492,11 @@ def check(samples, splits=True):
         bare = f"{len(lacks)} of {n} classes, {', '.join(samples.classes[c] for c in lacks[:5])}"
         line = f"WARNING: {name}: no training image of {bare}: no probe names them"
         samples.notes += [line] * bool(lacks and of_class[0].any())
-        train, _, test = samples.counts()
-        bare = [] if not samples.official else ((train > 0) & (test == 0)).nonzero()[:, 0].tolist()
-        few = ", ".join(samples.group_name(*divmod(g, len(samples.places))) for g in bare[:5])
+        train, _, test = samples.counts().view(3, n, -1)  # places that are not in test are so by design
+        bare = ((train > 0) & (test == 0) & (of_place[2] > 0) & samples.official).nonzero().tolist()
+        few = ", ".join(samples.group_name(*pair) for pair in bare[:5])
         line = f"WARNING: {name}: no test image of {len(bare)} groups that training has, {few}: in no figure"
-        samples.notes += [line] * bool(bare and test.any())
+        samples.notes += [line] * bool(bare)
         return samples
     train, val, test = grouped = samples.counts() > 0
     for split, there in zip(SPLITS, grouped.any(1), strict=True):

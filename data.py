@@ -3068,8 +3068,8 @@ def csv_boxes(path, notes):
     """{picture: [(line, x1, y1, x2, y2)]} of a CSV with columns path,x1,y1,x2,y2; behind these the width and
     height that boxes are stated for, where it has such columns."""
     table, boxes, columns = read_table(path), {}, ("path", *BOXES)
-    at, line = columns_of(table, "", columns, columns[:5])
-    notes += [line] * ("not used" in line)
+    at, about = columns_of(table, "", columns, columns[:5])
+    notes += [about] * ("not used" in about)
     used = [c for c in at.values() if c is not None]
     used = used if len(used) == 7 else used[:5]
     for line, (name, *box) in zip(table.lines, zip(*[table[c] for c in used], strict=True), strict=True):
@@ -3086,8 +3086,8 @@ def csv_boxes(path, notes):
 
 
 def coco_boxes(path, notes):
-    """The same of a COCO instances file; crowds are left out."""
-    boxes = {}
+    """The same of a COCO instances file; crowds are left out, and counted in notes."""
+    boxes, crowds = {}, 0
     with reading(path, "a COCO instances file: images with id, file_name, annotations with image_id, bbox"):
         tree = read_json(path, "JSON")
         names = {i["id"]: os.fspath(i["file_name"]) for i in tree["images"]}
@@ -3096,10 +3096,13 @@ def coco_boxes(path, notes):
             if n > 1:
                 raise ValueError(f"two images have the file_name {name}")
         for a in tree["annotations"]:
-            if not a.get("iscrowd"):
+            if a.get("iscrowd"):
+                crowds += 1
+            else:
                 size = sizes[a["image_id"]] if all(sizes[a["image_id"]]) else ()  # not stated
                 row = f"annotation {a.get('id')}", *corners(a), *size
                 boxes.setdefault(names[a["image_id"]], []).append(row)
+    notes += [f"{path}: {crowds} crowds are left out"] * bool(crowds)
     return boxes
 
 

@@ -2639,7 +2639,8 @@ def test_coco_boxes_are_corners_and_crowds_are_left_out(tmp_path):
     boxes += [dict(id=3, image_id=5, bbox=[0, 0, 9, 9], iscrowd=1), dict(image_id=5, bbox=["7", 7, 1, 1])]
     path = text(tmp_path / "c.json", json.dumps(dict(images=images, annotations=boxes)))
     x = [("annotation 1", 1, 2, 4, 6), ("annotation None", 7, 7, 8, 8)]
-    assert data.coco_boxes(path, []) == {"x.jpg": x, "d/y.jpg": [("annotation 2", 0, 0, 1.5, 2)]}
+    assert data.coco_boxes(path, notes := []) == {"x.jpg": x, "d/y.jpg": [("annotation 2", 0, 0, 1.5, 2)]}
+    assert notes == [f"{path}: 1 crowds are left out"]
 
 
 FIVE = dict(id=5, file_name="x")

@@ -967,6 +967,14 @@ def test_lora_is_merged_as_peft_s_file_says_and_else_is_one_line(tmp_path, get, 
         load_encoder("flock-vit", str(folder), device="cpu").module.eval()
 
 
+def test_a_clip_without_its_temperature_is_refused(tmp_path, get):
+    state = get("tiny").module.state_dict()
+    state.pop("logit_scale")
+    torch.save(state, tmp_path / "w.pt")
+    with complaint("w.pt", "no logit_scale; 1 such"):
+        load_encoder("tiny", str(tmp_path / "w.pt"), device="cpu").module.eval()
+
+
 def test_a_folder_of_weights_is_read_by_its_usual_names_and_in_parts(tmp_path):
     module, state = resnet()
     save_file(dict(list(state.items())[:50]), tmp_path / "part-1.safetensors")
@@ -975,8 +983,10 @@ def test_a_folder_of_weights_is_read_by_its_usual_names_and_in_parts(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=parts)))
     again = load_encoder("timm:resnet18", str(tmp_path), device="cpu").module.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in again.items())
-    for name in ("part-1.safetensors", "model.safetensors.index.json"):
-        (tmp_path / name).unlink()
+    (tmp_path / "part-1.safetensors").unlink()
+    with complaint(f"--pretrained={tmp_path}", "its part part-1.safetensors is not there; fetch it"):
+        load_encoder("timm:resnet18", str(tmp_path), device="cpu")
+    (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "other.pt").write_bytes(b"x")
     with complaint(f"--pretrained={tmp_path}", "part-2.safetensors", "other.pt", "name the file"):
         load_encoder("timm:resnet18", str(tmp_path), device="cpu")
